@@ -1,0 +1,129 @@
+"""From rewards to group-relative advantages: pure functions on ragged lists, in float64.
+
+Axes: P prompts, G samples of a prompt (may differ between prompts), R reward functions. None marks a reward that does
+not apply to a sample; such rewards are left out of every sum, mean and standard deviation.
+"""
+
+from __future__ import annotations
+
+import math
+
+SCALES = ("group", "batch", "none")
+"""What deviations from the baseline are divided by."""
+BASELINES = ("mean", "leave_one_out")
+"""What is subtracted from a reward."""
+COMBINES = ("sum", "normalize")
+"""Whether several rewards are summed before or after they are normalised."""
+SPREAD_TOLERANCE = 1e-9
+"""Rewards that differ by no more than this share of the largest count as equal: sums of floats are not exact."""
+
+
+def advantages(
+    rewards_PGR: list[list[list[float | None]]],
+    weights_R: list[float],
+    *,
+    scale: str = "group",
+    baseline: str = "mean",
+    combine: str = "sum",
+    eps: float = 1e-6,
+    batch_PGR: list[list[list[float | None]]] | None = None,
+) -> tuple[list[list[float | None]], list[list[float]]]:
+    """Return each sample's weighted reward (None where no function applies) and its advantage (0 there).
+
+    With b the baseline of the group (its mean, or for each sample the mean of the others) and d the Bessel-corrected
+    standard deviation of the group or of the batch, an advantage is (R - b) / (d + eps), or R - b for `scale="none"`
+    (SAPO, equations 1-2, without eps). A group whose rewards are all equal, or with fewer than two of them, gets
+    exactly 0.
+
+    `combine="sum"` does so to the weighted sum of the rewards; `combine="normalize"` does so to each reward function
+    on its own and adds up the results by weight, so that no function drowns another by its spread (GDPO, without that
+    paper's final division of the whole batch by one number).
+
+    Args:
+        rewards_PGR: rewards of each sample by each function.
+        weights_R: weight of each function.
+        scale: `group`, `batch` or `none`.
+        baseline: `mean` or `leave_one_out`.
+        combine: `sum` or `normalize`.
+        eps: added to the standard deviation.
+        batch_PGR: the rewards of all ranks, over which `scale="batch"` takes its deviation; None takes `rewards_PGR`.
+
+    Raises:
+        ValueError: an unknown option, rewards that do not match the weights, or a reward that is not finite.
+    """
+    options = (("scale", scale, SCALES), ("baseline", baseline, BASELINES), ("combine", combine, COMBINES))
+    for option, value, valid in options:
+        if value not in valid:
+            raise ValueError(f"unknown {option} '{value}'; valid: {', '.join(valid)}")
+    rewards_PG = _weighted_sums(rewards_PGR, weights_R)
+    batch = rewards_PGR if batch_PGR is None else batch_PGR
+    if combine == "sum":
+        terms = [(1.0, rewards_PG, _weighted_sums(batch, weights_R))]
+    else:
+        terms = [(weight, _column(rewards_PGR, r), _column(batch, r)) for r, weight in enumerate(weights_R)]
+    totals_PG = [[0.0] * len(group) for group in rewards_PG]
+    for weight, term_PG, batch_PG in terms:
+        batch_std = _std([value for group in batch_PG for value in group if value is not None])
+        for total_G, term_G in zip(totals_PG, term_PG, strict=True):
+            for g, value in enumerate(_normalised(term_G, scale, baseline, eps, batch_std)):
+                total_G[g] += weight * value
+    return rewards_PG, totals_PG
+
+
+def zero_spread(values_PG: list[list[float | None]] | list[list[float]]) -> list[bool]:
+    """Return for each group whether its values are all equal, up to a relative 1e-9, or fewer than two are given.
+
+    Under `combine="normalize"`, where equal sums of rewards may hide unequal rewards, pass the advantages to learn
+    which groups have no gradient; under `combine="sum"` rewards and advantages agree.
+    """
+    return [_is_flat([value for value in group if value is not None]) for group in values_PG]
+
+
+def _is_flat(values: list[float]) -> bool:
+    if len(values) < 2:
+        return True
+    return max(values) - min(values) <= SPREAD_TOLERANCE * max(abs(value) for value in values)
+
+
+def _weighted_sums(rewards_PGR: list[list[list[float | None]]], weights_R: list[float]) -> list[list[float | None]]:
+    return [
+        [_weighted_sum(rewards_R, weights_R, f"sample {g} of prompt {p}") for g, rewards_R in enumerate(rewards_GR)]
+        for p, rewards_GR in enumerate(rewards_PGR)
+    ]
+
+
+def _weighted_sum(rewards_R: list[float | None], weights_R: list[float], where: str) -> float | None:
+    if len(rewards_R) != len(weights_R):
+        raise ValueError(f"{where} has {len(rewards_R)} reward(s) for {len(weights_R)} weights")
+    parts = [weight * reward for reward, weight in zip(rewards_R, weights_R, strict=True) if reward is not None]
+    if not all(math.isfinite(part) for part in parts):
+        raise ValueError(f"rewards must be finite; {where} has {rewards_R}")
+    return math.fsum(parts) if parts else None
+
+
+def _column(rewards_PGR: list[list[list[float | None]]], r: int) -> list[list[float | None]]:
+    return [[rewards_R[r] for rewards_R in rewards_GR] for rewards_GR in rewards_PGR]
+
+
+def _normalised(rewards_G: list[float | None], scale: str, baseline: str, eps: float, batch_std: float) -> list[float]:
+    """Return one group's deviations from the baseline over the scale; 0 for None and for groups without spread."""
+    known = [reward for reward in rewards_G if reward is not None]
+    if _is_flat(known):
+        return [0.0] * len(rewards_G)
+    mean = _mean(known)
+    # r - mean of the others = (r - mean of all) n / (n - 1)
+    factor = len(known) / (len(known) - 1) if baseline == "leave_one_out" else 1.0
+    divisor = {"group": _std(known) + eps, "batch": batch_std + eps, "none": 1.0}[scale]
+    return [0.0 if reward is None else (reward - mean) / divisor * factor for reward in rewards_G]
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(value / len(values) for value in values)  # divided first: the sum of huge rewards would overflow
+
+
+def _std(values: list[float]) -> float:
+    """Return the Bessel-corrected standard deviation; 0 for fewer than two values."""
+    if len(values) < 2:
+        return 0.0
+    mean = _mean(values)
+    return math.hypot(*(value - mean for value in values)) / math.sqrt(len(values) - 1)  # squares could overflow

@@ -1,0 +1,154 @@
+"""Is a config possible? Rules on single fields, then rules that span several; no torch, no model, no network."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sapo_rl.config import Config
+from sapo_rl.errors import UserError, did_you_mean
+
+
+class ConfigError(UserError):
+    """A value that cannot be; `key` is its dotted name, so that the command line can say where it was set."""
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(f"{key}: {problem}")
+        self.key = key
+        self.problem = problem
+
+
+def check(config: Config) -> None:
+    """Refuse a config that cannot run.
+
+    Raises:
+        ConfigError: naming the first key that is out of range, unknown or at odds with another.
+    """
+    for key, value, metadata in _fields(config):
+        _check_field(key, value, metadata)
+    _check_batch(config)
+    _check_loss(config)
+    _check_sources(config)
+    _check_model(config)
+
+
+def _fields(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for field in dataclasses.fields(node):
+        value, key = getattr(node, field.name), f"{prefix}{field.name}"
+        children = value.items() if isinstance(value, dict) else [("", value)]
+        for name, child in children:
+            child_key = f"{key}.{name}" if name else key
+            if dataclasses.is_dataclass(child):
+                yield from _fields(child, f"{child_key}.")
+            elif not name:
+                yield child_key, child, field.metadata
+
+
+def _check_field(key: str, value: Any, metadata: Any) -> None:
+    options = metadata.get("choices")
+    if options and value not in options:
+        raise ConfigError(key, f"unknown value '{value}'; {did_you_mean(str(value), options)}")
+    bounds = {"above": lambda x, b: x > b, "least": lambda x, b: x >= b, "most": lambda x, b: x <= b}
+    words = {"above": "above", "least": "at least", "most": "at most"}
+    for name, holds in bounds.items():
+        bound = metadata.get(name)
+        if bound is not None and value is not None and not holds(value, bound):
+            raise ConfigError(key, f"is {value}; must be {words[name]} {bound}")
+
+
+def _check_batch(config: Config) -> None:
+    rollout, trainer = config.rollout, config.trainer
+    if rollout.batch_size % rollout.group_size:
+        near = max(1, round(rollout.batch_size / rollout.group_size)) * rollout.group_size
+        raise ConfigError(
+            "rollout.batch_size",
+            f"is {rollout.batch_size}, which rollout.group_size = {rollout.group_size} does not divide; e.g. {near}",
+        )
+    prompts = rollout.batch_size // rollout.group_size
+    parts = trainer.updates_per_rollout if trainer.mini_batches is None else trainer.mini_batches
+    key = "trainer.updates_per_rollout" if trainer.mini_batches is None else "trainer.mini_batches"
+    if parts < 1 or trainer.updates_per_rollout % parts:
+        raise ConfigError(
+            "trainer.mini_batches", f"is {parts}; must divide trainer.updates_per_rollout = {trainer.updates_per_rollout}"
+        )
+    if prompts % (parts * config.launch.num_processes):
+        raise ConfigError(
+            key,
+            f"cuts a step's {prompts} prompts into {parts} part(s) on {config.launch.num_processes} process(es); "
+            "rollout.batch_size / rollout.group_size must be a multiple of that",
+        )
+    if len(trainer.betas) != 2 or not all(0 <= beta < 1 for beta in trainer.betas):
+        raise ConfigError("trainer.betas", f"is {trainer.betas}; must be two numbers from 0 to below 1")
+
+
+def _check_loss(config: Config) -> None:
+    loss = config.loss
+    if loss.name == "sapo" and loss.strict_temperatures and loss.tau_neg < loss.tau_pos:
+        raise ConfigError(
+            "loss.tau_neg",
+            f"is {loss.tau_neg}, below loss.tau_pos = {loss.tau_pos}, which the paper found unstable; "
+            "raise it, or set loss.strict_temperatures=false",
+        )
+    if loss.dual_clip is not None and loss.dual_clip <= 1:
+        raise ConfigError("loss.dual_clip", f"is {loss.dual_clip}; must be above 1, or null")
+    if loss.loss_agg_norm is not None and loss.loss_agg_norm <= 0:
+        raise ConfigError("loss.loss_agg_norm", f"is {loss.loss_agg_norm}; must be above 0, or null")
+    correction = loss.correction
+    if correction.mode != "none" and not config.rollout.logprobs:
+        raise ConfigError("loss.correction.mode", f"'{correction.mode}' needs rollout.logprobs=true")
+    if correction.low >= correction.high:
+        raise ConfigError("loss.correction.low", f"is {correction.low}; must be below loss.correction.high = {correction.high}")
+
+
+def _check_sources(config: Config) -> None:
+    from sapo_rl.data import check_source
+    from sapo_rl.rewards import check_function
+
+    try:
+        check_source(config.data)
+    except UserError as error:
+        raise _with_key(error, "data.source") from error
+    functions = config.reward.functions
+    if not functions:
+        raise ConfigError("reward.functions", "is empty; name at least one, e.g. with reward=numeric")
+    for name, function in functions.items():
+        try:
+            check_function(name, function)
+        except UserError as error:
+            raise _with_key(error, f"reward.functions.{name}.function") from error
+    if not any(function.weight for function in functions.values()):
+        raise ConfigError("reward.functions", "every weight is 0: nothing to train on")
+    if config.eval.reward is not None and config.eval.reward not in functions:
+        raise ConfigError("eval.reward", f"unknown reward '{config.eval.reward}'; {did_you_mean(config.eval.reward, functions)}")
+
+
+def _with_key(error: UserError, key: str) -> ConfigError:
+    """Take the key off the front of the message, where it names one."""
+    found = re.match(r"((?:data|reward)\.[\w.]+): (.*)", str(error), re.DOTALL)
+    return ConfigError(found[1], found[2]) if found else ConfigError(key, str(error))
+
+
+def _check_model(config: Config) -> None:
+    path = config.model.path
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if looks_local and not Path(os.path.expanduser(path), "config.json").is_file():
+        hint = " (python scripts/fetch_model.py makes it)" if path.startswith(".cache/models/SmolLM2") else ""
+        raise ConfigError("model.path", f"'{path}' is no folder with a Hugging Face model{hint}")
+    if looks_local:
+        _check_lengths(config, Path(os.path.expanduser(path), "config.json"))
+
+
+def _check_lengths(config: Config, model_config: Path) -> None:
+    limit = json.loads(model_config.read_text()).get("max_position_embeddings")
+    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            "rollout.max_completion_tokens",
+            f"is {config.rollout.max_completion_tokens}, with data.max_prompt_tokens = {config.data.max_prompt_tokens} "
+            f"up to {longest} tokens; the model's limit is {limit}",
+        )

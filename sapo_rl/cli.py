@@ -1,0 +1,139 @@
+"""`sapo-train`: compose the config, check it, freeze the run folder, start the ranks. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from sapo_rl import compose, run_folder
+from sapo_rl.config import Config
+from sapo_rl.errors import UserError
+
+USAGE = """\
+sapo-train: reinforcement-learning fine-tuning under the SAPO objective
+
+  sapo-train config=NAME|FILE.yaml [key=value ...]     run a recipe, or your own file
+  sapo-train config=NAME dry_run=true                  show what would happen, and stop
+  sapo-train config=NAME --cfg job                     print the resolved config
+  sapo-train config=A,B loss.tau_neg=1.0,1.05 -m       sweep, one run after the other
+  sapo-train resume=runs/NAME/TIME                     continue a run from its last checkpoint
+
+recipes:
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the console script and of `python -m sapo_rl`. Exit code 2 means: mend your input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if int(os.environ.get("RANK", "0")) > 0:  # started by torchrun or accelerate: rank 0 composes for all
+        _run_rank(None)
+        return
+    if not arguments:
+        print(usage())
+        return
+    rewritten, files = arguments, {}
+    try:
+        rewritten, files = compose.register(arguments)
+        code = _hydra(rewritten, arguments, files)
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        _complain(error, rewritten, files)
+        code = 2
+    if code:
+        sys.exit(code)
+
+
+def usage() -> str:
+    """Return the usage, and the shipped recipes with a line each."""
+    return USAGE + "\n".join(f"  {name:<16}{text}" for name, text in compose.recipes().items())
+
+
+def _hydra(rewritten: list[str], typed: list[str], files: dict[str, Path]) -> int:
+    """Let Hydra read the arguments and run one job or a sweep; return the worst exit code.
+
+    What a job raises is worded here and not passed through Hydra, which would print lines of its own; Hydra's own
+    errors are raised as they are, for `main` to word. A job that fails does not end the sweep.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv = [sys.argv[0], *rewritten]
+    codes = [0]
+
+    @hydra.main(version_base="1.3", config_path=str(compose.CONFIGS), config_name="train")
+    def job(composed: DictConfig) -> float | None:
+        settings = HydraConfig.get()
+        overrides = [*rewritten, *settings.overrides.task]  # in a sweep the latter are this job's own
+        try:
+            return run(compose.accept(composed), settings.runtime.choices["config"], typed, files)
+        except (UserError, OmegaConfBaseException) as error:
+            _complain(error, overrides, files)
+            codes.append(2)
+        except subprocess.CalledProcessError as error:
+            codes.append(error.returncode if error.returncode > 0 else 128 - error.returncode)
+        return None
+
+    job()
+    return max(codes)
+
+
+def _complain(error: Exception, arguments: list[str], files: dict[str, Path]) -> None:
+    print(f"sapo-train: {compose.explain(error, arguments, files)}", file=sys.stderr)
+
+
+def run(config: Config, recipe: str, typed: list[str], files: dict[str, Path]) -> float | None:
+    """Freeze the run folder and train in processes of their own.
+
+    Returns:
+        The last `eval/accuracy`, for sweepers that optimise.
+    """
+    if config.dry_run:
+        from sapo_rl.preview import preview
+
+        preview(config)
+        return None
+    if config.resume:
+        folder = Path(config.resume).expanduser()
+        run_folder.refreeze(folder, compose.dump(config), typed)
+    else:
+        folder = run_folder.unused(Path("runs") / recipe / time.strftime("%Y-%m-%d_%H-%M-%S"))
+        run_folder.create(folder, compose.dump(config), typed, files.get(recipe))
+    if "RANK" in os.environ:
+        _run_rank(folder)
+    else:
+        _spawn(folder, config.launch.num_processes)
+    return run_folder.last_accuracy(folder)
+
+
+def _spawn(folder: Path, num_processes: int) -> None:
+    """Run the ranks to their end.
+
+    Raises:
+        subprocess.CalledProcessError: they ended with another exit code than 0.
+    """
+    command = [sys.executable, "-m", "sapo_rl.rank", str(folder)]
+    if num_processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+        command = [sys.executable, *launcher, *command[1:]]
+    with subprocess.Popen(command) as child:
+        while True:
+            try:
+                code = child.wait()
+                break
+            except KeyboardInterrupt:  # the terminal sent it to the child too, which saves and stops
+                continue
+    if code:
+        raise subprocess.CalledProcessError(code, command)
+
+
+def _run_rank(folder: Path | None) -> None:
+    from sapo_rl.rank import main as rank_main
+
+    rank_main(folder)

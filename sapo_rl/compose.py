@@ -1,0 +1,213 @@
+"""From a command line to a checked config: recipes by name or path, and errors that say where a value was set."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from sapo_rl.checks import ConfigError, check
+from sapo_rl.config import Config
+from sapo_rl.errors import UserError, did_you_mean
+
+PACKAGED = Path(__file__).parent / "configs"
+CONFIGS = PACKAGED if PACKAGED.is_dir() else Path(__file__).parents[1] / "configs"
+"""The shipped configs: inside the wheel, or beside the package in a checkout."""
+
+
+def recipes() -> dict[str, str]:
+    """Return the shipped recipes' names, each with its one-line description."""
+    files = sorted((CONFIGS / "config").glob("*.yaml"))
+    return {file.stem: str((yaml.safe_load(file.read_text()) or {}).get("description", "")) for file in files}
+
+
+def register(argv: list[str]) -> tuple[list[str], dict[str, Path]]:
+    """Make user files known to Hydra as recipes.
+
+    `config=path/to/file.yaml` becomes `config=<stem>`; `resume=FOLDER` becomes the recipe that the folder holds.
+
+    Returns:
+        The rewritten arguments, and the user's files by the name they got.
+
+    Raises:
+        UserError: a file that is missing or no mapping, or a name that no recipe has.
+    """
+    ConfigStore.instance().store(name="schema", node=Config)
+    known, files, rewritten = recipes(), {}, []
+    for argument in _with_resumed(argv):
+        key, equals, value = argument.partition("=")
+        if key != "config" or not equals:
+            rewritten.append(argument)
+            continue
+        names = [_register_one(item.strip(), known, files) for item in value.strip("[]").split(",")]
+        joined = ",".join(names)
+        rewritten.append(f"config=[{joined}]" if value.startswith("[") else f"config={joined}")
+    return rewritten, files
+
+
+def _with_resumed(argv: list[str]) -> list[str]:
+    folders = [argument.partition("=")[2] for argument in argv if argument.startswith("resume=")]
+    if not folders:
+        return argv
+    if any(argument.startswith("config=") for argument in argv):
+        raise UserError("resume continues with the config of its run folder: leave config= out, override single keys")
+    frozen = Path(folders[-1]).expanduser() / "config.yaml"
+    if not frozen.is_file():
+        raise UserError(f"resume: '{folders[-1]}' is no run folder (no config.yaml in it)")
+    return [f"config={frozen}", *argv]
+
+
+def _register_one(value: str, known: dict[str, str], files: dict[str, Path]) -> str:
+    if value in known:
+        return value
+    path = Path(value).expanduser()
+    if path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"config: no recipe '{value}'; {did_you_mean(value, known)}, or a path to a .yaml file")
+    if not path.is_file():
+        raise UserError(f"config: no file '{value}'")
+    try:
+        node = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        raise UserError(f"config: {value} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(node, DictConfig):
+        raise UserError(f"config: {value} must hold a mapping of keys to values")
+    stem = path.parent.name if path.name == "config.yaml" else path.stem
+    name = next(name for name in _candidates(stem) if name not in known and name not in files)
+    files[name] = path
+    ConfigStore.instance().store(group="config", name=name, node=node, package="_global_")
+    return name
+
+
+def _candidates(stem: str) -> Iterator[str]:
+    yield stem
+    number = 2
+    while True:
+        yield f"{stem}-{number}"
+        number += 1
+
+
+def accept(composed: DictConfig) -> Config:
+    """Turn what Hydra composed into real dataclasses, checked.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    try:
+        OmegaConf.resolve(composed)
+        config = OmegaConf.to_object(composed)
+    except MissingMandatoryValue as error:
+        key = _match(r"full_key: (\S+)", str(error)) or _match(r"value: (\S+)", str(error))
+        raise ConfigError(key, "must be given") from error
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def load(path: Path) -> Config:
+    """Read a frozen config (`config.yaml` of a run folder)."""
+    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    return config
+
+
+def dump(config: Config) -> str:
+    """Write a config as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def explain(error: Exception, argv: list[str], files: dict[str, Path]) -> str:
+    """Say a composition error in one or two lines: key, where it was set, nearest valid name."""
+    text = _chain(error)
+    if isinstance(error, ConfigError):
+        return f"{error.key} ({origin(error.key, argv, files)}): {error.problem}"
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OverrideParseException):
+        return f"'{error.override}' (command line) cannot be read as key=value: {str(error).splitlines()[0]}"
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}: no choice '{name}'; {did_you_mean(name, error.options)}"
+    key = _match(r"Could not override '([^']+)'", text) or _match(r"full_key: (\S+)", text)
+    if key and re.search(r"Key '[^']*' (is )?not in", text):
+        return f"{key} ({origin(key, argv, files)}): no such key; {_nearest_key(key)}"
+    if key and (problem := _match(r"(Value .*|Invalid .*|Cannot .*|Incompatible .*|object of type .*)", text)):
+        return f"{key} ({origin(key, argv, files)}): {problem}"
+    return " ".join(line.strip() for line in text.splitlines()[:2])
+
+
+def _chain(error: BaseException | None) -> str:
+    texts = []
+    while error is not None:
+        texts.append(str(error))
+        error = error.__cause__
+    return "\n".join(texts)
+
+
+def _match(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    return found.group(1) if found else ""
+
+
+def _nearest_key(key: str) -> str:
+    """The valid names beside the first part of `key` that is wrong."""
+    node: Any = OmegaConf.structured(Config)
+    for part in key.split("."):
+        if not isinstance(node, DictConfig):
+            return ""
+        if part not in node:
+            return did_you_mean(part, [str(option) for option in node])
+        node = node[part]
+    return ""
+
+
+def origin(key: str, argv: list[str], files: dict[str, Path]) -> str:
+    """Return where the effective value of `key` was set: the command line, a file, or the defaults."""
+    if any(argument.partition("=")[0].lstrip("+~") == key for argument in argv):
+        return "command line"
+    choices = dict(argument.split("=", 1) for argument in argv if re.fullmatch(r"\w+=[^=]*", argument))
+    names = [name.strip() for name in choices.get("config", "default").strip("[]").split(",")]
+    paths = [files.get(name, CONFIGS / "config" / f"{name}.yaml") for name in reversed(names)]
+    for path in paths:
+        if _holds(path, key):
+            return str(path)
+    group, _, rest = key.partition(".")
+    for path in [CONFIGS / group / f"{choice}.yaml" for choice in _chosen(group, choices, paths)]:
+        if _holds(path, rest):
+            return str(path)
+    return "default"
+
+
+def _chosen(group: str, choices: dict[str, str], recipe_files: list[Path]) -> Iterator[str]:
+    """The group's option, as the command line, the recipe or train.yaml picks it: the first that says so wins."""
+    if group in choices:
+        yield choices[group]
+        return
+    for path in [*recipe_files, CONFIGS / "train.yaml"]:
+        for entry in (_read(path) or {}).get("defaults") or []:
+            if isinstance(entry, dict):
+                for name, option in entry.items():
+                    if name.removeprefix("override").strip().strip("/") == group:
+                        yield str(option)
+                        return
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = yaml.safe_load(path.read_text()) if path.is_file() else None
+    return content if isinstance(content, dict) else {}
+
+
+def _holds(path: Path, key: str) -> bool:
+    node: Any = _read(path)
+    for part in key.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return False
+        node = node[part]
+    return True

@@ -1,0 +1,328 @@
+"""The configuration's schema: one dataclass a group, a docstring under each field.
+
+Values live in `configs/`; this file says what may be set, of which type and in which range. It imports nothing heavy, so
+that a config is accepted or refused before torch is loaded. `sapo_rl.checks` holds the rules that span several fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+MISSING: Any = "???"
+"""OmegaConf's marker for a value that the user must give."""
+
+
+def choice(default: str, *options: str) -> Any:
+    """A text field that admits `options` only."""
+    return field(default=default, metadata={"choices": options})
+
+
+def number(default: Any, *, above: float | None = None, least: float | None = None, most: float | None = None) -> Any:
+    """A number field with an open lower bound (`above`), a closed one (`least`) or a closed upper bound (`most`)."""
+    return field(default=default, metadata={"above": above, "least": least, "most": most})
+
+
+@dataclass
+class ModelConfig:
+    """The policy: which model, and in which precision it computes."""
+
+    path: str = MISSING
+    """A Hugging Face model folder, or a name on the hub."""
+    revision: Optional[str] = None
+    """Branch, tag or commit, where `path` is a name on the hub."""
+    dtype: str = choice("bfloat16", "bfloat16", "float32")
+    """Precision of forward and backward passes and of vLLM. The master weights are always float32."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Leave off unless you have read that code."""
+
+
+@dataclass
+class DataConfig:
+    """Where prompts come from and how they are worded."""
+
+    source: str = choice(MISSING, "arithmetic", "reasoning_gym", "huggingface", "file")
+    """`arithmetic` and `reasoning_gym` generate prompts; `huggingface` and `file` (JSONL, Parquet) read them."""
+    path: Optional[str] = None
+    """Dataset name on the hub (`huggingface`), file (`file`), or dataset of the package reasoning-gym (`reasoning_gym`)."""
+    subset: Optional[str] = None
+    """Configuration of a hub dataset, e.g. `main` of gsm8k."""
+    split: str = "train"
+    """Split of a hub dataset to train on."""
+    eval_path: Optional[str] = None
+    """File with held-out prompts, where `source` is `file`."""
+    eval_split: Optional[str] = None
+    """Split of a hub dataset to evaluate on. With neither this nor `eval_path`, `eval.prompts` rows are held out of the training set."""
+    prompt_column: str = "prompt"
+    """Column with the prompt: text, or chat messages."""
+    answer_column: Optional[str] = "answer"
+    """Column that reward functions see as `answer`; null where there is none."""
+    template: str = "{prompt}"
+    """Wording put around a text prompt: `{prompt}`, or any other column in braces."""
+    system_prompt: Optional[str] = None
+    """System message put before the prompt; needs the chat template."""
+    chat_template: bool = True
+    """Apply the tokenizer's chat template. Text prompts become one user message."""
+    chat_template_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the chat template, e.g. `enable_thinking: false`."""
+    size: int = number(4096, least=1)
+    """Prompts to generate, for the generators."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the generator, e.g. `digits: 2` for arithmetic."""
+    max_prompt_tokens: int = number(512, least=1)
+    """Longer prompts are dropped and counted, never cut."""
+    shuffle: bool = True
+    """Draw prompts in a new seeded order every epoch."""
+
+
+@dataclass
+class RewardFunctionConfig:
+    """One reward function."""
+
+    function: str = MISSING
+    """A built-in's name, or a dotted path `package.module.function` to your own `f(completions, prompts, **columns)`."""
+    weight: float = 1.0
+    """Factor in the weighted sum of rewards; 0 logs the reward without training on it."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments passed to the function at every call."""
+    timeout: float = number(30.0, above=0)
+    """Seconds that one sample may take; then the worker is killed and the sample counts as failed."""
+    on_error: str = choice("raise", "raise", "zero")
+    """A failed sample ends the run with its text (`raise`), or scores 0 and is counted (`zero`)."""
+
+
+@dataclass
+class RewardConfig:
+    """How completions are scored."""
+
+    functions: dict[str, RewardFunctionConfig] = field(default_factory=dict)
+    """Reward functions by the name under which they are logged."""
+    workers: int = number(1, least=1)
+    """Processes that score in parallel, for each rank."""
+
+
+@dataclass
+class RolloutConfig:
+    """How vLLM writes completions."""
+
+    batch_size: int = number(64, least=2)
+    """Completions in one step, all ranks together; a multiple of `group_size`."""
+    group_size: int = number(8, least=2)
+    """Completions of one prompt, normalised together."""
+    max_completion_tokens: int = number(256, least=1)
+    """A completion is cut there and marked truncated."""
+    temperature: float = number(1.0, above=0)
+    """Sampling temperature; log-probabilities are taken at the same temperature."""
+    top_p: float = number(1.0, above=0, most=1)
+    """Nucleus sampling; 1 is off."""
+    top_k: int = number(0, least=0)
+    """Sample from the k likeliest tokens; 0 is off."""
+    min_p: float = number(0.0, least=0, most=1)
+    """Drop tokens less likely than this share of the likeliest; 0 is off."""
+    repetition_penalty: float = number(1.0, above=0)
+    """Above 1 repeats less; 1 is off."""
+    logprobs: bool = False
+    """Keep vLLM's own log-probabilities of the sampled tokens (costs a third of its speed)."""
+    transport: str = choice("file", "file")
+    """How weights reach vLLM: `file` (safetensors in shared memory)."""
+    gpu_memory_utilization: float = number(0.35, above=0, most=1)
+    """Share of the GPU's memory that vLLM takes."""
+    max_num_seqs: int = number(256, least=1)
+    """Completions that vLLM decodes at once."""
+    cpu_kv_cache_gb: float = number(1.0, above=0)
+    """Memory for the key-value cache where vLLM runs on the CPU, in GiB."""
+    enforce_eager: bool = False
+    """Run vLLM without CUDA graphs: starts sooner, decodes slower. Always so on the CPU."""
+    start_timeout: float = number(600.0, above=0)
+    """Seconds that vLLM may take to start."""
+    timeout: float = number(1800.0, above=0)
+    """Seconds that one batch of rollouts, or one push of weights, may take before the engine counts as hung."""
+    max_restarts: int = number(2, least=0)
+    """How often in a run a dead engine is started anew before the run gives up."""
+    verify_every: int = number(10, least=0)
+    """Steps between two checks that vLLM runs the trainer's weights; 0 checks never."""
+
+
+@dataclass
+class AdvantageConfig:
+    """How rewards of a group become advantages."""
+
+    scale: str = choice("group", "group", "batch", "none")
+    """Divide by the standard deviation of the group, of the whole batch, or not at all."""
+    baseline: str = choice("mean", "mean", "leave_one_out")
+    """Subtract the group's mean, or the mean of the other samples."""
+    combine: str = choice("sum", "sum", "normalize")
+    """Several rewards: weighted sum, then normalised; or each normalised, then summed by weight (GDPO)."""
+    eps: float = number(1e-6, above=0)
+    """Added to the standard deviation."""
+    skip_zero_spread: bool = True
+    """Leave groups whose rewards are all equal out of the update. The gradient is the same, the time is saved."""
+
+
+@dataclass
+class KLConfig:
+    """Penalty on the distance to the model that training started from."""
+
+    coef: float = number(0.0, least=0)
+    """Weight of the penalty; 0 keeps no reference model."""
+    kind: str = choice("k3", "k1", "k2", "k3")
+    """Estimator: `k1` log-ratio, `k2` half its square, `k3` low-variance and positive."""
+
+
+@dataclass
+class CorrectionConfig:
+    """Correction of the mismatch between vLLM's and the trainer's log-probabilities; needs `rollout.logprobs`."""
+
+    mode: str = choice("none", "none", "token_truncate", "token_mask", "sequence_mask")
+    """Truncated importance sampling by token, tokens masked outside the range (IcePop), or whole sequences masked."""
+    low: float = number(0.5, least=0)
+    """Smallest trainer/vLLM ratio that the masks keep."""
+    high: float = number(2.0, above=0)
+    """Largest ratio: the truncation, or what the masks keep."""
+    stale_negative_kl: Optional[float] = None
+    """Drop sequences of negative advantage whose mean log-ratio old - now is above this; null keeps all."""
+
+
+@dataclass
+class LossConfig:
+    """The objective of an update."""
+
+    name: str = choice("sapo", "sapo", "grpo", "gspo", "cispo", "reinforce")
+    """Policy loss."""
+    tau_pos: float = number(1.0, above=0)
+    """SAPO's temperature for tokens of positive advantage. The gradient's weight halves at |ratio - 1| = 1.763 / tau."""
+    tau_neg: float = number(1.05, above=0)
+    """SAPO's temperature for the other tokens; the paper takes it above `tau_pos`."""
+    strict_temperatures: bool = True
+    """Refuse `tau_neg < tau_pos`, which the paper found to be the least stable."""
+    gradient: str = choice("paper", "paper", "detached")
+    """`paper` differentiates through the gate; `detached` is the published Trinity-RFT form."""
+    gate: str = choice("sigmoid", "sigmoid", "erf", "arctan", "softsign")
+    """Shape of SAPO's gate."""
+    ratio_level: str = choice("token", "token", "sequence")
+    """Ratio of each token, or the length-normalised ratio of its sequence."""
+    log_ratio_clamp: float = number(20.0, above=0)
+    """Bound on |log ratio| before it is exponentiated."""
+    clip_low: float = number(0.2, least=0)
+    """Lower clip range of grpo, gspo and cispo."""
+    clip_high: float = number(0.2, least=0)
+    """Upper clip range of grpo, gspo and cispo."""
+    dual_clip: Optional[float] = None
+    """Bound on the ratio of negative advantages in grpo, above 1; null is off."""
+    loss_agg_mode: str = choice(
+        "seq-mean-token-mean", "seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
+    )
+    """How token losses become one number, over the whole batch of an update and all ranks."""
+    loss_agg_norm: Optional[float] = None
+    """Divisor of `seq-mean-token-sum-norm`; null takes `rollout.max_completion_tokens`."""
+    kl: KLConfig = field(default_factory=KLConfig)
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+
+
+@dataclass
+class TrainerConfig:
+    """How the policy is updated."""
+
+    steps: int = number(100, least=1)
+    """Rollout batches to train on."""
+    updates_per_rollout: int = number(4, least=1)
+    """Optimiser updates on each rollout batch."""
+    mini_batches: Optional[int] = None
+    """Parts into which the rollout batch is cut, one update each; null cuts it into `updates_per_rollout`, so that each sample is seen once."""
+    learning_rate: float = number(1e-6, above=0)
+    """Peak learning rate of AdamW."""
+    weight_decay: float = number(0.0, least=0)
+    """AdamW's weight decay."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's two decay rates."""
+    adam_eps: float = number(1e-8, above=0)
+    """AdamW's epsilon."""
+    schedule: str = choice("constant", "constant", "linear", "cosine")
+    """Learning rate after the warm-up."""
+    warmup_updates: int = number(0, least=0)
+    """Updates over which the learning rate rises from 0."""
+    max_grad_norm: float = number(1.0, above=0)
+    """Gradients are clipped to this norm."""
+    tokens_per_micro_batch: int = number(8192, least=1)
+    """Packed tokens in one forward and backward pass; the gradient does not depend on it, memory does."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a quarter slower."""
+
+
+@dataclass
+class EvalConfig:
+    """Measurement on held-out prompts."""
+
+    every: int = number(10, least=0)
+    """Steps between two evaluations; 0 evaluates before the first step and at the end only."""
+    prompts: int = number(64, least=0)
+    """Held-out prompts; 0 evaluates never."""
+    samples: int = number(0, least=0)
+    """Also the mean reward of this many samples a prompt at the training temperature; 0 is greedy only."""
+    reward: Optional[str] = None
+    """Name of the reward function whose greedy mean is `eval/accuracy`; null takes the first."""
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept for a resume, and at the end."""
+
+    every: int = number(50, least=0)
+    """Steps between two checkpoints; 0 keeps none."""
+    keep_last: int = number(2, least=1)
+    """Older checkpoints are deleted once a newer one is complete."""
+    save_final: bool = True
+    """Write the trained model as a Hugging Face folder `final/` at the end."""
+
+
+@dataclass
+class LoggingConfig:
+    """What is shown and where."""
+
+    console: str = choice("auto", "auto", "live", "plain", "none")
+    """A live panel on a terminal, else one line a step (`auto`); or one of them always."""
+    wandb: str = choice("auto", "auto", "online", "offline", "off")
+    """Weights & Biases: online where an API key is set, else offline files (`auto`)."""
+    project: str = "sapo-train"
+    """W&B project."""
+    name: Optional[str] = None
+    """W&B run name; null takes the run folder's."""
+    tags: list[str] = field(default_factory=list)
+    """W&B tags."""
+    completions: int = number(8, least=0)
+    """Completions in each W&B table; all of them are in the run folder."""
+
+
+@dataclass
+class LaunchConfig:
+    """On how many processes the run is spread."""
+
+    num_processes: int = number(1, least=1)
+    """Ranks on this machine."""
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    description: str = ""
+    """One line about the recipe, shown by a bare `sapo-train`."""
+    seed: int = number(0, least=0)
+    """Seeds data order, sampling and initialisation."""
+    reproducible: bool = False
+    """Deterministic kernels and a seed for every completion: the same run twice gives the same numbers. Slower."""
+    resume: Optional[str] = None
+    """A run folder to continue from its last checkpoint."""
+    dry_run: bool = False
+    """Print what would happen and stop."""

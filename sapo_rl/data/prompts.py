@@ -1,0 +1,152 @@
+"""From rows to tokenised prompts: columns, wording, chat template, length."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from sapo_rl.config import DataConfig
+from sapo_rl.errors import UserError, did_you_mean
+from sapo_rl.types import Messages, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_FIELD = re.compile(r"\{(\w+)\}")
+_NO_WORDING = "{prompt}"
+
+
+def wording_columns(cfg: DataConfig) -> list[str]:
+    """Return the columns that the wording of a prompt is made of; `{prompt}` stands for `prompt_column`."""
+    names = [cfg.prompt_column if name == "prompt" else name for name in _FIELD.findall(cfg.template)]
+    return list(dict.fromkeys(names))
+
+
+def check_wording(cfg: DataConfig) -> None:
+    """Refuse a wording that cannot work.
+
+    Raises:
+        UserError: a template without a field or with the answer in it, or a system prompt without the chat template.
+    """
+    columns = wording_columns(cfg)
+    if not columns:
+        raise UserError(f"data.template: {cfg.template!r} holds no column; valid: {{prompt}}, or any column in braces")
+    if "answer" in columns or cfg.answer_column in columns:
+        raise UserError(f"data.template: {cfg.template!r} would show the model the answer")
+    if cfg.system_prompt is not None and not cfg.chat_template:
+        raise UserError("data.system_prompt: needs data.chat_template=true")
+
+
+def build_prompts(
+    rows: list[dict[str, Any]], cfg: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Prompt], int]:
+    """Return the prompts of `rows`, and how many were dropped for being longer than `cfg.max_prompt_tokens`.
+
+    `Prompt.index` is the row's number, dropped rows counted. `columns` has every column but the prompt's, the answer
+    also under `answer`; None where a row lacks a column. A chat that ends in an assistant message is left open there.
+
+    Raises:
+        UserError: a missing column, an unusable prompt, a tokenizer without a chat template, or no prompt left.
+    """
+    check_wording(cfg)
+    if not rows:
+        return [], 0
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    _check_columns(cfg, names)
+    contents = [_content(row, number, cfg) for number, row in enumerate(rows)]
+    texts = [_render(content, number, cfg, tokenizer) for number, content in enumerate(contents)]
+    # A chat template writes the special tokens itself.
+    token_ids: list[list[int]] = tokenizer(texts, add_special_tokens=not cfg.chat_template)["input_ids"]  # pyright: ignore[reportAssignmentType]
+    prompts = []
+    for number, (row, content, ids) in enumerate(zip(rows, contents, token_ids, strict=True)):
+        if not ids:
+            raise UserError(f"row {number}: its prompt is empty")
+        if len(ids) <= cfg.max_prompt_tokens:
+            prompts.append(Prompt(number, list(ids), content, _columns(row, names, cfg)))
+    if not prompts:
+        shortest = min(map(len, token_ids))
+        raise UserError(
+            f"data.max_prompt_tokens: all {len(rows)} prompts are longer than {cfg.max_prompt_tokens} tokens, "
+            f"the shortest has {shortest}"
+        )
+    return prompts, len(rows) - len(prompts)
+
+
+def _check_columns(cfg: DataConfig, names: list[str]) -> None:
+    for column in wording_columns(cfg):
+        if column not in names:
+            key = "data.prompt_column" if column == cfg.prompt_column else "data.template"
+            raise UserError(f"{key}: the data has no column '{column}'; {did_you_mean(column, names)}")
+    if cfg.answer_column is not None and cfg.answer_column not in names:
+        hint = did_you_mean(cfg.answer_column, names)
+        raise UserError(f"data.answer_column: the data has no column '{cfg.answer_column}'; {hint} (null for none)")
+
+
+def _columns(row: dict[str, Any], names: list[str], cfg: DataConfig) -> dict[str, Any]:
+    columns = {name: row.get(name) for name in names if name != cfg.prompt_column}
+    if cfg.answer_column is not None:
+        columns["answer"] = row.get(cfg.answer_column)
+    return columns
+
+
+def _content(row: dict[str, Any], number: int, cfg: DataConfig) -> str | Messages:
+    prompt = row.get(cfg.prompt_column)
+    if isinstance(prompt, list):
+        return _messages(prompt, number, cfg)
+
+    def fill(field: re.Match[str]) -> str:
+        column = cfg.prompt_column if field[1] == "prompt" else field[1]
+        value = row.get(column)
+        if value is None or isinstance(value, list | dict) or (field[1] == "prompt" and not isinstance(value, str)):
+            raise UserError(f"row {number}: '{column}' is {_kind(value)}, must be text")
+        return str(value)
+
+    return _FIELD.sub(fill, cfg.template)
+
+
+def _messages(prompt: list[Any], number: int, cfg: DataConfig) -> Messages:
+    for message in prompt:
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise UserError(f"row {number}: '{cfg.prompt_column}' must hold messages with the texts role and content")
+    if not cfg.chat_template:
+        raise UserError(f"row {number}: '{cfg.prompt_column}' holds chat messages, which need data.chat_template=true")
+    if cfg.template != _NO_WORDING:
+        raise UserError(f"data.template: is for text prompts, but '{cfg.prompt_column}' holds chat messages")
+    messages = [{"role": message["role"], "content": message["content"]} for message in prompt]
+    if cfg.system_prompt is None:
+        return messages
+    if messages and messages[0]["role"] == "system":
+        raise UserError(f"data.system_prompt: row {number} has a system message of its own")
+    return [{"role": "system", "content": cfg.system_prompt}, *messages]
+
+
+def _render(content: str | Messages, number: int, cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that the tokenizer gets."""
+    if not cfg.chat_template:
+        assert isinstance(content, str)
+        return content
+    from jinja2 import TemplateError
+
+    if tokenizer.chat_template is None:
+        raise UserError("data.chat_template: this model's tokenizer has no chat template; set data.chat_template=false")
+    messages = content
+    if isinstance(messages, str):
+        system = [] if cfg.system_prompt is None else [{"role": "system", "content": cfg.system_prompt}]
+        messages = [*system, {"role": "user", "content": messages}]
+    if not messages:
+        raise UserError(f"row {number}: its prompt is empty")
+    unfinished = messages[-1]["role"] == "assistant"
+    try:
+        return tokenizer.apply_chat_template(  # pyright: ignore[reportReturnType]
+            messages,
+            tokenize=False,
+            add_generation_prompt=not unfinished,
+            continue_final_message=unfinished,
+            **cfg.chat_template_args,
+        )
+    except TemplateError as error:
+        raise UserError(f"row {number}: the chat template refuses the prompt: {error}") from error
+
+
+def _kind(value: Any) -> str:
+    return "missing" if value is None else f"a {type(value).__name__}"

@@ -1,0 +1,61 @@
+"""The order in which prompts are drawn."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from sapo_rl.errors import UserError
+
+
+class PromptSampler:
+    """Draws `per_step` of `num_prompts` positions at a time, every position once an epoch, for ever.
+
+    A step may span the border of two epochs. Each epoch's order is a function of the seed and the epoch alone, so the
+    state is two numbers, and no other random generator is touched.
+    """
+
+    def __init__(self, num_prompts: int, per_step: int, seed: int, shuffle: bool) -> None:
+        if num_prompts < 1 or per_step < 1:
+            raise ValueError(f"num_prompts and per_step must be at least 1, got {num_prompts} and {per_step}")
+        self._num_prompts = num_prompts
+        self._per_step = per_step
+        self._seed = seed
+        self._shuffle = shuffle
+        self._position = 0
+        self.epoch = 0
+        self._order = self._draw_order()
+
+    def next(self) -> list[int]:
+        """Return the positions of the next step's prompts."""
+        drawn: list[int] = []
+        while len(drawn) < self._per_step:
+            if self._position == self._num_prompts:
+                self.epoch, self._position = self.epoch + 1, 0
+                self._order = self._draw_order()
+            part = self._order[self._position : self._position + self._per_step - len(drawn)]
+            self._position += len(part)
+            drawn += part
+        return drawn
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` needs to draw on from here; plain numbers."""
+        return {"epoch": self.epoch, "position": self._position, "num_prompts": self._num_prompts, "seed": self._seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            UserError: it was taken with other prompts or another seed, so that the order cannot be continued.
+        """
+        for key, value in (("num_prompts", self._num_prompts), ("seed", self._seed)):
+            if state[key] != value:
+                raise UserError(f"cannot resume the data order: it was saved with {key}={state[key]}, now {value}")
+        self.epoch, self._position = state["epoch"], state["position"]
+        self._order = self._draw_order()
+
+    def _draw_order(self) -> list[int]:
+        order = list(range(self._num_prompts))
+        if self._shuffle:
+            random.Random(f"prompts/{self._seed}/{self.epoch}").shuffle(order)
+        return order

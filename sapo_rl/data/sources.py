@@ -1,0 +1,102 @@
+"""From the data section of the config to rows: training rows and held-out rows."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+from sapo_rl.config import DataConfig
+from sapo_rl.data import arithmetic, gym, tables
+from sapo_rl.data.prompts import check_wording, wording_columns
+from sapo_rl.errors import UserError
+
+Rows = list[dict[str, Any]]
+
+
+def check_source(cfg: DataConfig) -> None:
+    """Refuse early what `load_rows` would refuse; loads neither torch nor datasets.
+
+    Raises:
+        UserError: a missing path or file, an unknown ending, generator or argument, an impossible wording.
+    """
+    check_wording(cfg)
+    if cfg.source == "arithmetic":
+        arithmetic.parse_args(cfg.args)
+    elif cfg.source == "reasoning_gym":
+        gym.create(_path(cfg), cfg.args, size=1, seed=0)
+    elif cfg.source == "huggingface":
+        _path(cfg)
+    else:
+        tables.check_file("data.path", cfg.path)
+        if cfg.eval_path is not None:
+            tables.check_file("data.eval_path", cfg.eval_path)
+
+
+def load_rows(cfg: DataConfig, eval_prompts: int, seed: int) -> tuple[Rows, Rows]:
+    """Return the training rows and `eval_prompts` held-out rows; no prompt is in both.
+
+    Generators make `cfg.size` training rows, or as many as there are different questions once the held-out rows are
+    taken. Of `eval_path` or `eval_split` a seeded choice is taken, all rows where there are fewer; with neither, a
+    seeded choice is held out of the training rows, and rows with the same wording leave them too.
+
+    Raises:
+        UserError: the source is missing, empty, or too small to hold out `eval_prompts` and train on the rest.
+    """
+    if cfg.source in ("arithmetic", "reasoning_gym"):
+        rows = _generate(cfg, cfg.size + eval_prompts, seed)
+        held_out, train = rows[:eval_prompts], rows[eval_prompts:]
+        if not train:
+            raise UserError(
+                f"data.args: there are only {len(rows)} different questions, eval.prompts={eval_prompts} leaves none "
+                "to train on; widen the arguments or hold out fewer"
+            )
+        return train, held_out
+    train = _read(cfg, "data.path", cfg.path, cfg.split)
+    if eval_prompts == 0:
+        return train, []
+    rng = random.Random(f"held-out/{seed}")
+    if cfg.source == "file" and cfg.eval_path is not None:
+        return train, _choose(_read(cfg, "data.eval_path", cfg.eval_path, ""), eval_prompts, rng)
+    if cfg.source == "huggingface" and cfg.eval_split is not None:
+        return train, _choose(_read(cfg, "data.path", cfg.path, cfg.eval_split), eval_prompts, rng)
+    return _hold_out(train, eval_prompts, wording_columns(cfg), rng)
+
+
+def _generate(cfg: DataConfig, count: int, seed: int) -> Rows:
+    if cfg.source == "arithmetic":
+        return arithmetic.generate(cfg.args, count, seed)
+    return gym.generate(_path(cfg), cfg.args, count, seed)
+
+
+def _read(cfg: DataConfig, key: str, path: str | None, split: str) -> Rows:
+    rows = tables.read_file(key, path) if cfg.source == "file" else tables.read_hub(_path(cfg), cfg.subset, split)
+    if not rows:
+        raise UserError(f"{key}: '{path}'{f', split {split!r},' if cfg.source == 'huggingface' else ''} has no rows")
+    return rows
+
+
+def _choose(rows: Rows, count: int, rng: random.Random) -> Rows:
+    return [rows[position] for position in sorted(rng.sample(range(len(rows)), min(count, len(rows))))]
+
+
+def _hold_out(rows: Rows, count: int, columns: list[str], rng: random.Random) -> tuple[Rows, Rows]:
+    def wording(row: dict[str, Any]) -> str:
+        return json.dumps([row.get(column) for column in columns], sort_keys=True, default=str)
+
+    held_out = _choose(rows, count, rng)
+    kept = {wording(row) for row in held_out}
+    train = [row for row in rows if wording(row) not in kept]
+    if not train:
+        raise UserError(
+            f"data.path: eval.prompts={count} of {len(rows)} rows are held out, which leaves none to train on; "
+            "hold out fewer or name data.eval_path or data.eval_split"
+        )
+    return train, held_out
+
+
+def _path(cfg: DataConfig) -> str:
+    if not cfg.path:
+        what = "a dataset of reasoning-gym" if cfg.source == "reasoning_gym" else "a dataset on the hub"
+        raise UserError(f"data.path: is missing; data.source={cfg.source} needs the name of {what}")
+    return cfg.path

@@ -1,0 +1,223 @@
+"""The training loop: prompts, rollout, rewards, advantages, K updates, weights back to vLLM, and again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from sapo_rl import run_folder
+from sapo_rl.advantages import advantages
+from sapo_rl.config import Config
+from sapo_rl.data import PromptSampler
+from sapo_rl.losses import inert_temperature_warning
+from sapo_rl.policy import checkpoint
+from sapo_rl.policy.model import Policy
+from sapo_rl.policy.trainer import PolicyTrainer
+from sapo_rl.rewards import RewardPool, RewardStats
+from sapo_rl.rollout.engine import Engine
+from sapo_rl.rollout.stream import Rollouts, verify
+from sapo_rl.rollout.weights.base import WeightTransport
+from sapo_rl.telemetry import Telemetry, Timers, sample_metrics
+from sapo_rl.types import Group, Messages, Prompt
+
+
+@dataclass
+class Run:
+    """The parts of one rank's run, and how far it has come."""
+
+    config: Config
+    folder: Path
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    sampler: PromptSampler
+    engines: Sequence[Engine]
+    rollouts: Rollouts
+    rewards: RewardPool
+    trainer: PolicyTrainer
+    transport: WeightTransport
+    telemetry: Telemetry
+    timers: Timers
+    step: int = 0
+    """The last step done."""
+    stop_asked: bool = False
+    """Set by a signal: finish the step, save, leave."""
+    before: list[tuple[str, str]] = field(default_factory=list)
+    """Held-out prompts with their first greedy completions, for the table at the end."""
+
+
+def train(run: Run) -> None:
+    """Run the steps that are left; every rank calls it with its own engines and its share of the prompts."""
+    if run.step == 0:
+        verify_weights(run)
+        evaluate(run)
+    warn_of_inert_temperatures(run)
+    while run.step < run.config.trainer.steps and not stopping(run):
+        run.step += 1
+        with run.timers("rollout"):
+            groups = run.rollouts.generate(next_prompts(run), run.step)
+        with run.timers("reward"):
+            scoring = run.rewards.score(groups)
+        assign_advantages(run, groups)
+        stats = run.trainer.train_on(groups, run.timers)
+        with run.timers("sync"):
+            publish_weights(run)
+        report(run, groups, scoring, stats)
+        if due(run, run.config.rollout.verify_every):
+            verify_weights(run)
+        if due(run, run.config.eval.every) or run.step == run.config.trainer.steps:
+            evaluate(run)
+        if due(run, run.config.checkpoint.every):
+            save(run)
+    finish(run)
+
+
+def due(run: Run, every: int) -> bool:
+    """Return whether something that happens `every` so many steps happens after this one; 0 is never."""
+    return every > 0 and run.step % every == 0
+
+
+def stopping(run: Run) -> bool:
+    """Return whether any rank was asked to stop."""
+    return any(gather_object([run.stop_asked]))
+
+
+def next_prompts(run: Run) -> list[Prompt]:
+    """Draw the step's prompts, the same on all ranks, and return this rank's share."""
+    return shard(run, [run.prompts[index] for index in run.sampler.next()])
+
+
+def shard(run: Run, items: list[Prompt]) -> list[Prompt]:
+    """Return this rank's share of a list that all ranks hold."""
+    ranks, rank = run.trainer.accelerator.num_processes, run.trainer.accelerator.process_index
+    return items[rank * len(items) // ranks : (rank + 1) * len(items) // ranks]
+
+
+def assign_advantages(run: Run, groups: list[Group]) -> None:
+    """Fill in each sample's weighted reward and its advantage within the group."""
+    functions, settings = run.config.reward.functions, run.config.advantage
+    values_PGR = [[[sample.rewards[name] for name in functions] for sample in group.samples] for group in groups]
+    rewards_PG, advantages_PG = advantages(
+        values_PGR,
+        [function.weight for function in functions.values()],
+        scale=settings.scale,
+        baseline=settings.baseline,
+        combine=settings.combine,
+        eps=settings.eps,
+        batch_PGR=gather_object(values_PGR) if settings.scale == "batch" else None,
+    )
+    for group, rewards_G, advantages_G in zip(groups, rewards_PG, advantages_PG, strict=True):
+        for sample, reward, advantage in zip(group.samples, rewards_G, advantages_G, strict=True):
+            sample.reward, sample.advantage = reward, advantage
+
+
+def publish_weights(run: Run) -> None:
+    """Bring the trainer's weights into every engine of this rank, under the version `step`."""
+    run.transport.push(run.trainer.policy.named_weights(), run.engines, run.step)
+
+
+def verify_weights(run: Run) -> None:
+    """Prove that vLLM runs the trainer's weights: both score the same prompt."""
+    if not run.config.rollout.verify_every:
+        return
+    token_ids = run.prompts[0].token_ids
+    expected = run.trainer.score(token_ids)
+    found = [verify(engine, token_ids, expected, run.config.model.dtype) for engine in run.engines]
+    run.telemetry.record(run.step, {"mismatch/probe_logp_diff": max(found)})
+
+
+def report(run: Run, groups: list[Group], scoring: RewardStats, stats: dict[str, float]) -> None:
+    """Write the step's numbers and completions, of all ranks together."""
+    everyone: list[Group] = gather_object(groups)
+    errors: list[dict[str, int]] = gather_object([scoring.errors])
+    restarts: list[int] = gather_object([engine.restarts for engine in run.engines])
+    for name, text in scoring.failures.items():
+        run.telemetry.warn(f"{text} (reward {name}: {scoring.errors[name]} samples scored 0)")
+    phases = run.timers.take()
+    tokens = sum(len(sample.token_ids) for group in everyone for sample in group.samples)
+    own = {
+        "perf/tokens_per_second": tokens / phases["time/step"],
+        "perf/completion_tokens": float(tokens),
+        "rollout/engine_restarts": float(sum(restarts)),
+    } | {f"rewards/{name}/errors": float(sum(count[name] for count in errors)) for name in errors[0]}
+    run.telemetry.log_step(run.step, {**sample_metrics(everyone), **own, **stats, **phases}, everyone)
+
+
+def evaluate(run: Run) -> None:
+    """Measure greedy accuracy on the held-out prompts, and the mean of several samples where asked for."""
+    if not run.held_out:
+        return
+    settings, functions = run.config.eval, run.config.reward.functions
+    judge = settings.reward or next(iter(functions))
+    with run.timers("eval"):
+        greedy = run.rollouts.greedy(shard(run, run.held_out))
+        run.rewards.score(greedy)
+        sampled: list[Group] = []
+        if settings.samples:
+            sampled = run.rollouts.generate(shard(run, run.held_out), -run.step, settings.samples)
+            run.rewards.score(sampled)
+    greedy, sampled = gather_object(greedy), gather_object(sampled)
+    metrics = {"eval/accuracy": mean_reward(greedy, judge), "eval/mean_length": mean_length(greedy)}
+    if sampled:
+        metrics["eval/reward_mean"] = mean_reward(sampled, judge)
+    examples = [(show(group.prompt.content), group.samples[0].text) for group in greedy[:3]]
+    run.before = run.before or examples
+    run.telemetry.log_eval(run.step, metrics, examples)
+
+
+def show(content: str | Messages) -> str:
+    """Return a prompt as one text: the last message of a chat."""
+    return content if isinstance(content, str) else content[-1]["content"]
+
+
+def mean_reward(groups: list[Group], name: str) -> float:
+    """Return the mean of one reward over the samples to which it applies; 0 where it applies to none."""
+    values = [sample.rewards[name] for group in groups for sample in group.samples]
+    scored = [value for value in values if value is not None]
+    return sum(scored) / max(1, len(scored))
+
+
+def mean_length(groups: list[Group]) -> float:
+    """Return the mean number of completion tokens."""
+    lengths = [len(sample.token_ids) for group in groups for sample in group.samples]
+    return sum(lengths) / len(lengths)
+
+
+def warn_of_inert_temperatures(run: Run) -> None:
+    """Say once where SAPO's gate cannot act, or is known not to hold."""
+    loss, settings = run.config.loss, run.config.trainer
+    text = inert_temperature_warning(settings.updates_per_rollout, loss.tau_pos, loss.tau_neg)
+    if loss.name == "sapo" and text:
+        run.telemetry.warn(text)
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint from which `resume=` continues as if nothing had happened."""
+    state: dict[str, Any] = {
+        "sampler": run.sampler.state_dict(),
+        "wandb_id": run.telemetry.wandb_id,
+        "before": run.before,
+    }
+    folder = run.folder / run_folder.CHECKPOINTS
+    checkpoint.save(folder, run.step, run.trainer, state, run.config.checkpoint.keep_last)
+
+
+def finish(run: Run) -> None:
+    """Leave the trained model, or, where the run was stopped, the checkpoint to resume from."""
+    complete = run.step == run.config.trainer.steps
+    if run.config.checkpoint.every and run.step % run.config.checkpoint.every:
+        save(run)
+    if complete and run.config.checkpoint.save_final and run.trainer.accelerator.is_main_process:
+        export(run.trainer.policy, run.rollouts.tokenizer, run.folder / run_folder.FINAL)
+    run.telemetry.finish(complete=complete, before=run.before)
+
+
+def export(policy: Policy, tokenizer: Any, folder: Path) -> None:
+    """Write the model as a Hugging Face folder, whole or not at all."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    policy.export(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(folder)

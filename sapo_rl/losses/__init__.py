@@ -1,0 +1,56 @@
+"""Policy losses: pure functions on packed tokens, thin classes over them, and the table of their names.
+
+Two ways in. `build_loss` returns the function that the trainer calls on each packed micro-batch. The classes in
+`POLICY_LOSS_FN` take padded `(B, T)` tensors, as Trinity-RFT's do. Both run the same token functions.
+"""
+
+from sapo_rl.losses.aggregation import AGGREGATION_MODES, aggregate_loss, masked_mean, sequence_mean, token_weights
+from sapo_rl.losses.base import POLICY_LOSS_FN, PolicyLossFn, TokenLosses
+from sapo_rl.losses.build import LossInputs, LossOutputs, build_loss
+from sapo_rl.losses.cispo import CISPOPolicyLossFn, cispo_token_losses
+from sapo_rl.losses.correction import MismatchCorrection, mismatch_factor, stale_negative_mask
+from sapo_rl.losses.divergence import KLPenalty, kl_estimate
+from sapo_rl.losses.gates import GATES, gate_value, gate_weight, half_weight_distance, temperatures
+from sapo_rl.losses.grpo import GRPOPolicyLossFn, clipped_token_losses
+from sapo_rl.losses.gspo import GSPOPolicyLossFn
+from sapo_rl.losses.metrics import inert_temperature_warning, policy_metrics
+from sapo_rl.losses.ratio import bounded_ratio, log_ratio
+from sapo_rl.losses.reinforce import ReinforcePolicyLossFn, reinforce_token_losses
+from sapo_rl.losses.sapo import SAPOPolicyLossFn, sapo_token_losses
+
+__all__ = [
+    "AGGREGATION_MODES",
+    "GATES",
+    "POLICY_LOSS_FN",
+    "CISPOPolicyLossFn",
+    "GRPOPolicyLossFn",
+    "GSPOPolicyLossFn",
+    "KLPenalty",
+    "LossInputs",
+    "LossOutputs",
+    "MismatchCorrection",
+    "PolicyLossFn",
+    "ReinforcePolicyLossFn",
+    "SAPOPolicyLossFn",
+    "TokenLosses",
+    "aggregate_loss",
+    "bounded_ratio",
+    "build_loss",
+    "cispo_token_losses",
+    "clipped_token_losses",
+    "gate_value",
+    "gate_weight",
+    "half_weight_distance",
+    "inert_temperature_warning",
+    "kl_estimate",
+    "log_ratio",
+    "masked_mean",
+    "mismatch_factor",
+    "policy_metrics",
+    "reinforce_token_losses",
+    "sapo_token_losses",
+    "sequence_mean",
+    "stale_negative_mask",
+    "temperatures",
+    "token_weights",
+]

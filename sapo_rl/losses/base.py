@@ -1,0 +1,124 @@
+"""What all policy losses share: the call on padded tensors, checks of common settings, and the table of names."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sapo_rl.losses.aggregation import check_mode, padded_token_weights
+from sapo_rl.losses.ratio import RATIO_LEVELS, bounded_ratio, log_ratio
+from sapo_rl.registry import Registry
+
+LARGEST_LOG_RATIO = 80.0
+"""Bounds on the log ratio above this would let exp overflow in float32 (at 88.7)."""
+
+
+class TokenLosses(NamedTuple):
+    """A policy loss before aggregation."""
+
+    losses: Tensor
+    """`(T,)` one loss per token, differentiable in the log-probabilities."""
+    gradient_weight: Tensor
+    """`(T,)` detached c with d loss / d logp = -A * ratio * c: the share of the unclipped gradient that is left."""
+
+
+@dataclass
+class PolicyLossFn(ABC):
+    """A policy loss with its settings: `token_losses` on packed tokens, and a call on padded tensors around it.
+
+    Subclasses are dataclasses that declare their settings as fields and implement `token_losses`; registered with
+    `POLICY_LOSS_FN.register_module(name)`, they can be named in a config. `build_loss` passes each of them the settings
+    that its constructor names.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    name: ClassVar[str] = "policy"
+    """Prefix of the loss's metric."""
+    backend: str = "verl"
+    """Kept for callers of the published class; nothing depends on it."""
+    _: KW_ONLY
+    loss_agg_mode: str = "token-mean"
+    """One of `AGGREGATION_MODES`; only the padded call reads it, packed micro-batches bring their token weights."""
+    loss_agg_norm: float | None = None
+    """Divisor of `seq-mean-token-sum-norm` in the padded call; None takes the padded length T."""
+    log_ratio_clamp: float = 20.0
+    """Bound on |log ratio| before it is exponentiated, at most 80."""
+    ratio_level: str = "token"
+    """`token`, or `sequence` for the length-normalised ratio of the whole sequence."""
+
+    def __post_init__(self) -> None:
+        check_mode(self.loss_agg_mode)
+        if self.ratio_level not in RATIO_LEVELS:
+            raise ValueError(f"unknown ratio_level '{self.ratio_level}'; valid: {', '.join(RATIO_LEVELS)}")
+        if not 0 < self.log_ratio_clamp <= LARGEST_LOG_RATIO:
+            raise ValueError(f"log_ratio_clamp must be in (0, {LARGEST_LOG_RATIO:g}], found {self.log_ratio_clamp}")
+        if self.loss_agg_norm is not None and not self.loss_agg_norm > 0:
+            raise ValueError(f"loss_agg_norm must be above 0 or null, found {self.loss_agg_norm}")
+
+    @abstractmethod
+    def token_losses(self, logps: Tensor, log_ratios: Tensor, advantages: Tensor) -> TokenLosses:
+        """Return the loss of each token from packed `(T,)` tensors; `log_ratios` are unbounded and differentiable."""
+
+    @classmethod
+    def default_args(cls) -> dict[str, Any]:
+        """Return the default of every setting but `backend`."""
+        return {setting.name: setting.default for setting in fields(cls) if setting.name != "backend"}
+
+    def packed(
+        self, logps: Tensor, old_logps: Tensor, advantages: Tensor, sequence_ids: Tensor, num_sequences: int
+    ) -> TokenLosses:
+        """Return the loss of each token of a packed micro-batch: all tensors `(T,)`, ids in 0..num_sequences-1."""
+        log_ratios = log_ratio(logps, old_logps, sequence_ids, num_sequences, self.ratio_level)
+        return self.token_losses(logps, log_ratios, advantages)
+
+    def __call__(
+        self, logprob: Tensor, old_logprob: Tensor, action_mask: Tensor, advantages: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Return the aggregated loss `()` of a padded batch, and its metrics as plain floats.
+
+        Tokens are gathered by the mask before anything is computed, so masked positions may hold inf or NaN.
+
+        Args:
+            logprob: `(B, T)` log-probabilities under the policy, which carry the gradient.
+            old_logprob: `(B, T)` log-probabilities under the policy of the rollouts; no gradient flows into them.
+            action_mask: `(B, T)` bool, int or float; not 0 marks completion tokens.
+            advantages: `(B, T)`, `(B, 1)` or `(B,)`.
+            kwargs: ignored, so that callers may pass the whole batch.
+        """
+        live = action_mask.bool()
+        rows, width = logprob.shape
+        columns = advantages.unsqueeze(-1) if advantages.dim() == 1 else advantages
+        dtype = torch.promote_types(logprob.dtype, torch.float32)
+        logps, old_logps = logprob[live].to(dtype), old_logprob.detach()[live].to(dtype)
+        packed_advantages = columns.detach().expand(rows, width)[live].to(dtype)
+        sequence_ids = torch.arange(rows, device=live.device).unsqueeze(-1).expand(rows, width)[live]
+
+        tokens = self.packed(logps, old_logps, packed_advantages, sequence_ids, rows)
+        weights = padded_token_weights(live, self.loss_agg_mode, self.loss_agg_norm).to(dtype)[sequence_ids]
+        loss = (tokens.losses * weights).sum()
+
+        log_ratios = log_ratio(logps.detach(), old_logps, sequence_ids, rows, self.ratio_level)
+        ratio, _ = bounded_ratio(log_ratios, self.log_ratio_clamp)
+        means = {
+            "ppo_kl": old_logps - logps.detach(),
+            "avg_ratio": ratio,
+            "pos_adv_frac": (packed_advantages > 0).to(dtype),
+            **self.token_metrics(ratio, packed_advantages),
+        }
+        count = max(logps.numel(), 1)
+        metrics = {f"{self.name}_loss": loss.detach()} | {key: value.sum() / count for key, value in means.items()}
+        return loss, dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+
+    def token_metrics(self, ratio: Tensor, advantages: Tensor) -> dict[str, Tensor]:
+        """Return further `(T,)` quantities whose means the padded call reports."""
+        return {}
+
+
+POLICY_LOSS_FN: Registry[type[PolicyLossFn]] = Registry("policy loss")
+"""Policy losses by the name that a config gives."""

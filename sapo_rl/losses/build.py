@@ -1,0 +1,103 @@
+"""From a loss's name and settings to the function that the trainer calls on each packed micro-batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from sapo_rl.losses.base import POLICY_LOSS_FN, PolicyLossFn
+from sapo_rl.losses.correction import MismatchCorrection
+from sapo_rl.losses.divergence import KLPenalty
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossInputs:
+    """One packed micro-batch: T completion tokens of S whole sequences, contiguous, with ascending ids."""
+
+    logps: Tensor
+    """`(T,)` float32 log-probabilities under the policy now; they carry the gradient."""
+    old_logps: Tensor
+    """`(T,)` the trainer's log-probabilities at rollout time."""
+    advantages: Tensor
+    """`(T,)`, one value a sequence."""
+    sequence_ids: Tensor
+    """`(T,)` int64 in 0..S-1."""
+    num_sequences: int
+    """S."""
+    token_weights: Tensor
+    """`(T,)` the aggregation: the loss is `(token_losses * token_weights).sum()`."""
+    rollout_logps: Tensor | None = None
+    """`(T,)` vLLM's log-probabilities, where a correction needs them."""
+    ref_logps: Tensor | None = None
+    """`(T,)` the reference model's log-probabilities, where there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOutputs:
+    """What a micro-batch gives."""
+
+    loss: Tensor
+    """`()` to be backpropagated: this micro-batch's share of the whole batch's loss."""
+    gradient_weight: Tensor
+    """`(T,)` detached c with d(policy term) / d logp = -A * ratio * c, before aggregation and correction."""
+    kl: Tensor | None
+    """`(T,)` detached KL estimate to the reference, where there is one."""
+    correction: Tensor | None
+    """`(T,)` detached factor on the policy term, where a correction is set."""
+
+
+def build_loss(name: str, **settings: Any) -> Callable[[LossInputs], LossOutputs]:
+    """Return the loss called `name` as a pure function of a packed micro-batch.
+
+    Args:
+        name: a name in `POLICY_LOSS_FN`.
+        settings: the fields of the config's group `loss`, with `kl` and `correction` as dictionaries. What this loss
+            does not use is accepted and has no effect; what is left out takes the class's default, not the recipes'.
+
+    Raises:
+        UnknownNameError: no such loss.
+        ValueError: a setting out of its range, or one that no loss knows.
+    """
+    loss_class = POLICY_LOSS_FN.get(name)
+    penalty = KLPenalty(**settings.pop("kl", {}))
+    correction = MismatchCorrection(**settings.pop("correction", {}))
+    own = _settings_of(loss_class)
+    known = own.union(*(_settings_of(POLICY_LOSS_FN.get(other)) for other in POLICY_LOSS_FN))
+    if unknown := sorted(settings.keys() - known):
+        valid = ", ".join(sorted(known | {"kl", "correction"}))
+        raise ValueError(f"unknown loss setting '{unknown[0]}'; valid: {valid}")
+    policy = loss_class(**{key: value for key, value in settings.items() if key in own})
+    return lambda inputs: _evaluate(inputs, policy, penalty, correction)
+
+
+def _settings_of(loss_class: type[PolicyLossFn]) -> set[str]:
+    return set(inspect.signature(loss_class).parameters)
+
+
+def _evaluate(
+    inputs: LossInputs, policy: PolicyLossFn, penalty: KLPenalty, correction: MismatchCorrection
+) -> LossOutputs:
+    """Return policy term times correction, plus KL penalty, summed with the batch's token weights."""
+    tokens = policy.packed(inputs.logps, inputs.old_logps, inputs.advantages, inputs.sequence_ids, inputs.num_sequences)
+    factor = correction.tokens(
+        inputs.logps,
+        inputs.old_logps,
+        inputs.advantages,
+        inputs.rollout_logps,
+        inputs.sequence_ids,
+        inputs.num_sequences,
+    )
+    kl = penalty.tokens(inputs.logps, inputs.ref_logps)
+    losses = tokens.losses if factor is None else tokens.losses * factor
+    if kl is not None and penalty.coef > 0:
+        losses = losses + penalty.coef * kl
+    return LossOutputs(
+        loss=(losses * inputs.token_weights.to(losses.dtype)).sum(),
+        gradient_weight=tokens.gradient_weight,
+        kl=None if kl is None else kl.detach(),
+        correction=factor,
+    )

@@ -1,0 +1,130 @@
+"""SAPO, Soft Adaptive Policy Optimization (arXiv 2511.20347)."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from sapo_rl.losses.base import POLICY_LOSS_FN, PolicyLossFn, TokenLosses
+from sapo_rl.losses.gates import find_gate, gate_value, gate_weight, temperatures
+from sapo_rl.losses.ratio import bounded_ratio
+
+GRADIENTS = ("paper", "detached")
+"""How the gradient passes the gate."""
+
+
+def sapo_token_losses(
+    logps: Tensor,
+    log_ratios: Tensor,
+    advantages: Tensor,
+    *,
+    tau_pos: float,
+    tau_neg: float,
+    gate: str = "sigmoid",
+    gradient: str = "paper",
+    log_ratio_clamp: float = 20.0,
+) -> TokenLosses:
+    """Return SAPO's loss of each packed token.
+
+    With r = exp(log_ratios), tau by the advantage's sign, f the gate and w = f' its slope:
+
+    * `paper`: loss -f(r) A, differentiated through the gate, so d loss / d logp = -A w r (equations 5-8);
+    * `detached`: loss -A f(r) logp with f held constant, so d loss / d logp = -A f(r), as Trinity-RFT publishes it.
+      That is 2 / tau times the paper's gradient at r = 1, and it grows with r where the paper's vanishes.
+
+    Args:
+        logps: `(T,)` log-probabilities now; only `detached` reads them.
+        log_ratios: `(T,)` log r, differentiable, by token or by sequence.
+        advantages: `(T,)`.
+        tau_pos: temperature where A > 0.
+        tau_neg: temperature where A <= 0.
+        gate: one of `GATES`.
+        gradient: `paper` or `detached`.
+        log_ratio_clamp: bound on |log r|.
+    """
+    ratio, inside = bounded_ratio(log_ratios, log_ratio_clamp)
+    tau = temperatures(advantages, tau_pos, tau_neg)
+    value = gate_value(ratio, tau, gate)
+    if gradient == "paper":
+        return TokenLosses(-value * advantages, gate_weight(ratio.detach(), tau, gate) * inside)
+    coefficient = value.detach()
+    return TokenLosses(-advantages * coefficient * logps, coefficient / ratio.detach())
+
+
+def check_temperatures(tau_pos: float, tau_neg: float, *, strict: bool) -> None:
+    """Raise ValueError unless both temperatures are above 0 and finite and, where `strict`, tau_neg >= tau_pos."""
+    for key, tau in (("tau_pos", tau_pos), ("tau_neg", tau_neg)):
+        if not 0 < tau < float("inf"):
+            raise ValueError(f"{key} must be above 0 and finite, found {tau}")
+    if strict and tau_neg < tau_pos:
+        raise ValueError(
+            f"tau_neg ({tau_neg}) is below tau_pos ({tau_pos}), which the paper found the least stable; "
+            "raise tau_neg, or set strict_temperatures to false"
+        )
+
+
+@POLICY_LOSS_FN.register_module("sapo")
+@dataclass
+class SAPOPolicyLossFn(PolicyLossFn):
+    """SAPO's loss with the published Trinity-RFT class's defaults; recipes set what the paper says instead.
+
+    The defaults here, `gradient="detached"` and `loss_agg_mode="token-mean"`, reproduce that class. The paper's
+    objective is `gradient="paper"` and `loss_agg_mode="seq-mean-token-mean"`, which every recipe in `configs/loss`
+    sets.
+
+    In the padded call a mean over sequences counts every row, fully masked ones included, as Trinity-RFT does;
+    `token-mean` divides by the live tokens alone, and `seq-mean-token-sum-norm` by `loss_agg_norm` alone. Metrics:
+    `sapo_loss`, `ppo_kl` (mean of old - new log-probability), `avg_soft_gate`, `avg_ratio`, `pos_adv_frac`.
+
+    Raises:
+        ValueError: a temperature that is not above 0; `tau_neg < tau_pos` under `strict_temperatures`; an unknown gate,
+            gradient, aggregation or ratio level.
+    """
+
+    name: ClassVar[str] = "sapo"
+    tau_pos: float = 1.0
+    """Temperature of tokens with positive advantage."""
+    tau_neg: float = 1.05
+    """Temperature of all other tokens."""
+    _: KW_ONLY
+    gradient: str = "detached"
+    """`paper` or `detached`; see `sapo_token_losses`."""
+    gate: str = "sigmoid"
+    """One of `GATES`."""
+    strict_temperatures: bool = True
+    """Refuse `tau_neg < tau_pos`, the least stable order in the paper's ablation (which runs 0.95)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_temperatures(self.tau_pos, self.tau_neg, strict=self.strict_temperatures)
+        if self.gradient not in GRADIENTS:
+            raise ValueError(f"unknown gradient '{self.gradient}'; valid: {', '.join(GRADIENTS)}")
+        find_gate(self.gate)
+
+    @classmethod
+    def default_args(cls) -> dict[str, Any]:
+        """Return the defaults of the settings that the published class has."""
+        return {"tau_pos": 1.0, "tau_neg": 1.05, "loss_agg_mode": "token-mean"}
+
+    def soft_gate_function(self, ratio: Tensor, advantages: Tensor) -> Tensor:
+        """Return f(ratio), by default `sigmoid(tau (ratio - 1)) * 4 / tau`; shapes broadcast, A = 0 takes `tau_neg`."""
+        return gate_value(ratio, temperatures(advantages.to(ratio.dtype), self.tau_pos, self.tau_neg), self.gate)
+
+    def token_losses(self, logps: Tensor, log_ratios: Tensor, advantages: Tensor) -> TokenLosses:
+        """Return `sapo_token_losses` with this object's settings."""
+        return sapo_token_losses(
+            logps,
+            log_ratios,
+            advantages,
+            tau_pos=self.tau_pos,
+            tau_neg=self.tau_neg,
+            gate=self.gate,
+            gradient=self.gradient,
+            log_ratio_clamp=self.log_ratio_clamp,
+        )
+
+    def token_metrics(self, ratio: Tensor, advantages: Tensor) -> dict[str, Tensor]:
+        """Return the gate's value per token, reported as `avg_soft_gate`; it is 2 / tau, not 1, on-policy."""
+        return {"avg_soft_gate": self.soft_gate_function(ratio, advantages)}

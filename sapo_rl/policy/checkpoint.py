@@ -1,0 +1,117 @@
+"""Checkpoints from which a run continues exactly: written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from sapo_rl.errors import UserError
+from sapo_rl.policy.trainer import PolicyTrainer
+
+PATTERN = "step_{:06d}"
+
+
+def save(folder: Path, step: int, trainer: PolicyTrainer, state: dict[str, Any], keep_last: int) -> None:
+    """Write `folder/step_<step>`; called on every rank.
+
+    Args:
+        folder: the run's folder of checkpoints.
+        step: the last step that the checkpoint contains.
+        trainer: its weights (float32), optimiser and schedule are kept.
+        state: what the loop wants back; JSON.
+        keep_last: that many checkpoints stay, older ones go.
+    """
+    accelerator = trainer.accelerator
+    final, partial = folder / PATTERN.format(step), folder / f".{PATTERN.format(step)}.partial"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    torch.save(_random_state(), partial / f"random_{accelerator.process_index}.pt")
+    if accelerator.is_main_process:
+        save_file({name: weight.contiguous() for name, weight in trainer.policy.named_weights()}, partial / "model.safetensors")
+        torch.save(trainer.optimizer.state_dict(), partial / "optimizer.pt")
+        record = {"step": step, "updates": trainer.updates, "schedule": trainer.schedule.state_dict(), "state": state}
+        (partial / "state.json").write_text(json.dumps(record, indent=1, default=float))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _sync(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in sorted(folder.glob("step_*"))[:-keep_last]:
+            shutil.rmtree(old)
+
+
+def latest(folder: Path) -> Path:
+    """Return the newest complete checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = sorted(folder.glob("step_*"))
+    if not found:
+        raise UserError(f"resume: no checkpoint in '{folder}'; the run ended before checkpoint.every steps: start it anew")
+    return found[-1]
+
+
+def load(checkpoint: Path, trainer: PolicyTrainer) -> tuple[int, dict[str, Any]]:
+    """Put a checkpoint into the trainer and the random generators; called on every rank.
+
+    Returns:
+        The step that the checkpoint contains, and the loop's state.
+
+    Raises:
+        UserError: the checkpoint is damaged or belongs to another model.
+    """
+    try:
+        record = json.loads((checkpoint / "state.json").read_text())
+        weights = load_file(checkpoint / "model.safetensors")
+        optimizer = torch.load(checkpoint / "optimizer.pt", map_location=trainer.accelerator.device, weights_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"resume: checkpoint '{checkpoint}' cannot be read: {error}") from error
+    for name, parameter in trainer.policy.named_weights():
+        if name not in weights or weights[name].shape != parameter.shape:
+            raise UserError(f"resume: checkpoint '{checkpoint}' is of another model: weight '{name}' differs")
+        parameter.copy_(weights[name])
+    trainer.optimizer.load_state_dict(optimizer)
+    trainer.schedule.load_state_dict(record["schedule"])
+    trainer.updates = record["updates"]
+    own = checkpoint / f"random_{trainer.accelerator.process_index}.pt"
+    if own.is_file():  # a rank that did not exist then keeps its fresh seed
+        _restore_random_state(torch.load(own, weights_only=True))
+    return record["step"], record["state"]
+
+
+def _random_state() -> dict[str, Any]:
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    name, keys, position, has_gauss, cached = state["numpy"]
+    random.setstate(state["python"])
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    for device, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(cuda_state, device)
+
+
+def _sync(folder: Path) -> None:
+    """Have the files on the disk before the folder gets its final name."""
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

@@ -1,0 +1,112 @@
+"""The policy as a module: packed stream in, log-probability and entropy of its completion tokens out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from sapo_rl.config import ModelConfig
+from sapo_rl.errors import UserError
+from sapo_rl.policy import attention
+from sapo_rl.policy.logprobs import token_logps
+from sapo_rl.policy.packing import PackedBatch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Policy(nn.Module):
+    """A causal language model under the packed attention, with float32 weights and a compute dtype of its own."""
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.dtype = dtype
+
+    def forward(self, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        """Return (T,) float32 log-probabilities of the completion tokens at `temperature`, and their (T,) entropies."""
+        half = self.dtype == torch.bfloat16
+        with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=half):
+            hidden = self.model.base_model(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                use_cache=False,
+                packed=batch,
+            ).last_hidden_state[0]
+        head = self.model.get_output_embeddings()
+        states = hidden[batch.hidden_index].to(self.dtype)
+        return token_logps(states, head.weight, batch.targets, temperature)  # type: ignore[arg-type]
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each weight once under its Hugging Face name; a tied head is its embedding's."""
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.detach()
+
+    def export(self, folder: Path) -> None:
+        """Write a Hugging Face model folder, weights in the compute dtype."""
+        weights = {name: tensor.to(self.dtype) for name, tensor in self.model.state_dict().items()}
+        self.model.config.dtype = self.dtype
+        self.model.save_pretrained(folder, state_dict=weights)
+
+
+def load_policy(config: ModelConfig, gradient_checkpointing: bool = False) -> Policy:
+    """Load the model with float32 weights.
+
+    Raises:
+        UserError: the model cannot be found or read, or has a head that the packed log-probabilities do not cover.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.path,
+            revision=config.revision or "main",
+            dtype=torch.float32,
+            attn_implementation=attention.NAME,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model.path: cannot load '{config.path}': {_first_line(error)}") from error
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        raise UserError(f"model.path: '{config.path}' has no plain linear head; a causal language model is needed")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # the ratio of new to old must not be noise
+    model.train()
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return Policy(model, DTYPES[config.dtype])
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load the model's tokenizer.
+
+    Raises:
+        UserError: there is none at the model's path.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(
+            config.path, revision=config.revision or "main", trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model.path: no tokenizer at '{config.path}': {_first_line(error)}") from error
+
+
+def stop_tokens(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that end a completion: the tokenizer's end of sequence and those of the generation config."""
+    found = {tokenizer.eos_token_id}
+    try:
+        ids = GenerationConfig.from_pretrained(config.path, revision=config.revision or "main").eos_token_id
+        found.update(ids if isinstance(ids, list) else [ids])
+    except OSError:
+        pass  # a model without a generation config stops at the tokenizer's token alone
+    stops = sorted(token for token in found if token is not None)
+    if not stops:
+        raise UserError(f"model.path: '{config.path}' names no end-of-sequence token, so no completion would end")
+    return stops
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,163 @@
+"""Samples into packed micro-batches: no padding, and each prompt computed once for all its completions.
+
+A micro-batch is one stream of N tokens: for every prompt in it, the prompt's tokens, then the tokens of each of its
+completions but the last, whose successor nobody asks for. Attention knows the stream as segments: a prompt sees itself, a
+completion sees its prompt and itself. So everything but attention's keys and values is computed once a prompt, not once a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What the trainer needs of one sample."""
+
+    prompt: Sequence[int]
+    """Prompt tokens."""
+    completion: Sequence[int]
+    """Completion tokens, at least one."""
+    advantage: float
+    """Shared by all tokens of the completion."""
+    weight: float
+    """Aggregation weight of each of its tokens (`sapo_rl.losses.token_weights`)."""
+    rollout_logps: Sequence[float] | None = None
+    """vLLM's log-probabilities of the completion's tokens."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedBatch:
+    """One micro-batch: N stream tokens, of which T completion tokens of S sequences are trained on."""
+
+    input_ids: Tensor
+    """(N,) int64"""
+    position_ids: Tensor
+    """(N,) int64: the position within the own sequence, prompt included."""
+    kv_index: Tensor
+    """(K,) int64 into the stream: the keys that the segments see, one segment after the other."""
+    cu_seq_q: Tensor
+    """(segments + 1,) int32: where each segment's queries start in the stream."""
+    cu_seq_k: Tensor
+    """(segments + 1,) int32: where each segment's keys start in `kv_index`."""
+    max_q: int
+    max_k: int
+    hidden_index: Tensor
+    """(T,) int64 into the stream: the position whose hidden state predicts the completion token."""
+    targets: Tensor
+    """(T,) int64: the completion tokens."""
+    sequence_ids: Tensor
+    """(T,) int64 in 0..S-1, ascending."""
+    advantages: Tensor
+    """(T,) float32"""
+    token_weights: Tensor
+    """(T,) float32"""
+    rollout_logps: Tensor | None
+    """(T,) float32, or None where vLLM returned none."""
+    num_sequences: int
+    """S"""
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """Return the batch with its tensors on `device`."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if isinstance(v, Tensor)})
+
+
+def pack(groups: Iterable[Sequence[Item]], budget: int) -> list[PackedBatch]:
+    """Cut groups (samples of one prompt each) into micro-batches of about `budget` stream tokens, evenly filled.
+
+    A group stays whole where it fits; one that does not is cut, and its prompt computed once in each part. A single
+    sample longer than the budget makes a micro-batch of its own.
+    """
+    units = [unit for group in groups for unit in _cut(list(group), budget)]
+    count = len(_fill(units, budget))
+    low, high = 0, budget
+    while low + 1 < high:  # the smallest capacity that needs no more micro-batches: no small rest at the end
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_fill(units, middle)) == count else (middle, high)
+    return [_lay_out(batch) for batch in _fill(units, high)]
+
+
+def _fill(units: Sequence[list[Item]], capacity: int) -> list[list[list[Item]]]:
+    batches: list[list[list[Item]]] = []
+    room = 0
+    for unit in units:
+        cost = _cost(unit)
+        if not batches or cost > room:
+            batches.append([])
+            room = capacity
+        batches[-1].append(unit)
+        room -= cost
+    return batches
+
+
+def empty_batch() -> PackedBatch:
+    """A micro-batch of weight 0: what a rank without work runs, so that it takes part in every collective."""
+    return _lay_out([[Item(prompt=[0], completion=[0], advantage=0.0, weight=0.0)]])
+
+
+def _cost(unit: Sequence[Item]) -> int:
+    return len(unit[0].prompt) + sum(len(item.completion) - 1 for item in unit)
+
+
+def _cut(group: list[Item], budget: int) -> list[list[Item]]:
+    parts: list[list[Item]] = []
+    for item in group:
+        if parts and _cost([*parts[-1], item]) <= budget:
+            parts[-1].append(item)
+        else:
+            parts.append([item])
+    return parts
+
+
+def _lay_out(units: Sequence[Sequence[Item]]) -> PackedBatch:
+    input_ids: list[int] = []
+    positions: list[int] = []
+    kv_index: list[int] = []
+    q_lengths: list[int] = []
+    k_lengths: list[int] = []
+    hidden_index: list[int] = []
+    items = [item for unit in units for item in unit]
+    for unit in units:
+        prompt, start = unit[0].prompt, len(input_ids)
+        prompt_span = range(start, start + len(prompt))
+        input_ids.extend(prompt)
+        positions.extend(range(len(prompt)))
+        kv_index.extend(prompt_span)
+        q_lengths.append(len(prompt))
+        k_lengths.append(len(prompt))
+        for item in unit:
+            own = range(len(input_ids), len(input_ids) + len(item.completion) - 1)
+            hidden_index.append(prompt_span[-1])
+            hidden_index.extend(own)
+            if not own:
+                continue
+            input_ids.extend(item.completion[:-1])
+            positions.extend(range(len(prompt), len(prompt) + len(own)))
+            kv_index.extend(prompt_span)
+            kv_index.extend(own)
+            q_lengths.append(len(own))
+            k_lengths.append(len(prompt) + len(own))
+    lengths = torch.tensor([len(item.completion) for item in items])
+    has_logps = all(item.rollout_logps is not None for item in items)
+    return PackedBatch(
+        input_ids=torch.tensor(input_ids),
+        position_ids=torch.tensor(positions),
+        kv_index=torch.tensor(kv_index),
+        cu_seq_q=torch.tensor([0, *accumulate(q_lengths)], dtype=torch.int32),
+        cu_seq_k=torch.tensor([0, *accumulate(k_lengths)], dtype=torch.int32),
+        max_q=max(q_lengths),
+        max_k=max(k_lengths),
+        hidden_index=torch.tensor(hidden_index),
+        targets=torch.tensor([token for item in items for token in item.completion]),
+        sequence_ids=torch.arange(len(items)).repeat_interleave(lengths),
+        advantages=torch.tensor([item.advantage for item in items]).repeat_interleave(lengths),
+        token_weights=torch.tensor([item.weight for item in items]).repeat_interleave(lengths),
+        rollout_logps=torch.tensor([x for item in items for x in item.rollout_logps or ()]) if has_logps else None,
+        num_sequences=len(items),
+    )

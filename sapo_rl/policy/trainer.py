@@ -1,0 +1,250 @@
+"""One rollout batch into K updates of the policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import get_scheduler
+
+from sapo_rl.config import Config
+from sapo_rl.losses import LossInputs, LossOutputs, build_loss, policy_metrics, token_weights
+from sapo_rl.policy.model import Policy
+from sapo_rl.policy.packing import Item, PackedBatch, empty_batch, pack
+from sapo_rl.types import Group
+
+
+@dataclass(slots=True)
+class _MicroBatch:
+    """A packed batch with the log-probabilities that later passes compare with."""
+
+    batch: PackedBatch
+    filler: bool
+    """True where it only keeps this rank in step with one that has more work."""
+    old_logps: Tensor | None = None
+    ref_logps: Tensor | None = None
+
+
+Trace: TypeAlias = dict[str, Tensor]
+"""What one micro-batch leaves for the step's metrics: (T,) tensors by name, on the device."""
+
+
+class PolicyTrainer:
+    """Holds the policy, the optimiser and the schedule, on every rank."""
+
+    def __init__(self, policy: Policy, reference: Policy | None, config: Config, accelerator: Accelerator) -> None:
+        settings = config.trainer
+        self.config = config
+        self.accelerator = accelerator
+        self.policy = policy
+        self.updates = 0
+        self._loss: Callable[[LossInputs], LossOutputs] = build_loss(**asdict(config.loss))
+        matrices = [p for p in policy.parameters() if p.dim() >= 2]
+        vectors = [p for p in policy.parameters() if p.dim() < 2]  # norms and biases are not decayed
+        optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=settings.learning_rate,
+            betas=(settings.betas[0], settings.betas[1]),
+            eps=settings.adam_eps,
+            fused=not config.reproducible,
+        )
+        self._module, self.optimizer = accelerator.prepare(policy, optimizer)
+        # Not prepared: Accelerate would step it once a rank.
+        self.schedule = get_scheduler(
+            "constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
+            self.optimizer,
+            num_warmup_steps=settings.warmup_updates,
+            num_training_steps=settings.steps * settings.updates_per_rollout,
+        )
+        self._reference = reference.to(accelerator.device).eval() if reference is not None else None
+
+    def train_on(self, groups: Sequence[Group], timer: Callable[[str], Any]) -> dict[str, float]:
+        """Take the step's K updates on this rank's groups.
+
+        Args:
+            groups: this rank's share of the rollout batch, advantages filled in.
+            timer: context manager by phase name (`old_logps`, `update`).
+
+        Returns:
+            The step's `policy/*` and `mismatch/*` metrics, equal on all ranks.
+        """
+        settings = self.config.trainer
+        num_parts = settings.mini_batches or settings.updates_per_rollout
+        size = len(groups) // num_parts
+        parts = [self._micro_batches(groups[i * size : (i + 1) * size]) for i in range(num_parts)]
+        with timer("old_logps"):
+            self._remember_logps(parts)
+        traces: list[Trace] = []
+        losses: list[Tensor] = []
+        norms: list[Tensor] = []
+        with timer("update"):
+            for update in range(settings.updates_per_rollout):
+                loss, norm = self._update(parts[update % num_parts], traces)
+                losses.append(loss)
+                norms.append(norm)
+            return self._metrics(traces, losses, norms)
+
+    @torch.no_grad()
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        """Return the log-probability of each token after the first, at temperature 1."""
+        item = Item(prompt=token_ids[:1], completion=token_ids[1:], advantage=0.0, weight=0.0)
+        (batch,) = pack([[item]], len(token_ids))
+        logps, _ = self._module(batch.to(self.accelerator.device), 1.0)
+        return logps.tolist()
+
+    def _micro_batches(self, groups: Sequence[Group]) -> list[_MicroBatch]:
+        """Pack one mini-batch; as many micro-batches on every rank, so that no collective is missed."""
+        lengths = [len(sample.token_ids) for group in groups for sample in group.samples]
+        counts = torch.tensor([len(lengths), sum(lengths)], dtype=torch.float64)
+        num_sequences, num_tokens = (int(x) for x in self._sum(counts).tolist())
+        weights = iter(
+            token_weights(
+                torch.tensor(lengths),
+                self.config.loss.loss_agg_mode,
+                num_sequences=num_sequences,
+                num_tokens=num_tokens,
+                normalizer=self.config.loss.loss_agg_norm or self.config.rollout.max_completion_tokens,
+            ).tolist()
+        )
+        items = [[_item(group, i, next(weights)) for i in range(len(group.samples))] for group in groups]
+        if self.config.advantage.skip_zero_spread and self._reference is None:
+            items = [group for group in items if any(item.advantage for item in group)]
+        batches = pack(items, self.config.trainer.tokens_per_micro_batch)
+        missing = max(1, self._max(len(batches))) - len(batches)
+        micros = [_MicroBatch(batch.to(self.accelerator.device), filler=False) for batch in batches]
+        return micros + [_MicroBatch(empty_batch().to(self.accelerator.device), filler=True) for _ in range(missing)]
+
+    @torch.no_grad()
+    def _remember_logps(self, parts: Sequence[Sequence[_MicroBatch]]) -> None:
+        """Fill in the old log-probabilities, but for the first update: there they are the current ones."""
+        temperature = self.config.rollout.temperature
+        for number, part in enumerate(parts):
+            for micro in part:
+                if number > 0:
+                    micro.old_logps, _ = self._module(micro.batch, temperature)
+                if self._reference is not None:
+                    micro.ref_logps, _ = self._reference(micro.batch, temperature)
+
+    def _update(self, part: Sequence[_MicroBatch], traces: list[Trace]) -> tuple[Tensor, Tensor]:
+        """Accumulate the gradient of one mini-batch and step; returns loss (all ranks) and gradient norm, 0-d."""
+        total = torch.zeros((), device=self.accelerator.device)
+        for number, micro in enumerate(part):
+            if number < len(part) - 1:
+                with self.accelerator.no_sync(self._module):
+                    total += self._backward(micro, traces)
+            else:
+                total += self._backward(micro, traces)
+        norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.trainer.max_grad_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.updates += 1
+        assert isinstance(norm, Tensor)
+        return self._sum(total), norm
+
+    def _backward(self, micro: _MicroBatch, traces: list[Trace]) -> Tensor:
+        batch = micro.batch
+        logps, entropy = self._module(batch, self.config.rollout.temperature)
+        if micro.old_logps is None:
+            micro.old_logps = logps.detach()
+        outputs = self._loss(
+            LossInputs(
+                logps=logps,
+                old_logps=micro.old_logps,
+                advantages=batch.advantages,
+                sequence_ids=batch.sequence_ids,
+                num_sequences=batch.num_sequences,
+                token_weights=batch.token_weights,
+                rollout_logps=batch.rollout_logps,
+                ref_logps=micro.ref_logps,
+            )
+        )
+        self.accelerator.backward(outputs.loss * self.accelerator.num_processes)  # DDP takes the mean over ranks
+        if not micro.filler:
+            traces.append(_trace(micro, logps.detach(), entropy, outputs))
+        return outputs.loss.detach()
+
+    def _metrics(self, traces: Sequence[Trace], losses: Sequence[Tensor], norms: Sequence[Tensor]) -> dict[str, float]:
+        """Gather the tokens of all updates and ranks and reduce them once; one transfer from the device."""
+        found: dict[str, Tensor] = {
+            "policy/loss": torch.stack(list(losses)).mean(),
+            "policy/grad_norm": torch.stack(list(norms)).mean(),
+            "policy/grad_norm_max": torch.stack(list(norms)).max(),
+        }
+        tokens = self._gather_tokens(traces)
+        if tokens:
+            found["policy/entropy"] = tokens.pop("entropy").mean()
+            if "kl" in tokens:
+                found["policy/kl_ref"] = tokens.pop("kl").mean()
+            if "correction" in tokens:
+                found["mismatch/correction_mean"] = tokens.pop("correction").mean()
+            sequence_ids = tokens.pop("sequence_ids").long()
+            found |= policy_metrics(
+                **tokens,
+                sequence_ids=sequence_ids,
+                num_sequences=int(sequence_ids[-1]) + 1,
+                tau_pos=self.config.loss.tau_pos,
+                tau_neg=self.config.loss.tau_neg,
+            )
+        values = torch.stack([value.double() for value in found.values()]).tolist()
+        return dict(zip(found, values, strict=True)) | {"policy/learning_rate": float(self.schedule.get_last_lr()[0])}
+
+    def _gather_tokens(self, traces: Sequence[Trace]) -> Trace:
+        """Join the traces of all micro-batches and ranks; empty where no rank trained on a token."""
+        names = self._names(traces)
+        if not names:
+            return {}
+        offset, rows = 0, []
+        for trace in traces:
+            ids = trace["sequence_ids"] + offset
+            offset += trace["num_sequences"]
+            rows.append(torch.stack([(ids if n == "sequence_ids" else trace[n]).double() for n in names], dim=1))
+        empty = torch.empty(0, len(names), dtype=torch.float64, device=self.accelerator.device)
+        matrix = torch.cat([*rows, empty])  # (T, names)
+        ranks = torch.full_like(matrix[:, :1], self.accelerator.process_index)
+        matrix = self.accelerator.pad_across_processes(torch.cat([ranks, matrix], dim=1), pad_index=-1)
+        matrix = self.accelerator.gather(matrix)
+        assert isinstance(matrix, Tensor)
+        matrix = matrix[matrix[:, 0] >= 0]
+        tokens = dict(zip(names, matrix[:, 1:].unbind(1), strict=True))
+        owners = torch.stack([matrix[:, 0], tokens["sequence_ids"]], dim=1)
+        tokens["sequence_ids"] = torch.unique_consecutive(owners, dim=0, return_inverse=True)[1]
+        return tokens
+
+    def _names(self, traces: Sequence[Trace]) -> list[str]:
+        """The columns of a trace, agreed on by all ranks, of which some may have trained on nothing."""
+        mine = [name for name in traces[0] if name != "num_sequences"] if traces else []
+        return next((names for names in gather_object([mine]) if names), [])
+
+    def _sum(self, value: Tensor) -> Tensor:
+        reduced = self.accelerator.reduce(value.to(self.accelerator.device), "sum")
+        assert isinstance(reduced, Tensor)
+        return reduced
+
+    def _max(self, value: int) -> int:
+        return max(gather_object([value]))
+
+
+def _item(group: Group, index: int, weight: float) -> Item:
+    sample = group.samples[index]
+    return Item(group.prompt.token_ids, sample.token_ids, sample.advantage, weight, sample.rollout_logps)
+
+
+def _trace(micro: _MicroBatch, logps: Tensor, entropy: Tensor, outputs: LossOutputs) -> Trace:
+    assert micro.old_logps is not None
+    columns = {
+        "logps": logps,
+        "old_logps": micro.old_logps,
+        "entropy": entropy,
+        "advantages": micro.batch.advantages,
+        "gradient_weight": outputs.gradient_weight,
+        "sequence_ids": micro.batch.sequence_ids,
+        "num_sequences": torch.tensor(micro.batch.num_sequences, device=logps.device),
+    }
+    optional = {"rollout_logps": micro.batch.rollout_logps, "kl": outputs.kl, "correction": outputs.correction}
+    return columns | {name: column for name, column in optional.items() if column is not None}

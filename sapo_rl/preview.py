@@ -1,0 +1,98 @@
+"""`dry_run=true`: what a run would do, without torch and without starting anything."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.tree import Tree
+
+from sapo_rl import compose
+from sapo_rl.config import Config
+
+GIB = 2**30
+
+
+def preview(config: Config) -> None:
+    """Print the resolved config as a tree, the batch arithmetic and an estimate of the memory."""
+    console = Console()
+    tree = Tree("config")
+    _grow(tree, yaml.safe_load(compose.dump(config)))
+    console.print(tree)
+    console.print(_table("batch", batch_arithmetic(config)))
+    console.print(_table("memory (GiB, each process)", memory_estimate(config)))
+
+
+def _grow(tree: Tree, node: dict[str, Any]) -> None:
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            _grow(tree.add(f"[bold]{escape(key)}"), value)
+        else:
+            tree.add(f"{escape(key)}: {escape(str(value))}")
+
+
+def batch_arithmetic(config: Config) -> dict[str, str]:
+    """Return the counts that follow from the config, in words and numbers."""
+    rollout, trainer = config.rollout, config.trainer
+    prompts = rollout.batch_size // rollout.group_size
+    parts = trainer.mini_batches or trainer.updates_per_rollout
+    return {
+        "completions a step": f"{rollout.batch_size} = {prompts} prompts x {rollout.group_size}",
+        "updates a step": f"{trainer.updates_per_rollout}, on {rollout.batch_size // parts} completions each",
+        "passes over each completion": str(trainer.updates_per_rollout // parts),
+        "processes": f"{config.launch.num_processes}, with {prompts // config.launch.num_processes} prompts each",
+        "completions in all": str(rollout.batch_size * trainer.steps),
+        "updates in all": str(trainer.updates_per_rollout * trainer.steps),
+        "longest sequence": f"{config.data.max_prompt_tokens + rollout.max_completion_tokens} tokens",
+    }
+
+
+def memory_estimate(config: Config) -> dict[str, str]:
+    """Return the memory that weights, optimiser, activations and logits take; `?` where the model is not local."""
+    folder = Path(config.model.path).expanduser()
+    count = count_parameters(folder)
+    if count is None:
+        return {"weights and optimiser": "? (the model is not on this machine)"}
+    shape = json.loads((folder / "config.json").read_text())
+    width, layers = shape.get("hidden_size", 0), shape.get("num_hidden_layers", 0)
+    size = 2 if config.model.dtype == "bfloat16" else 4
+    tokens = config.trainer.tokens_per_micro_batch
+    per_token = 2 * width if config.trainer.gradient_checkpointing else 34 * width
+    rows: dict[str, float] = {
+        f"float32 weights, gradients, AdamW ({count / 1e6:.0f}M parameters)": 16 * count,
+        f"activations ({tokens} tokens a micro-batch)": tokens * layers * per_token * size / 2,
+        "logits (1024 tokens at a time, float32)": 3 * 4 * 1024 * shape.get("vocab_size", 0),
+        "reference model": size * count if config.loss.kl.coef else 0,
+        "vLLM's weights": size * count,
+    }
+    return {name: f"{value / GIB:.2f}" for name, value in rows.items()} | {"sum": f"{sum(rows.values()) / GIB:.2f}"}
+
+
+def count_parameters(folder: Path) -> int | None:
+    """Count the elements of a model folder's safetensors from their headers; None where there are none."""
+    files = sorted(folder.glob("*.safetensors"))
+    total = 0
+    for file in files:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header: dict[str, Any] = json.loads(stream.read(length))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                elements = 1
+                for dimension in entry["shape"]:
+                    elements *= dimension
+                total += elements
+    return total if files else None
+
+
+def _table(title: str, rows: dict[str, str]) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table

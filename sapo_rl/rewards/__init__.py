@@ -1,0 +1,29 @@
+"""Reward functions: the built-in verifiers, how names become functions, and the pool that runs them.
+
+Importing this package loads none of the libraries that the verifiers use.
+"""
+
+from __future__ import annotations
+
+from sapo_rl.rewards.gym import reasoning_gym
+from sapo_rl.rewards.lookup import check_function, resolve
+from sapo_rl.rewards.math import math_verify
+from sapo_rl.rewards.pool import RewardPool, RewardStats
+from sapo_rl.rewards.registry import REWARD_FUNCTIONS, RewardFunction
+from sapo_rl.rewards.text import exact_match, format_tags, length_limit, numeric_answer, regex
+
+__all__ = [
+    "REWARD_FUNCTIONS",
+    "RewardFunction",
+    "RewardPool",
+    "RewardStats",
+    "check_function",
+    "exact_match",
+    "format_tags",
+    "length_limit",
+    "math_verify",
+    "numeric_answer",
+    "reasoning_gym",
+    "regex",
+    "resolve",
+]

@@ -1,0 +1,286 @@
+"""Scoring in worker processes that can be killed.
+
+A reward function is user code on a model's words: it may hang in C, exhaust memory or end its process. Nothing inside a
+process stops all of these, so functions run in workers that are replaced when they die and killed when they are late.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
+from typing import Any
+
+from sapo_rl.config import RewardConfig
+from sapo_rl.errors import UserError
+from sapo_rl.rewards.scoring import call_arguments
+from sapo_rl.types import Group
+
+_START_TIMEOUT = 300.0  # seconds for a worker to import the user's modules
+
+
+@dataclass(slots=True)
+class RewardStats:
+    """What happened while one batch was scored; dictionaries by the function's name in the config."""
+
+    errors: dict[str, int]
+    """Samples on which the function failed and that were scored 0."""
+    not_applicable: dict[str, int]
+    """Samples for which the function returned None."""
+    failures: dict[str, str]
+    """The text of the first failure of each function that failed."""
+    seconds: float
+    """Wall time of the batch."""
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    """One call: a function on some samples of a group, all of them or, to find who is at fault, one."""
+
+    name: str
+    group: Group
+    positions: list[int]
+    origin: _Task | None = None
+    """The failed call that this one is a part of."""
+    patient: bool = False
+    late: bool = False
+    cause: str = ""
+    open_parts: int = 0
+    failed_parts: int = 0
+
+
+@dataclass(slots=True)
+class _Outcome:
+    scores: list[float | None] | None
+    cause: str
+    dead: bool = False
+    late: bool = False
+
+
+class RewardPool:
+    """Scores groups of samples in `cfg.workers` processes; a context manager, whose exit leaves no process behind.
+
+    Functions are called on whole groups. A call fails when it raises, returns anything but one finite number or None
+    for each sample, takes longer than `timeout`, or takes its process down. Its samples are then scored one by one:
+    those that fail alone end the run (`on_error: raise`) or score 0 and are counted (`zero`), the others keep the value
+    they get alone. Where none fails alone, a late call is repeated with `timeout` seconds for each of its samples, as
+    are all later calls of that function (it is slow, it does not hang); any other failure is the whole group's.
+
+    Enter and use the pool in one thread: on Linux the workers die with the thread that started them.
+    """
+
+    def __init__(self, cfg: RewardConfig) -> None:
+        self._functions = cfg.functions
+        self._size = cfg.workers
+        self._workers: list[_Worker] = []
+        self._queue: deque[_Task] = deque()
+        self._slow: set[str] = set()
+
+    def __enter__(self) -> RewardPool:
+        """Start the workers and wait until they have imported the functions.
+
+        Raises:
+            UserError: a function that cannot be imported, named.
+        """
+        try:
+            self._fill()
+            while not all(worker.ready for worker in self._workers):
+                self._advance(self._new_stats())
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the workers."""
+        self._close()
+
+    def score(self, groups: list[Group]) -> RewardStats:
+        """Set `sample.rewards[name]` of every sample in `groups` for every function of the config.
+
+        Raises:
+            UserError: a failed sample of a function whose `on_error` is `raise`.
+        """
+        start = time.perf_counter()
+        stats = self._new_stats()
+        self._fill()
+        self._queue.extend(
+            _Task(name, group, list(range(len(group.samples)))) for name in self._functions for group in groups
+        )
+        try:
+            while self._queue or any(worker.task is not None for worker in self._workers):
+                self._advance(stats)
+        finally:
+            self._abandon()
+        samples = [sample for group in groups for sample in group.samples]
+        for name in self._functions:
+            stats.not_applicable[name] = sum(sample.rewards[name] is None for sample in samples)
+        stats.seconds = time.perf_counter() - start
+        return stats
+
+    def _new_stats(self) -> RewardStats:
+        return RewardStats(dict.fromkeys(self._functions, 0), dict.fromkeys(self._functions, 0), {}, 0.0)
+
+    def _advance(self, stats: RewardStats) -> None:
+        """Hand out tasks, wait for the next event, and deal with it."""
+        for worker in self._workers:
+            if self._queue and worker.ready and worker.task is None:
+                self._give(worker, self._queue.popleft())
+        busy = [worker for worker in self._workers if worker.busy]
+        patience = max(0.0, min((worker.deadline for worker in busy), default=0.0) - time.monotonic())
+        answered = wait([worker.connection for worker in busy], timeout=patience)
+        for worker in busy:
+            if worker.connection in answered:
+                outcome = worker.receive()
+            elif time.monotonic() >= worker.deadline:
+                outcome = _Outcome(None, "took too long", dead=True, late=True)
+            else:
+                continue
+            self._settle(worker, outcome, stats)
+
+    def _give(self, worker: _Worker, task: _Task) -> None:
+        task.patient = task.name in self._slow
+        limit = self._functions[task.name].timeout * (len(task.positions) if task.patient else 1)
+        try:
+            worker.send(task, limit)
+        except OSError:  # it died while it had nothing to do
+            self._queue.appendleft(task)
+            self._replace(worker)
+
+    def _settle(self, worker: _Worker, outcome: _Outcome, stats: RewardStats) -> None:
+        if not worker.ready:
+            if outcome.cause:
+                raise UserError(f"reward functions cannot be loaded: {outcome.cause}")
+            worker.ready, worker.deadline = True, math.inf
+            return
+        task, worker.task, worker.deadline = worker.task, None, math.inf
+        assert task is not None
+        if outcome.dead:
+            self._replace(worker)
+        if outcome.scores is not None:
+            for position, value in zip(task.positions, outcome.scores, strict=True):
+                task.group.samples[position].rewards[task.name] = value
+        elif len(task.positions) > 1:
+            self._split(task, outcome)
+            return
+        else:
+            limit = self._functions[task.name].timeout
+            self._fail(task, f"took longer than {limit:g} s" if outcome.late else outcome.cause, stats)
+        if task.origin is not None:
+            self._part_done(task.origin, task, outcome.scores is None, stats)
+
+    def _split(self, task: _Task, outcome: _Outcome) -> None:
+        task.cause, task.late, task.open_parts = outcome.cause, outcome.late, len(task.positions)
+        parts = [_Task(task.name, task.group, [position], origin=task) for position in task.positions]
+        self._queue.extendleft(reversed(parts))
+
+    def _part_done(self, whole: _Task, part: _Task, failed: bool, stats: RewardStats) -> None:
+        whole.open_parts -= 1
+        whole.failed_parts += failed
+        if whole.open_parts or whole.failed_parts:
+            return
+        if whole.late and not whole.patient:
+            self._slow.add(whole.name)
+            self._queue.append(_Task(whole.name, whole.group, whole.positions))
+        else:
+            self._fail(whole, f"{whole.cause}, called on the whole group; on none of its samples alone", stats)
+
+    def _fail(self, task: _Task, cause: str, stats: RewardStats) -> None:
+        cfg = self._functions[task.name]
+        index, excerpt = task.group.prompt.index, task.group.samples[task.positions[0]].text[:80]
+        text = (
+            f"reward function '{task.name}' ({cfg.function}) failed on a completion of prompt {index}: {cause}\n"
+            f"  completion: {excerpt!r}"
+        )
+        if cfg.on_error == "raise":
+            raise UserError(f"{text}; reward.functions.{task.name}.on_error=zero scores such samples 0")
+        for position in task.positions:
+            task.group.samples[position].rewards[task.name] = 0.0
+        stats.errors[task.name] += len(task.positions)
+        stats.failures.setdefault(task.name, text)
+
+    def _fill(self) -> None:
+        while len(self._workers) < self._size:
+            self._workers.append(_Worker({name: (f.function, f.args) for name, f in self._functions.items()}))
+
+    def _replace(self, worker: _Worker) -> None:
+        worker.kill()
+        self._workers.remove(worker)
+        self._fill()
+
+    def _abandon(self) -> None:
+        """Forget what is not finished, where scoring was interrupted."""
+        self._queue.clear()
+        for worker in [worker for worker in self._workers if worker.task is not None]:
+            worker.kill()
+            self._workers.remove(worker)
+
+    def _close(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+        self._workers.clear()
+
+
+class _Worker:
+    """One child process and what it is doing."""
+
+    def __init__(self, functions: dict[str, tuple[str, dict[str, Any]]]) -> None:
+        self.ready = False
+        self.task: _Task | None = None
+        self.deadline = time.monotonic() + _START_TIMEOUT
+        ours, theirs = multiprocessing.Pipe()
+        self.connection: Connection = ours
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "sapo_rl.rewards.worker", str(theirs.fileno()), str(os.getpid())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                # The worker imports what this process could, and Ctrl-C on the terminal reaches only this process.
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+                start_new_session=True,
+            )
+        with contextlib.suppress(OSError):  # it is dead already: `receive` tells how
+            self.connection.send(functions)
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is expected."""
+        return self.task is not None or not self.ready
+
+    def send(self, task: _Task, limit: float) -> None:
+        """Start a task that has `limit` seconds.
+
+        Raises:
+            OSError: the process is dead.
+        """
+        self.connection.send((task.name, call_arguments(task.group, task.positions)))
+        self.task, self.deadline = task, time.monotonic() + limit
+
+    def receive(self) -> _Outcome:
+        """Read the answer that is waiting, or learn how the process died."""
+        try:
+            answer = json.loads(self.connection.recv_bytes())
+        except (EOFError, OSError):
+            code = self._process.wait()
+            how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+            return _Outcome(None, f"its process ended {how}", dead=True)
+        return _Outcome(answer["scores"], answer["failed"] or "")
+
+    def kill(self) -> None:
+        """End the process and all that it started."""
+        self.connection.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()

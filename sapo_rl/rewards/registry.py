@@ -1,0 +1,25 @@
+"""The table of built-in reward functions.
+
+A reward function is `f(completions, prompts, completion_ids, **columns) -> list[float | None]`, called with keywords;
+every argument is a list with one entry a sample. `columns` are the dataset's columns, the answer under `answer`.
+Built-ins take their settings (`args` in the config) as keyword-only parameters, columns as plain ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from sapo_rl.registry import Registry
+
+RewardFunction: TypeAlias = Callable[..., Any]
+"""Returns `list[float | None]`, or a coroutine of it; None where the function does not apply to the sample."""
+
+Completion: TypeAlias = str | list[dict[str, str]]
+"""Text, or one assistant message in a list where the prompt is a chat."""
+
+REWARD_FUNCTIONS: Registry[RewardFunction] = Registry("reward function")
+"""Built-in reward functions by the name that `reward.functions.<name>.function` takes."""
+
+PACKAGES = {"math_verify": ("math_verify", "math-verify"), "reasoning_gym": ("reasoning_gym", "reasoning-gym")}
+"""Built-ins that need a further package: its module and its name on PyPI."""

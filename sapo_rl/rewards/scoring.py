@@ -1,0 +1,97 @@
+"""One call of a reward function: its keyword arguments, its result checked, its failure put into words."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import traceback
+from types import CodeType
+from typing import Any
+
+from sapo_rl.rewards.registry import RewardFunction
+from sapo_rl.types import Group
+
+
+class ScoreError(Exception):
+    """A call that gave no usable scores; the message is the cause, with file and line where they are known."""
+
+
+def call_arguments(group: Group, chosen: list[int]) -> dict[str, list[Any]]:
+    """Return the keyword arguments for the samples `chosen` of a group, as TRL passes them.
+
+    `prompts`, `completions`, `completion_ids` and every column of the prompt, each with `len(chosen)` entries. A chat
+    prompt's completion is a list of one assistant message, a text prompt's a string.
+    """
+    samples = [group.samples[position] for position in chosen]
+    chat = not isinstance(group.prompt.content, str)
+    columns = {name: [value] * len(samples) for name, value in group.prompt.columns.items()}
+    return {
+        **columns,
+        "prompts": [group.prompt.content] * len(samples),
+        "completions": [[{"role": "assistant", "content": s.text}] if chat else s.text for s in samples],
+        "completion_ids": [s.token_ids for s in samples],
+    }
+
+
+def evaluate(function: RewardFunction, arguments: dict[str, list[Any]], settings: dict[str, Any]) -> list[float | None]:
+    """Call `function` and return one float or None for each completion in `arguments`.
+
+    A function without `**kwargs` gets those arguments alone that it names. Coroutines are run to their end.
+
+    Raises:
+        ScoreError: the function raised, or its result is not a list of finite numbers and None of the right length.
+    """
+    keywords = {**arguments, **settings}
+    try:
+        result = function(**_accepted(function, keywords))
+        if inspect.iscoroutine(result):
+            result = asyncio.run(result)
+    except (Exception, SystemExit) as error:
+        raise ScoreError(f"{type(error).__name__}: {error}{_line(function, error)}") from error
+    expected = len(arguments["completions"])
+    if isinstance(result, str | bytes | dict) or not hasattr(result, "__iter__"):
+        raise ScoreError(f"returned a {type(result).__name__}, must be a list of {expected}{_line(function)}")
+    values = list(result)
+    if len(values) != expected:
+        raise ScoreError(f"returned {len(values)} values for {expected} completions{_line(function)}")
+    return [_number(value, function) for value in values]
+
+
+def _accepted(function: RewardFunction, keywords: dict[str, Any]) -> dict[str, Any]:
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # some callables written in C have none
+        return keywords
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return keywords
+    return {name: value for name, value in keywords.items() if name in parameters}
+
+
+def _number(value: Any, function: RewardFunction) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        shown = repr(value)[:60]
+        raise ScoreError(f"returned {shown} for a sample, must be a finite number or None{_line(function)}")
+    return number
+
+
+def _line(function: RewardFunction, error: BaseException | None = None) -> str:
+    """` (file:line)` of the innermost frame in the function's own file; of its definition where there is none."""
+    code = _code(function)
+    frames = traceback.extract_tb(error.__traceback__)[1:] if error is not None else []  # the first frame is ours
+    own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
+    place = next(reversed(own or frames), None)
+    if place is not None:
+        return f" ({place.filename}:{place.lineno})"
+    return "" if code is None else f" ({code.co_filename}:{code.co_firstlineno})"
+
+
+def _code(function: RewardFunction) -> CodeType | None:
+    plain = inspect.unwrap(function)
+    return getattr(plain, "__code__", getattr(type(plain).__call__, "__code__", None))

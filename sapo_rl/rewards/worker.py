@@ -1,0 +1,70 @@
+"""The process in which reward functions run: `python -m sapo_rl.rewards.worker <socket> <parent's process id>`.
+
+It is handed its functions once, then answers one call after the other until the other end closes. The parent sends
+pickles; the answers are JSON, so that code which evaluates a model's words here cannot make the parent run any.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+from multiprocessing.connection import Connection
+from typing import Any
+
+from sapo_rl.errors import UserError
+from sapo_rl.rewards.lookup import resolve
+from sapo_rl.rewards.registry import PACKAGES, RewardFunction
+from sapo_rl.rewards.scoring import ScoreError, evaluate
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Serve until the parent closes the connection or dies."""
+    descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
+    _die_with(parent)
+    connection = Connection(descriptor)
+    try:
+        _serve(connection)
+    except (EOFError, ConnectionError):
+        return
+
+
+def _serve(connection: Connection) -> None:
+    functions: dict[str, tuple[RewardFunction, dict[str, Any]]] = {}
+    try:
+        for name, (path, settings) in connection.recv().items():
+            if path in PACKAGES:
+                importlib.import_module(PACKAGES[path][0])  # now, for a sample's time limit must not pay for it
+            functions[name] = resolve(path), settings
+    except (UserError, ImportError) as error:
+        _reply(connection, failed=str(error))
+        return
+    _reply(connection)
+    while True:
+        name, arguments = connection.recv()
+        function, settings = functions[name]
+        try:
+            _reply(connection, scores=evaluate(function, arguments, settings))
+        except ScoreError as error:
+            _reply(connection, failed=str(error))
+
+
+def _reply(connection: Connection, scores: list[float | None] | None = None, failed: str | None = None) -> None:
+    connection.send_bytes(json.dumps({"scores": scores, "failed": failed}).encode())
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies; elsewhere than on Linux the closed socket ends it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the call
+            os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""What an inference engine is asked, answers and promises. Imports neither torch nor vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+class EngineError(RuntimeError):
+    """An engine failed beyond what a restart can mend; the message ends with the last lines of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt and how many completions of it."""
+
+    token_ids: list[int]
+    """The prompt."""
+    n: int
+    """Completions to sample."""
+    seed: int | None = None
+    """Seeds these completions (vLLM derives seed, seed + 1, ... for the n of them); None draws from the engine's stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One completion of a request."""
+
+    token_ids: list[int]
+    """Completion tokens, the end-of-sequence token included where one was produced."""
+    truncated: bool
+    """True where the length limit ended it."""
+    logps: list[float] | None = None
+    """Log-probability of each token under the distribution it was sampled from (after temperature and filters)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the completions of one call are drawn."""
+
+    temperature: float
+    """0 is greedy."""
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    max_tokens: int
+    """A completion is cut there."""
+    logprobs: bool
+    """Return `Completion.logps`."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """One engine. The fields not explained here are those of `RolloutConfig` and `ModelConfig`."""
+
+    model: str
+    dtype: str
+    max_model_len: int
+    """Prompt and completion tokens together, at most."""
+    max_num_seqs: int
+    gpu_memory_utilization: float
+    cpu_kv_cache_gb: float
+    enforce_eager: bool
+    stop_token_ids: list[int]
+    """Every token that ends a sequence: the engine knows no tokenizer."""
+    seed: int
+    """Seeds the engine's own stream; give each engine of a run another."""
+    device: str
+    """`cpu`, or `cuda:<index>` among the devices that this process sees."""
+    trust_remote_code: bool
+    revision: str | None
+    start_timeout: float
+    timeout: float
+    max_restarts: int
+    log_path: Path
+    """What the engine prints is appended there."""
+
+
+class Engine(Protocol):
+    """Generates with the weights last loaded. Calls block; one thread at a time may call."""
+
+    weight_version: int
+    """Version given with the weights last loaded; 0 for those in the model's folder."""
+    restarts: int
+    """How often the engine was started anew."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """Return the completions of each request, in the requests' order."""
+        ...
+
+    def load_weights(self, path: Path, version: int) -> None:
+        """Replace the weights by those of a safetensors file, which stays readable until the next is loaded."""
+        ...
+
+    def score(self, token_ids: list[int]) -> list[float]:
+        """Return log p(token | those before it) at temperature 1 for all tokens but the first: `len(token_ids) - 1` values."""
+        ...
+
+    def close(self) -> None:
+        """Stop the engine and free what it holds; more calls of `close` do nothing."""
+        ...

@@ -1,0 +1,254 @@
+"""vLLM in a child process of this one: started, watched, restarted and never left behind."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib.util
+import logging
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from sapo_rl.errors import UserError
+from sapo_rl.rollout.engine import Completion, EngineError, EngineSettings, Request, Sampling
+
+logger = logging.getLogger(__name__)
+
+LAUNCHER_VARIABLES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME",
+    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
+LAUNCHER_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_", "WANDB_")
+QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+OUT_OF_MEMORY = (
+    "No available memory for the cache blocks",
+    "To serve at least one request",
+    "Free memory on device",
+    "Available memory on node",
+    "out of memory",
+    "can't allocate memory",
+)
+CLOSE_SECONDS = 10.0
+
+
+class _Lost(Exception):
+    """The child died, or did not answer in time."""
+
+
+def child_environment(device: str, environ: Mapping[str, str], cpus: int) -> dict[str, str]:
+    """Return the environment of the child: `environ` without the trainer's launcher, one device, no telemetry.
+
+    `device` is `cpu` or `cuda:<index>`, the index among the devices that `environ` leaves visible. On the CPU the ranks of
+    this machine share its `cpus` cores; a user's own OMP_NUM_THREADS is kept where one rank runs (launchers set it to 1 for more).
+    """
+    env = {
+        name: value
+        for name, value in environ.items()
+        if name not in LAUNCHER_VARIABLES and not name.startswith(LAUNCHER_PREFIXES)
+    }
+    root = str(Path(__file__).resolve().parents[2])
+    env |= QUIET | {"PYTHONPATH": os.pathsep.join(filter(None, (root, env.get("PYTHONPATH")))), "PYTHONUNBUFFERED": "1"}
+    if device != "cpu":
+        index = int(device.removeprefix("cuda:"))
+        visible = environ.get("CUDA_VISIBLE_DEVICES")
+        chosen = visible.split(",")[index].strip() if visible else str(index)
+        return env | {"CUDA_VISIBLE_DEVICES": chosen, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    ranks = int(environ.get("LOCAL_WORLD_SIZE", "1"))
+    if ranks > 1 or "OMP_NUM_THREADS" not in env:
+        env["OMP_NUM_THREADS"] = str(max(1, cpus // ranks))
+    # Two small functions of vLLM are compiled even in eager mode: 17 s at the first call, a C++ compiler needed, nothing won.
+    return env | {"CUDA_VISIBLE_DEVICES": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
+
+
+class LocalEngine:
+    """An `Engine` in a child process. `start()` returns at once; `wait_ready()` waits until vLLM has its model.
+
+    A child that dies or does not answer within `settings.timeout` is killed with all its processes and started anew, with the weights
+    last loaded, and the interrupted call is repeated; after `settings.max_restarts` of these the call raises EngineError.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.settings = settings
+        self.weight_version = 0
+        self.restarts = 0
+        self._weights: tuple[Path, int] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._ended = threading.Event()
+        self._log_start = 0
+        self._idle = False
+        self._closed = False
+
+    def start(self) -> None:
+        """Start the child without waiting for it.
+
+        Raises:
+            UserError: vLLM is not installed.
+        """
+        if importlib.util.find_spec("vllm") is None:
+            raise UserError("vLLM is not installed: pip install 'sapo-train[cpu]', or 'sapo-train[gpu]' where there is a GPU")
+        self.settings.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._log_start = self.settings.log_path.stat().st_size if self.settings.log_path.exists() else 0
+        ours, theirs = socket.socketpair()
+        # A stopped child would otherwise block a large message for ever, poll() or not.
+        limit = struct.pack("ll", max(1, int(self.settings.timeout)), 0)
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            ours.setsockopt(socket.SOL_SOCKET, option, limit)
+        with theirs:
+            self._process = self._spawn(theirs.fileno())
+        self._connection = Connection(ours.detach())
+        atexit.register(self.close)
+        # Another seed after a restart: the stream must not repeat samples that were trained on already.
+        self._connection.send(replace(self.settings, seed=self.settings.seed + self.restarts))
+
+    def _spawn(self, fd: int) -> subprocess.Popen[bytes]:
+        """Start the process from a thread that lives as long as it does: the kernel's death signal goes by thread."""
+        born: Future[subprocess.Popen[bytes]] = Future()
+        self._ended = ended = threading.Event()
+        command = [sys.executable, "-m", "sapo_rl.rollout.child", str(fd), str(os.getpid())]
+        env = child_environment(self.settings.device, os.environ, len(os.sched_getaffinity(0)))
+
+        def keep() -> None:
+            try:
+                with open(self.settings.log_path, "ab") as log:
+                    process = subprocess.Popen(
+                        command, env=env, pass_fds=[fd], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                    )
+            except OSError as error:
+                born.set_exception(error)
+                return
+            born.set_result(process)
+            ended.wait()
+
+        threading.Thread(target=keep, name="engine-parent", daemon=True).start()
+        return born.result()
+
+    def wait_ready(self) -> None:
+        """Wait until the engine can be called.
+
+        Raises:
+            UserError: the model or its key-value cache does not fit into memory.
+            EngineError: it died, or took longer than `settings.start_timeout`.
+        """
+        try:
+            self._receive(self.settings.start_timeout)
+        except _Lost as lost:
+            self._kill()
+            tail = self._log_tail(200)
+            reason = next((line for line in reversed(tail) if any(mark in line for mark in OUT_OF_MEMORY)), None)
+            if reason is None:
+                raise EngineError(f"vLLM did not start: {lost}; {self._told(tail[-25:])}") from None
+            keys = "rollout.cpu_kv_cache_gb" if self.settings.device == "cpu" else "rollout.gpu_memory_utilization"
+            raise UserError(
+                f"vLLM does not fit into memory; change {keys} or lower rollout.max_num_seqs or the lengths.\n"
+                f"It said: {reason.strip()[-400:]}"
+            ) from None
+        self._idle = True
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """See `Engine.generate`. Raises EngineError where vLLM refuses the call or cannot be kept alive."""
+        return self._call("generate", list(requests), sampling) if requests else []
+
+    def load_weights(self, path: Path, version: int) -> None:
+        """See `Engine.load_weights`. A restart loads the same file again."""
+        self._weights = (path, version)
+        self._call("load_weights", str(path))
+        self.weight_version = version
+
+    def score(self, token_ids: list[int]) -> list[float]:
+        """See `Engine.score`."""
+        return self._call("score", token_ids)
+
+    def close(self) -> None:
+        """Stop the child and everything it started; may be called more than once, and from any thread."""
+        self._closed = True
+        atexit.unregister(self.close)
+        if self._process is not None and self._connection is not None and self._idle:
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                self._connection.send(("close", ()))
+                self._process.wait(CLOSE_SECONDS)
+        self._kill()
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        while True:
+            try:
+                return self._exchange(method, *arguments)
+            except _Lost as lost:
+                self._restart(lost)
+
+    def _exchange(self, method: str, *arguments: Any) -> Any:
+        """One message there and back. Raises _Lost where the child is gone, EngineError where it says that the call failed."""
+        if self._closed or self._connection is None:
+            raise EngineError(f"{method} was called on an engine that is not running")
+        self._idle = False
+        try:
+            self._connection.send((method, arguments))
+        except OSError as error:
+            raise _Lost(f"it does not take messages ({error})") from error
+        status, result = self._receive(self.settings.timeout)
+        self._idle = True
+        if status == "failed":
+            raise EngineError(f"vLLM refused {method}:\n{result}")
+        return result
+
+    def _receive(self, timeout: float) -> tuple[str, Any]:
+        if self._connection is None:
+            raise EngineError("the engine was not started")
+        try:
+            if self._connection.poll(timeout):
+                return self._connection.recv()
+        except (OSError, EOFError) as error:
+            raise _Lost("its process died") from error
+        raise _Lost(f"no answer within {timeout:g} s")
+
+    def _restart(self, lost: _Lost) -> None:
+        """Start a new child with the weights last loaded, as often as the settings allow."""
+        while True:
+            self._kill()
+            if self._closed or self.restarts >= self.settings.max_restarts:
+                raise EngineError(
+                    f"vLLM failed and was restarted {self.restarts} of rollout.max_restarts={self.settings.max_restarts} times: "
+                    f"{lost}; {self._told(self._log_tail(25))}"
+                )
+            self.restarts += 1
+            logger.warning("vLLM failed (%s); restart %d of %d", lost, self.restarts, self.settings.max_restarts)
+            try:
+                self.start()
+                self.wait_ready()
+                if self._weights is not None:
+                    self._exchange("load_weights", str(self._weights[0]))
+                return
+            except (_Lost, EngineError, UserError) as error:
+                lost = _Lost(str(error).splitlines()[0])
+
+    def _kill(self) -> None:
+        """Kill the child's process group, reap the child and drop the connection."""
+        process, connection, self._process, self._connection = self._process, self._connection, None, None
+        self._idle = False
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if connection is not None:
+            connection.close()
+        self._ended.set()
+
+    def _log_tail(self, lines: int) -> list[str]:
+        """The last lines that the present child printed."""
+        with open(self.settings.log_path, "rb") as log:
+            log.seek(self._log_start)
+            return log.read().decode(errors="replace").splitlines()[-lines:]
+
+    def _told(self, tail: list[str]) -> str:
+        return f"the end of {self.settings.log_path}:\n" + "\n".join(tail)

@@ -1,0 +1,119 @@
+"""Prompts in, groups of samples out, over all engines of a rank."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from sapo_rl.config import RolloutConfig
+from sapo_rl.rollout.engine import Completion, Engine, EngineError, Request, Sampling
+from sapo_rl.types import Group, Prompt, Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.15}
+"""Largest mean |difference| between vLLM's and the trainer's log-probabilities, in nats, by the dtype that both compute in."""
+
+
+def sampling_of(cfg: RolloutConfig) -> Sampling:
+    """Return the sampling that `cfg` asks for."""
+    return Sampling(
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        top_k=cfg.top_k,
+        min_p=cfg.min_p,
+        repetition_penalty=cfg.repetition_penalty,
+        max_tokens=cfg.max_completion_tokens,
+        logprobs=cfg.logprobs,
+    )
+
+
+def request_seed(seed: int, step: int, index: int) -> int:
+    """Return a seed in [0, 2^62) for prompt `index` in `step` of a run: far from any other, since vLLM counts up from it."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
+
+
+class Rollouts:
+    """Generates groups with the weights that the engines hold when called.
+
+    Args:
+        engines: all with the same weights; prompts are dealt out to them in turn, the samples of a prompt together.
+        cfg: sampling and group size.
+        tokenizer: decodes completions, in one batch.
+        seed: the run's.
+        reproducible: seed every completion by (run, step, prompt), so that neither the number of engines nor their state matters.
+    """
+
+    def __init__(
+        self,
+        engines: Sequence[Engine],
+        cfg: RolloutConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        reproducible: bool,
+    ) -> None:
+        self.engines = engines
+        self.group_size = cfg.group_size
+        self.sampling = sampling_of(cfg)
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.reproducible = reproducible
+
+    def generate(self, prompts: Sequence[Prompt], step: int, n: int | None = None) -> list[Group]:
+        """Sample `n` completions (default: the group size) of each prompt; groups in the prompts' order."""
+        requests = [
+            Request(prompt.token_ids, n or self.group_size, request_seed(self.seed, step, prompt.index) if self.reproducible else None)
+            for prompt in prompts
+        ]
+        return self._run(prompts, requests, self.sampling)
+
+    def greedy(self, prompts: Sequence[Prompt]) -> list[Group]:
+        """Return the likeliest completion of each prompt, token by token: groups of one."""
+        requests = [Request(prompt.token_ids, 1) for prompt in prompts]
+        return self._run(prompts, requests, replace(self.sampling, temperature=0.0, logprobs=False))
+
+    def _run(self, prompts: Sequence[Prompt], requests: list[Request], sampling: Sampling) -> list[Group]:
+        shares = [requests[i :: len(self.engines)] for i in range(len(self.engines))]
+        with ThreadPoolExecutor(len(self.engines)) as pool:
+            results = list(pool.map(lambda engine, share: engine.generate(share, sampling), self.engines, shares))
+        versions = [engine.weight_version for engine in self.engines]
+        groups: list[Group] = []
+        for i, prompt in enumerate(prompts):
+            turn, engine = divmod(i, len(self.engines))
+            groups.append(Group(prompt, [_sample(one, versions[engine]) for one in results[engine][turn]]))
+        samples = [sample for group in groups for sample in group.samples]
+        texts = self.tokenizer.batch_decode([sample.token_ids for sample in samples], skip_special_tokens=True)
+        for sample, text in zip(samples, texts, strict=True):
+            sample.text = text
+        return groups
+
+
+def _sample(completion: Completion, weight_version: int) -> Sample:
+    return Sample(completion.token_ids, completion.truncated, weight_version, completion.logps)
+
+
+def verify(engine: Engine, token_ids: list[int], trainer_logps: Sequence[float], dtype: str) -> float:
+    """Return the mean |difference| of the engine's log-probabilities of `token_ids` from the trainer's, in nats.
+
+    Args:
+        engine: holds, it is claimed, the trainer's weights.
+        token_ids: T tokens, T > 1.
+        trainer_logps: T - 1 values at temperature 1, those of the tokens after the first.
+        dtype: `float32` or `bfloat16`, in which both compute.
+
+    Raises:
+        EngineError: the mean is beyond `TOLERANCE`: vLLM runs other weights, or computes otherwise.
+    """
+    differences = [abs(a - b) for a, b in zip(engine.score(token_ids), trainer_logps, strict=True)]
+    mean, largest = sum(differences) / len(differences), max(differences)
+    if not mean <= TOLERANCE[dtype]:  # NaN fails too
+        raise EngineError(
+            f"vLLM (weight version {engine.weight_version}) and the trainer disagree on the log-probabilities of {len(token_ids)} "
+            f"tokens: mean |difference| {mean:.3g}, largest {largest:.3g}; in {dtype} the mean should be below {TOLERANCE[dtype]:g}"
+        )
+    return mean

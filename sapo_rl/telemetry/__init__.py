@@ -1,0 +1,150 @@
+"""What a run tells: metrics.jsonl, the terminal, Weights & Biases, completions on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, SupportsFloat, TypeAlias
+
+from rich.text import Text
+
+from sapo_rl.config import Config
+from sapo_rl.run_folder import METRICS
+from sapo_rl.telemetry.completions import rows, write_completions
+from sapo_rl.telemetry.console import Display, open_display
+from sapo_rl.telemetry.metrics import MetricsLog, Record, read_metrics, sample_metrics
+from sapo_rl.telemetry.progress import Progress
+from sapo_rl.telemetry.summary import summary
+from sapo_rl.telemetry.timers import Timers
+from sapo_rl.telemetry.wandb import WandbSink, open_wandb
+from sapo_rl.types import Group
+
+__all__ = ["Record", "Telemetry", "Timers", "read_metrics", "sample_metrics"]
+
+Metrics: TypeAlias = Mapping[str, SupportsFloat | None]
+
+
+class Telemetry:
+    """The one object that the loop reports to; on ranks other than 0 every method does nothing.
+
+    Steps count from 1; what is measured before the first is step 0. Every number that is shown anywhere is in
+    metrics.jsonl under the same name.
+
+    Args:
+        config: the run's config.
+        folder: the run folder.
+        is_main: whether this is rank 0.
+        resume_step: the last step of the checkpoint that is resumed; records of later steps are dropped. None starts
+            anew, without any records.
+        wandb_id: this object's `wandb_id`, out of that checkpoint.
+        header: what the terminal says about the run besides model and loss, e.g. the device.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        is_main: bool = True,
+        resume_step: int | None = None,
+        wandb_id: str | None = None,
+        header: Mapping[str, object] | None = None,
+    ) -> None:
+        self.wandb_id = wandb_id
+        """The id of the W&B run, to be kept in checkpoints; None where there never was one, or on other ranks."""
+        self._open = is_main
+        if not is_main:
+            return
+        self._folder = folder
+        about = {"model": Path(config.model.path).name, "loss": config.loss.name, **(header or {})}
+        self._progress = Progress(folder, config.trainer.steps, {key: str(value) for key, value in about.items()})
+        self._log = MetricsLog(folder / METRICS)
+        for record in self._log.keep_until(-1 if resume_step is None else resume_step):
+            self._progress.add(record)
+        self._examples: list[tuple[str, str]] = []
+        self._display: Display = open_display(config.logging.console)
+        self._wandb: WandbSink | None = open_wandb(config, folder, wandb_id, self.warn)
+        if self._wandb:
+            self.wandb_id = self._wandb.run_id
+        self._display.start(self._progress)
+
+    def record(self, step: int, metrics: Metrics) -> None:
+        """Record numbers that belong to no step's or evaluation's line, such as a probe's."""
+        if self._open:
+            self._record(step, metrics)
+
+    def log_step(self, step: int, metrics: Metrics, groups: list[Group]) -> None:
+        """Record a step.
+
+        Args:
+            step: its number, from 1.
+            metrics: numbers by name: `sample_metrics(groups)`, the updates' statistics, `Timers.take()`.
+            groups: the step's samples of all ranks; all are written to the run folder.
+        """
+        if not self._open:
+            return
+        write_completions(self._folder, step, groups)
+        samples = rows(step, groups)
+        self._progress.sample = samples[-1] if samples else None
+        self._record(step, metrics, samples)
+        self._display.step(self._progress)
+
+    def log_eval(self, step: int, metrics: Metrics, examples: list[tuple[str, str]]) -> None:
+        """Record an evaluation after `step` steps.
+
+        Args:
+            step: 0 before the first step.
+            metrics: `eval/accuracy` and others that begin with `eval/`.
+            examples: (prompt, greedy completion) pairs, of which `finish` shows the last ones.
+        """
+        if not self._open:
+            return
+        self._examples = examples
+        self._record(step, metrics)
+        self._display.evaluated(self._progress)
+
+    def warn(self, text: str) -> None:
+        """Show a warning, and keep it as a record `{"step", "time", "warning"}`."""
+        if self._open:
+            self._log.append(self._progress.step, {"warning": text})
+            self._display.show(Text(f"warning: {text}", style="yellow"))
+
+    def finish(self, complete: bool, before: list[tuple[str, str]]) -> None:
+        """End the run and show before and after, where everything lies, and a command to try next.
+
+        Args:
+            complete: whether all steps are done; if not, the command is the one that continues.
+            before: (prompt, greedy completion) pairs of the first evaluation.
+        """
+        if not self._open:
+            return
+        wandb = self._wandb.where if self._wandb else ""
+        command = (
+            f"python -m sapo_rl.telemetry.report {self._folder}" if complete else f"sapo-train resume={self._folder}"
+        )
+        self.close(failed=not complete)
+        self._display.show(summary(self._progress, before, self._examples, wandb, command))
+
+    def close(self, failed: bool = False) -> None:
+        """Give the terminal back and end the W&B run; harmless when called again."""
+        if not self._open:
+            return
+        if self._wandb:
+            self._wandb.finish(failed)
+        self._open = False
+        self._display.close()
+        self._log.close()
+
+    def _record(self, step: int, metrics: Metrics, samples: list[dict[str, Any]] | None = None) -> None:
+        record = self._log.append(step, metrics)
+        self._progress.add(record)
+        if self._wandb:
+            self._wandb.log(record, samples)
+
+    def __enter__(self) -> Telemetry:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close(failed=kind is not None)

@@ -1,0 +1,180 @@
+"""`python -m sapo_rl.telemetry.report RUN_DIR ...`: curves and a table out of metrics.jsonl alone."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from sapo_rl.errors import UserError
+from sapo_rl.run_folder import METRICS
+from sapo_rl.telemetry.metrics import read_metrics
+from sapo_rl.telemetry.progress import Progress, duration, numbers, phases, short, step_seconds
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#787774", "#cb912f", "#337ea9")
+PANELS = (
+    ("mean reward", "reward/mean"),
+    ("entropy of the policy (nats)", "policy/entropy"),
+    ("largest ratio now / at rollout", "policy/ratio_max"),
+)
+"""The small curves: title and metric."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw and print the runs named on the command line; return 2 where one has no metrics."""
+    parser = argparse.ArgumentParser(prog="python -m sapo_rl.telemetry.report", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--out", type=Path, help="the picture; default: report.png in the first run folder")
+    arguments = parser.parse_args(argv)
+    try:
+        runs = [load(folder) for folder in arguments.runs]
+    except UserError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    out = arguments.out or arguments.runs[0] / "report.png"
+    draw(runs, out)
+    Console(highlight=False).print(table(runs))
+    print(f"picture: {out}")
+    return 0
+
+
+def load(folder: Path) -> Progress:
+    """Read a run's records, those of all its steps.
+
+    Raises:
+        UserError: the folder has no metrics, or they hold no step and no evaluation.
+    """
+    records = read_metrics(folder / METRICS)
+    run = Progress(folder, total=max((record["step"] for record in records), default=0), steps=deque())
+    for record in records:
+        run.add(record)
+    if not run.steps and not run.evals:
+        raise UserError(f"{folder / METRICS} holds no step and no evaluation yet")
+    return run
+
+
+def labels(runs: Sequence[Progress]) -> list[str]:
+    """Return a short name for each run: the folder's, with as many of its parents as tell the runs apart."""
+    paths = [run.folder.resolve() for run in runs]
+    for depth in range(1, max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            return names
+    return [str(path) for path in paths]
+
+
+def table(runs: Sequence[Progress]) -> Table:
+    """Return accuracy, reward and speed of each run, a column a run."""
+    found = Table("", *labels(runs), box=None, padding=(0, 2, 0, 0))
+    found.add_row("steps", *(str(run.step) for run in runs))
+    for title, get in (
+        ("accuracy", lambda run: run.accuracies),
+        ("reward", lambda run: numbers(run.steps, "reward/mean")),
+    ):
+        for word, pick in (("first", lambda values: values[0]), ("last", lambda values: values[-1]), ("best", max)):
+            cells = [short(pick(values)) if (values := get(run)) else "-" for run in runs]
+            found.add_row(f"{title}, {word}", *cells)
+    found.add_row("tokens/s, mean", *(_mean(numbers(run.steps, "perf/tokens_per_second")) for run in runs))
+    found.add_row("seconds a step", *(_mean([step_seconds(record) for record in run.steps]) for run in runs))
+    found.add_row("whole time", *(duration(max(r["time"] for r in [*run.steps, *run.evals])) for run in runs))
+    splits = [mean_phases(run) for run in runs]
+    for phase in dict.fromkeys(phase for split in splits for phase in split):
+        cells = [f"{split[phase]:.2f}s {_share(split, phase):.0%}" if phase in split else "-" for split in splits]
+        found.add_row(f"  {phase}", *cells)
+    return found
+
+
+def mean_phases(run: Progress) -> dict[str, float]:
+    """Return the mean seconds of each phase over the run's steps."""
+    sums: dict[str, float] = {}
+    for record in run.steps:
+        for phase, seconds in phases(record).items():
+            sums[phase] = sums.get(phase, 0.0) + seconds
+    return {phase: total / len(run.steps) for phase, total in sums.items()}
+
+
+def draw(runs: Sequence[Progress], out: Path) -> None:
+    """Write the picture: accuracy over steps, small curves below it, and where the time of a step goes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    bars = 0.3 * len(runs)
+    figure = pyplot.figure(figsize=(10, 7.6 + bars), dpi=150, layout=ConstrainedLayoutEngine(hspace=0.07))
+    grid = figure.add_gridspec(3, 3, height_ratios=[3.2, 1.8, 1.0 + bars])
+    large = figure.add_subplot(grid[0, :])
+    names = labels(runs)
+    for run, name, colour in zip(runs, names, _colours(len(runs)), strict=True):
+        _curve(large, run, "eval/accuracy", colour, name)
+    large.set(title="accuracy on held-out prompts (greedy)", xlabel="step", ylim=(0, 1))
+    large.legend(frameon=False)
+    for place, (title, metric) in enumerate(PANELS):
+        axes = figure.add_subplot(grid[1, place])
+        axes.set(title=title, xlabel="step")
+        for run, colour in zip(runs, _colours(len(runs)), strict=True):
+            _curve(axes, run, metric, colour, None)
+    split = figure.add_subplot(grid[2, :])
+    _bars(split, runs, names)
+    last = max(1, *(run.total for run in runs))
+    for axes in figure.axes[:-1]:
+        axes.set_xlim(-0.02 * last, 1.02 * last)
+    figure.legend(*split.get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False, fontsize=9)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.title.set_fontsize(10)
+        axes.tick_params(labelsize=9)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out)
+    pyplot.close(figure)
+
+
+def _curve(axes: Axes, run: Progress, metric: str, colour: str, label: str | None) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    records = run.evals if metric.startswith("eval/") else run.steps
+    points = [(record["step"], record[metric]) for record in records if record.get(metric) is not None]
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    marker = "o" if len(points) < 40 else ""
+    axes.plot(steps, values, color=colour, label=label, linewidth=1.6, marker=marker, markersize=3)
+    axes.grid(axis="y", alpha=0.25, linewidth=0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+
+
+def _bars(axes: Axes, runs: Sequence[Progress], names: Sequence[str]) -> None:
+    splits = [mean_phases(run) for run in runs]
+    found = dict.fromkeys(phase for split in splits for phase in split)
+    ends = [0.0] * len(runs)
+    for phase, colour in zip(found, COLOURS * 3, strict=False):
+        widths = [split.get(phase, 0.0) for split in splits]
+        axes.barh(range(len(runs)), widths, left=ends, height=0.6, color=colour, label=phase)
+        ends = [end + width for end, width in zip(ends, widths, strict=True)]
+    axes.set(title="where a step's time goes", xlabel="seconds, mean over steps", ylim=(len(runs) - 0.5, -0.5))
+    axes.set_yticks(range(len(runs)), names if len(runs) > 1 else [""])
+    axes.tick_params(axis="y", length=0)
+
+
+def _colours(count: int) -> list[str]:
+    return [COLOURS[place % len(COLOURS)] for place in range(count)]
+
+
+def _mean(values: Sequence[float]) -> str:
+    return short(sum(values) / len(values)) if values else "-"
+
+
+def _share(split: dict[str, float], phase: str) -> float:
+    return split[phase] / (sum(split.values()) or 1.0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

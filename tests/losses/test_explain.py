@@ -1,0 +1,44 @@
+"""The picture of the gate and the numbers printed with it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sapo_rl.losses.explain import main, parse, report
+
+
+def test_it_draws_and_prints_from_the_command_line(tmp_path: Path) -> None:
+    out = tmp_path / "gate.png"
+    arguments = ["tau_pos=1", "tau_neg=1.05", f"out={out}"]
+    command = [sys.executable, "-m", "sapo_rl.losses.explain", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert run.returncode == 0, run.stderr
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert "1.763 / tau" in run.stdout and "r = 2.763" in run.stdout
+    assert "tau = 8.81" in run.stdout
+
+
+def test_a_narrow_gate_halves_on_both_sides() -> None:
+    text = report(parse(["tau_pos=10", "tau_neg=12", "clip_low=0.1", "clip_high=0.5"]))
+    assert "r = 1.176 and 0.8237" in text
+    assert "clip_low=0.1: tau = 17.6" in text and "clip_high=0.5: tau = 3.53" in text
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("tau=1", "tau_pos, tau_neg"),
+        ("tau_pos", "cannot read"),
+        ("tau_pos=one", "tau_pos must be a number"),
+        ("tau_pos=0", "tau_pos must be above 0"),
+        ("gate=step", "sigmoid, erf"),
+        ("clip_low=0", "clip_low"),
+    ],
+)
+def test_mistakes_are_told_without_a_traceback(argument: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([argument]) == 2
+    assert words in capsys.readouterr().err

@@ -1,0 +1,120 @@
+"""The packed stream gives what a model gives on each sequence alone, whatever the cut."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from sapo_rl.policy import attention
+from sapo_rl.policy.model import Policy
+from sapo_rl.policy.packing import Item, PackedBatch, empty_batch, pack
+
+VOCABULARY = 97
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        attn_implementation=attention.NAME,
+    )
+    return LlamaForCausalLM(config).double()
+
+
+def groups_of(sizes: list[int], seed: int) -> list[list[Item]]:
+    rng = random.Random(seed)
+
+    def tokens(count: int) -> list[int]:
+        return [rng.randrange(VOCABULARY) for _ in range(count)]
+
+    return [
+        [Item(prompt, tokens(rng.randint(1, 9)), rng.uniform(-1, 1), rng.random()) for _ in range(size)]
+        for size, prompt in ((size, tokens(rng.randint(1, 12))) for size in sizes)
+    ]
+
+
+def reference_logps(model: PreTrainedModel, item: Item, temperature: float) -> torch.Tensor:
+    """Log-probabilities from the model's own eager attention on the sequence alone, in float64."""
+    ids = torch.tensor([[*item.prompt, *item.completion]])
+    model.set_attn_implementation("eager")
+    logits = model(ids).logits[0] / temperature
+    model.set_attn_implementation(attention.NAME)
+    chosen = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
+    return chosen[len(item.prompt) - 1 :]
+
+
+@pytest.mark.parametrize("budget", [1, 20, 64, 10_000])
+def test_packed_equals_one_by_one(model: PreTrainedModel, budget: int) -> None:
+    groups = groups_of([4, 1, 3, 8], seed=budget)
+    batches = pack(groups, budget)
+    policy = Policy(model, torch.float64)
+    packed = torch.cat([policy(batch, 0.7)[0] for batch in batches])
+    alone = torch.cat([reference_logps(model, item, 0.7) for group in groups for item in group])
+    # the head's softmax is float32 by contract
+    torch.testing.assert_close(packed.double(), alone, atol=2e-6, rtol=0)
+
+
+def test_gradient_does_not_depend_on_the_cut(model: PreTrainedModel) -> None:
+    groups = groups_of([4, 2, 8], seed=3)
+    policy = Policy(model, torch.float64)
+
+    def gradient(budget: int) -> torch.Tensor:
+        model.zero_grad()
+        for batch in pack(groups, budget):
+            logps, _ = policy(batch, 1.0)
+            (logps * batch.advantages * batch.token_weights).sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    whole = gradient(10_000)
+    for budget in (1, 17, 40):
+        torch.testing.assert_close(gradient(budget), whole, atol=1e-5 * whole.abs().max().item(), rtol=0)
+
+
+def tokens_of(batch: PackedBatch) -> int:
+    return len(batch.input_ids)
+
+
+def test_prompts_are_computed_once_and_last_tokens_never() -> None:
+    group = [Item([1, 2, 3, 4], [5, 6, 7], 1.0, 1.0), Item([1, 2, 3, 4], [8], 1.0, 1.0)]
+    (batch,) = pack([group], 100)
+    assert batch.input_ids.tolist() == [1, 2, 3, 4, 5, 6]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 5]
+    assert batch.targets.tolist() == [5, 6, 7, 8]
+    assert batch.hidden_index.tolist() == [3, 4, 5, 3]
+    assert batch.sequence_ids.tolist() == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_micro_batches_keep_to_the_budget_and_lose_nothing(seed: int) -> None:
+    groups = groups_of([8] * 12, seed)
+    batches = pack(groups, 120)
+    assert all(tokens_of(batch) <= 120 for batch in batches)
+    assert sum(batch.num_sequences for batch in batches) == 96
+    expected = [token for group in groups for item in group for token in item.completion]
+    assert torch.cat([batch.targets for batch in batches]).tolist() == expected
+    sizes = [tokens_of(batch) for batch in batches]
+    largest_group = 12 + 8 * 8
+    assert max(sizes) - min(sizes) <= largest_group
+
+
+def test_sample_longer_than_the_budget_stands_alone() -> None:
+    long = Item(list(range(30)), list(range(30)), 1.0, 1.0)
+    short = Item([1], [2, 3], 1.0, 1.0)
+    assert [batch.num_sequences for batch in pack([[long], [short]], 10)] == [1, 1]
+
+
+def test_nothing_packs_to_nothing_and_the_filler_weighs_nothing(model: PreTrainedModel) -> None:
+    assert pack([], 10) == []
+    filler = empty_batch()
+    logps, entropy = Policy(model, torch.float64)(filler, 1.0)
+    assert logps.shape == entropy.shape == (1,)
+    assert filler.token_weights.tolist() == [0.0]

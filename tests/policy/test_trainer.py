@@ -1,0 +1,212 @@
+"""Updates of the policy: what they must not depend on, and that they learn."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sapo_rl.config import AdvantageConfig, Config, KLConfig, LossConfig, ModelConfig, RolloutConfig, TrainerConfig
+from sapo_rl.policy import attention, checkpoint
+from sapo_rl.policy.model import Policy
+from sapo_rl.policy.trainer import PolicyTrainer
+from sapo_rl.rank import leave
+from sapo_rl.types import Group, Prompt, Sample
+
+VOCABULARY = 41
+
+
+@contextlib.contextmanager
+def no_timer(name: str) -> Iterator[None]:
+    yield
+
+
+def make_policy() -> Policy:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=VOCABULARY,
+        attn_implementation=attention.NAME,
+    )
+    return Policy(LlamaForCausalLM(config), torch.float32)
+
+
+def make_groups(seed: int, zero_spread: int = 0) -> list[Group]:
+    """Eight groups of four, the last `zero_spread` of them with advantages of zero."""
+    rng = random.Random(seed)
+    groups = []
+    for index in range(8):
+        prompt = Prompt(index, [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 6))], "", {})
+        samples = [Sample([rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 7))], False, 0) for _ in range(4)]
+        for sample in samples:
+            sample.advantage = 0.0 if index >= 8 - zero_spread else rng.gauss(0, 1)
+        groups.append(Group(prompt, samples))
+    return groups
+
+
+def make_config(**trainer: object) -> Config:
+    config = Config(
+        model=ModelConfig(path="none", dtype="float32"),
+        rollout=RolloutConfig(batch_size=32, group_size=4, max_completion_tokens=7),
+        trainer=TrainerConfig(**{"steps": 4, "learning_rate": 1e-2, "tokens_per_micro_batch": 1000, **trainer}),
+    )
+    config.reproducible = True
+    return config
+
+
+def weights_after(config: Config, groups: list[Group], reference: bool = False) -> tuple[torch.Tensor, dict[str, float]]:
+    trainer = PolicyTrainer(make_policy(), make_policy() if reference else None, config, Accelerator(cpu=True))
+    metrics = trainer.train_on(groups, no_timer)
+    return torch.cat([weight.flatten().clone() for _, weight in trainer.policy.named_weights()]), metrics
+
+
+MODES = ["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_update_does_not_depend_on_the_micro_batches(mode: str) -> None:
+    found = []
+    for budget in (1000, 40, 5):
+        config = make_config(tokens_per_micro_batch=budget, updates_per_rollout=4)
+        config.loss.loss_agg_mode = mode
+        found.append(weights_after(config, make_groups(1)))
+    for weights, metrics in found[1:]:
+        torch.testing.assert_close(weights, found[0][0], atol=2e-5, rtol=0)
+        for name, value in metrics.items():
+            assert value == pytest.approx(found[0][1][name], rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_skipping_groups_of_zero_spread_leaves_the_update_as_it_is(mode: str) -> None:
+    found = []
+    for skip in (True, False):
+        config = make_config(updates_per_rollout=2)
+        config.advantage = AdvantageConfig(skip_zero_spread=skip)
+        config.loss.loss_agg_mode = mode
+        found.append(weights_after(config, make_groups(2, zero_spread=5))[0])
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=0)
+
+
+def test_batch_without_spread_moves_nothing_at_first() -> None:
+    before = torch.cat([weight.flatten() for _, weight in make_policy().named_weights()])
+    after, metrics = weights_after(make_config(), make_groups(3, zero_spread=8))
+    assert torch.equal(before, after)
+    assert metrics["policy/loss"] == 0.0
+
+
+def test_groups_of_zero_spread_stay_where_a_reference_pulls() -> None:
+    """A KL penalty has a gradient on every sample, so nothing may be left out; after the first update it is not zero."""
+    config = make_config(updates_per_rollout=4, mini_batches=1)
+    config.loss = LossConfig(kl=KLConfig(coef=0.5))
+    _, metrics = weights_after(config, make_groups(4, zero_spread=4), reference=True)
+    assert metrics["policy/kl_ref"] > 0
+
+
+def test_first_update_is_on_policy_and_later_ones_are_not() -> None:
+    _, single = weights_after(make_config(updates_per_rollout=1), make_groups(5))
+    assert single["policy/ratio_min"] == single["policy/ratio_max"] == 1.0
+    _, several = weights_after(make_config(updates_per_rollout=4), make_groups(5))
+    assert several["policy/ratio_min"] < 0.999 and several["policy/ratio_max"] > 1.001
+
+
+def test_sapo_and_grpo_agree_on_policy_and_part_off_policy() -> None:
+    def run(name: str, updates: int) -> torch.Tensor:
+        config = make_config(updates_per_rollout=updates, mini_batches=1)
+        config.loss = LossConfig(name=name, tau_pos=8.0, tau_neg=9.0)
+        return weights_after(config, make_groups(6))[0]
+
+    torch.testing.assert_close(run("sapo", 1), run("grpo", 1), atol=2e-5, rtol=0)
+    assert (run("sapo", 3) - run("grpo", 3)).abs().max() > 1e-4
+
+
+def test_updates_raise_the_likelihood_of_what_was_rewarded() -> None:
+    config = make_config(updates_per_rollout=4, mini_batches=1)
+    groups = make_groups(7)
+    trainer = PolicyTrainer(make_policy(), None, config, Accelerator(cpu=True))
+
+    def likelihood(positive: bool) -> float:
+        samples = [(g.prompt, s) for g in groups for s in g.samples if (s.advantage > 0) == positive]
+        values = [trainer.score([*p.token_ids, *s.token_ids])[-len(s.token_ids) :] for p, s in samples]
+        return sum(sum(value) / len(value) for value in values) / len(values)
+
+    before = likelihood(True), likelihood(False)
+    trainer.train_on(groups, no_timer)
+    assert likelihood(True) > before[0] + 0.01
+    assert likelihood(False) < before[1] - 0.01
+
+
+@pytest.mark.parametrize("budget", [1000, 20])
+def test_ranks_together_do_what_one_rank_does(tmp_path: Path, budget: int) -> None:
+    """Two and four processes, some without a single group to train on, against one."""
+    results = {}
+    for ranks in (1, 2, 4):
+        out = tmp_path / f"{ranks}.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        subprocess.run([*command, __file__, str(out), str(budget)], check=True, env=environment, timeout=300)
+        results[ranks] = json.loads(out.read_text())
+        assert results[ranks]["world"] == ranks
+    for ranks in (2, 4):
+        assert results[ranks]["weights"] == pytest.approx(results[1]["weights"], abs=2e-5)
+        for name, value in results[1]["metrics"].items():
+            assert results[ranks]["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("interrupted", [1, 3])
+def test_checkpoint_continues_to_the_last_bit(tmp_path: Path, interrupted: int) -> None:
+    config = make_config(steps=4, schedule="cosine", warmup_updates=2)
+
+    def fresh() -> PolicyTrainer:
+        return PolicyTrainer(make_policy(), None, config, Accelerator(cpu=True))
+
+    whole = fresh()
+    expected = [whole.train_on(make_groups(step), no_timer) for step in range(4)][interrupted:]
+
+    first = fresh()
+    for step in range(interrupted):
+        first.train_on(make_groups(step), no_timer)
+        checkpoint.save(tmp_path, step, first, {"note": step}, keep_last=2)
+    draw = torch.rand(3)
+    second = fresh()
+    torch.manual_seed(99)
+    step, state = checkpoint.load(checkpoint.latest(tmp_path), second)
+    assert (step, state) == (interrupted - 1, {"note": interrupted - 1})
+    assert torch.equal(torch.rand(3), draw)
+    assert [second.train_on(make_groups(step), no_timer) for step in range(interrupted, 4)] == expected
+    assert len(list(tmp_path.glob("step_*"))) == min(2, interrupted)
+
+
+def main(out: Path, budget: int) -> None:
+    """One rank of the test above: its share of the groups, then rank 0 writes what came out."""
+    accelerator = Accelerator(cpu=True)
+    groups = make_groups(8)
+    for group in groups[:3]:  # with four ranks, the first two differ in work and the first has one group left
+        for sample in group.samples:
+            sample.advantage = 0.0
+    size = len(groups) // accelerator.num_processes
+    mine = groups[accelerator.process_index * size : (accelerator.process_index + 1) * size]
+    config = make_config(tokens_per_micro_batch=budget, updates_per_rollout=2, mini_batches=1)
+    trainer = PolicyTrainer(make_policy(), None, config, accelerator)
+    metrics = trainer.train_on(mine, no_timer)
+    if accelerator.is_main_process:
+        weights = torch.cat([weight.flatten() for _, weight in trainer.policy.named_weights()])
+        found = {"world": accelerator.num_processes, "weights": weights.tolist()[::37], "metrics": metrics}
+        out.write_text(json.dumps(found))
+    leave(accelerator)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

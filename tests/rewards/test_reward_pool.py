@@ -1,0 +1,229 @@
+"""The pool with real workers and functions that misbehave in every way we know."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sapo_rl.config import RewardConfig, RewardFunctionConfig
+from sapo_rl.errors import UserError
+from sapo_rl.rewards import RewardPool
+from sapo_rl.types import Group, Prompt, Sample
+
+MODULE = '''
+import math, os, signal, sys, time
+from pathlib import Path
+
+def length(completions, **columns):
+    return [float(len(text)) for text in completions]
+
+def rank(completions, **columns):
+    """Depends on the whole group."""
+    return [float(sorted(completions).index(text)) for text in completions]
+
+def moody(completions, **columns):
+    Path(f"worker.{os.getpid()}").touch()
+    for text in completions:
+        if text == "raise":
+            raise ValueError("no mood")
+        if text == "hang":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(1000)
+        if text == "die":
+            os._exit(3)
+        if text == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if text == "exit":
+            sys.exit("bye")
+    return [math.nan if text == "nan" else None if text == "none" else 1.0 for text in completions]
+
+def short(completions, **columns):
+    return [1.0]
+
+def slow(completions, **columns):
+    time.sleep(0.3 * len(completions))
+    return [float(len(completions)) for _ in completions]
+'''
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pool_rewards.py").write_text(MODULE)
+    return tmp_path
+
+
+def group(index: int, texts: list[str], **columns: Any) -> Group:
+    samples = [Sample(token_ids=[0], truncated=False, weight_version=0, text=text) for text in texts]
+    return Group(Prompt(index, [1], "Q?", columns), samples)
+
+
+def config(workers: int = 1, **functions: Any) -> RewardConfig:
+    return RewardConfig({name: RewardFunctionConfig(**value) for name, value in functions.items()}, workers)
+
+
+def rewards(groups: list[Group], name: str) -> list[list[float | None]]:
+    return [[sample.rewards[name] for sample in group.samples] for group in groups]
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def wait_for(condition: Callable[[], Any]) -> Any:
+    for _ in range(600):
+        if found := condition():
+            return found
+        time.sleep(0.1)
+    raise AssertionError("waited a minute")
+
+
+def worker_pids(here: Path) -> list[int]:
+    return [int(path.suffix[1:]) for path in here.glob("worker.*")]
+
+
+def test_several_functions_score_every_sample_by_name(here: Path) -> None:
+    cfg = config(
+        workers=2,
+        exact={"function": "exact_match"},
+        loose={"function": "exact_match", "args": {"ignore_case": True}},
+        rank={"function": "pool_rewards.rank"},
+    )
+    groups = [group(0, ["b", "a", "B"], answer="b"), group(1, ["x", "y"], answer="y"), group(2, ["q"], answer=None)]
+    with RewardPool(cfg) as pool:
+        stats = pool.score(groups)
+        assert rewards(groups, "exact") == [[1.0, 0.0, 0.0], [0.0, 1.0], [None]]
+        assert rewards(groups, "loose") == [[1.0, 0.0, 1.0], [0.0, 1.0], [None]]
+        assert rewards(groups, "rank") == [[2.0, 1.0, 0.0], [0.0, 1.0], [0.0]]
+        assert stats.errors == {"exact": 0, "loose": 0, "rank": 0}
+        assert stats.not_applicable == {"exact": 1, "loose": 1, "rank": 0}
+        assert stats.failures == {} and stats.seconds > 0
+        again = [group(3, ["zzz"], answer="zzz")]
+        pool.score(again)
+        assert rewards(again, "exact") == [[1.0]]
+
+
+CAUSES = [
+    ("raise", r"ValueError: no mood \(.*pool_rewards\.py:16\)"),
+    ("hang", r"took longer than 0\.7 s"),
+    ("die", "its process ended with exit code 3"),
+    ("kill", "its process ended by signal 9"),
+    ("exit", "SystemExit: bye"),
+    ("nan", "returned nan for a sample"),
+]
+
+
+@pytest.mark.parametrize(("text", "cause"), CAUSES)
+def test_on_error_raise_names_function_sample_and_cause(here: Path, text: str, cause: str) -> None:
+    cfg = config(mood={"function": "pool_rewards.moody", "timeout": 0.7})
+    with RewardPool(cfg) as pool:
+        with pytest.raises(UserError, match=cause) as failed:
+            pool.score([group(11, ["fine", "fine"]), group(12, ["fine", text, "fine"])])
+        message = str(failed.value)
+        assert "'mood' (pool_rewards.moody)" in message and "prompt 12" in message and f"'{text}'" in message
+        after = [group(13, ["fine"])]
+        pool.score(after)  # the pool is whole again
+        assert rewards(after, "mood") == [[1.0]]
+
+
+def test_on_error_zero_counts_the_failed_samples_and_keeps_the_others(here: Path) -> None:
+    texts = [text for text, _ in CAUSES]
+    cfg = config(
+        workers=2,
+        mood={"function": "pool_rewards.moody", "timeout": 0.7, "on_error": "zero"},
+        length={"function": "pool_rewards.length"},
+    )
+    groups = [group(0, ["fine", *texts, "none"]), group(1, ["fine", "fine"])]
+    with RewardPool(cfg) as pool:
+        stats = pool.score(groups)
+    assert rewards(groups, "mood") == [[1.0, *[0.0] * len(texts), None], [1.0, 1.0]]
+    assert rewards(groups, "length") == [[float(len(s.text)) for s in g.samples] for g in groups]
+    assert stats.errors == {"mood": len(texts), "length": 0}
+    assert stats.not_applicable == {"mood": 1, "length": 0}
+    assert list(stats.failures) == ["mood"] and "prompt 0" in stats.failures["mood"]
+
+
+def test_a_failure_of_no_sample_alone_is_the_groups(here: Path) -> None:
+    groups = [group(5, ["a", "b", "c"])]
+    with RewardPool(config(short={"function": "pool_rewards.short"})) as pool:
+        with pytest.raises(UserError, match="prompt 5: returned 1 values for 3 completions.*on the whole group"):
+            pool.score(groups)
+    with RewardPool(config(short={"function": "pool_rewards.short", "on_error": "zero"})) as pool:
+        assert pool.score(groups).errors == {"short": 3}
+    assert rewards(groups, "short") == [[0.0, 0.0, 0.0]]
+
+
+def test_a_slow_group_is_no_hang_and_is_still_scored_as_a_group(here: Path) -> None:
+    groups = [group(0, ["a", "b", "c", "d"]), group(1, ["a", "b", "c", "d"])]
+    with RewardPool(config(slow={"function": "pool_rewards.slow", "timeout": 1.0})) as pool:
+        assert pool.score(groups).errors == {"slow": 0}
+    assert rewards(groups, "slow") == [[4.0] * 4, [4.0] * 4]
+
+
+def test_a_worker_that_dies_between_batches_is_replaced(here: Path) -> None:
+    with RewardPool(config(mood={"function": "pool_rewards.moody"})) as pool:
+        pool.score([group(0, ["fine"])])
+        (pid,) = worker_pids(here)
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not alive(pid))
+        groups = [group(1, ["fine", "fine"])]
+        pool.score(groups)
+    assert rewards(groups, "mood") == [[1.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import absent_package", "importing 'pool_import' failed: ModuleNotFoundError"),
+        ("import os; os._exit(4)", "its process ended with exit code 4"),
+        ("x = 1", "has no 'f'"),
+    ],
+)
+def test_functions_that_cannot_be_loaded_end_the_start(here: Path, text: str, message: str) -> None:
+    (here / "pool_import.py").write_text(text)
+    with pytest.raises(UserError, match=message), RewardPool(config(f={"function": "pool_import.f"})):
+        pass
+
+
+def test_leaving_the_pool_ends_its_workers(here: Path) -> None:
+    with RewardPool(config(workers=2, mood={"function": "pool_rewards.moody"})) as pool:
+        pool.score([group(index, ["fine"]) for index in range(20)])
+        pids = worker_pids(here)
+        assert pids and all(alive(pid) for pid in pids)
+    assert not any(alive(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("death", [signal.SIGINT, signal.SIGKILL])
+def test_workers_die_with_their_parent(here: Path, death: signal.Signals) -> None:
+    script = here / "parent.py"
+    script.write_text(
+        "from sapo_rl.config import RewardConfig, RewardFunctionConfig\n"
+        "from sapo_rl.rewards import RewardPool\n"
+        "from sapo_rl.types import Group, Prompt, Sample\n"
+        "cfg = RewardConfig({'mood': RewardFunctionConfig(function='pool_rewards.moody', timeout=900)}, 1)\n"
+        "groups = [Group(Prompt(0, [1], 'Q', {}), [Sample([0], False, 0, text='hang')])]\n"
+        "with RewardPool(cfg) as pool:\n"
+        "    pool.score(groups)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    parent = subprocess.Popen([sys.executable, str(script)], env=env, stderr=subprocess.DEVNULL)
+    try:
+        (pid,) = wait_for(lambda: worker_pids(here))
+        assert alive(pid)
+        parent.send_signal(death)
+        assert parent.wait(timeout=60) != 0
+        wait_for(lambda: not alive(pid))
+    finally:
+        parent.kill()

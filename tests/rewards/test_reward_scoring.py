@@ -1,0 +1,101 @@
+"""One call of a reward function: what it is given, and which results are refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sapo_rl.rewards.scoring import ScoreError, call_arguments, evaluate
+from sapo_rl.types import Group, Prompt, Sample
+
+
+def group(content: Any, texts: list[str], **columns: Any) -> Group:
+    samples = [Sample(token_ids=[len(text)], truncated=False, weight_version=0, text=text) for text in texts]
+    return Group(Prompt(7, [1, 2], content, columns), samples)
+
+
+def test_text_prompts_are_passed_as_trl_passes_them() -> None:
+    arguments = call_arguments(group("Q?", ["a", "bb"], answer="A", level=3), [0, 1])
+    assert arguments == {
+        "prompts": ["Q?", "Q?"],
+        "completions": ["a", "bb"],
+        "completion_ids": [[1], [2]],
+        "answer": ["A", "A"],
+        "level": [3, 3],
+    }
+
+
+def test_chats_are_passed_as_trl_passes_them() -> None:
+    chat = [{"role": "user", "content": "Q?"}]
+    arguments = call_arguments(group(chat, ["a", "b"]), [1])
+    assert arguments["prompts"] == [chat]
+    assert arguments["completions"] == [[{"role": "assistant", "content": "b"}]]
+
+
+def test_settings_go_before_columns_and_unnamed_arguments_are_left_out() -> None:
+    def narrow(completions: list[str], answer: list[str]) -> list[float]:
+        return [float(c == a) for c, a in zip(completions, answer, strict=True)]
+
+    def wide(completions: list[str], scale: float, **columns: Any) -> list[float]:
+        assert set(columns) == {"prompts", "completion_ids", "answer"}
+        return [scale for _ in completions]
+
+    arguments = call_arguments(group("Q", ["a", "b"], answer="a", scale=9), [0, 1])
+    assert evaluate(narrow, arguments, {}) == [1.0, 0.0]
+    assert evaluate(wide, arguments, {"scale": 2.5}) == [2.5, 2.5]
+
+
+def test_coroutines_and_other_numbers_are_understood() -> None:
+    async def later(completions: list[str]) -> list[float | None]:
+        return [1, None]
+
+    arguments = call_arguments(group("Q", ["a", "b"]), [0, 1])
+    assert evaluate(later, arguments, {}) == [1.0, None]
+    assert evaluate(lambda completions: np.array([0.5, 2.0], dtype=np.float32), arguments, {}) == [0.5, 2.0]
+    assert evaluate(lambda completions: torch.tensor([0.5, 2.0]), arguments, {}) == [0.5, 2.0]
+    assert evaluate(lambda completions: [True, np.bool_(False)], arguments, {}) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ([1.0], "returned 1 values for 2 completions"),
+        (1.0, "returned a float, must be a list of 2"),
+        (None, "returned a NoneType"),
+        ("ab", "returned a str"),
+        ([1.0, math.nan], "returned nan for a sample"),
+        ([1.0, math.inf], "returned inf for a sample"),
+        ([1.0, "1.0"], "returned '1.0' for a sample"),
+        ([1.0, [2.0]], r"returned \[2.0\] for a sample"),
+    ],
+)
+def test_unusable_results_are_refused(result: Any, message: str) -> None:
+    with pytest.raises(ScoreError, match=message + r".*test_reward_scoring\.py:\d+"):
+        evaluate(lambda completions: result, call_arguments(group("Q", ["a", "b"]), [0, 1]), {})
+
+
+def test_exceptions_are_told_with_the_line_of_the_users_function() -> None:
+    def raises(completions: list[str]) -> list[float]:
+        return [math.sqrt(float(text)) for text in completions]
+
+    line = raises.__code__.co_firstlineno + 1
+    with pytest.raises(ScoreError, match=rf"^ValueError: could not convert.*test_reward_scoring\.py:{line}\)$"):
+        evaluate(raises, call_arguments(group("Q", ["4", "x"]), [0, 1]), {})
+
+
+def test_a_missing_column_and_an_exit_are_failures_too() -> None:
+    def wants(completions: list[str], solution: list[str]) -> list[float]:
+        return []
+
+    def leaves(completions: list[str]) -> list[float]:
+        raise SystemExit(3)
+
+    arguments = call_arguments(group("Q", ["a"]), [0])
+    with pytest.raises(ScoreError, match="missing 1 required positional argument: 'solution'"):
+        evaluate(wants, arguments, {})
+    with pytest.raises(ScoreError, match="SystemExit: 3"):
+        evaluate(leaves, arguments, {})

@@ -1,0 +1,46 @@
+"""Groups of samples and a config, as the telemetry is given them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from sapo_rl.config import Config, RewardFunctionConfig
+from sapo_rl.types import Group, Prompt, Sample
+
+MakeGroup = Callable[..., Group]
+
+
+@pytest.fixture
+def make_group() -> MakeGroup:
+    """`make_group(index, rewards)`: a group whose sample i has i + 1 tokens; the last one is truncated."""
+
+    def make(index: int, rewards: list[float | None], name: str = "match", step: int = 1) -> Group:
+        samples = [
+            Sample(
+                token_ids=[7] * (place + 1),
+                truncated=place == len(rewards) - 1,
+                weight_version=step - 1,
+                text=f"reply {place}\x1b[31m",
+                rewards={name: reward},
+                reward=reward,
+                advantage=0.5 * place,
+            )
+            for place, reward in enumerate(rewards)
+        ]
+        return Group(Prompt(index, [1, 2], f"What is {index} - 8? [bold]", {"answer": str(index - 8)}), samples)
+
+    return make
+
+
+@pytest.fixture
+def config() -> Config:
+    """A run of four steps with one reward function, silent and without W&B."""
+    config = Config()
+    config.model.path = "/models/tiny"
+    config.trainer.steps = 4
+    config.logging.console = "none"
+    config.logging.wandb = "off"
+    config.reward.functions = {"match": RewardFunctionConfig(function="exact_match")}
+    return config

@@ -1,0 +1,61 @@
+"""The report made from metrics.jsonl alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sapo_rl.telemetry.report import labels, load, main, mean_phases
+
+
+def write_run(folder: Path, accuracies: list[float]) -> Path:
+    """A run with an evaluation after every step; its step k has reward k / 10 and takes 2 s."""
+    folder.mkdir(parents=True)
+    records: list[dict[str, float]] = []
+    for step, accuracy in enumerate(accuracies):
+        if step:
+            times = {"time/rollout": 1.5, "time/update": 0.5, "time/step": 2.0}
+            records.append({"step": step, "time": 2.0 * step, "reward/mean": step / 10, **times})
+        records.append({"step": step, "time": 2.0 * step, "eval/accuracy": accuracy})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path / "a", [0.125, 0.75, 0.5])
+    assert main([str(folder)]) == 0
+    lines = {line.split("  ")[0].strip() or line: line for line in capsys.readouterr().out.splitlines()}
+    assert lines["accuracy, first"].split()[-1] == "0.125"
+    assert lines["accuracy, last"].split()[-1] == "0.500"
+    assert lines["accuracy, best"].split()[-1] == "0.750"
+    assert lines["reward, last"].split()[-1] == "0.200"
+    assert lines["seconds a step"].split()[-1] == "2.00"
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_runs_share_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [write_run(tmp_path / name / "run", [0.1, 0.2]) for name in ("a", "b")]
+    assert main([*map(str, folders), "--out", str(tmp_path / "new" / "two.png")]) == 0
+    assert (tmp_path / "new" / "two.png").read_bytes().startswith(b"\x89PNG")
+    assert "a/run" in capsys.readouterr().out
+    assert not (folders[0] / "report.png").exists()
+
+
+def test_phases_are_means_over_steps(tmp_path: Path) -> None:
+    assert mean_phases(load(write_run(tmp_path / "a", [0.1, 0.2, 0.3]))) == {"rollout": 1.5, "update": 0.5}
+
+
+def test_runs_are_named_as_shortly_as_tells_them_apart(tmp_path: Path) -> None:
+    runs = [load(write_run(tmp_path / name, [0.1])) for name in ("x/1", "x/2", "y/1")]
+    assert labels(runs[:2]) == ["1", "2"]
+    assert labels(runs) == ["x/1", "x/2", "y/1"]
+
+
+def test_a_folder_without_a_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert main([str(tmp_path)]) == 2
+    assert "no step" in capsys.readouterr().err

@@ -1,0 +1,164 @@
+"""The command line up to the moment a run would start: what it accepts, what it refuses, and in which words."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder that passes for a model as long as nobody loads it."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100}))
+    return folder
+
+
+def sapo_train(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sapo_rl", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def composed(*arguments: str, cwd: Path) -> dict:
+    result = sapo_train(*arguments, "--cfg", "job", cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return yaml.safe_load(result.stdout)
+
+
+def test_bare_command_prints_usage_and_every_recipe(tmp_path: Path) -> None:
+    result = sapo_train(cwd=tmp_path)
+    assert result.returncode == 0
+    assert "sapo-train config=NAME" in result.stdout
+    for recipe in (ROOT / "configs" / "config").glob("*.yaml"):
+        description = yaml.safe_load(recipe.read_text())["description"]
+        assert any(recipe.stem in line and description in line for line in result.stdout.splitlines())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recipe_beats_group_defaults_and_the_command_line_beats_the_recipe(tmp_path: Path) -> None:
+    config = composed("config=quickstart", "trainer.steps=3", cwd=tmp_path)
+    recipe = yaml.safe_load((ROOT / "configs/config/quickstart.yaml").read_text())
+    assert config["trainer"]["learning_rate"] == float(recipe["trainer"]["learning_rate"])
+    assert config["trainer"]["steps"] == 3
+    assert config["loss"]["gradient"] == "paper"
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+@pytest.mark.parametrize("with_defaults", [True, False])
+def test_user_file_by_path(tmp_path: Path, absolute: bool, with_defaults: bool) -> None:
+    text = "trainer: {steps: 7}\n"
+    if with_defaults:
+        text = "defaults:\n  - override /loss: grpo\n  - _self_\n" + text
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    config = composed(f"config={file if absolute else 'mine.yaml'}", cwd=tmp_path)
+    assert config["trainer"]["steps"] == 7
+    assert config["loss"]["name"] == ("grpo" if with_defaults else "sapo")
+
+
+def test_user_file_with_the_name_of_a_recipe_is_the_users(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.yaml").write_text("trainer: {steps: 77}\n")
+    assert composed("config=./quickstart.yaml", cwd=tmp_path)["trainer"]["steps"] == 77
+
+
+def test_composing_imports_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from sapo_rl.cli import main\n"
+        "try: main(['config=quickstart', 'model.path=nowhere'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'vllm', 'accelerate', 'wandb'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "model.path" in result.stderr
+
+
+BAD = {
+    "misspelt key": (["loss.tau_ngg=1"], ["loss.tau_ngg", "command line", "tau_neg"]),
+    "misspelt group": (["los.tau_neg=1"], ["los", "loss"]),
+    "wrong type": (["loss.tau_neg=abc"], ["loss.tau_neg", "abc", "command line"]),
+    "wrong bool": (["reproducible=perhaps"], ["reproducible", "perhaps"]),
+    "tau of zero": (["loss.tau_pos=0"], ["loss.tau_pos", "above 0", "command line"]),
+    "tau order": (["loss.tau_neg=0.9"], ["loss.tau_neg", "strict_temperatures"]),
+    "group of one": (["rollout.group_size=1"], ["rollout.group_size", "at least 2"]),
+    "batch that the group does not divide": (["rollout.batch_size=60"], ["rollout.batch_size", "group_size", "64"]),
+    "more parts than prompts": (["trainer.updates_per_rollout=16", "trainer.mini_batches=16"], ["trainer.mini_batches"]),
+    "parts that do not divide the updates": (["trainer.mini_batches=3"], ["trainer.mini_batches", "divide"]),
+    "unknown loss": (["loss.name=sappo"], ["loss.name", "sapo"]),
+    "unknown loss group": (["loss=sappo"], ["loss", "sappo", "sapo"]),
+    "unknown reward": (["reward.functions.correct.function=numeric_anser"], ["numeric_anser", "numeric_answer"]),
+    "unknown reward module": (["reward.functions.correct.function=no_such_module.f"], ["no_such_module"]),
+    "unknown source": (["data.source=arithmetics"], ["data.source", "arithmetic"]),
+    "missing file": (["data.source=file", "data.path=none.jsonl"], ["none.jsonl"]),
+    "unknown gym dataset": (["data.source=reasoning_gym", "data.path=chain_summ"], ["chain_summ", "chain_sum"]),
+    "unknown recipe": (["config=quickstrat"], ["quickstrat", "quickstart"]),
+    "missing recipe file": (["config=nowhere.yaml"], ["nowhere.yaml"]),
+    "missing model": (["model.path=./nowhere"], ["model.path", "nowhere"]),
+    "unknown aggregation": (["loss.loss_agg_mode=token-meen"], ["loss.loss_agg_mode", "token-mean"]),
+    "correction without log-probs": (["loss.correction.mode=token_mask"], ["loss.correction.mode", "rollout.logprobs"]),
+    "eval of an unknown reward": (["eval.reward=corect"], ["eval.reward", "correct"]),
+    "resume of nothing": (["resume=runs/none"], ["resume", "runs/none"]),
+    "bad syntax": (["trainer.steps=[1"], ["trainer.steps"]),
+    "negative steps": (["trainer.steps=-1"], ["trainer.steps", "at least 1"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_config_ends_in_two_lines_and_code_2(tmp_path: Path, model: Path, case: str) -> None:
+    overrides, words = BAD[case]
+    given = [] if any(o.startswith(("model.path", "resume")) for o in overrides) else [f"model.path={model}"]
+    recipe = [] if any(o.startswith(("config=", "resume")) for o in overrides) else ["config=quickstart"]
+    result = sapo_train(*recipe, *given, *overrides, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert 1 <= len(lines) <= 2 and "Traceback" not in result.stderr, result.stderr
+    for word in words:
+        assert word in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_mistake_in_a_users_file_names_the_file(tmp_path: Path, model: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    for text, words in {
+        "loss: {tau_negg: 1}\n": ["loss.tau_negg", "tau_neg"],
+        "loss: {tau_neg: -1}\n": ["loss.tau_neg", "above 0"],
+        "trainer: {steps: many}\n": ["trainer.steps", "many"],
+    }.items():
+        file.write_text(text)
+        result = sapo_train("config=mine.yaml", f"model.path={model}", cwd=tmp_path)
+        assert result.returncode == 2
+        assert len(result.stderr.strip().splitlines()) <= 2, result.stderr
+        assert all(word in result.stderr for word in [*words, "mine"]), result.stderr
+
+
+def test_dry_run_shows_config_batches_and_memory_and_leaves_nothing(tmp_path: Path, model: Path) -> None:
+    result = sapo_train("config=quickstart", f"model.path={model}", "dry_run=true", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for words in ("tau_neg: 1.05", "64 = 8 prompts x 8", "memory"):
+        assert words in result.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_completion_offers_recipes(tmp_path: Path) -> None:
+    line = "sapo-train config=quick"
+    environment = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_CWORD": "1"}
+    result = sapo_train("-sc", "query=bash", cwd=tmp_path, **environment)
+    assert "config=quickstart" in result.stdout.split()

@@ -1,0 +1,65 @@
+"""The wheel holds what the program needs outside a checkout, and the command line starts without heavy imports."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's wheel, built from the checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(ROOT)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_wheel_holds_every_config_and_the_typing_marker(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    configs = {f"sapo_rl/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
+    assert "sapo_rl/configs/config/quickstart.yaml" in configs
+    assert configs <= names
+    assert "sapo_rl/py.typed" in names
+
+
+def test_wheel_holds_the_package_only(wheel: Path) -> None:
+    roots = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {root for root in roots if not root.endswith(".dist-info")} == {"sapo_rl"}
+
+
+def test_unpacked_wheel_composes_a_recipe_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    code = "import sys, sapo_rl.cli; print(sapo_rl.__file__, file=sys.stderr); sys.exit(sapo_rl.cli.main())"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "--cfg", "job", "config=quickstart"],
+        cwd=elsewhere,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert str(site) in result.stderr
+    assert "SmolLM2-135M" in result.stdout
+
+
+@pytest.mark.parametrize("module", ["sapo_rl.config", "sapo_rl.cli"])
+def test_modules_ahead_of_the_config_import_nothing_heavy(module: str) -> None:
+    code = (
+        f"import sys, {module}; "
+        "print(*sorted({'torch', 'transformers', 'vllm', 'datasets', 'accelerate', 'wandb'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []
