@@ -74,7 +74,8 @@ def _check_batch(config: Config) -> None:
     key = "trainer.updates_per_rollout" if trainer.mini_batches is None else "trainer.mini_batches"
     if parts < 1 or trainer.updates_per_rollout % parts:
         raise ConfigError(
-            "trainer.mini_batches", f"is {parts}; must divide trainer.updates_per_rollout = {trainer.updates_per_rollout}"
+            "trainer.mini_batches",
+            f"is {parts}; must divide trainer.updates_per_rollout = {trainer.updates_per_rollout}",
         )
     if prompts % (parts * config.launch.num_processes):
         raise ConfigError(
@@ -102,7 +103,9 @@ def _check_loss(config: Config) -> None:
     if correction.mode != "none" and not config.rollout.logprobs:
         raise ConfigError("loss.correction.mode", f"'{correction.mode}' needs rollout.logprobs=true")
     if correction.low >= correction.high:
-        raise ConfigError("loss.correction.low", f"is {correction.low}; must be below loss.correction.high = {correction.high}")
+        raise ConfigError(
+            "loss.correction.low", f"is {correction.low}; must be below loss.correction.high = {correction.high}"
+        )
 
 
 def _check_sources(config: Config) -> None:
@@ -123,8 +126,9 @@ def _check_sources(config: Config) -> None:
             raise _with_key(error, f"reward.functions.{name}.function") from error
     if not any(function.weight for function in functions.values()):
         raise ConfigError("reward.functions", "every weight is 0: nothing to train on")
-    if config.eval.reward is not None and config.eval.reward not in functions:
-        raise ConfigError("eval.reward", f"unknown reward '{config.eval.reward}'; {did_you_mean(config.eval.reward, functions)}")
+    judge = config.eval.reward
+    if judge is not None and judge not in functions:
+        raise ConfigError("eval.reward", f"unknown reward '{judge}'; {did_you_mean(judge, functions)}")
 
 
 def _with_key(error: UserError, key: str) -> ConfigError:

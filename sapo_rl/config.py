@@ -1,7 +1,7 @@
 """The configuration's schema: one dataclass a group, a docstring under each field.
 
-Values live in `configs/`; this file says what may be set, of which type and in which range. It imports nothing heavy, so
-that a config is accepted or refused before torch is loaded. `sapo_rl.checks` holds the rules that span several fields.
+Values live in `configs/`; this file says what may be set, of which type and in which range. It imports nothing heavy,
+so that a config is accepted or refused before torch is loaded. `sapo_rl.checks` holds the rules that span fields.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class DataConfig:
     source: str = choice(MISSING, "arithmetic", "reasoning_gym", "huggingface", "file")
     """`arithmetic` and `reasoning_gym` generate prompts; `huggingface` and `file` (JSONL, Parquet) read them."""
     path: Optional[str] = None
-    """Dataset name on the hub (`huggingface`), file (`file`), or dataset of the package reasoning-gym (`reasoning_gym`)."""
+    """Dataset on the hub (`huggingface`), file (`file`), or dataset of the package reasoning-gym (`reasoning_gym`)."""
     subset: Optional[str] = None
     """Configuration of a hub dataset, e.g. `main` of gsm8k."""
     split: str = "train"
@@ -52,7 +52,7 @@ class DataConfig:
     eval_path: Optional[str] = None
     """File with held-out prompts, where `source` is `file`."""
     eval_split: Optional[str] = None
-    """Split of a hub dataset to evaluate on. With neither this nor `eval_path`, `eval.prompts` rows are held out of the training set."""
+    """Split of a hub dataset to evaluate on. With neither this nor `eval_path`, `eval.prompts` rows are held out."""
     prompt_column: str = "prompt"
     """Column with the prompt: text, or chat messages."""
     answer_column: Optional[str] = "answer"
@@ -80,7 +80,7 @@ class RewardFunctionConfig:
     """One reward function."""
 
     function: str = MISSING
-    """A built-in's name, or a dotted path `package.module.function` to your own `f(completions, prompts, **columns)`."""
+    """A built-in's name, or the dotted path of your own `f(completions, prompts, **columns)`: `package.module.name`."""
     weight: float = 1.0
     """Factor in the weighted sum of rewards; 0 logs the reward without training on it."""
     args: dict[str, Any] = field(default_factory=dict)
@@ -174,7 +174,7 @@ class CorrectionConfig:
     """Correction of the mismatch between vLLM's and the trainer's log-probabilities; needs `rollout.logprobs`."""
 
     mode: str = choice("none", "none", "token_truncate", "token_mask", "sequence_mask")
-    """Truncated importance sampling by token, tokens masked outside the range (IcePop), or whole sequences masked."""
+    """Truncated importance sampling by token, or tokens (IcePop) or sequences masked outside the range."""
     low: float = number(0.5, least=0)
     """Smallest trainer/vLLM ratio that the masks keep."""
     high: float = number(2.0, above=0)
@@ -190,7 +190,7 @@ class LossConfig:
     name: str = choice("sapo", "sapo", "grpo", "gspo", "cispo", "reinforce")
     """Policy loss."""
     tau_pos: float = number(1.0, above=0)
-    """SAPO's temperature for tokens of positive advantage. The gradient's weight halves at |ratio - 1| = 1.763 / tau."""
+    """SAPO's temperature where the advantage is positive. The gradient's weight halves at |ratio - 1| = 1.763 / tau."""
     tau_neg: float = number(1.05, above=0)
     """SAPO's temperature for the other tokens; the paper takes it above `tau_pos`."""
     strict_temperatures: bool = True
@@ -201,8 +201,8 @@ class LossConfig:
     """Shape of SAPO's gate."""
     ratio_level: str = choice("token", "token", "sequence")
     """Ratio of each token, or the length-normalised ratio of its sequence."""
-    log_ratio_clamp: float = number(20.0, above=0)
-    """Bound on |log ratio| before it is exponentiated."""
+    log_ratio_clamp: float = number(20.0, above=0, most=80)
+    """Bound on |log ratio| before it is exponentiated; float32 overflows at 88.7."""
     clip_low: float = number(0.2, least=0)
     """Lower clip range of grpo, gspo and cispo."""
     clip_high: float = number(0.2, least=0)
@@ -228,7 +228,8 @@ class TrainerConfig:
     updates_per_rollout: int = number(4, least=1)
     """Optimiser updates on each rollout batch."""
     mini_batches: Optional[int] = None
-    """Parts into which the rollout batch is cut, one update each; null cuts it into `updates_per_rollout`, so that each sample is seen once."""
+    """Parts into which the rollout batch is cut, one update each, gone through again until all updates are done; null
+    takes `updates_per_rollout`, so that each sample is seen once."""
     learning_rate: float = number(1e-6, above=0)
     """Peak learning rate of AdamW."""
     weight_decay: float = number(0.0, least=0)

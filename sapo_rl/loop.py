@@ -190,7 +190,7 @@ def warn_of_inert_temperatures(run: Run) -> None:
     """Say once where SAPO's gate cannot act, or is known not to hold."""
     loss, settings = run.config.loss, run.config.trainer
     text = inert_temperature_warning(settings.updates_per_rollout, loss.tau_pos, loss.tau_neg)
-    if loss.name == "sapo" and text:
+    if loss.name == "sapo" and loss.gradient == "paper" and text:
         run.telemetry.warn(text)
 
 

@@ -98,7 +98,8 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     )
     stack.enter_context(telemetry)
     if dropped:
-        telemetry.warn(f"{dropped} prompts longer than data.max_prompt_tokens = {config.data.max_prompt_tokens} dropped")
+        limit = config.data.max_prompt_tokens
+        telemetry.warn(f"{dropped} prompts longer than data.max_prompt_tokens = {limit} are left out")
     rollouts = Rollouts([engine], config.rollout, tokenizer, config.seed, config.reproducible)
     run = Run(
         config, folder, prompts, held_out, sampler, [engine], rollouts, rewards, trainer, transport, telemetry, Timers()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from sapo_rl.errors import UserError, did_you_mean
 
 T = TypeVar("T")
+Entry = TypeVar("Entry")
 
 
 class UnknownNameError(UserError, KeyError):
@@ -23,15 +24,15 @@ class Registry(Generic[T]):
         self.kind = kind
         self._entries: dict[str, T] = {}
 
-    def register_module(self, name: str) -> Callable[[T], T]:
+    def register_module(self, name: str) -> Callable[[Entry], Entry]:
         """Return a decorator that enters its object under `name`.
 
         Raises:
             ValueError: another object holds that name already.
         """
 
-        def enter(entry: T) -> T:
-            if self._entries.setdefault(name, entry) is not entry:
+        def enter(entry: Entry) -> Entry:
+            if self._entries.setdefault(name, cast(T, entry)) is not entry:
                 raise ValueError(f"{self.kind} '{name}' is registered twice")
             return entry
 

@@ -84,9 +84,8 @@ def test_composing_imports_no_torch(tmp_path: Path) -> None:
         "heavy = {'torch', 'transformers', 'datasets', 'vllm', 'accelerate', 'wandb'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "model.path" in result.stderr
 
@@ -100,7 +99,7 @@ BAD = {
     "tau order": (["loss.tau_neg=0.9"], ["loss.tau_neg", "strict_temperatures"]),
     "group of one": (["rollout.group_size=1"], ["rollout.group_size", "at least 2"]),
     "batch that the group does not divide": (["rollout.batch_size=60"], ["rollout.batch_size", "group_size", "64"]),
-    "more parts than prompts": (["trainer.updates_per_rollout=16", "trainer.mini_batches=16"], ["trainer.mini_batches"]),
+    "more parts than prompts": (["trainer.updates_per_rollout=16"], ["trainer.updates_per_rollout", "8 prompts"]),
     "parts that do not divide the updates": (["trainer.mini_batches=3"], ["trainer.mini_batches", "divide"]),
     "unknown loss": (["loss.name=sappo"], ["loss.name", "sapo"]),
     "unknown loss group": (["loss=sappo"], ["loss", "sappo", "sapo"]),

@@ -1,13 +1,15 @@
-"""A tiny random language model with a character-level tokenizer, made on the spot: no download, loads in vLLM on the CPU."""
+"""A tiny random language model and its tokenizer, made on the spot: no download, and vLLM on the CPU loads it."""
 
 from __future__ import annotations
 
 import string
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from sapo_rl.rollout.engine import EngineSettings
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -48,7 +50,7 @@ def make_tiny_model(folder: Path, seed: int = 0) -> Path:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A fast tokenizer over printable ASCII and a few hundred other characters, one token each, with a chat template."""
+    """A fast tokenizer with a chat template: printable ASCII and some two hundred other characters, one token each."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -63,3 +65,28 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def engine_settings(model: Path, log_path: Path, **changes: Any) -> EngineSettings:
+    """Settings of an engine on the CPU that fits a tiny model; `changes` replace single fields."""
+    from sapo_rl.rollout.engine import EngineSettings
+
+    settings: dict[str, Any] = {
+        "model": str(model),
+        "dtype": "float32",
+        "max_model_len": 256,
+        "max_num_seqs": 64,
+        "gpu_memory_utilization": 0.3,
+        "cpu_kv_cache_gb": 0.1,
+        "enforce_eager": True,
+        "stop_token_ids": [SPECIAL.index("<|im_end|>")],
+        "seed": 0,
+        "device": "cpu",
+        "trust_remote_code": False,
+        "revision": None,
+        "start_timeout": 300.0,
+        "timeout": 120.0,
+        "max_restarts": 2,
+        "log_path": log_path,
+    }
+    return EngineSettings(**(settings | changes))

@@ -37,7 +37,8 @@ def save(folder: Path, step: int, trainer: PolicyTrainer, state: dict[str, Any],
     accelerator.wait_for_everyone()
     torch.save(_random_state(), partial / f"random_{accelerator.process_index}.pt")
     if accelerator.is_main_process:
-        save_file({name: weight.contiguous() for name, weight in trainer.policy.named_weights()}, partial / "model.safetensors")
+        weights = {name: weight.contiguous() for name, weight in trainer.policy.named_weights()}
+        save_file(weights, partial / "model.safetensors")
         torch.save(trainer.optimizer.state_dict(), partial / "optimizer.pt")
         record = {"step": step, "updates": trainer.updates, "schedule": trainer.schedule.state_dict(), "state": state}
         (partial / "state.json").write_text(json.dumps(record, indent=1, default=float))
@@ -58,7 +59,7 @@ def latest(folder: Path) -> Path:
     """
     found = sorted(folder.glob("step_*"))
     if not found:
-        raise UserError(f"resume: no checkpoint in '{folder}'; the run ended before checkpoint.every steps: start it anew")
+        raise UserError(f"resume: no checkpoint in '{folder}': the run ended before its first; start it anew")
     return found[-1]
 
 

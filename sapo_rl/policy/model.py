@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,13 +98,11 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def stop_tokens(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids that end a completion: the tokenizer's end of sequence and those of the generation config."""
-    found = {tokenizer.eos_token_id}
-    try:
+    named: list[Any] = [tokenizer.eos_token_id]
+    with contextlib.suppress(OSError):  # a model without a generation config stops at the tokenizer's token alone
         ids = GenerationConfig.from_pretrained(config.path, revision=config.revision or "main").eos_token_id
-        found.update(ids if isinstance(ids, list) else [ids])
-    except OSError:
-        pass  # a model without a generation config stops at the tokenizer's token alone
-    stops = sorted(token for token in found if token is not None)
+        named += ids if isinstance(ids, list) else [ids]
+    stops = sorted({token for token in named if isinstance(token, int)})
     if not stops:
         raise UserError(f"model.path: '{config.path}' names no end-of-sequence token, so no completion would end")
     return stops

@@ -1,8 +1,8 @@
 """Samples into packed micro-batches: no padding, and each prompt computed once for all its completions.
 
 A micro-batch is one stream of N tokens: for every prompt in it, the prompt's tokens, then the tokens of each of its
-completions but the last, whose successor nobody asks for. Attention knows the stream as segments: a prompt sees itself, a
-completion sees its prompt and itself. So everything but attention's keys and values is computed once a prompt, not once a sample.
+completions but their last, whose successor nobody asks for. Attention knows the stream as segments: a prompt sees
+itself, a completion sees its prompt and itself. So all but attention is computed once a prompt, not once a sample.
 """
 
 from __future__ import annotations

@@ -150,12 +150,12 @@ class PolicyTrainer:
     def _backward(self, micro: _MicroBatch, traces: list[Trace]) -> Tensor:
         batch = micro.batch
         logps, entropy = self._module(batch, self.config.rollout.temperature)
-        if micro.old_logps is None:
-            micro.old_logps = logps.detach()
+        old_logps = logps.detach() if micro.old_logps is None else micro.old_logps
+        micro.old_logps = old_logps
         outputs = self._loss(
             LossInputs(
                 logps=logps,
-                old_logps=micro.old_logps,
+                old_logps=old_logps,
                 advantages=batch.advantages,
                 sequence_ids=batch.sequence_ids,
                 num_sequences=batch.num_sequences,
@@ -166,7 +166,7 @@ class PolicyTrainer:
         )
         self.accelerator.backward(outputs.loss * self.accelerator.num_processes)  # DDP takes the mean over ranks
         if not micro.filler:
-            traces.append(_trace(micro, logps.detach(), entropy, outputs))
+            traces.append(_trace(micro, logps.detach(), old_logps, entropy, outputs))
         return outputs.loss.detach()
 
     def _metrics(self, traces: Sequence[Trace], losses: Sequence[Tensor], norms: Sequence[Tensor]) -> dict[str, float]:
@@ -235,11 +235,10 @@ def _item(group: Group, index: int, weight: float) -> Item:
     return Item(group.prompt.token_ids, sample.token_ids, sample.advantage, weight, sample.rollout_logps)
 
 
-def _trace(micro: _MicroBatch, logps: Tensor, entropy: Tensor, outputs: LossOutputs) -> Trace:
-    assert micro.old_logps is not None
+def _trace(micro: _MicroBatch, logps: Tensor, old_logps: Tensor, entropy: Tensor, outputs: LossOutputs) -> Trace:
     columns = {
         "logps": logps,
-        "old_logps": micro.old_logps,
+        "old_logps": old_logps,
         "entropy": entropy,
         "advantages": micro.batch.advantages,
         "gradient_weight": outputs.gradient_weight,

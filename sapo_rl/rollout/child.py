@@ -1,7 +1,7 @@
 """The child process that holds vLLM: `python -m sapo_rl.rollout.child SOCKET_FD PARENT_PID`, started by `LocalEngine`.
 
-It receives `EngineSettings`, builds the engine, answers `("ready", None)` and then one message with `("done", result)` or
-`("failed", traceback)` for each `(method, arguments)`. A dead vLLM core ends this process, for its parent to restart.
+It receives `EngineSettings`, builds the engine, sends `("ready", None)`, and then answers each `(method, arguments)`
+with `("done", result)` or `("failed", traceback)`. A dead vLLM core ends this process, for its parent to restart.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from sapo_rl.rollout.lifeline import die_with_parent, kill_group_on_hangup
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
+    from vllm.logprobs import FlatLogprobs
 
 
 def capture_sizes(max_num_seqs: int) -> list[int]:
@@ -29,7 +30,7 @@ def capture_sizes(max_num_seqs: int) -> list[int]:
 
 
 def llm_arguments(settings: EngineSettings) -> dict[str, Any]:
-    """Return the arguments of `vllm.LLM`: tokens in, tokens out, and as little work per token in Python as it allows."""
+    """Return the arguments of `vllm.LLM`: tokens in, tokens out, as little Python per token as it allows."""
     arguments: dict[str, Any] = {
         "model": settings.model,
         "revision": settings.revision,
@@ -109,14 +110,21 @@ class Server:
 
 
 def _completions(output: RequestOutput) -> list[Completion]:
+    from vllm.logprobs import FlatLogprobs
+
     return [
         Completion(
             token_ids=list(one.token_ids),
             truncated=one.finish_reason == "length",
-            logps=None if one.logprobs is None else [one.logprobs.logprobs[start] for start in one.logprobs.start_indices],
+            logps=_sampled(one.logprobs) if isinstance(one.logprobs, FlatLogprobs) else None,
         )
         for one in output.outputs
     ]
+
+
+def _sampled(flat: FlatLogprobs) -> list[float]:
+    """The first entry of each position is the sampled token's."""
+    return [flat.logprobs[start] for start in flat.start_indices]
 
 
 def serve(connection: Connection) -> None:

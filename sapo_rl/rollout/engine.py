@@ -21,7 +21,7 @@ class Request:
     n: int
     """Completions to sample."""
     seed: int | None = None
-    """Seeds these completions (vLLM derives seed, seed + 1, ... for the n of them); None draws from the engine's stream."""
+    """Seeds these completions: vLLM takes seed, seed + 1, ... for the n of them. None draws from the engine's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class Engine(Protocol):
         ...
 
     def score(self, token_ids: list[int]) -> list[float]:
-        """Return log p(token | those before it) at temperature 1 for all tokens but the first: `len(token_ids) - 1` values."""
+        """Return log p(token | those before it) at temperature 1, for each token but the first."""
         ...
 
     def close(self) -> None:

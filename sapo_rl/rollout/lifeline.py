@@ -22,7 +22,7 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def kill_group_on_hangup(fd: int) -> None:
-    """Start a thread that kills this process's group, itself included, as soon as the other end of socket `fd` is closed."""
+    """Start a thread that kills this process's whole group as soon as the other end of socket `fd` is closed."""
 
     def watch() -> None:
         poll = select.poll()

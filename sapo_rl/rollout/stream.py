@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.15}
-"""Largest mean |difference| between vLLM's and the trainer's log-probabilities, in nats, by the dtype that both compute in."""
+"""Largest mean |difference| of vLLM's and the trainer's log-probabilities, in nats, by the dtype both compute in.
+
+Measured on SmolLM2-135M on the CPU: 7e-6 in float32; 0.04 to 0.055 in bfloat16, where single unlikely tokens differ by
+0.5 and a few updates hide in the rounding. Float32 thus shows weights that are one update old, bfloat16 those that are
+several steps old.
+"""
 
 
 def sampling_of(cfg: RolloutConfig) -> Sampling:
@@ -33,7 +38,7 @@ def sampling_of(cfg: RolloutConfig) -> Sampling:
 
 
 def request_seed(seed: int, step: int, index: int) -> int:
-    """Return a seed in [0, 2^62) for prompt `index` in `step` of a run: far from any other, since vLLM counts up from it."""
+    """Return a seed below 2^62 for prompt `index` in `step` of a run, far from any other: vLLM counts up from it."""
     digest = hashlib.blake2b(f"{seed}/{step}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2
 
@@ -46,7 +51,7 @@ class Rollouts:
         cfg: sampling and group size.
         tokenizer: decodes completions, in one batch.
         seed: the run's.
-        reproducible: seed every completion by (run, step, prompt), so that neither the number of engines nor their state matters.
+        reproducible: seed every completion by run, step and prompt, so that the engines' number and state do not count.
     """
 
     def __init__(
@@ -67,7 +72,11 @@ class Rollouts:
     def generate(self, prompts: Sequence[Prompt], step: int, n: int | None = None) -> list[Group]:
         """Sample `n` completions (default: the group size) of each prompt; groups in the prompts' order."""
         requests = [
-            Request(prompt.token_ids, n or self.group_size, request_seed(self.seed, step, prompt.index) if self.reproducible else None)
+            Request(
+                prompt.token_ids,
+                n or self.group_size,
+                request_seed(self.seed, step, prompt.index) if self.reproducible else None,
+            )
             for prompt in prompts
         ]
         return self._run(prompts, requests, self.sampling)
@@ -113,7 +122,8 @@ def verify(engine: Engine, token_ids: list[int], trainer_logps: Sequence[float],
     mean, largest = sum(differences) / len(differences), max(differences)
     if not mean <= TOLERANCE[dtype]:  # NaN fails too
         raise EngineError(
-            f"vLLM (weight version {engine.weight_version}) and the trainer disagree on the log-probabilities of {len(token_ids)} "
-            f"tokens: mean |difference| {mean:.3g}, largest {largest:.3g}; in {dtype} the mean should be below {TOLERANCE[dtype]:g}"
+            f"vLLM (weight version {engine.weight_version}) and the trainer disagree on the log-probabilities of "
+            f"{len(token_ids)} tokens: mean |difference| {mean:.3g}, largest {largest:.3g}; "
+            f"in {dtype} the mean should be below {TOLERANCE[dtype]:g}"
         )
     return mean

@@ -94,7 +94,7 @@ class Plain:
 
     def show(self, content: RenderableType) -> None:
         """Print something that stays."""
-        self._out.print(content, soft_wrap=isinstance(content, Text))
+        self._out.print(content, soft_wrap=isinstance(content, Text), crop=False)
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -55,7 +55,7 @@ class LivePanel:
 
     def show(self, content: RenderableType) -> None:
         """Print above the panel, or below it once it is closed."""
-        self._live.console.print(content)
+        self._live.console.print(content, crop=False)
 
     def close(self) -> None:
         """Leave the last frame where it is and give the terminal back."""
@@ -92,18 +92,20 @@ def _bar(progress: Progress, elapsed: float) -> RenderableType:
 
 
 def _curves(progress: Progress, inner: int) -> RenderableType:
+    across = 2 if inner >= 54 else 1
+    room = max(1, inner // across - 18)  # what label, value and padding leave to the curve
     grid = Table.grid(padding=(0, 1))
-    for _ in range(2):
+    cells: list[Text] = []
+    for _ in range(across):
         grid.add_column(no_wrap=True, style="dim", width=8)
         grid.add_column(no_wrap=True, justify="right", width=7)
-        grid.add_column(no_wrap=True, width=max(8, (inner - 36) // 2))
-    cells: list[Text] = []
+        grid.add_column(no_wrap=True, width=room)
     for label, name in CURVES.items():
         values = numbers(progress.evals if name.startswith("eval/") else progress.steps, name)
-        curve = Text(sparkline(values, max(8, (inner - 36) // 2)), style="cyan")
-        cells += [Text(label), Text(short(values[-1]) if values else "-", style="bold"), curve]
-    grid.add_row(*cells[:6])
-    grid.add_row(*cells[6:])
+        latest = Text(short(values[-1]) if values else "-", style="bold")
+        cells += [Text(label), latest, Text(sparkline(values, room), style="cyan")]
+    for first in range(0, len(cells), 3 * across):
+        grid.add_row(*cells[first : first + 3 * across])
     return grid
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, SupportsFloat, TypeAlias
 
+from sapo_rl.advantages import zero_spread
 from sapo_rl.errors import UserError
 from sapo_rl.run_folder import write_atomic
 from sapo_rl.types import Group
@@ -79,8 +80,6 @@ def sample_metrics(groups: list[Group]) -> dict[str, float]:
     Rewards that are None are left out; a mean of none is left out of the result. Standard deviations are over the
     samples, Bessel-corrected, 0 for a single one. Lengths are in tokens.
     """
-    from sapo_rl.advantages import zero_spread  # imports torch, which readers of a finished run do without
-
     samples = [sample for group in groups for sample in group.samples]
     if not samples:
         return {}

@@ -14,11 +14,11 @@ from sapo_rl.telemetry.progress import Progress, duration, one_line, short
 SHOWN = 3
 """Prompts whose completions are shown before and after."""
 SAVED = {
-    FINAL: "the trained model, a Hugging Face folder",
-    CHECKPOINTS: "to resume from",
-    METRICS: "every number of the run",
-    COMPLETIONS: "every completion of the run",
-    CONFIG: "the config, with all defaults",
+    FINAL: "trained model",
+    CHECKPOINTS: "checkpoints",
+    METRICS: "every number",
+    COMPLETIONS: "every completion",
+    CONFIG: "resolved config",
 }
 
 Examples = list[tuple[str, str]]
@@ -38,7 +38,7 @@ def summary(progress: Progress, before: Examples, after: Examples, wandb: str, n
     parts: list[RenderableType] = [Text(), _numbers(progress)]
     if before and len(progress.evals) > 1:
         parts += [Text(), _examples(before, dict(after), progress)]
-    parts += [Text(), _saved(progress.folder, wandb), Text(), Text.assemble("next: ", (next_command, "bold")), Text()]
+    parts += [Text(), _saved(progress.folder, wandb), Text(), _whole(f"next: {next_command}"), Text()]
     return Group(*parts)
 
 
@@ -70,10 +70,13 @@ def _examples(before: Examples, after: dict[str, str], progress: Progress) -> Re
 
 
 def _saved(folder: Path, wandb: str) -> RenderableType:
-    table = Table.grid(padding=(0, 2))
-    for name, meaning in SAVED.items():
-        if (folder / name).exists():
-            table.add_row(Text(str(folder / name), overflow="fold"), Text(meaning, style="dim"))
+    found = {meaning: str(folder / name) for name, meaning in SAVED.items() if (folder / name).exists()}
     if wandb:
-        table.add_row(Text(wandb, overflow="fold"), Text("Weights & Biases", style="dim"))
-    return Group(Text("saved", style="bold"), table)
+        found["Weights & Biases"] = wandb
+    width = max((len(meaning) for meaning in found), default=0)
+    return Group(*(_whole(f"{meaning:<{width}}  {path}") for meaning, path in found.items()))
+
+
+def _whole(text: str) -> Text:
+    """A line that is never broken, so that paths and commands can be copied."""
+    return Text(text, no_wrap=True, overflow="ignore")

@@ -169,9 +169,9 @@ def test_mismatch_factors() -> None:
 
     assert factors("token_truncate") == pytest.approx([1.0, 2.0, 0.4, 1.5, 1.2, 0.5])
     assert factors("token_mask", low=0.45) == pytest.approx([1.0, 0.0, 0.0, 1.5, 1.2, 0.5])
-    # geometric means of the three sequences: 1.06, 1.34, 0.5
-    assert factors("sequence_mask", low=0.6, high=1.1) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
-    assert factors("sequence_mask", low=1.1, high=2.0) == [0.0, 0.0, 0.0, 1.0, 1.0, 0.0]
+    # geometric means of the three sequences: 1.063, 1.342, 0.5
+    assert factors("sequence_mask", low=0.51, high=1.07) == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    assert factors("sequence_mask", low=1.3, high=1.35) == [0.0, 0.0, 0.0, 1.0, 1.0, 0.0]
 
 
 def test_stale_negative_sequences_are_dropped() -> None:

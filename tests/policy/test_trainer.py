@@ -67,7 +67,9 @@ def make_config(**trainer: object) -> Config:
     return config
 
 
-def weights_after(config: Config, groups: list[Group], reference: bool = False) -> tuple[torch.Tensor, dict[str, float]]:
+def weights_after(
+    config: Config, groups: list[Group], reference: bool = False
+) -> tuple[torch.Tensor, dict[str, float]]:
     trainer = PolicyTrainer(make_policy(), make_policy() if reference else None, config, Accelerator(cpu=True))
     metrics = trainer.train_on(groups, no_timer)
     return torch.cat([weight.flatten().clone() for _, weight in trainer.policy.named_weights()]), metrics
@@ -108,7 +110,7 @@ def test_batch_without_spread_moves_nothing_at_first() -> None:
 
 
 def test_groups_of_zero_spread_stay_where_a_reference_pulls() -> None:
-    """A KL penalty has a gradient on every sample, so nothing may be left out; after the first update it is not zero."""
+    """A KL penalty has a gradient on every sample, so nothing may be left out."""
     config = make_config(updates_per_rollout=4, mini_batches=1)
     config.loss = LossConfig(kl=KLConfig(coef=0.5))
     _, metrics = weights_after(config, make_groups(4, zero_spread=4), reference=True)

@@ -20,27 +20,31 @@ from sapo_rl.rollout.weights.base import WeightTransport
 
 PREFIX = "sapo-weights-"
 HEADER_BYTES = 4 << 20
-"""Room kept for the header, which is written last: tensors are taken one by one, so that none needs to stay in memory."""
-DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+"""Room for the header, which is written last: tensors are taken one by one, and none needs to stay in memory."""
+DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 ABANDONED_AFTER = 60.0
 """Seconds before a folder without an owner counts as left behind: its owner may be about to lock it."""
 
 
 def weights_folder(size: int, shared: Path = Path("/dev/shm")) -> Path:
-    """Make a new folder for `FileTransport`, in `shared` memory where two copies of `size` bytes fit, else in the temporary folder.
+    """Make a new folder for `FileTransport` in `shared` memory, or where that has no room, among the temporary files.
 
-    Folders that a killed run left there are deleted first.
+    Two copies of `size` bytes must fit. Folders that a killed run left there are deleted first.
+
+    Raises:
+        UserError: they fit in neither.
     """
     for parent in (shared, Path(tempfile.gettempdir())):
         if parent.is_dir() and os.access(parent, os.W_OK):
             _sweep(parent)
             if shutil.disk_usage(parent).free > 2 * (size + HEADER_BYTES):
                 return Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-    raise UserError(f"no room for the weights ({2 * size / 2**30:.1f} GiB) in {shared} or {tempfile.gettempdir()}; free some, or set TMPDIR")
+    folders = f"{shared} or {tempfile.gettempdir()}"
+    raise UserError(f"no room for {2 * size / 2**30:.1f} GiB of weights in {folders}; free some, or set TMPDIR")
 
 
 def _sweep(parent: Path) -> None:
-    """Delete the folders whose owner is gone, and with it its lock; process ids would not do, containers share /dev/shm."""
+    """Delete the folders that no owner locks any more; process ids would not do, containers may share /dev/shm."""
     for folder in parent.glob(f"{PREFIX}*"):
         try:
             lock = os.open(folder, os.O_RDONLY)
@@ -57,7 +61,7 @@ def _sweep(parent: Path) -> None:
 
 
 def write_safetensors(path: Path, named_tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> None:
-    """Write the tensors as `dtype` into a safetensors file, reading `named_tensors` once; `path` appears complete or not at all.
+    """Write the tensors as `dtype` into the safetensors file `path`, which appears complete or not at all.
 
     Raises:
         ValueError: more names than the header has room for (about 40,000).
@@ -72,7 +76,7 @@ def write_safetensors(path: Path, named_tensors: Iterable[tuple[str, torch.Tenso
             data = tensor.detach().to(dtype).cpu().contiguous()
             start, end = end, end + data.nbytes
             header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(data.shape), "data_offsets": [start, end]}
-            _write_all(file.fileno(), memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+            _write_all(file.fileno(), data.reshape(-1).view(torch.uint8).numpy().data)
         text = json.dumps(header).encode()
         if len(text) > HEADER_BYTES:
             raise ValueError(f"{len(header)} tensors need a header of {len(text)} bytes, more than {HEADER_BYTES}")
@@ -87,7 +91,7 @@ def _write_all(fd: int, data: memoryview) -> None:
 
 
 class FileTransport(WeightTransport):
-    """Writes one file a version and has the engines read it in parallel; the newest stays, for an engine that is restarted.
+    """Writes one file a version, which the engines read in parallel; the newest stays, for an engine that is restarted.
 
     Takes possession of `folder`: see `weights_folder`.
     """

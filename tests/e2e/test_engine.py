@@ -1,0 +1,271 @@
+"""The engine with real vLLM on the CPU: what it generates, weights that arrive, and everything that can kill it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from tiny import engine_settings
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from sapo_rl.config import RolloutConfig
+from sapo_rl.errors import UserError
+from sapo_rl.rollout.engine import Completion, EngineError, Request, Sampling
+from sapo_rl.rollout.local import LocalEngine
+from sapo_rl.rollout.stream import Rollouts, verify
+from sapo_rl.rollout.weights.file import FileTransport, weights_folder
+from sapo_rl.types import Prompt
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).resolve().parents[2]
+GREEDY = Sampling(0.0, 1.0, 0, 0.0, 1.0, 24, False)
+RANDOM = Sampling(1.0, 1.0, 0, 0.0, 1.0, 48, False)
+
+
+def child_of(engine: LocalEngine) -> psutil.Process:
+    """The engine's process, found by the log that it writes."""
+    log = str(engine.settings.log_path)
+    return next(p for p in psutil.Process().children() if any(file.path == log for file in p.open_files()))
+
+
+@pytest.fixture(scope="module")
+def engines(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LocalEngine, LocalEngine]]:
+    """Two engines that started side by side; the second gives up at the first failure, after 20 s without an answer."""
+    logs = tmp_path_factory.mktemp("logs")
+    first = LocalEngine(engine_settings(tiny_model, logs / "first.log"))
+    second = LocalEngine(engine_settings(tiny_model, logs / "second.log", seed=1, timeout=20.0, max_restarts=0))
+    for engine in (first, second):
+        engine.start()
+    for engine in (first, second):
+        engine.wait_ready()
+    processes = [child_of(first), child_of(second)]
+    yield first, second
+    processes += [child_of(first)]  # it may have been restarted
+    for engine in (first, second):
+        engine.close()
+    assert not any(process.is_running() for process in processes)
+
+
+@pytest.fixture
+def engine(engines: tuple[LocalEngine, LocalEngine]) -> LocalEngine:
+    return engines[0]
+
+
+@pytest.fixture(scope="module")
+def transport() -> Iterator[FileTransport]:
+    transport = FileTransport(weights_folder(1 << 20), torch.float32)
+    yield transport
+    transport.close()
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model: Path) -> PreTrainedModel:
+    """The trainer's model, on the weights that the engines start with."""
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model: Path) -> PreTrainedModel:
+    """The same model after a step of training: other weights in every tensor."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    ids = torch.arange(4, 100)[None]
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    return model
+
+
+@torch.no_grad()
+def logps_of(model: PreTrainedModel, token_ids: list[int], temperature: float = 1.0) -> list[float]:
+    ids = torch.tensor(token_ids)
+    logits = model(ids[None]).logits[0, :-1] / temperature
+    return logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0].tolist()
+
+
+@torch.no_grad()
+def likeliest(model: PreTrainedModel, prompt: list[int], count: int, eos: int) -> list[int]:
+    ids = list(prompt)
+    while len(ids) < len(prompt) + count and ids[-1] != eos:
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def tokens(groups: list[list[Completion]]) -> list[list[list[int]]]:
+    return [[one.token_ids for one in group] for group in groups]
+
+
+def requests(seed: int | None = 11) -> list[Request]:
+    return [Request([2, 30 + i, 40, 50 + i], 4, None if seed is None else seed * 1000 + 10 * i) for i in range(6)]
+
+
+def test_completions_end_with_eos_or_at_the_limit(engine: LocalEngine) -> None:
+    (eos,) = engine.settings.stop_token_ids
+    (group,) = engine.generate([Request([2, 30, 40], 128, seed=5)], RANDOM)
+    assert len(group) == 128
+    for one in group:
+        assert eos not in one.token_ids[:-1]
+        assert one.truncated == (one.token_ids[-1] != eos)
+        assert len(one.token_ids) == RANDOM.max_tokens if one.truncated else len(one.token_ids) <= RANDOM.max_tokens
+        assert one.logps is None
+    assert {one.truncated for one in group} == {True, False}
+    assert engine.generate([], RANDOM) == []
+
+
+def test_greedy_is_the_trainers_argmax(engine: LocalEngine, policy: PreTrainedModel) -> None:
+    prompts = [[2, 30, 40], [2, 99, 98, 97, 96]]
+    found = engine.generate([Request(prompt, 1) for prompt in prompts], GREEDY)
+    assert tokens(found) == [[likeliest(policy, prompt, GREEDY.max_tokens, eos=3)] for prompt in prompts]
+
+
+def test_log_probabilities_are_of_the_distribution_sampled_from(engine: LocalEngine, policy: PreTrainedModel) -> None:
+    prompt = [2, 31, 41, 51]
+    (group,) = engine.generate([Request(prompt, 4, seed=3)], Sampling(0.7, 1.0, 0, 0.0, 1.0, 32, True))
+    for one in group:
+        assert one.logps is not None
+        expected = logps_of(policy, prompt + one.token_ids, temperature=0.7)[len(prompt) - 1 :]
+        assert one.logps == pytest.approx(expected, abs=1e-4)
+
+
+def test_seeded_samples_differ_and_repeat_in_any_company(engines: tuple[LocalEngine, LocalEngine]) -> None:
+    first, second = engines
+    expected = tokens(first.generate(requests(), RANDOM))
+    everything = [tuple(one) for group in expected for one in group]
+    assert len(set(everything)) == len(everything)
+    first.generate(requests(seed=None), RANDOM)  # moves the engine's own stream on
+    assert tokens(first.generate(requests()[::-1], RANDOM))[::-1] == expected
+    assert tokens(first.generate(requests()[2:3], RANDOM)) == expected[2:3]
+    assert tokens(second.generate(requests(), RANDOM)) == expected
+
+
+def test_unseeded_samples_never_repeat(engines: tuple[LocalEngine, LocalEngine]) -> None:
+    groups = [one for engine in (*engines, *engines) for one in tokens(engine.generate(requests(seed=None), RANDOM))]
+    everything = [tuple(one) for group in groups for one in group]
+    assert len(set(everything)) == len(everything)
+
+
+def test_rollouts_over_two_engines_are_those_of_one(
+    engines: tuple[LocalEngine, LocalEngine], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    texts = ["What is 3 - 8?", "1 + 1", "two"]
+    prompts = [Prompt(i, tokenizer(text)["input_ids"], text, {}) for i, text in enumerate(texts)]
+    cfg = RolloutConfig(group_size=3, max_completion_tokens=16)
+    one, two = (Rollouts(fleet, cfg, tokenizer, seed=7, reproducible=True) for fleet in (engines[:1], engines))
+    for found, expected in zip(two.generate(prompts, step=4), one.generate(prompts, step=4), strict=True):
+        assert found == expected
+        assert found.samples[0].text == tokenizer.decode(found.samples[0].token_ids, skip_special_tokens=True)
+    assert one.generate(prompts, step=5) != one.generate(prompts, step=4)
+    assert one.greedy(prompts) == two.greedy(prompts)
+
+
+def test_a_refused_call_says_why_and_leaves_the_engine_alive(engine: LocalEngine) -> None:
+    with pytest.raises(EngineError, match="256"):
+        engine.generate([Request([5] * 300, 1)], GREEDY)
+    assert len(engine.generate([Request([5] * 3, 2)], GREEDY)[0]) == 2
+    assert engine.restarts == 0
+
+
+def test_pushed_weights_are_the_ones_that_generate(
+    engine: LocalEngine, transport: FileTransport, policy: PreTrainedModel, trained: PreTrainedModel
+) -> None:
+    prompt = [4 + i % 200 for i in range(200)]  # longer than a block of the key-value cache, so that it is cached
+    before = tokens(engine.generate([Request(prompt, 1)], GREEDY))
+    assert before == [[likeliest(policy, prompt, GREEDY.max_tokens, eos=3)]]
+    assert verify(engine, prompt, logps_of(policy, prompt), "float32") < 1e-5
+
+    transport.push(trained.named_parameters(), [engine], version=3)
+    assert engine.weight_version == 3
+    after = tokens(engine.generate([Request(prompt, 1)], GREEDY))
+    assert after != before
+    assert after == [[likeliest(trained, prompt, GREEDY.max_tokens, eos=3)]]
+    assert verify(engine, prompt, logps_of(trained, prompt), "float32") < 1e-5
+    with pytest.raises(EngineError, match=r"version 3.*disagree"):
+        verify(engine, prompt, logps_of(policy, prompt), "float32")
+
+
+def test_a_killed_engine_comes_back_with_the_pushed_weights_and_repeats_the_call(
+    engine: LocalEngine, transport: FileTransport, trained: PreTrainedModel
+) -> None:
+    transport.push(trained.named_parameters(), [engine], version=4)
+    long = Sampling(1.0, 1.0, 0, 0.0, 1.0, 240, False)
+    expected = tokens(engine.generate(requests(), long))
+    victim = child_of(engine)
+    killer = threading.Timer(0.2, victim.kill)
+    killer.start()
+    found = tokens(engine.generate(requests(), long))
+    for _ in range(20):  # the call may have been quicker than the killer
+        if engine.restarts:
+            break
+        found = tokens(engine.generate(requests(), long))
+    killer.join()
+    assert engine.restarts == 1
+    assert found == expected
+    assert engine.weight_version == 4
+    assert child_of(engine).pid != victim.pid
+    prompt = list(range(4, 60))
+    assert verify(engine, prompt, logps_of(trained, prompt), "float32") < 1e-5
+
+
+def test_an_engine_that_hangs_is_given_up_after_its_timeout(engines: tuple[LocalEngine, LocalEngine]) -> None:
+    second = engines[1]
+    process = child_of(second)
+    os.kill(process.pid, signal.SIGSTOP)
+    big = [Request(list(range(4, 204)), 1) for _ in range(2000)]  # more than the socket holds
+    with pytest.raises(EngineError, match=r"(?s)after 0 restarts \(rollout.max_restarts=0\).*second.log"):
+        second.generate(big, GREEDY)
+    assert not process.is_running()
+    with pytest.raises(EngineError, match="not running"):
+        second.generate(requests(), GREEDY)
+
+
+def test_no_process_survives_a_killed_trainer(tiny_model: Path, tmp_path: Path) -> None:
+    trainer = subprocess.Popen(
+        [sys.executable, __file__, str(tiny_model), str(tmp_path / "engine.log")],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert trainer.stdout is not None
+    assert trainer.stdout.readline() == "ready\n"
+    processes = psutil.Process(trainer.pid).children(recursive=True)
+    assert processes
+    trainer.kill()
+    trainer.wait()
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_what_cannot_start_says_what_to_change(tiny_model: Path, tmp_path: Path) -> None:
+    starved = LocalEngine(engine_settings(tiny_model, tmp_path / "starved.log", cpu_kv_cache_gb=1e-6))
+    lost = LocalEngine(engine_settings(tmp_path / "nowhere", tmp_path / "lost.log"))
+    starved.start()
+    lost.start()
+    processes = psutil.Process().children()
+    with pytest.raises(UserError, match=r"rollout.cpu_kv_cache_gb"):
+        starved.wait_ready()
+    with pytest.raises(EngineError, match=r"(?s)did not start.*lost.log.*nowhere"):
+        lost.wait_ready()
+    logs = {str(one.settings.log_path) for one in (starved, lost)}
+    assert not any(file.path in logs for p in processes if p.is_running() for file in p.open_files())
+
+
+if __name__ == "__main__":  # the trainer that test_no_process_survives_a_killed_trainer kills
+    local = LocalEngine(engine_settings(Path(sys.argv[1]), Path(sys.argv[2])))
+    local.start()
+    local.wait_ready()
+    print("ready", flush=True)
+    local._process.wait()

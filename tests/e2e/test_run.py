@@ -1,0 +1,317 @@
+"""Whole runs through the command line: real vLLM on the CPU, a tiny random model, float32."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.e2e
+
+REWARDS = '''
+import time
+
+def odd(completions, prompts, **columns):
+    """The share of characters with an odd code: a random model gives every value."""
+    assert len(prompts) == len(completions) == len(columns["answer"])
+    return [sum(ord(c) % 2 for c in text) / max(1, len(text)) for text in completions]
+
+def hangs(completions, **columns):
+    time.sleep(1000)
+
+def picky(completions, prompts, **columns):
+    if any("+" in prompt for prompt in prompts):
+        raise ValueError("no sums please")
+    return [1.0 for _ in completions]
+'''
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A folder as a user has it: a config file, a module with reward functions."""
+    folder = tmp_path_factory.mktemp("workspace")
+    (folder / "my_rewards.py").write_text(REWARDS)
+    config = {
+        "model": {"path": str(tiny_model), "dtype": "float32"},
+        "data": {"source": "arithmetic", "size": 100, "max_prompt_tokens": 64},
+        "rollout": {
+            "batch_size": 16,
+            "group_size": 4,
+            "max_completion_tokens": 8,
+            "max_num_seqs": 32,
+            "cpu_kv_cache_gb": 0.1,
+            "verify_every": 2,
+        },
+        "reward": {"functions": {"odd": {"function": "my_rewards.odd"}}},
+        "trainer": {"steps": 6, "updates_per_rollout": 2, "mini_batches": 1, "learning_rate": 1e-3},
+        "eval": {"every": 3, "prompts": 8},
+        "checkpoint": {"every": 3},
+        "logging": {"console": "plain"},
+        "reproducible": True,
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def start(workspace: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "sapo_rl", *arguments],
+        cwd=workspace,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(workspace: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> tuple[int, str, str]:
+    process = start(workspace, *arguments, launcher=launcher)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def folders(workspace: Path, recipe: str = "tiny") -> set[Path]:
+    return {path for path in workspace.glob(f"runs/{recipe}/*") if path.is_dir() and not path.is_symlink()}
+
+
+def new_run(workspace: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> Path:
+    """Run to the end and return the one folder that it made."""
+    before = folders(workspace)
+    code, out, err = run(workspace, "config=tiny.yaml", *arguments, launcher=launcher)
+    assert code == 0, out + err
+    (folder,) = folders(workspace) - before
+    return folder
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(folder: Path) -> list[dict[str, Any]]:
+    """The metrics without what depends on the clock."""
+    return [
+        {k: v for k, v in record.items() if k != "time" and not k.startswith(("time/", "perf/tokens_per_second"))}
+        for record in records(folder)
+    ]
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    return [record for record in records(folder) if "policy/loss" in record]
+
+
+@pytest.fixture(scope="module")
+def whole(workspace: Path) -> Path:
+    return new_run(workspace)
+
+
+def test_run_folder_holds_everything(whole: Path, workspace: Path) -> None:
+    for name in ("config.yaml", "overrides.yaml", "user.yaml", "environment.json", "metrics.jsonl", "wandb", "final"):
+        assert (whole / name).exists(), name
+    assert yaml.safe_load((whole / "config.yaml").read_text())["loss"]["tau_neg"] == 1.05
+    assert (whole / "user.yaml").read_text() == (workspace / "tiny.yaml").read_text()
+    environment = json.loads((whole / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__.split("+")[0] or "torch" in environment["packages"]
+    assert environment["device"]["device"] == "cpu"
+    assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == ["step_000003", "step_000006"]
+
+
+def test_every_step_and_evaluation_is_recorded(whole: Path) -> None:
+    assert [record["step"] for record in steps_of(whole)] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in records(whole) if "eval/accuracy" in record] == [0, 3, 6]
+    for record in steps_of(whole):
+        for name in ("reward/mean", "rewards/odd/mean", "policy/grad_norm", "policy/entropy", "completions/mean_length"):
+            assert isinstance(record[name], float), name
+        phases = ["time/rollout", "time/reward", "time/old_logps", "time/update", "time/sync"]
+        assert 0 < sum(record[name] for name in phases) <= record["time/step"] * 1.001
+        assert record["policy/ratio_max"] > 1.0  # the second update is off-policy
+    probes = [record["mismatch/probe_logp_diff"] for record in records(whole) if "mismatch/probe_logp_diff" in record]
+    assert len(probes) == 4 and max(probes) < 1e-5
+
+
+def test_completions_agree_with_the_metrics(whole: Path) -> None:
+    for record in steps_of(whole):
+        table = pq.read_table(whole / "completions" / f"step_{record['step']:05d}.parquet").to_pydict()
+        assert len(table["completion"]) == 16
+        assert sum(table["reward"]) / 16 == pytest.approx(record["reward/mean"])
+        assert abs(sum(table["advantage"])) < 1e-6
+        assert set(table["weight_version"]) == {record["step"] - 1}
+
+
+def test_final_model_is_the_trained_one_for_transformers_and_vllm(whole: Path, tiny_model: Path) -> None:
+    from sapo_rl.rollout.engine import Request, Sampling
+    from sapo_rl.rollout.local import LocalEngine
+
+    model = AutoModelForCausalLM.from_pretrained(whole / "final", dtype=torch.float32)
+    trained = load_file(whole / "checkpoints/step_000006/model.safetensors")
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, trained[name])
+    start = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    assert any(not torch.equal(a, b) for a, b in zip(start.parameters(), model.parameters(), strict=True))
+
+    ids = AutoTokenizer.from_pretrained(whole / "final")("What is 1 + 1?")["input_ids"]
+    expected = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=8)[0, len(ids) :].tolist()
+    engine = LocalEngine(engine_settings(whole))
+    try:
+        engine.start()
+        engine.wait_ready()
+        sampling = Sampling(0.0, 1.0, 0, 0.0, 1.0, max_tokens=8, logprobs=False)
+        ((found,),) = engine.generate([Request(ids, 1)], sampling)
+    finally:
+        engine.close()
+    assert found.token_ids == expected
+
+
+def engine_settings(folder: Path) -> Any:
+    from sapo_rl.rollout.engine import EngineSettings
+
+    return EngineSettings(
+        model=str(folder / "final"),
+        dtype="float32",
+        max_model_len=72,
+        max_num_seqs=8,
+        gpu_memory_utilization=0.3,
+        cpu_kv_cache_gb=0.1,
+        enforce_eager=True,
+        stop_token_ids=[3],
+        seed=0,
+        device="cpu",
+        trust_remote_code=False,
+        revision=None,
+        start_timeout=120,
+        timeout=60,
+        max_restarts=0,
+        log_path=folder / "logs" / "final.log",
+    )
+
+
+def test_wandb_offline_shows_what_metrics_jsonl_holds(whole: Path) -> None:
+    (offline,) = (whole / "wandb").glob("offline-run-*")
+    output = subprocess.run(
+        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(offline)], capture_output=True, text=True
+    )
+    assert output.returncode == 0, output.stderr
+    assert "policy/grad_norm" in output.stdout and "eval/accuracy" in output.stdout
+
+
+def test_three_steps_a_resume_and_three_more_equal_six_to_the_last_bit(workspace: Path, whole: Path) -> None:
+    folder = new_run(workspace, "trainer.steps=3")
+    before = folders(workspace)
+    code, out, err = run(workspace, f"resume={folder.relative_to(workspace)}", "trainer.steps=6")
+    assert code == 0, out + err
+    assert folders(workspace) == before
+    assert timeless(folder) == timeless(whole)
+    ours, theirs = (load_file(f / "checkpoints/step_000006/model.safetensors") for f in (folder, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_engine_that_dies_is_replaced_and_nothing_changes(workspace: Path, whole: Path) -> None:
+    before = folders(workspace)
+    process = start(workspace, "config=tiny.yaml", "checkpoint.every=0")
+    killed = kill_engine_after(process, workspace, before, step=2)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    assert not killed.is_running()
+    (folder,) = folders(workspace) - before
+    assert steps_of(folder)[-1]["rollout/engine_restarts"] == 1
+
+    def without_count(folder: Path) -> list[dict[str, Any]]:
+        return [{k: v for k, v in record.items() if k != "rollout/engine_restarts"} for record in timeless(folder)]
+
+    assert without_count(folder) == without_count(whole)
+
+
+def kill_engine_after(process: subprocess.Popen[str], workspace: Path, before: set[Path], step: int) -> psutil.Process:
+    """Kill the run's vLLM process once `step` is recorded."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        time.sleep(0.05)
+        logs = [folder / "metrics.jsonl" for folder in folders(workspace) - before]
+        if logs and logs[0].is_file() and f'"step": {step}' in logs[0].read_text():
+            children = psutil.Process(process.pid).children(recursive=True)
+            (engine,) = [child for child in children if "sapo_rl.rollout.child" in child.cmdline()]
+            engine.send_signal(signal.SIGKILL)
+            return engine
+    raise AssertionError("the step never came")
+
+
+def test_interrupt_saves_and_tells_how_to_go_on(workspace: Path) -> None:
+    before = folders(workspace)
+    process = start(workspace, "config=tiny.yaml", "trainer.steps=500", "checkpoint.every=400")
+    wait_for_step(workspace, before, 2)
+    rank = next(c for c in psutil.Process(process.pid).children() if "sapo_rl.rank" in c.cmdline())
+    family = [process.pid, *(child.pid for child in rank.children(recursive=True))]
+    rank.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, out + err
+    (folder,) = folders(workspace) - before
+    assert f"resume={folder.relative_to(workspace)}" in out
+    assert len(list((folder / "checkpoints").glob("step_*"))) == 1
+    assert not any(psutil.pid_exists(pid) for pid in family)
+
+
+def wait_for_step(workspace: Path, before: set[Path], step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        time.sleep(0.05)
+        logs = [folder / "metrics.jsonl" for folder in folders(workspace) - before]
+        if logs and logs[0].is_file() and f'"step": {step}' in logs[0].read_text():
+            return
+    raise AssertionError("the step never came")
+
+
+@pytest.mark.multi
+def test_two_ranks_make_one_folder_and_the_loss_of_one(workspace: Path, whole: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    folder = new_run(workspace, "trainer.steps=2", "checkpoint.every=0", launcher=torchrun)
+    assert json.loads((folder / "environment.json").read_text())["device"]["processes"] == 2
+    for ours, theirs in zip(steps_of(folder), steps_of(whole), strict=False):
+        for name in ("policy/loss", "policy/grad_norm", "reward/mean", "policy/entropy", "completions/mean_length"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+    assert {path.name for path in (folder / "logs").iterdir()} == {"vllm_rank0.log", "vllm_rank1.log"}
+    assert len(list((folder / "wandb").glob("offline-run-*"))) == 1
+
+
+def test_sweep_makes_a_run_for_each_value(workspace: Path) -> None:
+    before = folders(workspace)
+    short = ("trainer.steps=1", "eval.prompts=0", "checkpoint.save_final=false", "logging.wandb=off")
+    code, out, err = run(workspace, "config=tiny.yaml", "loss.tau_neg=1.0,1.2", *short, "-m")
+    assert code == 0, out + err
+    made = folders(workspace) - before
+    assert len(made) == 2
+    values = {yaml.safe_load((folder / "config.yaml").read_text())["loss"]["tau_neg"] for folder in made}
+    assert values == {1.0, 1.2}
+    assert all(len(steps_of(folder)) == 1 for folder in made)
+
+
+def test_reward_that_hangs_is_named_with_its_sample(workspace: Path) -> None:
+    function = "+reward.functions.slow={function: my_rewards.hangs, timeout: 1}"
+    code, _, err = run(workspace, "config=tiny.yaml", function, "trainer.steps=1", "logging.wandb=off")
+    assert code == 2
+    assert "Traceback" not in err
+    for words in ("slow", "my_rewards.hangs", "prompt", "1 s"):
+        assert words in err
+
+
+def test_reward_that_raises_counts_as_zero_where_so_configured(workspace: Path) -> None:
+    function = "+reward.functions.picky={function: my_rewards.picky, on_error: zero}"
+    off = ("eval.prompts=0", "logging.wandb=off", "checkpoint.every=0")
+    folder = new_run(workspace, function, "trainer.steps=2", *off)
+    for record in steps_of(folder):
+        table = pq.read_table(folder / "completions" / f"step_{record['step']:05d}.parquet").to_pydict()
+        sums = sum("+" in prompt for prompt in table["prompt"])
+        assert record["rewards/picky/errors"] == sums
+        assert record["rewards/picky/mean"] == pytest.approx((16 - sums) / 16)

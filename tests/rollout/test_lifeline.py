@@ -1,0 +1,67 @@
+"""Processes end with those that started them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = str(Path(__file__).resolve().parents[2])
+CHILD = (
+    "import os, sys, time; from sapo_rl.rollout.lifeline import *; {call};"
+    " print(os.getpid(), flush=True); time.sleep(60)"
+)
+
+
+def closed_by_death(read_end: int) -> bool:
+    """Wait until every process that holds the pipe's other end is gone."""
+    return os.read(read_end, 1) == b""
+
+
+def test_child_dies_with_a_killed_parent() -> None:
+    parent_code = (
+        "import subprocess, sys, os; code = sys.argv[1].replace('PARENT', str(os.getpid()));"
+        "subprocess.Popen([sys.executable, '-c', code], pass_fds=[int(sys.argv[2])]).wait()"
+    )
+    held, holder = os.pipe()
+    parent = subprocess.Popen(
+        [sys.executable, "-c", parent_code, CHILD.format(call="die_with_parent(PARENT)"), str(holder)],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True, pass_fds=[holder],
+    )  # fmt: skip
+    os.close(holder)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    assert child != parent.pid
+    os.kill(parent.pid, signal.SIGKILL)
+    assert parent.wait(10) == -signal.SIGKILL
+    assert closed_by_death(held)
+    assert parent.stdout.read() == ""
+    os.close(held)
+
+
+def test_child_whose_parent_is_gone_already_ends_at_once() -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", CHILD.format(call="die_with_parent(1 << 30)")], cwd=ROOT, capture_output=True, timeout=30
+    )
+    assert process.returncode == -signal.SIGKILL
+    assert process.stdout == b""
+
+
+def test_hangup_kills_the_whole_group() -> None:
+    ours, theirs = socket.socketpair()
+    call = f"kill_group_on_hangup({theirs.fileno()}); import subprocess; g = subprocess.Popen(['sleep', '60'])"
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD.format(call=call)],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True, pass_fds=[theirs.fileno()], start_new_session=True,
+    )  # fmt: skip
+    theirs.close()
+    assert child.stdout is not None
+    assert int(child.stdout.readline()) == child.pid
+    ours.sendall(b"a message is not a hang-up")
+    assert child.poll() is None
+    ours.close()
+    assert child.wait(10) == -signal.SIGKILL
+    assert child.stdout.read() == ""  # the grandchild held it too

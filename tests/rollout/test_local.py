@@ -1,0 +1,61 @@
+"""The engine's environment and what is refused before vLLM starts."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from tiny import engine_settings
+
+from sapo_rl.errors import UserError
+from sapo_rl.rollout.engine import EngineError, Request, Sampling
+from sapo_rl.rollout.local import LocalEngine, child_environment
+
+
+def test_launcher_and_secrets_do_not_reach_the_child() -> None:
+    launcher = {
+        "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1",
+        "TORCHELASTIC_RUN_ID": "a", "ACCELERATE_USE_FSDP": "1", "WANDB_API_KEY": "k",
+    }  # fmt: skip
+    env = child_environment("cpu", {**launcher, "HF_HOME": "/models", "PATH": "/bin"}, cpus=4)
+    assert not set(launcher) & set(env)
+    assert env["HF_HOME"] == "/models"
+    assert env["PATH"] == "/bin"
+    assert env["VLLM_NO_USAGE_STATS"] == env["DO_NOT_TRACK"] == env["HF_HUB_DISABLE_TELEMETRY"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "expected"),
+    [(None, "cuda:1", "1"), ("2,5", "cuda:1", "5"), ("GPU-a, GPU-b", "cuda:1", "GPU-b"), ("2,5", "cpu", "")],
+)
+def test_device_is_counted_among_the_visible_ones(visible: str | None, device: str, expected: str) -> None:
+    environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert child_environment(device, environ, cpus=2)["CUDA_VISIBLE_DEVICES"] == expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "threads"),
+    [
+        ({}, "8"),
+        ({"OMP_NUM_THREADS": "3"}, "3"),
+        ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}, "4"),
+        ({"LOCAL_WORLD_SIZE": "16"}, "1"),
+    ],
+)
+def test_ranks_share_the_cores(environ: dict[str, str], threads: str) -> None:
+    assert child_environment("cpu", environ, cpus=8)["OMP_NUM_THREADS"] == threads
+
+
+def test_missing_vllm_names_the_extras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"sapo-train\[gpu\].*sapo-train\[cpu\]"):
+        LocalEngine(engine_settings(tmp_path, tmp_path / "engine.log")).start()
+
+
+def test_an_engine_that_is_not_running_says_so_and_closes(tmp_path: Path) -> None:
+    engine = LocalEngine(engine_settings(tmp_path, tmp_path / "engine.log"))
+    with pytest.raises(EngineError, match="not running"):
+        engine.generate([Request([1], 1)], Sampling(1.0, 1.0, 0, 0.0, 1.0, 4, False))
+    engine.close()
+    engine.close()
