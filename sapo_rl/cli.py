@@ -72,7 +72,8 @@ def _hydra(rewritten: list[str], typed: list[str], files: dict[str, Path]) -> in
         settings = HydraConfig.get()
         overrides = [*rewritten, *settings.overrides.task]  # in a sweep the latter are this job's own
         try:
-            return run(compose.accept(composed), settings.runtime.choices["config"], typed, files)
+            config, frozen = compose.accept(composed)
+            return run(config, frozen, settings.runtime.choices["config"], typed, files)
         except (UserError, OmegaConfBaseException) as error:
             _complain(error, overrides, files)
             codes.append(2)
@@ -88,8 +89,15 @@ def _complain(error: Exception, arguments: list[str], files: dict[str, Path]) ->
     print(f"sapo-train: {compose.explain(error, arguments, files)}", file=sys.stderr)
 
 
-def run(config: Config, recipe: str, typed: list[str], files: dict[str, Path]) -> float | None:
+def run(config: Config, frozen: str, recipe: str, typed: list[str], files: dict[str, Path]) -> float | None:
     """Freeze the run folder and train in processes of their own.
+
+    Args:
+        config: checked.
+        frozen: the same as YAML.
+        recipe: the name that the run folder goes under.
+        typed: the arguments as the user gave them.
+        files: the user's own files by recipe name.
 
     Returns:
         The last `eval/accuracy`, for sweepers that optimise.
@@ -97,14 +105,14 @@ def run(config: Config, recipe: str, typed: list[str], files: dict[str, Path]) -
     if config.dry_run:
         from sapo_rl.preview import preview
 
-        preview(config)
+        preview(config, frozen)
         return None
     if config.resume:
         folder = Path(config.resume).expanduser()
-        run_folder.refreeze(folder, compose.dump(config), typed)
+        run_folder.refreeze(folder, frozen, typed)
     else:
         folder = run_folder.unused(Path("runs") / recipe / time.strftime("%Y-%m-%d_%H-%M-%S"))
-        run_folder.create(folder, compose.dump(config), typed, files.get(recipe))
+        run_folder.create(folder, frozen, typed, files.get(recipe))
     if "RANK" in os.environ:
         _run_rank(folder)
     else:

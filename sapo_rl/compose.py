@@ -16,6 +16,7 @@ from omegaconf.errors import MissingMandatoryValue
 from sapo_rl.checks import ConfigError, check
 from sapo_rl.config import Config
 from sapo_rl.errors import UserError, did_you_mean
+from sapo_rl.run_folder import is_secret
 
 PACKAGED = Path(__file__).parent / "configs"
 CONFIGS = PACKAGED if PACKAGED.is_dir() else Path(__file__).parents[1] / "configs"
@@ -93,21 +94,41 @@ def _candidates(stem: str) -> Iterator[str]:
         number += 1
 
 
-def accept(composed: DictConfig) -> Config:
-    """Turn what Hydra composed into real dataclasses, checked.
+def accept(composed: DictConfig) -> tuple[Config, str]:
+    """Turn what Hydra composed into real dataclasses, checked, and into the YAML that the run folder keeps.
+
+    The YAML is resolved but for secrets, which it only refers to: `${oc.env:NAME}` is read anew by every rank.
 
     Raises:
         ConfigError: naming the key.
     """
+    raw = OmegaConf.to_container(composed)
+    _refuse_secrets(raw)
     try:
-        OmegaConf.resolve(composed)
+        frozen = _with_references(OmegaConf.to_container(composed, resolve=True), raw)
         config = OmegaConf.to_object(composed)
     except MissingMandatoryValue as error:
         key = _match(r"full_key: (\S+)", str(error)) or _match(r"value: (\S+)", str(error))
         raise ConfigError(key, "must be given") from error
     assert isinstance(config, Config)
     check(config)
-    return config
+    return config, yaml.safe_dump(frozen, sort_keys=False, allow_unicode=True)
+
+
+def _refuse_secrets(node: Any, prefix: str = "") -> None:
+    for name, value in node.items() if isinstance(node, dict) else ():
+        if isinstance(value, str) and is_secret(str(name)) and not value.startswith("${"):
+            raise ConfigError(f"{prefix}{name}", "is a secret in plain text; refer to it as ${oc.env:NAME} instead")
+        _refuse_secrets(value, f"{prefix}{name}.")
+
+
+def _with_references(resolved: Any, raw: Any) -> Any:
+    if not isinstance(resolved, dict):
+        return resolved
+    return {
+        name: raw[name] if is_secret(str(name)) else _with_references(value, raw[name])
+        for name, value in resolved.items()
+    }
 
 
 def load(path: Path) -> Config:
@@ -116,11 +137,6 @@ def load(path: Path) -> Config:
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     return config
-
-
-def dump(config: Config) -> str:
-    """Write a config as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def explain(error: Exception, argv: list[str], files: dict[str, Path]) -> str:

@@ -13,17 +13,16 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from sapo_rl import compose
 from sapo_rl.config import Config
 
 GIB = 2**30
 
 
-def preview(config: Config) -> None:
-    """Print the resolved config as a tree, the batch arithmetic and an estimate of the memory."""
+def preview(config: Config, frozen: str) -> None:
+    """Print the resolved config (`frozen`, YAML) as a tree, the batch arithmetic and an estimate of the memory."""
     console = Console()
     tree = Tree("config")
-    _grow(tree, yaml.safe_load(compose.dump(config)))
+    _grow(tree, yaml.safe_load(frozen))
     console.print(tree)
     console.print(_table("batch", batch_arithmetic(config)))
     console.print(_table("memory (GiB, each process)", memory_estimate(config)))

@@ -57,7 +57,9 @@ PACKAGES = (
     "wandb",
 )
 """Distributions whose versions are recorded, where installed."""
-SECRET_WORDS = {"apikey", "credential", "credentials", "key", "passwd", "password", "secret", "token"}
+SECRET = re.compile(
+    r"(^|_)(secret|passw(or)?d|credentials?|apikey|(api|access|secret|private)_key|(api|access|auth|bearer|hf)_token)$|^token$"
+)
 
 
 def unused(folder: Path) -> Path:
@@ -155,9 +157,9 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def is_secret(key: str) -> bool:
-    """Whether a config key's last part names a secret: `judge.api_key` and `hfToken` do, `max_tokens` does not."""
+    """Whether a config key's last part names a secret: `judge.api_key` and `hfToken` do, `sort_key` does not."""
     last = re.sub(r"([a-z])([A-Z])", r"\1_\2", key.rpartition(".")[2])
-    return not SECRET_WORDS.isdisjoint(re.split(r"[^a-z]+", last.lower()))
+    return SECRET.search(last.lower().replace("-", "_")) is not None
 
 
 def redact(value: Any, key: str = "") -> Any:

@@ -99,7 +99,11 @@ BAD = {
     "tau order": (["loss.tau_neg=0.9"], ["loss.tau_neg", "strict_temperatures"]),
     "group of one": (["rollout.group_size=1"], ["rollout.group_size", "at least 2"]),
     "batch that the group does not divide": (["rollout.batch_size=60"], ["rollout.batch_size", "group_size", "64"]),
-    "more parts than prompts": (["trainer.updates_per_rollout=16"], ["trainer.updates_per_rollout", "8 prompts"]),
+    "more parts than prompts": (
+        ["trainer.updates_per_rollout=16", "trainer.mini_batches=16"],
+        ["trainer.mini_batches", "8 prompts"],
+    ),
+    "secret in plain text": (["+reward.functions.correct.args.api_key=abc123"], ["api_key", "oc.env"]),
     "parts that do not divide the updates": (["trainer.mini_batches=3"], ["trainer.mini_batches", "divide"]),
     "unknown loss": (["loss.name=sappo"], ["loss.name", "sapo"]),
     "unknown loss group": (["loss=sappo"], ["loss", "sappo", "sapo"]),
@@ -142,7 +146,7 @@ def test_mistake_in_a_users_file_names_the_file(tmp_path: Path, model: Path) -> 
         "trainer: {steps: many}\n": ["trainer.steps", "many"],
     }.items():
         file.write_text(text)
-        result = sapo_train("config=mine.yaml", f"model.path={model}", cwd=tmp_path)
+        result = sapo_train("config=mine.yaml", f"model.path={model}", "data=arithmetic", "reward=numeric", cwd=tmp_path)
         assert result.returncode == 2
         assert len(result.stderr.strip().splitlines()) <= 2, result.stderr
         assert all(word in result.stderr for word in [*words, "mine"]), result.stderr

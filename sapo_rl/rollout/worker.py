@@ -26,6 +26,20 @@ class WeightReceiver:
         parameters is not enough there.
         """
         self.model_runner.reload_weights(weights_iterator=_tensors(path, self.device), is_checkpoint_format=True)
+        if self.device.type == "cpu":
+            _repack_heads(self.model_runner.get_model())
+
+
+def _repack_heads(model: torch.nn.Module) -> None:
+    """Renew the head's packed copy of its weight.
+
+    A head that is tied to the embedding is in no checkpoint, so that vLLM's reload leaves the old copy in use.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def _tensors(path: str, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:

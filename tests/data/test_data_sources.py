@@ -92,15 +92,16 @@ def test_an_evaluation_file_is_used_instead(tmp_path: Path, jsonl: str) -> None:
 
 
 def test_hub_datasets_by_folder_with_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "set"
     folder.mkdir()
     write_jsonl(folder / "train.jsonl", ROWS)
     write_jsonl(folder / "test.jsonl", ROWS[:4])
     cfg = DataConfig(source="huggingface", path=str(folder), eval_split="test")
     assert load_rows(cfg, 9, seed=0) == (ROWS, ROWS[:4])
-    with pytest.raises(UserError, match="cannot load the dataset.*split 'dev'"):
+    with pytest.raises(UserError, match=r"cannot load the dataset.*split 'dev'"):
         load_rows(DataConfig(source="huggingface", path=str(folder), split="dev"), 0, seed=0)
-    with pytest.raises(UserError, match="cannot load the dataset '.*absent'"):
+    with pytest.raises(UserError, match=r"cannot load the dataset '.*absent'"):
         load_rows(DataConfig(source="huggingface", path=str(tmp_path / "absent")), 0, seed=0)
 
 

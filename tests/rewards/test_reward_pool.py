@@ -130,11 +130,11 @@ def test_on_error_raise_names_function_sample_and_cause(here: Path, text: str, c
     cfg = config(mood={"function": "pool_rewards.moody", "timeout": 0.7})
     with RewardPool(cfg) as pool:
         with pytest.raises(UserError, match=cause) as failed:
-            pool.score([group(11, ["fine", "fine"]), group(12, ["fine", text, "fine"])])
+            pool.score([group(11, ["fine", "fine"]), group(12, ["fine", text, "fine"]), group(13, [text])])
         message = str(failed.value)
         assert "'mood' (pool_rewards.moody)" in message and "prompt 12" in message and f"'{text}'" in message
-        after = [group(13, ["fine"])]
-        pool.score(after)  # the pool is whole again
+        after = [group(14, ["fine"])]
+        pool.score(after)  # the pool is whole again, and has forgotten the other failure
         assert rewards(after, "mood") == [[1.0]]
 
 
@@ -157,9 +157,9 @@ def test_on_error_zero_counts_the_failed_samples_and_keeps_the_others(here: Path
 
 def test_a_failure_of_no_sample_alone_is_the_groups(here: Path) -> None:
     groups = [group(5, ["a", "b", "c"])]
-    with RewardPool(config(short={"function": "pool_rewards.short"})) as pool:
-        with pytest.raises(UserError, match="prompt 5: returned 1 values for 3 completions.*on the whole group"):
-            pool.score(groups)
+    failure = pytest.raises(UserError, match=r"prompt 5: returned 1 values for 3 completions.*on the whole group")
+    with RewardPool(config(short={"function": "pool_rewards.short"})) as pool, failure:
+        pool.score(groups)
     with RewardPool(config(short={"function": "pool_rewards.short", "on_error": "zero"})) as pool:
         assert pool.score(groups).errors == {"short": 3}
     assert rewards(groups, "short") == [[0.0, 0.0, 0.0]]
