@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -41,12 +42,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments:
         print(usage())
         return
-    rewritten, files = arguments, {}
+    ready = compose.Arguments(arguments)
     try:
-        rewritten, files = compose.register(arguments)
-        code = _hydra(rewritten, arguments, files)
+        ready = compose.register(arguments)
+        code = _hydra(ready, arguments)
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        _complain(error, rewritten, files)
+        _complain(error, ready)
         code = 2
     if code:
         sys.exit(code)
@@ -57,25 +58,25 @@ def usage() -> str:
     return USAGE + "\n".join(f"  {name:<16}{text}" for name, text in compose.recipes().items())
 
 
-def _hydra(rewritten: list[str], typed: list[str], files: dict[str, Path]) -> int:
+def _hydra(ready: compose.Arguments, typed: list[str]) -> int:
     """Let Hydra read the arguments and run one job or a sweep; return the worst exit code.
 
     What a job raises is worded here and not passed through Hydra, which would print lines of its own; Hydra's own
     errors are raised as they are, for `main` to word. A job that fails does not end the sweep.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv = [sys.argv[0], *rewritten]
+    sys.argv = [sys.argv[0], *ready.argv]
     codes = [0]
 
     @hydra.main(version_base="1.3", config_path=str(compose.CONFIGS), config_name="train")
     def job(composed: DictConfig) -> float | None:
         settings = HydraConfig.get()
-        overrides = [*rewritten, *settings.overrides.task]  # in a sweep the latter are this job's own
         try:
-            config, frozen = compose.accept(composed)
-            return run(config, frozen, settings.runtime.choices["config"], typed, files)
+            config, frozen = compose.accept(composed, ready)
+            return run(config, frozen, settings.runtime.choices["config"], typed, ready.files)
         except (UserError, OmegaConfBaseException) as error:
-            _complain(error, overrides, files)
+            own = [*ready.argv, *settings.overrides.task]  # in a sweep the latter are this job's own
+            _complain(error, replace(ready, argv=own))
             codes.append(2)
         except subprocess.CalledProcessError as error:
             codes.append(error.returncode if error.returncode > 0 else 128 - error.returncode)
@@ -85,8 +86,8 @@ def _hydra(rewritten: list[str], typed: list[str], files: dict[str, Path]) -> in
     return max(codes)
 
 
-def _complain(error: Exception, arguments: list[str], files: dict[str, Path]) -> None:
-    print(f"sapo-train: {compose.explain(error, arguments, files)}", file=sys.stderr)
+def _complain(error: Exception, arguments: compose.Arguments) -> None:
+    print(f"sapo-train: {compose.explain(error, arguments)}", file=sys.stderr)
 
 
 def run(config: Config, frozen: str, recipe: str, typed: list[str], files: dict[str, Path]) -> float | None:
@@ -130,7 +131,10 @@ def _spawn(folder: Path, num_processes: int) -> None:
     if num_processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
         command = [sys.executable, *launcher, *command[1:]]
-    with subprocess.Popen(command) as child:
+    # Sets of strings are in the same order on all ranks and after a resume: some generators of prompts depend on it.
+    # Threads that wait must not spin: on a CPU the trainer and vLLM take turns on the same cores.
+    environment = {"PYTHONHASHSEED": "0", "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    with subprocess.Popen(command, env=environment) as child:
         while True:
             try:
                 code = child.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from sapo_rl.checks import ConfigError, check
-from sapo_rl.config import Config
+from sapo_rl.config import Config, RewardConfig, RewardFunctionConfig
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.run_folder import is_secret
 
@@ -23,26 +24,43 @@ CONFIGS = PACKAGED if PACKAGED.is_dir() else Path(__file__).parents[1] / "config
 """The shipped configs: inside the wheel, or beside the package in a checkout."""
 
 
+ADDED_FUNCTION = r"\+reward\.functions\.([\w-]+)(\.(function|weight|timeout|on_error))?="
+
+
 def recipes() -> dict[str, str]:
     """Return the shipped recipes' names, each with its one-line description."""
     files = sorted((CONFIGS / "config").glob("*.yaml"))
     return {file.stem: str((yaml.safe_load(file.read_text()) or {}).get("description", "")) for file in files}
 
 
-def register(argv: list[str]) -> tuple[list[str], dict[str, Path]]:
+@dataclass(frozen=True)
+class Arguments:
+    """A command line, made ready for Hydra."""
+
+    argv: list[str]
+    """The arguments, files replaced by the names under which they are registered."""
+    files: dict[str, Path] = field(default_factory=dict)
+    """The user's files by those names."""
+    added: list[str] = field(default_factory=list)
+    """Names of reward functions that the command line adds to those of the recipe."""
+
+
+def register(argv: list[str]) -> Arguments:
     """Make user files known to Hydra as recipes.
 
-    `config=path/to/file.yaml` becomes `config=<stem>`; `resume=FOLDER` becomes the recipe that the folder holds.
-
-    Returns:
-        The rewritten arguments, and the user's files by the name they got.
+    `config=path/to/file.yaml` becomes `config=<stem>`; `resume=FOLDER` becomes the recipe that the folder holds. A new
+    reward function (`+reward.functions.NAME.function=...`) is entered into the schema, to which Hydra cannot add it.
 
     Raises:
         UserError: a file that is missing or no mapping, or a name that no recipe has.
     """
-    ConfigStore.instance().store(name="schema", node=Config)
+    added = list(dict.fromkeys(found[1] for argument in argv if (found := re.match(ADDED_FUNCTION, argument))))
+    functions = {name: RewardFunctionConfig() for name in added}
+    ConfigStore.instance().store(name="schema", node=Config(reward=RewardConfig(functions=functions)))
     known, files, rewritten = recipes(), {}, []
     for argument in _with_resumed(argv):
+        if re.match(ADDED_FUNCTION, argument):
+            argument = argument.removeprefix("+")
         key, equals, value = argument.partition("=")
         if key != "config" or not equals:
             rewritten.append(argument)
@@ -50,7 +68,7 @@ def register(argv: list[str]) -> tuple[list[str], dict[str, Path]]:
         names = [_register_one(item.strip(), known, files) for item in value.strip("[]").split(",")]
         joined = ",".join(names)
         rewritten.append(f"config=[{joined}]" if value.startswith("[") else f"config={joined}")
-    return rewritten, files
+    return Arguments(rewritten, files, added)
 
 
 def _with_resumed(argv: list[str]) -> list[str]:
@@ -94,7 +112,7 @@ def _candidates(stem: str) -> Iterator[str]:
         number += 1
 
 
-def accept(composed: DictConfig) -> tuple[Config, str]:
+def accept(composed: DictConfig, arguments: Arguments) -> tuple[Config, str]:
     """Turn what Hydra composed into real dataclasses, checked, and into the YAML that the run folder keeps.
 
     The YAML is resolved but for secrets, which it only refers to: `${oc.env:NAME}` is read anew by every rank.
@@ -102,6 +120,10 @@ def accept(composed: DictConfig) -> tuple[Config, str]:
     Raises:
         ConfigError: naming the key.
     """
+    OmegaConf.set_struct(composed, False)
+    functions = composed.reward.functions
+    for name in arguments.added:  # the recipe's come first
+        functions[name] = functions.pop(name)
     raw = OmegaConf.to_container(composed)
     _refuse_secrets(raw)
     try:
@@ -139,11 +161,11 @@ def load(path: Path) -> Config:
     return config
 
 
-def explain(error: Exception, argv: list[str], files: dict[str, Path]) -> str:
+def explain(error: Exception, arguments: Arguments) -> str:
     """Say a composition error in one or two lines: key, where it was set, nearest valid name."""
     text = _chain(error)
     if isinstance(error, ConfigError):
-        return f"{error.key} ({origin(error.key, argv, files)}): {error.problem}"
+        return f"{error.key} ({origin(error.key, arguments)}): {error.problem}"
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OverrideParseException):
@@ -153,9 +175,9 @@ def explain(error: Exception, argv: list[str], files: dict[str, Path]) -> str:
         return f"{group}: no choice '{name}'; {did_you_mean(name, error.options)}"
     key = _match(r"Could not override '([^']+)'", text) or _match(r"full_key: (\S+)", text)
     if key and re.search(r"Key '[^']*' (is )?not in", text):
-        return f"{key} ({origin(key, argv, files)}): no such key; {_nearest_key(key)}"
+        return f"{key} ({origin(key, arguments)}): no such key; {_nearest_key(key)}"
     if key and (problem := _match(r"(Value .*|Invalid .*|Cannot .*|Incompatible .*|object of type .*)", text)):
-        return f"{key} ({origin(key, argv, files)}): {problem}"
+        return f"{key} ({origin(key, arguments)}): {problem}"
     return " ".join(line.strip() for line in text.splitlines()[:2])
 
 
@@ -184,13 +206,14 @@ def _nearest_key(key: str) -> str:
     return ""
 
 
-def origin(key: str, argv: list[str], files: dict[str, Path]) -> str:
+def origin(key: str, arguments: Arguments) -> str:
     """Return where the effective value of `key` was set: the command line, a file, or the defaults."""
+    argv = arguments.argv
     if any(argument.partition("=")[0].lstrip("+~") == key for argument in argv):
         return "command line"
     choices = dict(argument.split("=", 1) for argument in argv if re.fullmatch(r"\w+=[^=]*", argument))
     names = [name.strip() for name in choices.get("config", "default").strip("[]").split(",")]
-    paths = [files.get(name, CONFIGS / "config" / f"{name}.yaml") for name in reversed(names)]
+    paths = [arguments.files.get(name, CONFIGS / "config" / f"{name}.yaml") for name in reversed(names)]
     for path in paths:
         if _holds(path, key):
             return str(path)

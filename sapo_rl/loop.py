@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,12 +121,14 @@ def publish_weights(run: Run) -> None:
 
 
 def verify_weights(run: Run) -> None:
-    """Prove that vLLM runs the trainer's weights: both score the same prompt."""
+    """Prove that vLLM runs the trainer's weights: both score what vLLM answers to a fixed prompt."""
     if not run.config.rollout.verify_every:
         return
-    token_ids = run.prompts[0].token_ids
+    prompt = run.prompts[0].token_ids
+    (group,) = run.rollouts.greedy(run.prompts[:1])
+    token_ids = [*prompt, *group.samples[0].token_ids]
     expected = run.trainer.score(token_ids)
-    found = [verify(engine, token_ids, expected, run.config.model.dtype) for engine in run.engines]
+    found = [verify(engine, token_ids, expected, run.config.model.dtype, len(prompt)) for engine in run.engines]
     run.telemetry.record(run.step, {"mismatch/probe_logp_diff": max(found)})
 
 
@@ -216,8 +219,9 @@ def finish(run: Run) -> None:
 
 
 def export(policy: Policy, tokenizer: Any, folder: Path) -> None:
-    """Write the model as a Hugging Face folder, whole or not at all."""
+    """Write the model as a Hugging Face folder, whole or not at all; one from before a resume is replaced."""
     partial = folder.with_name(f".{folder.name}.partial")
     policy.export(partial)
     tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from sapo_rl.policy.packing import PackedBatch
 
 NAME = "packed"
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+"""Fewer key-value heads than query heads: torch 2.11 takes them as they come, 2.13 wants to be told."""
 
 
 def packed_attention(
@@ -50,19 +54,17 @@ AttentionInterface.register(NAME, packed_attention)
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, scaling: float | None) -> Tensor:
     """Flash attention with variable lengths; causal from the bottom right, so completions see their whole prompt."""
-    from torch.nn.attention.varlen import varlen_attn
-
     out = varlen_attn(
         query[0].transpose(0, 1),
-        key[0].transpose(0, 1)[packed.kv_index],
-        value[0].transpose(0, 1)[packed.kv_index],
+        key[0].transpose(0, 1).index_select(0, packed.kv_index),
+        value[0].transpose(0, 1).index_select(0, packed.kv_index),
         packed.cu_seq_q,
         packed.cu_seq_k,
         packed.max_q,
         packed.max_k,
         scale=scaling,
         window_size=(-1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **GROUPED,
     )
     assert isinstance(out, Tensor)
     return out[None]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 1024
-"""Tokens whose logits exist at one time."""
+CHUNK = {"cuda": 2**29, "cpu": 2**26}
+"""Logits that exist at one time, by device type: 1 GiB of bfloat16 on a GPU."""
 
 
 def token_logps(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -32,37 +32,64 @@ class _HeadLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         weight = head.to(hidden.dtype)
-        logps, entropies, normalisers = [], [], []
-        for states, tokens in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
-            logits = _logits(states, weight, temperature)
-            normaliser = logits.logsumexp(-1)
-            logps.append(logits.gather(1, tokens[:, None])[:, 0] - normaliser)
-            logits -= normaliser[:, None]
-            entropies.append(-(logits.exp() * logits).sum(-1))
-            normalisers.append(normaliser)
-        ctx.save_for_backward(hidden, head, targets, torch.cat(normalisers))
+        found = [
+            statistics(hidden[span] @ weight.T, targets[span], temperature) for span in _spans(len(hidden), head)
+        ]
+        logps, entropy, normalisers = (torch.cat(column) for column in zip(*found, strict=True))
+        ctx.save_for_backward(hidden, head, targets, normalisers)
         ctx.temperature = temperature
-        entropy = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy)
-        return torch.cat(logps), entropy
+        return logps, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         hidden, head, targets, normalisers = ctx.saved_tensors
         weight = head.to(hidden.dtype)
+        grad_logps = grad_logps.contiguous()
         grad_hidden = torch.empty_like(hidden)
         grad_head = torch.zeros_like(head, dtype=torch.float32)
-        spans = [slice(start, start + CHUNK) for start in range(0, len(hidden), CHUNK)]
-        for span in spans:
-            logits = _logits(hidden[span], weight, ctx.temperature)
-            grad_logits = (logits - normalisers[span, None]).exp_().neg_()  # d logp / d logits = one-hot - softmax
-            grad_logits.scatter_add_(1, targets[span, None], torch.ones_like(grad_logits[:, :1]))
-            grad_logits *= grad_logps[span, None] / ctx.temperature
-            grad_logits = grad_logits.to(hidden.dtype)
-            grad_hidden[span] = grad_logits @ weight
-            grad_head += grad_logits.T @ hidden[span]
+        for span in _spans(len(hidden), head):
+            grad_logits = gradient(
+                hidden[span] @ weight.T, targets[span], normalisers[span], grad_logps[span], ctx.temperature
+            )
+            torch.mm(grad_logits, weight, out=grad_hidden[span])
+            add_product(grad_head, grad_logits.T, hidden[span])
         return grad_hidden, grad_head.to(head.dtype), None, None
 
 
-def _logits(states: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    return (states @ weight.T).float() / temperature
+def statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probability of the target, entropy and log-sum-exp of each row of (T, V) logits, (T,) float32."""
+    if logits.is_cuda:
+        from sapo_rl.policy import kernels  # Triton comes with torch's CUDA builds only
+
+        return kernels.statistics(logits, targets, temperature)
+    logits = logits.float() / temperature
+    normaliser = logits.logsumexp(-1)
+    logits -= normaliser[:, None]
+    return logits.gather(1, targets[:, None])[:, 0], -(logits.exp() * logits).sum(-1), normaliser
+
+
+def gradient(logits: Tensor, targets: Tensor, normalisers: Tensor, grad_logps: Tensor, temperature: float) -> Tensor:
+    """Return the gradient at (T, V) logits in their dtype; they may be overwritten by it."""
+    if logits.is_cuda:
+        from sapo_rl.policy import kernels
+
+        return kernels.gradient(logits, targets, normalisers, grad_logps, temperature)
+    found = (logits.float() / temperature - normalisers[:, None]).exp_().neg_()  # d logp / d logits = one-hot - softmax
+    found.scatter_add_(1, targets[:, None], torch.ones_like(found[:, :1]))
+    found *= grad_logps[:, None] / temperature
+    return found.to(logits.dtype)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left @ right` to the float32 `total` in place; on a GPU without rounding the product to their dtype."""
+    if total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total += left @ right
+
+
+def _spans(count: int, head: Tensor) -> list[slice]:
+    """Cut `count` tokens into chunks of equal size, but for the last."""
+    size = max(1, CHUNK[head.device.type] // len(head))
+    return [slice(start, start + size) for start in range(0, count, size)]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sapo_rl.config import ModelConfig
 from sapo_rl.errors import UserError
@@ -32,15 +33,22 @@ class Policy(nn.Module):
         """Return (T,) float32 log-probabilities of the completion tokens at `temperature`, and their (T,) entropies."""
         half = self.dtype == torch.bfloat16
         with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=half):
+            embed = self.model.get_input_embeddings()
             hidden = self.model.base_model(
-                input_ids=batch.input_ids[None],
+                inputs_embeds=embed(batch.input_ids[None]).to(self.dtype),  # the residual stream in half, as vLLM's
                 position_ids=batch.position_ids[None],
                 use_cache=False,
                 packed=batch,
             ).last_hidden_state[0]
         head = self.model.get_output_embeddings()
-        states = hidden[batch.hidden_index].to(self.dtype)
+        states = hidden.index_select(0, batch.hidden_index).to(self.dtype)
         return token_logps(states, head.weight, batch.targets, temperature)  # type: ignore[arg-type]
+
+    def compile_layers(self) -> None:
+        """Compile each decoder layer in place; sizes stay symbolic, so that batches of all lengths share one graph."""
+        for module in self.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.compile(dynamic=True)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each weight once under its Hugging Face name; a tied head is its embedding's."""

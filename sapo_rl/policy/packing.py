@@ -97,8 +97,11 @@ def _fill(units: Sequence[list[Item]], capacity: int) -> list[list[list[Item]]]:
 
 
 def empty_batch() -> PackedBatch:
-    """A micro-batch of weight 0: what a rank without work runs, so that it takes part in every collective."""
-    return _lay_out([[Item(prompt=[0], completion=[0], advantage=0.0, weight=0.0)]])
+    """A micro-batch of weight 0: what a rank without work runs, so that it takes part in every collective.
+
+    No size in it is 0 or 1, for which torch.compile would make graphs of their own.
+    """
+    return _lay_out([[Item(prompt=[0, 0], completion=[0, 0, 0], advantage=0.0, weight=0.0)]])
 
 
 def _cost(unit: Sequence[Item]) -> int:

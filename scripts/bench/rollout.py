@@ -1,0 +1,191 @@
+"""Tokens a second of vLLM on one GPU: over engines, sequences, log-probs, and with or without CUDA graphs.
+
+    python scripts/bench/rollout.py --out docs/bench/rollout.json
+    python scripts/bench/rollout.py --workload tiny --model TINY --sets 8:eager:2 --out /tmp/rollout.json    # on a CPU
+
+A set `SEQUENCES:graphs|eager:ENGINES` starts that many engines, each with an equal share of `--memory`, and measures 1
+of them, 2, ... up to all (the others idle), with and without log-probs, on the same prompts. The JSON is renewed after
+each measurement; sets that `--limit` leaves no time for are missing in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import report
+from workloads import MODEL, ROOT, WORKLOADS, Workload, chat_rows
+
+sys.path.insert(0, str(ROOT))
+from sapo_rl.config import DataConfig, ModelConfig
+from sapo_rl.data import build_prompts
+from sapo_rl.policy.model import load_tokenizer, stop_tokens
+from sapo_rl.rollout.engine import EngineSettings, Request, Sampling
+from sapo_rl.rollout.local import LocalEngine
+
+SETS = ("512:graphs:4", "1024:graphs:2", "256:graphs:4", "512:eager:2")
+COLUMNS = ["sequences", "graphs", "engines", "log-probs", "tok/s", "seconds", "tokens"]
+
+
+class Set(NamedTuple):
+    """Engines that are started together."""
+
+    sequences: int
+    """That each decodes at once."""
+    graphs: bool
+    engines: int
+
+
+def parse_set(text: str) -> Set:
+    """Return the set that `SEQUENCES:graphs|eager:ENGINES` means."""
+    sequences, mode, engines = text.split(":")
+    if mode not in ("graphs", "eager"):
+        raise argparse.ArgumentTypeError(f"'{mode}' is neither graphs nor eager")
+    return Set(int(sequences), mode == "graphs", int(engines))
+
+
+def settings(args: argparse.Namespace, wanted: Set, index: int, stops: list[int], log: Path) -> EngineSettings:
+    """Return the settings of one engine of a set."""
+    workload = WORKLOADS[args.workload]
+    return EngineSettings(
+        model=str(args.model),
+        dtype=args.dtype,
+        max_model_len=workload.max_prompt_tokens + workload.max_completion_tokens,
+        max_num_seqs=wanted.sequences,
+        gpu_memory_utilization=args.memory / wanted.engines,
+        cpu_kv_cache_gb=0.2,
+        enforce_eager=not wanted.graphs,
+        stop_token_ids=stops,
+        seed=index,
+        device=args.device,
+        trust_remote_code=False,
+        revision=None,
+        start_timeout=300.0,
+        timeout=300.0,
+        max_restarts=0,
+        log_path=log,
+    )
+
+
+def measure(engines: Sequence[LocalEngine], requests: list[Request], sampling: Sampling) -> tuple[float, int]:
+    """Return seconds and tokens of all requests, dealt out to the engines in turn."""
+    shares = [requests[i :: len(engines)] for i in range(len(engines))]
+    start = time.perf_counter()
+    with ThreadPoolExecutor(len(engines)) as pool:
+        answers = list(pool.map(lambda engine, share: engine.generate(share, sampling), engines, shares))
+    seconds = time.perf_counter() - start
+    return seconds, sum(len(one.token_ids) for answer in answers for group in answer for one in group)
+
+
+def sampling_of(workload: Workload, logprobs: bool) -> Sampling:
+    """Return plain sampling at temperature 1."""
+    return Sampling(
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        max_tokens=workload.max_completion_tokens,
+        logprobs=logprobs,
+    )
+
+
+def run_set(args: argparse.Namespace, wanted: Set, requests: list[Request], stops: list[int], found: list[Any]) -> None:
+    """Measure one set into `found`, the better of two runs each, and write what there is so far.
+
+    Engines start one after the other: while two of them load at once, each takes the other's memory for its own.
+    """
+    workload = WORKLOADS[args.workload]
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
+        engines: list[LocalEngine] = []
+        for index in range(wanted.engines):
+            engine = LocalEngine(settings(args, wanted, index, stops, folder / f"vllm_{index}.log"))
+            stack.callback(engine.close)
+            engine.start()
+            engine.wait_ready()
+            engines.append(engine)
+        measure(engines, requests[: len(requests) // 4], sampling_of(workload, True))
+        for count in range(1, wanted.engines + 1):
+            for logprobs in (False, True):
+                runs = [measure(engines[:count], requests, sampling_of(workload, logprobs)) for _ in range(2)]
+                seconds, tokens = max(runs, key=lambda run: run[1] / run[0])
+                found.append({**wanted._asdict(), "engines": count, "logprobs": logprobs} | measured(seconds, tokens))
+                write(args, found)
+                print(found[-1], flush=True)
+
+
+def measured(seconds: float, tokens: int) -> dict[str, float]:
+    """Return what is kept of one measurement."""
+    return {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds}
+
+
+def write(args: argparse.Namespace, found: list[Any]) -> None:
+    """Write all measurements so far, as JSON with a table."""
+    workload = WORKLOADS[args.workload]
+    rows = [
+        [
+            str(one["sequences"]),
+            "yes" if one["graphs"] else "no",
+            str(one["engines"]),
+            "yes" if one["logprobs"] else "no",
+            f"{one['tokens_per_second']:.0f}",
+            f"{one['seconds']:.2f}",
+            str(one["tokens"]),
+        ]
+        for one in found
+        if "error" not in one
+    ]
+    note = (
+        f"{Path(args.model).name}, {workload.prompts} prompts x {workload.group_size}, up to "
+        f"{workload.max_completion_tokens} tokens; the better of two runs."
+    )
+    table = {"columns": COLUMNS, "rows": rows, "note": note}
+    report.write(args.out, {**report.facts(), "measurements": found, "table": table})
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", choices=WORKLOADS, default="a")
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--sets", type=parse_set, nargs="+", default=[parse_set(text) for text in SETS])
+    parser.add_argument("--memory", type=float, default=0.8, help="share of the GPU's memory for all engines")
+    parser.add_argument("--device", help="default: cuda:0, or cpu where there is no GPU")
+    parser.add_argument("--limit", type=float, default=540, help="seconds after which no further set is begun")
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure all sets."""
+    args = arguments()
+    gpu = not report.facts()["device"].startswith("CPU")
+    args.device = args.device or ("cuda:0" if gpu else "cpu")
+    args.dtype = "float32" if args.device == "cpu" else "bfloat16"
+    workload, model = WORKLOADS[args.workload], ModelConfig(path=str(args.model))
+    tokenizer = load_tokenizer(model)
+    data = DataConfig(source="file", answer_column=None, max_prompt_tokens=workload.max_prompt_tokens)
+    prompts, _ = build_prompts(chat_rows(workload.prompts), data, tokenizer)
+    requests = [Request(prompt.token_ids, workload.group_size) for prompt in prompts]
+    started, found = time.monotonic(), []
+    for wanted in args.sets:
+        if time.monotonic() - started > args.limit:
+            break
+        try:
+            run_set(args, wanted, requests, stop_tokens(model, tokenizer), found)
+        except Exception as error:  # a set that does not fit must not take the others' results with it
+            found.append({**wanted._asdict(), "error": f"{type(error).__name__}: {error}"})
+            write(args, found)
+            print(found[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""sapo-train against TRL's GRPOTrainer: same model, prompts, sampling, group size, updates and completion budget.
+
+    python scripts/bench/vs_trl.py --workload a --engines 2 --out docs/bench/vs_trl_a.json
+    python scripts/bench/vs_trl.py --workload b --shape 1.5b --out docs/bench/vs_trl_b_1.5b.json
+
+Workload a: SmolLM2-135M-Instruct, 128 prompts x 8 completions of up to 512 tokens, which end by themselves. Workload b:
+a random model of a real shape, 32 x 8, geometric lengths up to 2048 tokens. Both: 4 updates a rollout batch. TRL runs
+first, each program in processes of its own; the first cycles of each are left out. Needs trl, but for --skip-trl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import report
+import yaml
+from workloads import MODEL, ROOT, SHAPES, WORKLOADS, Workload, chat_rows, make_model
+
+HERE = Path(__file__).resolve().parent
+PHASES = ("rollout", "sync", "reward", "old_logps", "update", "other")
+PROBE = "mismatch/probe_logp_diff"
+LEARNING_RATE = 1e-6
+TAU_POS, TAU_NEG = 1.0, 1.05
+MEAN_LENGTH = 500.0
+"""Of random models' completions, in tokens; 1 in 60 then reaches workload b's limit."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What both programs are given."""
+
+    workload: Workload
+    model: Path
+    rows: list[dict[str, Any]]
+    cycles: int
+    folder: Path
+    """For their files."""
+    limit: float
+    """Seconds that each may run; what it finished by then counts."""
+
+
+def peer_arguments(task: Task, batch: int) -> dict[str, Any]:
+    """Return GRPOConfig's arguments for micro-batches of `batch` padded sequences."""
+    workload = task.workload
+    return {
+        "output_dir": str(task.folder / "trl"),
+        "loss_type": "sapo",
+        "sapo_temperature_pos": TAU_POS,
+        "sapo_temperature_neg": TAU_NEG,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "temperature": 1.0,
+        "num_generations": workload.group_size,
+        "max_completion_length": workload.max_completion_tokens,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": workload.samples // workload.updates // batch,
+        "steps_per_generation": workload.samples // batch,
+        "max_steps": task.cycles * workload.updates,
+        "shuffle_dataset": False,
+        "bf16": True,
+        "gradient_checkpointing": False,
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": 0.3,
+        "vllm_max_model_length": workload.max_prompt_tokens + workload.max_completion_tokens,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def recipe(task: Task, engines: int | None) -> dict[str, Any]:
+    """Return sapo-train's config for the same, with an engine's share of the samples as its batch size."""
+    workload = task.workload
+    return {
+        "model": {"path": str(task.model)},
+        "data": {
+            "source": "file",
+            "path": str(task.folder / "prompts.jsonl"),
+            "answer_column": None,
+            "max_prompt_tokens": workload.max_prompt_tokens,
+            "shuffle": False,
+        },
+        "reward": {"functions": {"vowels": {"function": "workloads.vowel_share"}}},
+        "rollout": {
+            "batch_size": workload.samples,
+            "group_size": workload.group_size,
+            "max_completion_tokens": workload.max_completion_tokens,
+            "max_num_seqs": -(-workload.samples // (engines or 1)),
+            "verify_every": 1,
+        }
+        | ({"engines_per_gpu": engines} if engines else {}),
+        "loss": {"name": "sapo", "tau_pos": TAU_POS, "tau_neg": TAU_NEG},
+        "trainer": {
+            "steps": task.cycles,
+            "updates_per_rollout": workload.updates,
+            "learning_rate": LEARNING_RATE,
+            "tokens_per_micro_batch": 32768,
+        },
+        "eval": {"prompts": 0},
+        "checkpoint": {"every": 0, "save_final": False},
+        "logging": {"console": "plain", "wandb": "off"},
+    }
+
+
+def run(command: list[str], log: Path, limit: float) -> int | None:
+    """Run a program with its output in `log`; return its exit code, or None where `limit` seconds ended it."""
+    paths = [str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=log.parent, env=environment, stdout=file, stderr=file, start_new_session=True
+        )
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def run_peer(task: Task, batches: tuple[int, ...], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Run TRL with the first of `batches` that does not run out of memory."""
+    result: dict[str, Any] = {"cycles": [], "error": "no batch size fits"}
+    for batch in batches:
+        arguments = peer_arguments(task, batch) | overrides
+        settings, out, log = (task.folder / f"trl_{batch}.{end}" for end in ("json", "jsonl", "log"))
+        settings.write_text(json.dumps({"model": str(task.model), "rows": task.rows, "arguments": arguments}))
+        code = run([sys.executable, str(HERE / "peer_trl.py"), str(settings), str(out)], log, task.limit)
+        cycles = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+        result = {"settings": arguments, "cycles": cycles, **ended(code, log)}
+        if code in (0, None) or "OutOfMemoryError" not in log.read_text(errors="replace"):
+            break
+    return result
+
+
+def run_ours(task: Task, engines: int | None, overrides: list[str]) -> dict[str, Any]:
+    """Run sapo-train, and read its cycles from the run folder's metrics."""
+    file, log = task.folder / "bench.yaml", task.folder / "sapo.log"
+    settings = recipe(task, engines)
+    file.write_text("# @package _global_\n" + yaml.safe_dump(settings))
+    code = run([sys.executable, "-m", "sapo_rl", f"config={file}", *overrides], log, task.limit)
+    found = sorted((task.folder / "runs/bench").glob("*/metrics.jsonl"))
+    records = [json.loads(line) for line in found[-1].read_text().splitlines()] if found else []
+    return {"settings": settings, "overrides": overrides, "cycles": our_cycles(records), **ended(code, log)}
+
+
+def our_cycles(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the cycles that a metrics.jsonl tells of, in the form of `peer_trl`."""
+    probes = {record["step"]: record[PROBE] for record in records if PROBE in record}
+    cycles = []
+    for record in records:
+        if "time/step" not in record:
+            continue
+        seconds = record["time/step"]
+        phases = {name: record.get(f"time/{name}", 0.0) for name in PHASES[:-1]}
+        cycle = {
+            "seconds": seconds,
+            "tokens": record["perf/completion_tokens"],
+            "phases": phases | {"other": seconds - sum(phases.values())},
+            "peak_memory_gib": record.get("perf/peak_memory_gib"),
+            "parity": probes.get(record["step"]),
+        }
+        cycles.append({name: value for name, value in cycle.items() if value is not None})
+    return cycles
+
+
+def ended(code: int | None, log: Path) -> dict[str, Any]:
+    """Return nothing where a program ended well, else what it said last."""
+    if code == 0:
+        return {}
+    tail = log.read_text(errors="replace").splitlines()[-40:]
+    return {"error": "cut short by --limit" if code is None else f"exit code {code}", "log_tail": tail}
+
+
+def summary(cycles: list[dict[str, Any]], warm_up: int) -> dict[str, Any]:
+    """Return the means of the cycles after the first `warm_up`; empty where none is left.
+
+    `cycle_seconds` is their median; `peak_memory_gib` the largest.
+    """
+    measured = cycles[warm_up:]
+    if not measured:
+        return {}
+    seconds = [cycle["seconds"] for cycle in measured]
+    found: dict[str, Any] = {
+        "cycles": len(measured),
+        "cycle_seconds": statistics.median(seconds),
+        "cycle_seconds_min": min(seconds),
+        "cycle_seconds_max": max(seconds),
+        "tokens_per_cycle": statistics.fmean(cycle["tokens"] for cycle in measured),
+        "tokens_per_second": sum(cycle["tokens"] for cycle in measured) / sum(seconds),
+        "phases": {name: statistics.fmean(cycle["phases"][name] for cycle in measured) for name in PHASES},
+    }
+    for name, reduce in (("peak_memory_gib", max), ("parity", statistics.fmean)):
+        values = [cycle[name] for cycle in measured if name in cycle]
+        found |= {name: reduce(values)} if values else {}
+    return found
+
+
+def table(programs: dict[str, dict[str, Any]], note: str) -> dict[str, Any]:
+    """Return the comparison as a table of texts."""
+    columns = ["", "cycle s", "tok/s", *(f"{name} s" for name in PHASES), "peak GiB", "log-prob difference"]
+    rows = []
+    for name, program in programs.items():
+        found = program["summary"]
+        if not found:
+            rows.append([name, program.get("error", "no cycle measured"), *[""] * (len(columns) - 2)])
+            continue
+        phases = [f"{found['phases'][phase]:.2f}" for phase in PHASES]
+        ends = [f"{found[key]:.{n}f}" if key in found else "" for key, n in (("peak_memory_gib", 1), ("parity", 4))]
+        rows.append([name, f"{found['cycle_seconds']:.2f}", f"{found['tokens_per_second']:.0f}", *phases, *ends])
+    both = [program["summary"].get("tokens_per_second") for program in programs.values()]
+    if len(both) == 2 and all(both):
+        note += f" sapo-train makes {both[1] / both[0]:.2f} times TRL's tokens a second."
+    return {"columns": columns, "rows": rows, "note": note}
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", choices=WORKLOADS, default="a")
+    parser.add_argument("--model", type=Path, default=MODEL, help="model folder; a shape takes its tokenizer only")
+    parser.add_argument("--shape", choices=SHAPES, help="run a random model of this shape instead")
+    parser.add_argument("--engines", type=int, help="rollout.engines_per_gpu of sapo-train")
+    parser.add_argument("--warm-up", type=int, default=2, help="cycles left out")
+    parser.add_argument("--cycles", type=int, default=4, help="cycles measured")
+    parser.add_argument("--limit", type=float, default=900, help="seconds for each program")
+    parser.add_argument("--skip-trl", action="store_true")
+    parser.add_argument("--trl", nargs="*", default=[], metavar="KEY=VALUE", help="GRPOConfig's, value in JSON")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="sapo-train's overrides")
+    parser.add_argument("--out", type=Path, required=True, help="JSON to write; logs go beside it")
+    return parser.parse_args()
+
+
+def prepare(args: argparse.Namespace, folder: Path) -> Task:
+    """Make the model, where it is a random one, and the prompts."""
+    workload = WORKLOADS[args.workload]
+    shape, model = args.shape or workload.shape, args.model.resolve()
+    if shape:
+        mean_length = min(MEAN_LENGTH, workload.max_completion_tokens / 4)
+        model = make_model(SHAPES[shape], model, mean_length, folder / f"random-{shape}")
+    cycles = args.warm_up + args.cycles
+    rows = chat_rows(workload.prompts * cycles)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Task(workload, model, rows, cycles, folder, args.limit)
+
+
+def main() -> None:
+    """Run both programs and write what they did, after each."""
+    args = arguments()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    peer_overrides = {key: json.loads(value) for key, value in (item.split("=", 1) for item in args.trl)}
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        task = prepare(args, Path(name))
+        workload = task.workload
+        batches = workload.peer_batches[1 if args.shape == "1.5b" else 0 :]
+        note = (
+            f"Workload {args.workload}, {task.model.name}: {workload.prompts} prompts x {workload.group_size}, up to "
+            f"{workload.max_completion_tokens} tokens, {workload.updates} updates; {args.warm_up} cycles left out."
+        )
+        result: dict[str, Any] = {**report.facts(), "workload": args.workload, "model": task.model.name, "programs": {}}
+        for program in ("TRL", "sapo-train")[1 if args.skip_trl else 0 :]:
+            if program == "TRL":
+                found = run_peer(task, batches, peer_overrides)
+            else:
+                found = run_ours(task, args.engines, args.set)
+            result["programs"][program] = found | {"summary": summary(found["cycles"], args.warm_up)}
+            result["table"] = table(result["programs"], note)
+            report.write(args.out, result)
+            for log in task.folder.glob("*.log"):
+                (args.out.parent / f"{args.out.stem}.{log.name}").write_bytes(log.read_bytes())
+    print(report.markdown(result["table"]))
+
+
+if __name__ == "__main__":
+    main()
