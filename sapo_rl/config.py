@@ -121,6 +121,10 @@ class RolloutConfig:
     """Drop tokens less likely than this share of the likeliest; 0 is off."""
     repetition_penalty: float = number(1.0, above=0)
     """Above 1 repeats less; 1 is off."""
+    mode: str = choice("sync", "sync", "overlap")
+    """Write and train in turns, or write the next batch while this one trains."""
+    max_staleness: int = number(1, least=0, most=1)
+    """With `overlap`, versions by which the weights that wrote a batch may be old; 0 is `sync`."""
     logprobs: bool = False
     """Keep vLLM's own log-probabilities of the sampled tokens (costs a third of its speed)."""
     transport: str = choice("file", "file")
@@ -248,6 +252,8 @@ class TrainerConfig:
     """Packed tokens in one forward and backward pass; the gradient does not depend on it, memory does."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a quarter slower."""
+    compile: bool = True
+    """Compile the decoder layers (bfloat16 on a GPU only): faster by far, after up to a minute at the first step."""
 
 
 @dataclass

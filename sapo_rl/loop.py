@@ -19,11 +19,22 @@ from sapo_rl.policy import checkpoint
 from sapo_rl.policy.model import Policy
 from sapo_rl.policy.trainer import PolicyTrainer
 from sapo_rl.rewards import RewardPool, RewardStats
+from sapo_rl.rollout.ahead import Producer
 from sapo_rl.rollout.engine import Engine
 from sapo_rl.rollout.stream import Rollouts, verify
 from sapo_rl.rollout.weights.base import WeightTransport
 from sapo_rl.telemetry import Telemetry, Timers, sample_metrics
 from sapo_rl.types import Group, Messages, Prompt
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's scored completions of a step."""
+
+    groups: list[Group]
+    scoring: RewardStats
+    sampler_state: dict[str, Any]
+    """Where the order of prompts stands after it."""
 
 
 @dataclass
@@ -44,6 +55,8 @@ class Run:
     timers: Timers
     step: int = 0
     """The last step done."""
+    sampler_state: dict[str, Any] = field(default_factory=dict)
+    """Where the order of prompts stands after the last step done; the sampler itself may be one step ahead."""
     stop_asked: bool = False
     """Set by a signal: finish the step, save, leave."""
     before: list[tuple[str, str]] = field(default_factory=list)
@@ -56,24 +69,35 @@ def train(run: Run) -> None:
         verify_weights(run)
         evaluate(run)
     warn_of_inert_temperatures(run)
+    overlap = run.config.rollout.mode == "overlap" and run.config.rollout.max_staleness > 0
+    producer = Producer(lambda step: make_batch(run, step), run.config.trainer.steps, overlap)
     while run.step < run.config.trainer.steps and not stopping(run):
         run.step += 1
-        with run.timers("rollout"):
-            groups = run.rollouts.generate(next_prompts(run), run.step)
-        with run.timers("reward"):
-            scoring = run.rewards.score(groups)
-        assign_advantages(run, groups)
-        stats = run.trainer.train_on(groups, run.timers)
-        with run.timers("sync"):
-            publish_weights(run)
-        report(run, groups, scoring, stats)
+        batch = producer.take(run.step)
+        assign_advantages(run, batch.groups)
+        stats = run.trainer.train_on(batch.groups, run.timers)
+        producer.wait()
+        publish_weights(run)
+        run.sampler_state = batch.sampler_state
+        report(run, batch, stats | {"time/wait": producer.take_waited()})
         if due(run, run.config.rollout.verify_every):
             verify_weights(run)
         if due(run, run.config.eval.every) or run.step == run.config.trainer.steps:
             evaluate(run)
         if due(run, run.config.checkpoint.every):
             save(run)
+    producer.close()
     finish(run)
+
+
+def make_batch(run: Run, step: int) -> Batch:
+    """Draw prompts, have them completed, score the completions; with overlap, while the step before is trained on."""
+    prompts = next_prompts(run)
+    with run.timers("rollout"):
+        groups = run.rollouts.generate(prompts, step)
+    with run.timers("reward"):
+        scoring = run.rewards.score(groups)
+    return Batch(groups, scoring, run.sampler.state_dict())
 
 
 def due(run: Run, every: int) -> bool:
@@ -117,7 +141,8 @@ def assign_advantages(run: Run, groups: list[Group]) -> None:
 
 def publish_weights(run: Run) -> None:
     """Bring the trainer's weights into every engine of this rank, under the version `step`."""
-    run.transport.push(run.trainer.policy.named_weights(), run.engines, run.step)
+    with run.timers("sync"):
+        run.transport.push(run.trainer.policy.named_weights(), run.engines, run.step)
 
 
 def verify_weights(run: Run) -> None:
@@ -132,9 +157,10 @@ def verify_weights(run: Run) -> None:
     run.telemetry.record(run.step, {"mismatch/probe_logp_diff": max(found)})
 
 
-def report(run: Run, groups: list[Group], scoring: RewardStats, stats: dict[str, float]) -> None:
+def report(run: Run, batch: Batch, stats: dict[str, float]) -> None:
     """Write the step's numbers and completions, of all ranks together."""
-    everyone: list[Group] = gather_object(groups)
+    scoring = batch.scoring
+    everyone: list[Group] = gather_object(batch.groups)
     errors: list[dict[str, int]] = gather_object([scoring.errors])
     restarts: list[int] = gather_object([engine.restarts for engine in run.engines])
     for name, text in scoring.failures.items():
@@ -145,6 +171,7 @@ def report(run: Run, groups: list[Group], scoring: RewardStats, stats: dict[str,
         "perf/tokens_per_second": tokens / phases["time/step"],
         "perf/completion_tokens": float(tokens),
         "rollout/engine_restarts": float(sum(restarts)),
+        "rollout/staleness": run.step - 1.0 - min(sample.weight_version for g in everyone for sample in g.samples),
     } | {f"rewards/{name}/errors": float(sum(count[name] for count in errors)) for name in errors[0]}
     run.telemetry.log_step(run.step, {**sample_metrics(everyone), **own, **stats, **phases}, everyone)
 
@@ -200,7 +227,7 @@ def warn_of_inert_temperatures(run: Run) -> None:
 def save(run: Run) -> None:
     """Write a checkpoint from which `resume=` continues as if nothing had happened."""
     state: dict[str, Any] = {
-        "sampler": run.sampler.state_dict(),
+        "sampler": run.sampler_state,
         "wandb_id": run.telemetry.wandb_id,
         "before": run.before,
     }

@@ -106,7 +106,8 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     )
     engine.wait_ready()
     if resumed:
-        run.step, run.before = step, [(prompt, text) for prompt, text in state["before"]]
+        run.step, run.sampler_state = step, state["sampler"]
+        run.before = [(prompt, text) for prompt, text in state["before"]]
         sampler.load_state_dict(state["sampler"])
         publish_weights(run)
     return run
