@@ -3,6 +3,9 @@
 The same in plain torch, several passes over them, is in `sapo_rl.policy.logprobs`.
 """
 
+# pyright: reportArgumentType=false
+# A launch takes tensors and numbers where the kernel's body sees pointers and constants.
+
 from __future__ import annotations
 
 import torch
@@ -10,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096
+BLOCK = 2048
 """Logits of a row that a program holds at one time."""
 
 
@@ -24,9 +27,7 @@ def statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Ten
     """
     count, size = logits.shape
     logps, entropies, normalisers = torch.empty(3, count, dtype=torch.float32, device=logits.device).unbind()
-    _statistics[(count,)](
-        logits, targets, logps, entropies, normalisers, 1 / temperature, size=size, block=BLOCK, num_warps=8
-    )
+    _statistics[(count,)](logits, targets, logps, entropies, normalisers, 1 / temperature, size=size, block=BLOCK)
     return logps, entropies, normalisers
 
 
@@ -42,7 +43,7 @@ def gradient(logits: Tensor, targets: Tensor, normalisers: Tensor, grad_logps: T
     """
     count, size = logits.shape
     grid = (count, triton.cdiv(size, BLOCK))
-    _gradient[grid](logits, targets, normalisers, grad_logps, 1 / temperature, size=size, block=BLOCK, num_warps=8)
+    _gradient[grid](logits, targets, normalisers, grad_logps, 1 / temperature, size=size, block=BLOCK)
     return logits
 
 
@@ -97,4 +98,4 @@ def _gradient(
     probabilities = tl.exp(x - tl.load(normalisers + row))
     target = (columns == tl.load(targets + row)).to(tl.float32)
     gradients = (target - probabilities) * tl.load(grad_logps + row) * scale
-    tl.store(logits + columns, gradients.to(logits.dtype.element_ty), mask=inside)
+    tl.store(logits + columns, gradients, mask=inside)

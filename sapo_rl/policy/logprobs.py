@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 CHUNK = {"cuda": 2**29, "cpu": 2**26}
 """Logits that exist at one time, by device type: 1 GiB of bfloat16 on a GPU."""
+
+
+Statistics: TypeAlias = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
+Gradient: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
 def token_logps(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -32,9 +37,8 @@ class _HeadLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         weight = head.to(hidden.dtype)
-        found = [
-            statistics(hidden[span] @ weight.T, targets[span], temperature) for span in _spans(len(hidden), head)
-        ]
+        of_logits = passes(hidden.device)[0]
+        found = [of_logits(hidden[span] @ weight.T, targets[span], temperature) for span in _spans(len(hidden), head)]
         logps, entropy, normalisers = (torch.cat(column) for column in zip(*found, strict=True))
         ctx.save_for_backward(hidden, head, targets, normalisers)
         ctx.temperature = temperature
@@ -45,11 +49,12 @@ class _HeadLogps(torch.autograd.Function):
     def backward(ctx: Any, grad_logps: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         hidden, head, targets, normalisers = ctx.saved_tensors
         weight = head.to(hidden.dtype)
+        at_logits = passes(hidden.device)[1]
         grad_logps = grad_logps.contiguous()
         grad_hidden = torch.empty_like(hidden)
         grad_head = torch.zeros_like(head, dtype=torch.float32)
         for span in _spans(len(hidden), head):
-            grad_logits = gradient(
+            grad_logits = at_logits(
                 hidden[span] @ weight.T, targets[span], normalisers[span], grad_logps[span], ctx.temperature
             )
             torch.mm(grad_logits, weight, out=grad_hidden[span])
@@ -57,12 +62,17 @@ class _HeadLogps(torch.autograd.Function):
         return grad_hidden, grad_head.to(head.dtype), None, None
 
 
-def statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log-probability of the target, entropy and log-sum-exp of each row of (T, V) logits, (T,) float32."""
-    if logits.is_cuda:
+def passes(device: torch.device) -> tuple[Statistics, Gradient]:
+    """Return what is done with a chunk of logits, forward and backward: Triton's kernels on a GPU, else plain torch."""
+    if device.type == "cuda":
         from sapo_rl.policy import kernels  # Triton comes with torch's CUDA builds only
 
-        return kernels.statistics(logits, targets, temperature)
+        return kernels.statistics, kernels.gradient
+    return statistics, gradient
+
+
+def statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probability of the target, entropy and log-sum-exp of each row of (T, V) logits, (T,) float32."""
     logits = logits.float() / temperature
     normaliser = logits.logsumexp(-1)
     logits -= normaliser[:, None]
@@ -70,11 +80,7 @@ def statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Ten
 
 
 def gradient(logits: Tensor, targets: Tensor, normalisers: Tensor, grad_logps: Tensor, temperature: float) -> Tensor:
-    """Return the gradient at (T, V) logits in their dtype; they may be overwritten by it."""
-    if logits.is_cuda:
-        from sapo_rl.policy import kernels
-
-        return kernels.gradient(logits, targets, normalisers, grad_logps, temperature)
+    """Return the gradient at (T, V) logits, in their dtype, from that at the log-probabilities."""
     found = (logits.float() / temperature - normalisers[:, None]).exp_().neg_()  # d logp / d logits = one-hot - softmax
     found.scatter_add_(1, targets[:, None], torch.ones_like(found[:, :1]))
     found *= grad_logps[:, None] / temperature

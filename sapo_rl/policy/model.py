@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as symbolic
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -46,6 +47,7 @@ class Policy(nn.Module):
 
     def compile_layers(self) -> None:
         """Compile each decoder layer in place; sizes stay symbolic, so that batches of all lengths share one graph."""
+        symbolic.use_duck_shape = False  # two sizes that are equal in the first batch are still two
         for module in self.model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.compile(dynamic=True)

@@ -147,6 +147,7 @@ def _lay_out(units: Sequence[Sequence[Item]]) -> PackedBatch:
             q_lengths.append(len(own))
             k_lengths.append(len(prompt) + len(own))
     lengths = torch.tensor([len(item.completion) for item in items])
+    sequence_ids = torch.arange(len(items)).repeat_interleave(lengths)
     has_logps = all(item.rollout_logps is not None for item in items)
     return PackedBatch(
         input_ids=torch.tensor(input_ids),
@@ -158,9 +159,9 @@ def _lay_out(units: Sequence[Sequence[Item]]) -> PackedBatch:
         max_k=max(k_lengths),
         hidden_index=torch.tensor(hidden_index),
         targets=torch.tensor([token for item in items for token in item.completion]),
-        sequence_ids=torch.arange(len(items)).repeat_interleave(lengths),
-        advantages=torch.tensor([item.advantage for item in items]).repeat_interleave(lengths),
-        token_weights=torch.tensor([item.weight for item in items]).repeat_interleave(lengths),
+        sequence_ids=sequence_ids,
+        advantages=torch.tensor([item.advantage for item in items])[sequence_ids],
+        token_weights=torch.tensor([item.weight for item in items])[sequence_ids],
         rollout_logps=torch.tensor([x for item in items for x in item.rollout_logps or ()]) if has_logps else None,
         num_sequences=len(items),
     )

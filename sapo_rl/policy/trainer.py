@@ -44,6 +44,10 @@ class PolicyTrainer:
         self.policy = policy
         self.updates = 0
         self._loss: Callable[[LossInputs], LossOutputs] = build_loss(**asdict(config.loss))
+        self._reference = reference.to(accelerator.device).eval() if reference is not None else None
+        if settings.compile and accelerator.device.type == "cuda" and policy.dtype == torch.bfloat16:
+            for model in filter(None, (policy, self._reference)):
+                model.compile_layers()
         matrices = [p for p in policy.parameters() if p.dim() >= 2]
         vectors = [p for p in policy.parameters() if p.dim() < 2]  # norms and biases are not decayed
         optimizer = torch.optim.AdamW(
@@ -61,7 +65,6 @@ class PolicyTrainer:
             num_warmup_steps=settings.warmup_updates,
             num_training_steps=settings.steps * settings.updates_per_rollout,
         )
-        self._reference = reference.to(accelerator.device).eval() if reference is not None else None
 
     def train_on(self, groups: Sequence[Group], timer: Callable[[str], Any]) -> dict[str, float]:
         """Take the step's K updates on this rank's groups.
@@ -243,7 +246,7 @@ def _trace(micro: _MicroBatch, logps: Tensor, old_logps: Tensor, entropy: Tensor
         "advantages": micro.batch.advantages,
         "gradient_weight": outputs.gradient_weight,
         "sequence_ids": micro.batch.sequence_ids,
-        "num_sequences": torch.tensor(micro.batch.num_sequences, device=logps.device),
+        "num_sequences": torch.full((), micro.batch.num_sequences, device=logps.device),  # torch.tensor would wait
     }
     optional = {"rollout_logps": micro.batch.rollout_logps, "kl": outputs.kl, "correction": outputs.correction}
     return columns | {name: column for name, column in optional.items() if column is not None}

@@ -39,7 +39,7 @@ def facts() -> dict[str, Any]:
 
 def _says(*command: str) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        return ", ".join(subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[:-1])
     except FileNotFoundError:
         return ""
 

@@ -16,21 +16,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import report
-from workloads import MODEL, ROOT, WORKLOADS, Workload, chat_rows
+from transformers import PreTrainedTokenizerBase
+from workloads import MODEL, ROOT, WORKLOADS, chat_rows
 
 sys.path.insert(0, str(ROOT))
-from sapo_rl.config import DataConfig, ModelConfig
+from sapo_rl.config import DataConfig, ModelConfig, RolloutConfig
 from sapo_rl.data import build_prompts
 from sapo_rl.policy.model import load_tokenizer, stop_tokens
-from sapo_rl.rollout.engine import EngineSettings, Request, Sampling
+from sapo_rl.rollout.engine import EngineSettings
 from sapo_rl.rollout.local import LocalEngine
+from sapo_rl.rollout.stream import Rollouts
+from sapo_rl.types import Prompt
 
-SETS = ("512:graphs:4", "1024:graphs:2", "256:graphs:4", "512:eager:2")
+SETS = ("512:graphs:4", "1024:graphs:2", "512:eager:1", "256:graphs:2")
 COLUMNS = ["sequences", "graphs", "engines", "log-probs", "tok/s", "seconds", "tokens"]
 
 
@@ -41,6 +43,15 @@ class Set(NamedTuple):
     """That each decodes at once."""
     graphs: bool
     engines: int
+
+
+class Inputs(NamedTuple):
+    """What every set is measured on."""
+
+    prompts: list[Prompt]
+    tokenizer: PreTrainedTokenizerBase
+    stops: list[int]
+    """Tokens that end a completion."""
 
 
 def parse_set(text: str) -> Set:
@@ -74,30 +85,15 @@ def settings(args: argparse.Namespace, wanted: Set, index: int, stops: list[int]
     )
 
 
-def measure(engines: Sequence[LocalEngine], requests: list[Request], sampling: Sampling) -> tuple[float, int]:
-    """Return seconds and tokens of all requests, dealt out to the engines in turn."""
-    shares = [requests[i :: len(engines)] for i in range(len(engines))]
+def measure(rollouts: Rollouts, prompts: Sequence[Prompt], step: int) -> tuple[float, int]:
+    """Return seconds and completion tokens of one batch, decoding included."""
     start = time.perf_counter()
-    with ThreadPoolExecutor(len(engines)) as pool:
-        answers = list(pool.map(lambda engine, share: engine.generate(share, sampling), engines, shares))
+    groups = rollouts.generate(prompts, step)
     seconds = time.perf_counter() - start
-    return seconds, sum(len(one.token_ids) for answer in answers for group in answer for one in group)
+    return seconds, sum(len(sample.token_ids) for group in groups for sample in group.samples)
 
 
-def sampling_of(workload: Workload, logprobs: bool) -> Sampling:
-    """Return plain sampling at temperature 1."""
-    return Sampling(
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        min_p=0.0,
-        repetition_penalty=1.0,
-        max_tokens=workload.max_completion_tokens,
-        logprobs=logprobs,
-    )
-
-
-def run_set(args: argparse.Namespace, wanted: Set, requests: list[Request], stops: list[int], found: list[Any]) -> None:
+def run_set(args: argparse.Namespace, wanted: Set, inputs: Inputs, found: list[Any]) -> None:
     """Measure one set into `found`, the better of two runs each, and write what there is so far.
 
     Engines start one after the other: while two of them load at once, each takes the other's memory for its own.
@@ -107,15 +103,23 @@ def run_set(args: argparse.Namespace, wanted: Set, requests: list[Request], stop
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
         engines: list[LocalEngine] = []
         for index in range(wanted.engines):
-            engine = LocalEngine(settings(args, wanted, index, stops, folder / f"vllm_{index}.log"))
+            engine = LocalEngine(settings(args, wanted, index, inputs.stops, folder / f"vllm_{index}.log"))
             stack.callback(engine.close)
             engine.start()
             engine.wait_ready()
             engines.append(engine)
-        measure(engines, requests[: len(requests) // 4], sampling_of(workload, True))
         for count in range(1, wanted.engines + 1):
             for logprobs in (False, True):
-                runs = [measure(engines[:count], requests, sampling_of(workload, logprobs)) for _ in range(2)]
+                config = RolloutConfig(
+                    group_size=workload.group_size,
+                    max_completion_tokens=workload.max_completion_tokens,
+                    max_num_seqs=wanted.sequences,
+                    logprobs=logprobs,
+                )
+                rollouts = Rollouts(engines[:count], config, inputs.tokenizer, seed=0, reproducible=False)
+                if not logprobs:
+                    measure(rollouts, inputs.prompts[: len(inputs.prompts) // 4], 0)  # warms the engine that is new
+                runs = [measure(rollouts, inputs.prompts, step) for step in (1, 2)]
                 seconds, tokens = max(runs, key=lambda run: run[1] / run[0])
                 found.append({**wanted._asdict(), "engines": count, "logprobs": logprobs} | measured(seconds, tokens))
                 write(args, found)
@@ -159,7 +163,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sets", type=parse_set, nargs="+", default=[parse_set(text) for text in SETS])
     parser.add_argument("--memory", type=float, default=0.8, help="share of the GPU's memory for all engines")
     parser.add_argument("--device", help="default: cuda:0, or cpu where there is no GPU")
-    parser.add_argument("--limit", type=float, default=540, help="seconds after which no further set is begun")
+    parser.add_argument("--limit", type=float, default=480, help="seconds after which no further set is begun")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
@@ -174,13 +178,13 @@ def main() -> None:
     tokenizer = load_tokenizer(model)
     data = DataConfig(source="file", answer_column=None, max_prompt_tokens=workload.max_prompt_tokens)
     prompts, _ = build_prompts(chat_rows(workload.prompts), data, tokenizer)
-    requests = [Request(prompt.token_ids, workload.group_size) for prompt in prompts]
+    inputs = Inputs(prompts, tokenizer, stop_tokens(model, tokenizer))
     started, found = time.monotonic(), []
     for wanted in args.sets:
         if time.monotonic() - started > args.limit:
             break
         try:
-            run_set(args, wanted, requests, stop_tokens(model, tokenizer), found)
+            run_set(args, wanted, inputs, found)
         except Exception as error:  # a set that does not fit must not take the others' results with it
             found.append({**wanted._asdict(), "error": f"{type(error).__name__}: {error}"})
             write(args, found)

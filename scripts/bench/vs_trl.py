@@ -5,7 +5,8 @@
 
 Workload a: SmolLM2-135M-Instruct, 128 prompts x 8 completions of up to 512 tokens, which end by themselves. Workload b:
 a random model of a real shape, 32 x 8, geometric lengths up to 2048 tokens. Both: 4 updates a rollout batch. TRL runs
-first, each program in processes of its own; the first cycles of each are left out. Needs trl, but for --skip-trl.
+first, each program in processes of its own; the first cycles of each are left out. Needs trl, but for --skip-trl. What
+is done by then is in the JSON, also when a program fails or --limit cuts it short.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def recipe(task: Task, engines: int | None) -> dict[str, Any]:
             "group_size": workload.group_size,
             "max_completion_tokens": workload.max_completion_tokens,
             "max_num_seqs": -(-workload.samples // (engines or 1)),
-            "verify_every": 1,
+            "verify_every": task.cycles,  # after the last cycle, whose time is taken by then
         }
         | ({"engines_per_gpu": engines} if engines else {}),
         "loss": {"name": "sapo", "tau_pos": TAU_POS, "tau_neg": TAU_NEG},
@@ -221,7 +222,8 @@ def table(programs: dict[str, dict[str, Any]], note: str) -> dict[str, Any]:
             continue
         phases = [f"{found['phases'][phase]:.2f}" for phase in PHASES]
         ends = [f"{found[key]:.{n}f}" if key in found else "" for key, n in (("peak_memory_gib", 1), ("parity", 4))]
-        rows.append([name, f"{found['cycle_seconds']:.2f}", f"{found['tokens_per_second']:.0f}", *phases, *ends])
+        title = f"{name}, {found['cycles']} cycles"
+        rows.append([title, f"{found['cycle_seconds']:.2f}", f"{found['tokens_per_second']:.0f}", *phases, *ends])
     both = [program["summary"].get("tokens_per_second") for program in programs.values()]
     if len(both) == 2 and all(both):
         note += f" sapo-train makes {both[1] / both[0]:.2f} times TRL's tokens a second."
@@ -237,7 +239,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--engines", type=int, help="rollout.engines_per_gpu of sapo-train")
     parser.add_argument("--warm-up", type=int, default=2, help="cycles left out")
     parser.add_argument("--cycles", type=int, default=4, help="cycles measured")
-    parser.add_argument("--limit", type=float, default=900, help="seconds for each program")
+    parser.add_argument("--limit", type=float, default=280, help="seconds for each program")
     parser.add_argument("--skip-trl", action="store_true")
     parser.add_argument("--trl", nargs="*", default=[], metavar="KEY=VALUE", help="GRPOConfig's, value in JSON")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="sapo-train's overrides")
@@ -261,12 +263,13 @@ def prepare(args: argparse.Namespace, folder: Path) -> Task:
 def main() -> None:
     """Run both programs and write what they did, after each."""
     args = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # else the programs would outlive us
     args.out.parent.mkdir(parents=True, exist_ok=True)
     peer_overrides = {key: json.loads(value) for key, value in (item.split("=", 1) for item in args.trl)}
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         task = prepare(args, Path(name))
         workload = task.workload
-        batches = workload.peer_batches[1 if args.shape == "1.5b" else 0 :]
+        batches = workload.peer_batches[1 if args.shape == "1.5b" else 0 :]  # the first would not fit
         note = (
             f"Workload {args.workload}, {task.model.name}: {workload.prompts} prompts x {workload.group_size}, up to "
             f"{workload.max_completion_tokens} tokens, {workload.updates} updates; {args.warm_up} cycles left out."

@@ -285,6 +285,16 @@ def test_two_ranks_make_one_folder_and_the_loss_of_one(workspace: Path, whole: P
     assert len(list((folder / "wandb").glob("offline-run-*"))) == 1
 
 
+def test_overlap_trains_on_batches_one_version_old(workspace: Path) -> None:
+    folder = new_run(workspace, "rollout.mode=overlap", "trainer.steps=4", "eval.prompts=0", "logging.wandb=off")
+    assert [record["rollout/staleness"] for record in steps_of(folder)] == [0.0, 1.0, 1.0, 1.0]
+    for record in steps_of(folder)[1:]:
+        table = pq.read_table(folder / "completions" / f"step_{record['step']:05d}.parquet").to_pydict()
+        assert set(table["weight_version"]) == {record["step"] - 2}
+    state = json.loads((folder / "checkpoints/step_000003/state.json").read_text())["state"]
+    assert state["sampler"]["position"] == 3 * 4  # of the batch that was trained on, not of the one ahead
+
+
 def test_sweep_makes_a_run_for_each_value(workspace: Path) -> None:
     before = folders(workspace)
     short = ("trainer.steps=1", "eval.prompts=0", "checkpoint.save_final=false", "logging.wandb=off")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -13,7 +18,7 @@ from sapo_rl.policy import logprobs
 def test_values_and_gradients_match_a_plain_log_softmax(
     monkeypatch: pytest.MonkeyPatch, count: int, temperature: float
 ) -> None:
-    monkeypatch.setattr(logprobs, "CHUNK", 5)
+    monkeypatch.setitem(logprobs.CHUNK, "cpu", 5 * 31)
     torch.manual_seed(count)
     hidden = torch.randn(count, 8, requires_grad=True)
     head = torch.randn(31, 8, requires_grad=True)
@@ -42,3 +47,31 @@ def test_bfloat16_states_give_float32_log_probabilities_and_a_float32_gradient_o
     assert hidden.grad is not None and hidden.grad.dtype == torch.bfloat16
     assert head.grad is not None and head.grad.dtype == torch.float32
     assert not entropy.requires_grad
+
+
+def test_triton_kernels_compute_what_plain_torch_does() -> None:
+    """In Triton's interpreter, which is chosen before its import: on a CPU, in a process of its own."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-W", "ignore", __file__], check=True, env=environment, cwd=Path(__file__).parent)
+
+
+def main() -> None:
+    """Rows shorter and longer than a block, a temperature, both dtypes."""
+    from sapo_rl.policy import kernels
+
+    torch.manual_seed(0)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        for size in (31, kernels.BLOCK + 904):
+            logits = (5 * torch.randn(4, size)).to(dtype)
+            targets, outside = torch.randint(size, (4,)), torch.tensor([1.0, -2.0, 0.0, 0.5])
+            expected = logprobs.statistics(logits, targets, 0.7)
+            for found, value in zip(kernels.statistics(logits, targets, 0.7), expected, strict=True):
+                torch.testing.assert_close(found, value, atol=1e-5, rtol=1e-5)
+            gradients = logprobs.gradient(logits, targets, expected[2], outside, 0.7)
+            found = kernels.gradient(logits.clone(), targets, expected[2], outside, 0.7)
+            torch.testing.assert_close(found, gradients, atol=tolerance, rtol=tolerance)
+
+
+if __name__ == "__main__":
+    main()

@@ -116,5 +116,5 @@ def test_nothing_packs_to_nothing_and_the_filler_weighs_nothing(model: PreTraine
     assert pack([], 10) == []
     filler = empty_batch()
     logps, entropy = Policy(model, torch.float64)(filler, 1.0)
-    assert logps.shape == entropy.shape == (1,)
-    assert filler.token_weights.tolist() == [0.0]
+    assert logps.shape == entropy.shape == (3,)
+    assert filler.token_weights.tolist() == [0.0] * 3

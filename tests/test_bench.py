@@ -1,0 +1,136 @@
+"""The benches: what they count, the random models of workload b, and a tiny comparison on the CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[1] / "scripts/bench"
+sys.path.insert(0, str(BENCH))
+
+import report  # noqa: E402
+import vs_trl  # noqa: E402
+import workloads  # noqa: E402
+
+
+def cycle(seconds: float, tokens: int, **more: float) -> dict[str, object]:
+    phases = dict.fromkeys(vs_trl.PHASES, 0.0) | {"rollout": seconds / 2, "update": seconds / 2}
+    return {"seconds": seconds, "tokens": tokens, "phases": phases, **more}
+
+
+def test_summary_leaves_the_warm_up_out_and_weighs_tokens_by_time() -> None:
+    cycles = [cycle(100, 1), cycle(1, 100, peak_memory_gib=2.0), cycle(3, 100, peak_memory_gib=3.0), cycle(2, 100)]
+    found = vs_trl.summary(cycles, warm_up=1)
+    assert found["cycles"] == 3
+    assert (found["cycle_seconds"], found["cycle_seconds_min"], found["cycle_seconds_max"]) == (2, 1, 3)
+    assert found["tokens_per_second"] == pytest.approx(300 / 6)
+    assert found["phases"]["rollout"] == pytest.approx(1.0)
+    assert found["peak_memory_gib"] == 3.0
+    assert "parity" not in found
+
+
+def test_summary_of_too_few_cycles_is_empty_and_shown_as_the_error() -> None:
+    assert vs_trl.summary([cycle(1, 1)], warm_up=1) == {}
+    shown = vs_trl.table({"TRL": {"summary": {}, "error": "exit code 1"}}, "A note.")
+    assert shown["rows"][0][:2] == ["TRL", "exit code 1"]
+    assert len(shown["rows"][0]) == len(shown["columns"])
+
+
+def test_table_states_the_speed_up_in_tokens_a_second() -> None:
+    programs = {
+        "TRL": {"summary": vs_trl.summary([cycle(4, 100)], 0)},
+        "sapo-train": {"summary": vs_trl.summary([cycle(1, 100)], 0)},
+    }
+    assert "4.00 times" in vs_trl.table(programs, "")["note"]
+
+
+def test_cycles_of_a_run_folder_account_for_all_of_the_time() -> None:
+    records = [
+        {"step": 0, "mismatch/probe_logp_diff": 0.5},
+        {
+            "step": 1,
+            "time/step": 10.0,
+            "time/rollout": 4.0,
+            "time/update": 5.0,
+            "perf/completion_tokens": 70.0,
+            "perf/peak_memory_gib": 1.5,
+        },
+        {"step": 1, "mismatch/probe_logp_diff": 0.25},
+    ]
+    (found,) = vs_trl.our_cycles(records)
+    assert found["phases"] == {
+        "rollout": 4.0, "sync": 0.0, "reward": 0.0, "old_logps": 0.0, "update": 5.0, "other": 1.0
+    }  # fmt: skip
+    assert (found["tokens"], found["peak_memory_gib"], found["parity"]) == (70.0, 1.5, 0.25)
+
+
+@pytest.mark.parametrize("name", list(workloads.WORKLOADS))
+def test_peer_takes_the_wanted_updates_on_every_rollout_batch(name: str, tmp_path: Path) -> None:
+    workload = workloads.WORKLOADS[name]
+    task = vs_trl.Task(workload, tmp_path, [], cycles=3, folder=tmp_path, limit=1.0)
+    for batch in workload.peer_batches:
+        arguments = vs_trl.peer_arguments(task, batch)
+        accumulation, per_generation = arguments["gradient_accumulation_steps"], arguments["steps_per_generation"]
+        assert batch * per_generation == workload.samples
+        assert accumulation * workload.updates == per_generation
+        assert arguments["max_steps"] == 3 * workload.updates
+
+
+def test_prompts_are_distinct_over_a_whole_bench() -> None:
+    rows = workloads.chat_rows(128 * 6)
+    assert len({row["prompt"][0]["content"] for row in rows}) == len(rows)
+    assert rows == workloads.chat_rows(128 * 6)
+
+
+def test_reward_is_the_share_of_vowels_of_texts_and_chats() -> None:
+    assert workloads.vowel_share(["abcd", "", [{"role": "assistant", "content": "aeio"}]]) == [0.25, 0.0, 1.0]
+
+
+def test_random_model_ends_geometrically_and_knows_no_foreign_token(tiny_model: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = workloads.make_model(workloads.SHAPES["tiny"], tiny_model, 16.0, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokens = torch.randint(len(tokenizer), (4, 300), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        probabilities = model(tokens).logits.softmax(-1)  # (4, 300, vocabulary)
+    ends = probabilities[..., tokenizer.eos_token_id]
+    assert ends.mean().item() == pytest.approx(1 / 16, rel=0.05)
+    assert ends.std().item() < 0.1 / 16
+    assert probabilities[..., len(tokenizer) :].max().item() < 1e-6
+
+
+def test_report_fills_a_page_and_says_what_is_missing(tmp_path: Path) -> None:
+    page = "<!-- bench: one -->\nold\n<!-- end -->\ntext\n<!-- bench: two -->\n<!-- end -->\n"
+    table = {"columns": ["a", "b"], "rows": [["1", "2"]], "note": "A note."}
+    facts = {"date": "2026-01-01", "device": "a GPU", "commit": "abc", "versions": {"torch": "2.0"}}
+    report.write(tmp_path / "one.json", {**facts, "table": table})
+    filled = report.fill(page, tmp_path)
+    assert "| a | b |\n| --- | --- |\n| 1 | 2 |\n\nA note." in filled
+    assert "2026-01-01, a GPU, commit abc, torch 2.0" in filled
+    assert "old" not in filled
+    assert filled.count("Not measured yet.") == 1
+    assert report.fill(filled, tmp_path) == filled
+
+
+@pytest.mark.e2e
+def test_tiny_comparison_measures_our_half(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    command = [sys.executable, str(BENCH / "vs_trl.py"), "--workload", "tiny", "--shape", "tiny", "--skip-trl"]
+    sizes = ["--model", str(tiny_model), "--warm-up", "1", "--cycles", "2", "--out", str(out)]
+    overrides = ["--set", "model.dtype=float32", "rollout.cpu_kv_cache_gb=0.1"]
+    done = subprocess.run([*command, *sizes, *overrides], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (program,) = json.loads(out.read_text())["programs"].values()
+    assert "error" not in program, program["log_tail"]
+    assert len(program["cycles"]) == 3
+    assert program["summary"]["cycles"] == 2
+    assert 16 <= program["summary"]["tokens_per_cycle"] <= 16 * 16
+    assert program["summary"]["parity"] < 1e-3
+    assert "| sapo-train, 2 cycles |" in done.stdout
