@@ -102,6 +102,10 @@ def _check_loss(config: Config) -> None:
     correction = loss.correction
     if correction.mode != "none" and not config.rollout.logprobs:
         raise ConfigError("loss.correction.mode", f"'{correction.mode}' needs rollout.logprobs=true")
+    if loss.old_logps == "rollout" and not config.rollout.logprobs:
+        raise ConfigError("loss.old_logps", "'rollout' needs rollout.logprobs=true")
+    if loss.old_logps == "decoupled" and correction.mode == "none":
+        raise ConfigError("loss.old_logps", "'decoupled' needs a loss.correction.mode, e.g. token_truncate")
     if correction.low >= correction.high:
         raise ConfigError(
             "loss.correction.low", f"is {correction.low}; must be below loss.correction.high = {correction.high}"

@@ -127,12 +127,19 @@ class RolloutConfig:
     """With `overlap`, versions by which the weights that wrote a batch may be old; 0 is `sync`."""
     logprobs: bool = False
     """Keep vLLM's own log-probabilities of the sampled tokens (costs a third of its speed)."""
-    transport: str = choice("file", "file")
-    """How weights reach vLLM: `file` (safetensors in shared memory)."""
+    transport: str = choice("auto", "auto", "file", "ipc")
+    """How weights reach vLLM: `file` (safetensors in shared memory), `ipc` (GPU memory that both map; it holds one copy
+    of the weights); `auto` takes `ipc` on a GPU."""
+    engines_per_gpu: str = choice("auto", "auto", "1", "2", "3", "4")
+    """vLLM engines side by side on each GPU: the host's work bounds the decoding of small models, and each engine has a
+    process of its own for it. `auto` takes 2 below 1e9 parameters, else 1, and 1 on the CPU."""
     gpu_memory_utilization: float = number(0.35, above=0, most=1)
-    """Share of the GPU's memory that vLLM takes."""
+    """Share of the GPU's memory that all its engines together may take."""
+    sleep: str = choice("auto", "auto", "0", "1", "2")
+    """While the trainer works, vLLM keeps its memory (0), frees its cache and moves its weights to the host (1), or
+    frees both (2); `auto` takes 0 where an estimate says that all fits, else 2."""
     max_num_seqs: int = number(256, least=1)
-    """Completions that vLLM decodes at once."""
+    """Completions that each engine decodes at once."""
     cpu_kv_cache_gb: float = number(1.0, above=0)
     """Memory for the key-value cache where vLLM runs on the CPU, in GiB."""
     enforce_eager: bool = False
@@ -219,6 +226,9 @@ class LossConfig:
     """How token losses become one number, over the whole batch of an update and all ranks."""
     loss_agg_norm: Optional[float] = None
     """Divisor of `seq-mean-token-sum-norm`; null takes `rollout.max_completion_tokens`."""
+    old_logps: str = choice("recompute", "recompute", "rollout", "decoupled")
+    """What the ratio is taken against: the trainer's log-probabilities before the step's first update (`recompute`),
+    vLLM's when it sampled (`rollout`), or the former with a correction towards the latter (`decoupled`)."""
     kl: KLConfig = field(default_factory=KLConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
 

@@ -75,6 +75,7 @@ def train(run: Run) -> None:
         run.step += 1
         batch = producer.take(run.step)
         assign_advantages(run, batch.groups)
+        run.rollouts.sleep()  # gives the trainer vLLM's memory, where both do not fit; the push wakes it
         stats = run.trainer.train_on(batch.groups, run.timers)
         producer.wait()
         publish_weights(run)
@@ -166,10 +167,12 @@ def report(run: Run, batch: Batch, stats: dict[str, float]) -> None:
     for name, text in scoring.failures.items():
         run.telemetry.warn(f"{text} (reward {name}: {scoring.errors[name]} samples scored 0)")
     phases = run.timers.take()
+    peaks: list[float] = gather_object([run.trainer.take_peak_memory()])
     tokens = sum(len(sample.token_ids) for group in everyone for sample in group.samples)
     own = {
         "perf/tokens_per_second": tokens / phases["time/step"],
         "perf/completion_tokens": float(tokens),
+        "perf/peak_memory_gib": max(peaks),
         "rollout/engine_restarts": float(sum(restarts)),
         "rollout/staleness": run.step - 1.0 - min(sample.weight_version for g in everyone for sample in g.samples),
     } | {f"rewards/{name}/errors": float(sum(count[name] for count in errors)) for name in errors[0]}

@@ -59,18 +59,30 @@ def memory_estimate(config: Config) -> dict[str, str]:
     if count is None:
         return {"weights and optimiser": "? (the model is not on this machine)"}
     shape = json.loads((folder / "config.json").read_text())
+    rows = trainer_memory(config, count, shape) | {"vLLM's weights": count * element_size(config)}
+    return {name: f"{value / GIB:.2f}" for name, value in rows.items()} | {"sum": f"{sum(rows.values()) / GIB:.2f}"}
+
+
+def element_size(config: Config) -> int:
+    """Return the bytes of one number in the precision that the model computes in."""
+    return 2 if config.model.dtype == "bfloat16" else 4
+
+
+def trainer_memory(config: Config, count: int, shape: dict[str, Any]) -> dict[str, float]:
+    """Estimate the bytes that the trainer takes, by use.
+
+    `count` is the number of parameters, `shape` the model's Hugging Face config.
+    """
     width, layers = shape.get("hidden_size", 0), shape.get("num_hidden_layers", 0)
-    size = 2 if config.model.dtype == "bfloat16" else 4
+    size = element_size(config)
     tokens = config.trainer.tokens_per_micro_batch
     per_token = 2 * width if config.trainer.gradient_checkpointing else 34 * width
-    rows: dict[str, float] = {
+    return {
         f"float32 weights, gradients, AdamW ({count / 1e6:.0f}M parameters)": 16 * count,
         f"activations ({tokens} tokens a micro-batch)": tokens * layers * per_token * size / 2,
         "logits (1024 tokens at a time, float32)": 3 * 4 * 1024 * shape.get("vocab_size", 0),
         "reference model": size * count if config.loss.kl.coef else 0,
-        "vLLM's weights": size * count,
     }
-    return {name: f"{value / GIB:.2f}" for name, value in rows.items()} | {"sum": f"{sum(rows.values()) / GIB:.2f}"}
 
 
 def count_parameters(folder: Path) -> int | None:

@@ -32,12 +32,16 @@ from sapo_rl.policy import checkpoint
 from sapo_rl.policy.model import DTYPES, load_policy, load_tokenizer, stop_tokens
 from sapo_rl.policy.trainer import PolicyTrainer
 from sapo_rl.rewards import RewardPool
-from sapo_rl.rollout.engine import EngineSettings
+from sapo_rl.rollout.build import build_transport, close_all, device_of, engine_settings, model_facts, start_all
 from sapo_rl.rollout.local import LocalEngine
 from sapo_rl.rollout.stream import Rollouts
-from sapo_rl.rollout.weights.file import FileTransport, weights_folder
 from sapo_rl.telemetry import Telemetry, Timers
 from sapo_rl.types import Prompt
+
+OUT_OF_MEMORY = (
+    "the trainer does not fit into the GPU's memory beside vLLM; lower trainer.tokens_per_micro_batch or "
+    "rollout.gpu_memory_utilization, or set rollout.sleep=2"
+)
 
 
 def main(folder: Path | None) -> None:
@@ -52,6 +56,9 @@ def main(folder: Path | None) -> None:
             train(run)
     except UserError as error:
         print(f"sapo-train: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"sapo-train: {OUT_OF_MEMORY}\nIt said: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         sys.exit(2)
     if run.step < run.config.trainer.steps:
         sys.exit(128 + signal.SIGINT)
@@ -76,18 +83,20 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     )
     rewards = stack.enter_context(RewardPool(config.reward))
     resumed = checkpoint.latest(folder / run_folder.CHECKPOINTS) if config.resume else None
-    engine = LocalEngine(_engine_settings(config, folder, tokenizer, accelerator, resumed))
-    stack.callback(engine.close)
-    engine.start()  # it starts while this process loads its own copy of the model
+    device, facts = device_of(accelerator.local_process_index), model_facts(config.model)
+    transport = build_transport(config, facts, device)
+    stack.callback(transport.close)
+    stops = stop_tokens(config.model, tokenizer)
+    stream = f"vllm_rank{accelerator.process_index}/{resumed.name if resumed else ''}"
+    settings = engine_settings(config, facts, device, folder / "logs", stops, stream)
+    engines = [LocalEngine(one) for one in settings]
+    stack.callback(close_all, engines)  # before the transport: they may have its memory mapped
+    engines[0].start()  # it starts while this process loads its own copy of the model
 
     policy = load_policy(config.model, config.trainer.gradient_checkpointing)
     reference = load_policy(config.model).to(DTYPES[config.model.dtype]) if config.loss.kl.coef else None
     trainer = PolicyTrainer(policy, reference, config, accelerator)
     step, state = checkpoint.load(resumed, trainer) if resumed else (0, {})
-    dtype = DTYPES[config.model.dtype]
-    size = sum(weight.numel() for _, weight in policy.named_weights()) * dtype.itemsize
-    transport = FileTransport(weights_folder(size), dtype)
-    stack.callback(transport.close)
     telemetry = Telemetry(
         config,
         folder,
@@ -100,11 +109,14 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     if dropped:
         limit = config.data.max_prompt_tokens
         telemetry.warn(f"{dropped} prompts longer than data.max_prompt_tokens = {limit} are left out")
-    rollouts = Rollouts([engine], config.rollout, tokenizer, config.seed, config.reproducible)
+    # With overlap the rollouts' thread would wait for the trainer's kernels.
+    exact = accelerator.device.type == "cuda" and config.rollout.mode == "sync"
+    timers = Timers(torch.cuda.synchronize if exact else None)
+    rollouts = Rollouts(engines, config.rollout, tokenizer, config.seed, config.reproducible)
     run = Run(
-        config, folder, prompts, held_out, sampler, [engine], rollouts, rewards, trainer, transport, telemetry, Timers()
+        config, folder, prompts, held_out, sampler, engines, rollouts, rewards, trainer, transport, telemetry, timers
     )
-    engine.wait_ready()
+    start_all(engines)
     if resumed:
         run.step, run.sampler_state = step, state["sampler"]
         run.before = [(prompt, text) for prompt, text in state["before"]]
@@ -130,36 +142,6 @@ def _prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[P
     prompts, dropped = build_prompts(rows, config.data, tokenizer)
     held_out, also_dropped = build_prompts(held_out_rows, config.data, tokenizer) if held_out_rows else ([], 0)
     return prompts, held_out, dropped + also_dropped
-
-
-def _engine_settings(
-    config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, resumed: Path | None
-) -> EngineSettings:
-    rollout, rank = config.rollout, accelerator.process_index
-    on_gpu = accelerator.device.type == "cuda"
-    return EngineSettings(
-        model=config.model.path,
-        dtype=config.model.dtype,
-        max_model_len=config.data.max_prompt_tokens + rollout.max_completion_tokens,
-        max_num_seqs=rollout.max_num_seqs,
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
-        cpu_kv_cache_gb=rollout.cpu_kv_cache_gb,
-        enforce_eager=rollout.enforce_eager or not on_gpu,
-        stop_token_ids=stop_tokens(config.model, tokenizer),
-        seed=_stream_seed(config.seed, rank, resumed),
-        device=f"cuda:{accelerator.local_process_index}" if on_gpu else "cpu",
-        trust_remote_code=config.model.trust_remote_code,
-        revision=config.model.revision,
-        start_timeout=rollout.start_timeout,
-        timeout=rollout.timeout,
-        max_restarts=rollout.max_restarts,
-        log_path=folder / "logs" / f"vllm_rank{rank}.log",
-    )
-
-
-def _stream_seed(seed: int, rank: int, resumed: Path | None) -> int:
-    """A seed of vLLM's own stream that neither another rank nor the part of the run before a resume has used."""
-    return random.Random(f"{seed}/{rank}/{resumed.name if resumed else ''}").getrandbits(31)
 
 
 def _seed(config: Config, rank: int) -> None:

@@ -116,6 +116,8 @@ BAD = {
     "missing recipe file": (["config=nowhere.yaml"], ["nowhere.yaml"]),
     "missing model": (["model.path=./nowhere"], ["model.path", "nowhere"]),
     "unknown aggregation": (["loss.loss_agg_mode=token-meen"], ["loss.loss_agg_mode", "token-mean"]),
+    "old log-probs without log-probs": (["loss.old_logps=rollout"], ["loss.old_logps", "rollout.logprobs"]),
+    "decoupled without correction": (["loss.old_logps=decoupled"], ["loss.old_logps", "loss.correction.mode"]),
     "correction without log-probs": (["loss.correction.mode=token_mask"], ["loss.correction.mode", "rollout.logprobs"]),
     "eval of an unknown reward": (["eval.reward=corect"], ["eval.reward", "correct"]),
     "resume of nothing": (["resume=runs/none"], ["resume", "runs/none"]),
@@ -146,7 +148,8 @@ def test_mistake_in_a_users_file_names_the_file(tmp_path: Path, model: Path) -> 
         "trainer: {steps: many}\n": ["trainer.steps", "many"],
     }.items():
         file.write_text(text)
-        result = sapo_train("config=mine.yaml", f"model.path={model}", "data=arithmetic", "reward=numeric", cwd=tmp_path)
+        groups = ("data=arithmetic", "reward=numeric", f"model.path={model}")
+        result = sapo_train("config=mine.yaml", *groups, cwd=tmp_path)
         assert result.returncode == 2
         assert len(result.stderr.strip().splitlines()) <= 2, result.stderr
         assert all(word in result.stderr for word in [*words, "mine"]), result.stderr

@@ -101,7 +101,7 @@ def empty_batch() -> PackedBatch:
 
     No size in it is 0 or 1, for which torch.compile would make graphs of their own.
     """
-    return _lay_out([[Item(prompt=[0, 0], completion=[0, 0, 0], advantage=0.0, weight=0.0)]])
+    return _lay_out([[Item([0, 0], [0, 0, 0], advantage=0.0, weight=0.0, rollout_logps=[0.0, 0.0, 0.0])]])
 
 
 def _cost(unit: Sequence[Item]) -> int:

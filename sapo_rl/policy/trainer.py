@@ -43,7 +43,9 @@ class PolicyTrainer:
         self.accelerator = accelerator
         self.policy = policy
         self.updates = 0
-        self._loss: Callable[[LossInputs], LossOutputs] = build_loss(**asdict(config.loss))
+        objective = asdict(config.loss)
+        self._old_logps: str = objective.pop("old_logps")
+        self._loss: Callable[[LossInputs], LossOutputs] = build_loss(**objective)
         self._reference = reference.to(accelerator.device).eval() if reference is not None else None
         if settings.compile and accelerator.device.type == "cuda" and policy.dtype == torch.bfloat16:
             for model in filter(None, (policy, self._reference)):
@@ -100,6 +102,14 @@ class PolicyTrainer:
         logps, _ = self._module(batch.to(self.accelerator.device), 1.0)
         return logps.tolist()
 
+    def take_peak_memory(self) -> float:
+        """Return the most GPU memory that the trainer's tensors took since the last call, in GiB; 0 on the CPU."""
+        if self.accelerator.device.type != "cuda":
+            return 0.0
+        peak = torch.cuda.max_memory_allocated(self.accelerator.device)
+        torch.cuda.reset_peak_memory_stats(self.accelerator.device)
+        return peak / 2**30
+
     def _micro_batches(self, groups: Sequence[Group]) -> list[_MicroBatch]:
         """Pack one mini-batch; as many micro-batches on every rank, so that no collective is missed."""
         lengths = [len(sample.token_ids) for group in groups for sample in group.samples]
@@ -124,11 +134,13 @@ class PolicyTrainer:
 
     @torch.no_grad()
     def _remember_logps(self, parts: Sequence[Sequence[_MicroBatch]]) -> None:
-        """Fill in the old log-probabilities, but for the first update: there they are the current ones."""
+        """Fill in the old log-probabilities: vLLM's, or the trainer's, which at the first update are those of now."""
         temperature = self.config.rollout.temperature
         for number, part in enumerate(parts):
             for micro in part:
-                if number > 0:
+                if self._old_logps == "rollout":
+                    micro.old_logps = micro.batch.rollout_logps
+                elif number > 0:
                     micro.old_logps, _ = self._module(micro.batch, temperature)
                 if self._reference is not None:
                     micro.ref_logps, _ = self._reference(micro.batch, temperature)

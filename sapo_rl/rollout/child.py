@@ -1,18 +1,23 @@
 """The child process that holds vLLM: `python -m sapo_rl.rollout.child SOCKET_FD PARENT_PID`, started by `LocalEngine`.
 
-It receives `EngineSettings`, builds the engine, sends `("ready", None)`, and then answers each `(method, arguments)`
-with `("done", result)` or `("failed", traceback)`. A dead vLLM core ends this process, for its parent to restart.
+It receives `EngineSettings`, builds the engine, sends `(0, "ready", None)`, and then answers each message `(call,
+method, arguments)` with `(call, "done", result)` or `(call, "failed", traceback)`. Messages `add` with the same number
+belong to one call, answered by `(call, "part", completions)` whenever requests are finished. A new call ends what is
+left of the one before. A dead vLLM core ends this process, for its parent to restart.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import queue
 import sys
+import threading
 import traceback
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from sapo_rl.rollout.engine import Completion, EngineSettings, Request, Sampling
+from sapo_rl.rollout.engine import Completion, EngineSettings, Numbered, Sampling
 from sapo_rl.rollout.lifeline import die_with_parent, kill_group_on_hangup
 
 if TYPE_CHECKING:
@@ -49,8 +54,11 @@ def llm_arguments(settings: EngineSettings) -> dict[str, Any]:
     if settings.device == "cpu":
         memory = int(settings.cpu_kv_cache_gb * 2**30)
         return arguments | {"enforce_eager": True, "kv_cache_memory_bytes": memory}
+    if settings.kv_cache_bytes is not None:
+        arguments["kv_cache_memory_bytes"] = settings.kv_cache_bytes
     return arguments | {
         "enforce_eager": settings.enforce_eager,
+        "enable_sleep_mode": settings.sleep_level > 0,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         "disable_cascade_attn": True,  # gives other log-probs than the plain kernels on some GPUs
         "compilation_config": {"cudagraph_capture_sizes": capture_sizes(settings.max_num_seqs)},
@@ -63,11 +71,14 @@ class Server:
     def __init__(self, settings: EngineSettings) -> None:
         from vllm import LLM
 
-        self.stop_token_ids = settings.stop_token_ids
+        self.settings = settings
+        self.running: dict[str, int] = {}
+        """vLLM's names of the requests under way, and the parent's numbers."""
+        self.asleep = False
         self.llm: LLM = LLM(**llm_arguments(settings))
 
-    def generate(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
-        """See `Engine.generate`."""
+    def add(self, requests: list[Numbered], sampling: Sampling) -> None:
+        """Put requests under way; `step` returns their completions."""
         from vllm import SamplingParams
 
         common = {
@@ -79,21 +90,51 @@ class Server:
             "max_tokens": sampling.max_tokens,
             "logprobs": 0 if sampling.logprobs else None,
             "flat_logprobs": sampling.logprobs,
-            "stop_token_ids": self.stop_token_ids,
+            "stop_token_ids": self.settings.stop_token_ids,
             "detokenize": False,
         }
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": request.token_ids} for request in requests],
-            [SamplingParams(n=request.n, seed=request.seed, **common) for request in requests],
+        names = self.llm.enqueue(
+            [{"prompt_token_ids": request.token_ids} for _, request in requests],
+            [SamplingParams(n=request.n, seed=request.seed, **common) for _, request in requests],
             use_tqdm=False,
         )
-        return [_completions(output) for output in outputs]
+        for name, (number, _) in zip(names, requests, strict=True):
+            self.running[name.partition("-")[0]] = number  # outputs do not carry the random part of the name
+
+    def step(self) -> list[tuple[int, list[Completion]]]:
+        """Decode one token of each completion; return the requests that this finished."""
+        outputs = [output for output in self.llm.llm_engine.step() if output.finished]
+        return [(self.running.pop(output.request_id), _completions(output)) for output in outputs]  # type: ignore[arg-type]
+
+    def abort(self) -> None:
+        """Drop what is under way."""
+        if self.running:
+            self.llm.llm_engine.abort_request(list(self.running))
+            self.running.clear()
 
     def load_weights(self, path: str) -> None:
-        """Replace the weights; what the prefix cache holds belongs to the old ones."""
-        self.llm.collective_rpc("receive_file", args=(path,))
+        """See `Engine.load_weights`."""
+        self._replace_weights("receive_file", path)
+
+    def load_shared(self, layout: str) -> None:
+        """See `Engine.load_shared`."""
+        self._replace_weights("receive_shared", layout)
+
+    def _replace_weights(self, method: str, source: str) -> None:
+        """Wake up as far as needed; what the prefix cache holds belongs to the old weights."""
+        if self.asleep:
+            self.llm.wake_up(["weights"])
+        self.llm.collective_rpc(method, args=(source,))
+        if self.asleep:
+            self.llm.wake_up(["kv_cache"])
+            self.asleep = False
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
+
+    def sleep(self) -> None:
+        """See `Engine.sleep`."""
+        self.llm.sleep(self.settings.sleep_level)
+        self.asleep = True
 
     def score(self, token_ids: list[int]) -> list[float]:
         """See `Engine.score`."""
@@ -128,24 +169,47 @@ def _sampled(flat: FlatLogprobs) -> list[float]:
 
 
 def serve(connection: Connection) -> None:
-    """Answer the parent's messages until it asks to close."""
+    """Answer the parent's messages until it asks to close; decode while there is none."""
     server = Server(connection.recv())
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    connection.send(("ready", None))
+    inbox: queue.SimpleQueue[tuple[int, str, tuple[Any, ...]]] = queue.SimpleQueue()
+    # Read at all times: two processes that both wait for the other to take a message would wait for ever.
+    threading.Thread(target=_read, args=(connection, inbox), name="inbox", daemon=True).start()
+    connection.send((0, "ready", None))
+    current = refused = 0
     while True:
-        method, arguments = connection.recv()
-        if method == "close":
-            server.close()
-            return
         try:
-            reply = ("done", getattr(server, method)(*arguments))
+            if server.running and inbox.empty():
+                if finished := server.step():
+                    connection.send((current, "part", finished))
+                continue
+            call, method, arguments = inbox.get()
+            if method == "close":
+                server.close()
+                return
+            if call == refused:  # more requests of a call that has failed
+                continue
+            if call != current:
+                server.abort()
+            current = call
+            result = getattr(server, method)(*arguments)
+            if method != "add":
+                connection.send((call, "done", result))
         except EngineDeadError:
             raise
         except Exception:  # the same call would fail again in a new engine: tell, do not die
             traceback.print_exc()
-            reply = ("failed", traceback.format_exc(limit=-4))
-        connection.send(reply)
+            refused = current
+            server.abort()
+            connection.send((current, "failed", traceback.format_exc(limit=-4)))
+
+
+def _read(connection: Connection, inbox: queue.SimpleQueue[tuple[int, str, tuple[Any, ...]]]) -> None:
+    """Until the parent is gone, which ends this process by other means."""
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            inbox.put(connection.recv())
 
 
 def main() -> None:
@@ -154,9 +218,15 @@ def main() -> None:
     die_with_parent(parent)
     os.set_inheritable(fd, False)
     kill_group_on_hangup(fd)
-    serve(Connection(fd))
+    status = 1
+    try:
+        serve(Connection(fd))
+        status = 0
+    except Exception:
+        traceback.print_exc()
     sys.stdout.flush()
-    os._exit(0)  # vLLM is shut down; Python's own tidying up would take seconds
+    sys.stderr.flush()
+    os._exit(status)  # vLLM is shut down, or dead; Python's own tidying up would take seconds, or hang
 
 
 if __name__ == "__main__":

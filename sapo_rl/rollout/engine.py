@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -77,6 +77,15 @@ class EngineSettings:
     max_restarts: int
     log_path: Path
     """What the engine prints is appended there."""
+    kv_cache_bytes: int | None = None
+    """Size of the key-value cache on a GPU; None lets vLLM measure what `gpu_memory_utilization` leaves: no other
+    process may then take or free memory of that GPU during the start."""
+    sleep_level: int = 0
+    """What `Engine.sleep` frees: 0 nothing, 1 the cache (the weights move to the host), 2 cache and weights."""
+
+
+Numbered = tuple[int, Request]
+"""A request and the number by which its completions are returned."""
 
 
 class Engine(Protocol):
@@ -86,17 +95,36 @@ class Engine(Protocol):
     """Version given with the weights last loaded; 0 for those in the model's folder."""
     restarts: int
     """How often the engine was started anew."""
+    asleep: bool
+    """True from `sleep` to the next call, which wakes the engine up."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
-        """Return the completions of each request, in the requests' order."""
+    def stream(
+        self, take: Callable[[], Numbered | None], window: int, sampling: Sampling
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """Yield the completions of each request as soon as it is finished.
+
+        `take` gives the next request, or None where there is none for now; it is asked whenever fewer than `window`
+        completions are under way, and the stream ends once there is none and all are finished.
+        """
         ...
 
     def load_weights(self, path: Path, version: int) -> None:
         """Replace the weights by those of a safetensors file, which stays readable until the next is loaded."""
         ...
 
+    def load_shared(self, layout: str, version: int) -> None:
+        """Replace the weights by those in GPU memory that `layout` describes, unchanged until the next are loaded."""
+        ...
+
     def score(self, token_ids: list[int]) -> list[float]:
         """Return log p(token | those before it) at temperature 1, for each token but the first."""
+        ...
+
+    def sleep(self) -> None:
+        """Free the GPU's memory as far as `EngineSettings.sleep_level` says; the next call takes it again.
+
+        That call loads the weights last loaded, where it brings none itself: load some before the first sleep.
+        """
         ...
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sapo_rl.errors import UserError
-from sapo_rl.rollout.engine import Completion, EngineError, EngineSettings, Request, Sampling
+from sapo_rl.rollout.engine import Completion, EngineError, EngineSettings, Numbered, Request, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -78,16 +78,18 @@ def child_environment(device: str, environ: Mapping[str, str], cpus: int) -> dic
 class LocalEngine:
     """An `Engine` in a child process. `start()` returns at once; `wait_ready()` waits until vLLM has its model.
 
-    A child that dies or does not answer within `settings.timeout` is killed with all its processes and started anew
-    with the weights last loaded, and the interrupted call is repeated; after `settings.max_restarts` of these the call
-    raises EngineError.
+    A child that dies or says nothing for `settings.timeout` is killed with all its processes and started anew with the
+    weights last loaded, and what the interrupted call has not answered yet is repeated; after `settings.max_restarts`
+    of these the call raises EngineError.
     """
 
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
         self.weight_version = 0
         self.restarts = 0
-        self._weights: tuple[Path, int] | None = None
+        self.asleep = False
+        self._weights: tuple[str, str] | None = None
+        self._calls = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._ended = threading.Event()
@@ -167,19 +169,56 @@ class LocalEngine:
             ) from None
         self._idle = True
 
+    def stream(
+        self, take: Callable[[], Numbered | None], window: int, sampling: Sampling
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """See `Engine.stream`. Raises EngineError where vLLM refuses a request or cannot be kept alive."""
+        self._wake_up()
+        call, waiting, unsent = self._new_call(), dict[int, Request](), list[Numbered]()
+        while True:
+            while sum(one.n for one in waiting.values()) < window and (taken := take()) is not None:
+                unsent.append(taken)
+                waiting[taken[0]] = taken[1]
+            if not waiting:
+                return
+            try:
+                if unsent:
+                    self._send(call, "add", (unsent, sampling))
+                    unsent = []
+                finished = self._reply(call)
+            except _Lost as lost:
+                self._restart(lost)
+                call, unsent = self._new_call(), list(waiting.items())
+                continue
+            for number, completions in finished:
+                del waiting[number]
+                yield number, completions
+
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
-        """See `Engine.generate`. Raises EngineError where vLLM refuses the call or cannot be kept alive."""
-        return self._call("generate", list(requests), sampling) if requests else []
+        """Return the completions of all requests, in their order. Raises what `stream` raises."""
+        left = iter(enumerate(requests))
+        window = sum(request.n for request in requests)
+        answers = dict(self.stream(lambda: next(left, None), window, sampling))
+        return [answers[number] for number in range(len(requests))]
 
     def load_weights(self, path: Path, version: int) -> None:
         """See `Engine.load_weights`. A restart loads the same file again."""
-        self._weights = (path, version)
-        self._call("load_weights", str(path))
-        self.weight_version = version
+        self._load(("load_weights", str(path)), version)
+
+    def load_shared(self, layout: str, version: int) -> None:
+        """See `Engine.load_shared`. A restart loads from the same memory again."""
+        self._load(("load_shared", layout), version)
 
     def score(self, token_ids: list[int]) -> list[float]:
         """See `Engine.score`."""
+        self._wake_up()
         return self._call("score", token_ids)
+
+    def sleep(self) -> None:
+        """See `Engine.sleep`."""
+        if self.settings.sleep_level and not self.asleep:
+            self._call("sleep")
+            self.asleep = True
 
     def close(self) -> None:
         """Stop the child and everything it started; may be called more than once, and from any thread."""
@@ -187,9 +226,21 @@ class LocalEngine:
         atexit.unregister(self.close)
         if self._process is not None and self._connection is not None and self._idle:
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                self._connection.send(("close", ()))
+                self._connection.send((0, "close", ()))
                 self._process.wait(CLOSE_SECONDS)
         self._kill()
+
+    def _load(self, weights: tuple[str, str], version: int) -> None:
+        self._weights = weights
+        self._call(*weights)
+        self.weight_version, self.asleep = version, False
+
+    def _wake_up(self) -> None:
+        """Load the weights last loaded once more: sleep may have discarded them."""
+        if self.asleep:
+            if self._weights is None:
+                raise EngineError("the engine sleeps and never got weights to wake up with")
+            self._load(self._weights, self.weight_version)
 
     def _call(self, method: str, *arguments: Any) -> Any:
         while True:
@@ -200,20 +251,35 @@ class LocalEngine:
 
     def _exchange(self, method: str, *arguments: Any) -> Any:
         """One message there and back. Raises _Lost where the child is gone, EngineError where it refused the call."""
+        call = self._new_call()
+        self._send(call, method, arguments)
+        return self._reply(call)
+
+    def _new_call(self) -> int:
+        self._calls += 1
+        return self._calls
+
+    def _send(self, call: int, method: str, arguments: tuple[Any, ...]) -> None:
         if self._closed or self._connection is None:
             raise EngineError(f"{method} was called on an engine that is not running")
         self._idle = False
         try:
-            self._connection.send((method, arguments))
+            self._connection.send((call, method, arguments))
         except OSError as error:
             raise _Lost(f"it does not take messages ({error})") from error
-        status, result = self._receive(self.settings.timeout)
+
+    def _reply(self, call: int) -> Any:
+        """Return the next answer to this call; those to calls that were given up are dropped."""
+        while True:
+            answered, status, result = self._receive(self.settings.timeout)
+            if answered == call:
+                break
         self._idle = True
         if status == "failed":
-            raise EngineError(f"vLLM refused {method}:\n{result}")
+            raise EngineError(f"vLLM refused the call:\n{result}")
         return result
 
-    def _receive(self, timeout: float) -> tuple[str, Any]:
+    def _receive(self, timeout: float) -> tuple[int, str, Any]:
         if self._connection is None:
             raise EngineError("the engine was not started")
         try:
@@ -237,8 +303,9 @@ class LocalEngine:
             try:
                 self.start()
                 self.wait_ready()
+                self.asleep = False
                 if self._weights is not None:
-                    self._exchange("load_weights", str(self._weights[0]))
+                    self._exchange(*self._weights)
                 return
             except (_Lost, EngineError, UserError) as error:
                 lost = _Lost(str(error).splitlines()[0])

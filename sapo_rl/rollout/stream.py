@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sapo_rl.config import RolloutConfig
-from sapo_rl.rollout.engine import Completion, Engine, EngineError, Request, Sampling
+from sapo_rl.rollout.engine import Completion, Engine, EngineError, Numbered, Request, Sampling
 from sapo_rl.types import Group, Prompt, Sample
 
 if TYPE_CHECKING:
@@ -47,7 +51,8 @@ class Rollouts:
     """Generates groups with the weights that the engines hold when called.
 
     Args:
-        engines: all with the same weights; prompts are dealt out to them in turn, the samples of a prompt together.
+        engines: all with the same weights; each takes the next prompt whenever it has room, the samples of a prompt
+            together, so that none is idle while another has a queue.
         cfg: sampling and group size.
         tokenizer: decodes completions, in one batch.
         seed: the run's.
@@ -64,6 +69,7 @@ class Rollouts:
     ) -> None:
         self.engines = engines
         self.group_size = cfg.group_size
+        self.capacity = cfg.max_num_seqs
         self.sampling = sampling_of(cfg)
         self.tokenizer = tokenizer
         self.seed = seed
@@ -86,15 +92,23 @@ class Rollouts:
         requests = [Request(prompt.token_ids, 1) for prompt in prompts]
         return self._run(prompts, requests, replace(self.sampling, temperature=0.0, logprobs=False))
 
+    def sleep(self) -> None:
+        """Have the engines free the GPU's memory, as far as their settings say, until the next call or weights."""
+        _at_once([engine.sleep for engine in self.engines])
+
     def _run(self, prompts: Sequence[Prompt], requests: list[Request], sampling: Sampling) -> list[Group]:
-        shares = [requests[i :: len(self.engines)] for i in range(len(self.engines))]
-        with ThreadPoolExecutor(len(self.engines)) as pool:
-            results = list(pool.map(lambda engine, share: engine.generate(share, sampling), self.engines, shares))
-        versions = [engine.weight_version for engine in self.engines]
-        groups: list[Group] = []
-        for i, prompt in enumerate(prompts):
-            turn, engine = divmod(i, len(self.engines))
-            groups.append(Group(prompt, [_sample(one, versions[engine]) for one in results[engine][turn]]))
+        finished: dict[int, Group] = {}
+        left = deque(enumerate(requests))
+        # Where all fit at once each engine gets an even share; else each keeps as many waiting as it decodes.
+        share = math.ceil(sum(request.n for request in requests) / len(self.engines))
+        window = min(share, 2 * self.capacity)
+
+        def work(engine: Engine) -> None:
+            for i, completions in engine.stream(partial(_take, left), window, sampling):
+                finished[i] = Group(prompts[i], [_sample(one, engine.weight_version) for one in completions])
+
+        _at_once([partial(work, engine) for engine in self.engines])
+        groups = [finished[i] for i in range(len(prompts))]
         samples = [sample for group in groups for sample in group.samples]
         texts = self.tokenizer.batch_decode([sample.token_ids for sample in samples], skip_special_tokens=True)
         for sample, text in zip(samples, texts, strict=True):
@@ -102,13 +116,25 @@ class Rollouts:
         return groups
 
 
+def _take(left: deque[Numbered]) -> Numbered | None:
+    with contextlib.suppress(IndexError):  # other threads take, too
+        return left.popleft()
+    return None
+
+
+def _at_once(tasks: Sequence[Callable[[], None]]) -> None:
+    """Run the tasks in threads of their own; raise what the first of them raised, once all have ended."""
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        futures = [pool.submit(task) for task in tasks]
+    for future in futures:
+        future.result()
+
+
 def _sample(completion: Completion, weight_version: int) -> Sample:
     return Sample(completion.token_ids, completion.truncated, weight_version, completion.logps)
 
 
-def verify(
-    engine: Engine, token_ids: list[int], trainer_logps: Sequence[float], dtype: str, first: int = 1
-) -> float:
+def verify(engine: Engine, token_ids: list[int], trainer_logps: Sequence[float], dtype: str, first: int = 1) -> float:
     """Return the mean |difference| of the engine's log-probabilities of `token_ids` from the trainer's, in nats.
 
     In bfloat16 compare likely tokens, such as a greedy completion: the rounding of the logits shows in the others.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sapo_rl.rollout.lifeline import die_with_parent
+from sapo_rl.rollout.weights.ipc import open_layout
 
 # vLLM leaves its core process behind, with the GPU's memory, when the process that started it is killed.
 die_with_parent()
@@ -18,6 +19,8 @@ class WeightReceiver:
 
     model_runner: Any
     device: torch.device
+    shared_layout = ""
+    shared_weights: tuple[tuple[str, torch.Tensor], ...] = ()
 
     def receive_file(self, path: str) -> None:
         """Replace the model's weights by those of the safetensors file `path`, named as in the model's own checkpoint.
@@ -28,6 +31,30 @@ class WeightReceiver:
         self.model_runner.reload_weights(weights_iterator=_tensors(path, self.device), is_checkpoint_format=True)
         if self.device.type == "cpu":
             _repack_heads(self.model_runner.get_model())
+
+    def receive_shared(self, layout: str) -> None:
+        """Replace the model's weights by those in GPU memory of the trainer; return once they have been read."""
+        if layout != self.shared_layout:
+            self.shared_weights, self.shared_layout = tuple(open_layout(layout)), layout
+        model = self.model_runner.get_model()
+        if keeps_checkpoint_format(model):
+            model.load_weights(iter(self.shared_weights))  # several times as fast as the general way
+        else:
+            self.model_runner.reload_weights(weights_iterator=iter(self.shared_weights), is_checkpoint_format=True)
+        torch.cuda.synchronize()
+
+
+def keeps_checkpoint_format(model: torch.nn.Module) -> bool:
+    """Return whether the parameters of a model on a GPU are used as loaded: neither quantised nor repacked."""
+    from vllm.model_executor.layers.attention import MLAAttention
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    plain = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod, type(None))
+    return not any(
+        isinstance(module, MLAAttention) or not isinstance(getattr(module, "quant_method", None), plain)
+        for module in model.modules()
+    )
 
 
 def _repack_heads(model: torch.nn.Module) -> None:

@@ -151,6 +151,34 @@ def test_seeded_samples_differ_and_repeat_in_any_company(engines: tuple[LocalEng
     assert tokens(second.generate(requests(), RANDOM)) == expected
 
 
+def test_requests_join_while_others_are_under_way(engine: LocalEngine) -> None:
+    expected = dict(enumerate(engine.generate(requests(), RANDOM)))
+    left, taken_after = list(enumerate(requests())), dict[int, int]()
+    found: dict[int, list[Completion]] = {}
+
+    def take() -> tuple[int, Request] | None:
+        if not left:
+            return None
+        taken_after[left[0][0]] = len(found)
+        return left.pop(0)
+
+    for number, completions in engine.stream(take, window=8, sampling=RANDOM):
+        found[number] = completions
+    assert found == expected
+    assert list(taken_after) == list(range(6))
+    for number, done in taken_after.items():
+        assert done >= number - 1  # two groups of four fill the window
+
+
+def test_a_call_ends_what_was_left_of_another(engine: LocalEngine) -> None:
+    expected = engine.generate(requests(), RANDOM)
+    left = iter(enumerate(requests(seed=3)))
+    next(engine.stream(lambda: next(left, None), window=100, sampling=RANDOM))
+    assert engine.generate(requests(), RANDOM) == expected
+    next(engine.stream(iter([(0, Request([2, 30], 1)), (1, Request([2, 31], 1))]).__next__, 1, RANDOM))
+    assert len(engine.score([4, 5, 6])) == 2
+
+
 def test_unseeded_samples_never_repeat(engines: tuple[LocalEngine, LocalEngine]) -> None:
     groups = [one for engine in (*engines, *engines) for one in tokens(engine.generate(requests(seed=None), RANDOM))]
     everything = [tuple(one) for group in groups for one in group]
@@ -174,6 +202,10 @@ def test_rollouts_over_two_engines_are_those_of_one(
 def test_a_refused_call_says_why_and_leaves_the_engine_alive(engine: LocalEngine) -> None:
     with pytest.raises(EngineError, match="256"):
         engine.generate([Request([5] * 300, 1)], GREEDY)
+    assert len(engine.generate([Request([5] * 3, 1)], GREEDY)[0]) == 1
+    good_and_bad = iter([(0, Request([5] * 3, 1)), (1, Request([5] * 300, 1)), (2, Request([5] * 3, 1))])
+    with pytest.raises(EngineError, match="256"):
+        list(engine.stream(lambda: next(good_and_bad, None), 1, GREEDY))
     assert len(engine.generate([Request([5] * 3, 1)], GREEDY)[0]) == 1
     assert engine.restarts == 0
 

@@ -133,7 +133,7 @@ def test_every_step_and_evaluation_is_recorded(whole: Path) -> None:
     assert [record["step"] for record in steps_of(whole)] == [1, 2, 3, 4, 5, 6]
     assert [record["step"] for record in records(whole) if "eval/accuracy" in record] == [0, 3, 6]
     for record in steps_of(whole):
-        for name in ("reward/mean", "rewards/odd/mean", "policy/grad_norm", "policy/entropy", "completions/mean_length"):
+        for name in ("reward/mean", "rewards/odd/mean", "policy/grad_norm", "policy/entropy", "policy/kl_old_k3"):
             assert isinstance(record[name], float), name
         phases = ["time/rollout", "time/reward", "time/old_logps", "time/update", "time/sync"]
         assert 0 < sum(record[name] for name in phases) <= record["time/step"] * 1.001

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import random
 import subprocess
@@ -16,7 +17,16 @@ import torch
 from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sapo_rl.config import AdvantageConfig, Config, KLConfig, LossConfig, ModelConfig, RolloutConfig, TrainerConfig
+from sapo_rl.config import (
+    AdvantageConfig,
+    Config,
+    CorrectionConfig,
+    KLConfig,
+    LossConfig,
+    ModelConfig,
+    RolloutConfig,
+    TrainerConfig,
+)
 from sapo_rl.policy import attention, checkpoint
 from sapo_rl.policy.model import Policy
 from sapo_rl.policy.trainer import PolicyTrainer
@@ -132,6 +142,48 @@ def test_sapo_and_grpo_agree_on_policy_and_part_off_policy() -> None:
 
     torch.testing.assert_close(run("sapo", 1), run("grpo", 1), atol=2e-5, rtol=0)
     assert (run("sapo", 3) - run("grpo", 3)).abs().max() > 1e-4
+
+
+def with_rollout_logps(shift: float, seed: int = 9) -> list[Group]:
+    """Groups whose vLLM log-probabilities are those of the policy before training, plus `shift`."""
+    trainer = PolicyTrainer(make_policy(), None, make_config(), Accelerator(cpu=True))
+    groups = make_groups(seed)
+    for group in groups:
+        for sample in group.samples:
+            logps = trainer.score([*group.prompt.token_ids, *sample.token_ids])[-len(sample.token_ids) :]
+            sample.rollout_logps = [logp + shift for logp in logps]
+    return groups
+
+
+def test_ratio_against_vllms_log_probabilities() -> None:
+    config = make_config(updates_per_rollout=1)
+    config.loss = LossConfig(old_logps="rollout")
+    _, metrics = weights_after(config, with_rollout_logps(shift=0.1))
+    assert metrics["policy/ratio_mean"] == pytest.approx(math.exp(-0.1), abs=1e-5)
+    assert metrics["mismatch/kl_k1"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_without_mismatch_all_three_ways_are_one() -> None:
+    found = []
+    for loss in (
+        LossConfig(),
+        LossConfig(old_logps="rollout"),
+        LossConfig(old_logps="decoupled", correction=CorrectionConfig(mode="token_truncate")),
+    ):
+        config = make_config(updates_per_rollout=4, mini_batches=2, tokens_per_micro_batch=20)
+        config.loss = loss
+        found.append(weights_after(config, with_rollout_logps(shift=0.0))[0])
+    torch.testing.assert_close(found[1], found[0], atol=2e-5, rtol=0)
+    torch.testing.assert_close(found[2], found[0], atol=2e-5, rtol=0)
+
+
+def test_truncated_importance_sampling_caps_the_factor() -> None:
+    config = make_config(updates_per_rollout=1)
+    correction = CorrectionConfig(mode="token_truncate", high=2.0)
+    config.loss = LossConfig(old_logps="decoupled", correction=correction)
+    for shift, factor in ((-0.5, math.exp(0.5)), (-3.0, 2.0)):
+        _, metrics = weights_after(config, with_rollout_logps(shift))
+        assert metrics["mismatch/correction_mean"] == pytest.approx(factor, rel=1e-4)
 
 
 def test_updates_raise_the_likelihood_of_what_was_rewarded() -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tiny import make_tokenizer
 
 from sapo_rl.config import RolloutConfig
-from sapo_rl.rollout.engine import Completion, EngineError, Request, Sampling
+from sapo_rl.rollout.engine import Completion, EngineError, Numbered, Request, Sampling
 from sapo_rl.rollout.stream import TOLERANCE, Rollouts, request_seed, verify
 from sapo_rl.types import Prompt
 
@@ -30,14 +33,35 @@ class Echo:
     requests: list[Request] = field(default_factory=list)
     sampling: Sampling | None = None
     logps: list[float] = field(default_factory=list)
+    asleep: bool = False
+    pause: float = 0.001
+    most: int = 0
 
-    def generate(self, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
-        self.requests, self.sampling = requests, sampling
+    def stream(
+        self, take: Callable[[], Numbered | None], window: int, sampling: Sampling
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        self.sampling = sampling
         logps = [-1.0] if sampling.logprobs else None
-        return [[Completion([*r.token_ids, self.eos], i % 2 == 1, logps) for i in range(r.n)] for r in requests]
+        waiting: deque[Numbered] = deque()
+        while True:
+            while sum(request.n for _, request in waiting) < window and (taken := take()) is not None:
+                waiting.append(taken)
+                self.requests.append(taken[1])
+            self.most = max(self.most, sum(request.n for _, request in waiting))
+            if not waiting:
+                return
+            time.sleep(self.pause)
+            number, r = waiting.popleft()
+            yield number, [Completion([*r.token_ids, self.eos], i % 2 == 1, logps) for i in range(r.n)]
 
     def load_weights(self, path: Path, version: int) -> None:
         self.weight_version = version
+
+    def load_shared(self, layout: str, version: int) -> None:
+        self.weight_version = version
+
+    def sleep(self) -> None:
+        self.asleep = True
 
     def score(self, token_ids: list[int]) -> list[float]:
         return self.logps
@@ -65,10 +89,37 @@ def test_groups_come_back_whole_and_in_order(tokenizer: PreTrainedTokenizerFast,
         assert [sample.text for sample in group.samples] == [asked[i].content] * 4
         assert [sample.truncated for sample in group.samples] == [False, True, False, True]
         assert all(sample.token_ids[-1] == tokenizer.eos_token_id for sample in group.samples)
-        assert {sample.weight_version for sample in group.samples} == {5 + i % engines}
+        assert len({sample.weight_version for sample in group.samples}) == 1
         assert all(sample.rollout_logps is None for sample in group.samples)
-    assert max(len(one.requests) for one in fleet) - min(len(one.requests) for one in fleet) <= 1
+    assert max(one.most for one in fleet) < math.ceil(4 * len(asked) / engines) + 4  # an even share, in whole groups
+    assert {sample.weight_version for group in groups for sample in group.samples} <= {5 + i for i in range(engines)}
     assert all(request.seed is None for one in fleet for request in one.requests)
+
+
+def test_an_engine_with_room_takes_more_and_none_takes_all(tokenizer: PreTrainedTokenizerFast) -> None:
+    slow, quick = Echo(tokenizer.eos_token_id, pause=0.05), Echo(tokenizer.eos_token_id)
+    asked = prompts(tokenizer, [str(i) for i in range(40)])
+    cfg = RolloutConfig(group_size=2, max_num_seqs=4)
+    groups = Rollouts([slow, quick], cfg, tokenizer, seed=0, reproducible=False).generate(asked, step=1)
+    assert [group.prompt for group in groups] == asked
+    assert slow.most == quick.most == 8  # twice what an engine decodes, in whole groups
+    assert 4 <= len(slow.requests) < len(quick.requests)
+
+
+def test_sleep_reaches_every_engine(tokenizer: PreTrainedTokenizerFast) -> None:
+    fleet = [Echo(tokenizer.eos_token_id) for _ in range(3)]
+    Rollouts(fleet, RolloutConfig(), tokenizer, seed=0, reproducible=False).sleep()
+    assert all(engine.asleep for engine in fleet)
+
+
+def test_an_engine_that_fails_ends_the_call(tokenizer: PreTrainedTokenizerFast) -> None:
+    class Failing(Echo):
+        def stream(self, take: Callable[[], Numbered | None], window: int, sampling: Sampling) -> Iterator[Any]:
+            raise EngineError("gone")
+
+    fleet = [Echo(tokenizer.eos_token_id), Failing(tokenizer.eos_token_id)]
+    with pytest.raises(EngineError, match="gone"):
+        Rollouts(fleet, RolloutConfig(), tokenizer, 0, False).generate(prompts(tokenizer, ["a", "b"]), step=1)
 
 
 def test_seeds_depend_on_run_step_and_prompt_but_not_on_the_engines(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -26,6 +26,7 @@ class Reader:
     weight_version: int = 0
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     path: Path = Path()
+    asleep: bool = False
 
     def load_weights(self, path: Path, version: int) -> None:
         self.path, self.weight_version, self.tensors = path, version, load_file(path)

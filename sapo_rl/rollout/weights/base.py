@@ -1,21 +1,18 @@
 """The one thing a weight transport does: bring the trainer's weights into every engine.
 
-`file` (safetensors in shared memory) works on every device and is what there is now. Two more fit the same interface:
-`ipc` hands CUDA memory handles of one bucket of tensors after the other to engines on the same GPU, and `nccl`
-broadcasts such buckets to engines on other GPUs and hosts. Both read `named_tensors` lazily, in its order, so that a
-sharded trainer can gather one bucket at a time.
+`file` (safetensors in shared memory) works on every device; `ipc` hands handles of GPU memory to engines on the same
+GPU. A third fits the same interface: `nccl` broadcasts to engines on other GPUs and hosts. All read `named_tensors`
+lazily, in its order, so that a sharded trainer can gather one tensor at a time.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+
+import torch
 
 from sapo_rl.rollout.engine import Engine
-
-if TYPE_CHECKING:
-    import torch
 
 
 class WeightTransport(ABC):
@@ -31,3 +28,9 @@ class WeightTransport(ABC):
     @abstractmethod
     def close(self) -> None:
         """Free what the transport holds; more calls do nothing. Engines must not be restarted after it."""
+
+
+def make_room(engines: Sequence[Engine]) -> None:
+    """Return the GPU memory that torch only keeps for later use, where sleeping engines are about to take theirs."""
+    if torch.cuda.is_available() and any(engine.asleep for engine in engines):
+        torch.cuda.empty_cache()

@@ -16,7 +16,7 @@ import torch
 
 from sapo_rl.errors import UserError
 from sapo_rl.rollout.engine import Engine
-from sapo_rl.rollout.weights.base import WeightTransport
+from sapo_rl.rollout.weights.base import WeightTransport, make_room
 
 PREFIX = "sapo-weights-"
 HEADER_BYTES = 4 << 20
@@ -107,6 +107,7 @@ class FileTransport(WeightTransport):
         """See `WeightTransport.push`. Raises what an engine raised."""
         path = self.folder / f"{version}.safetensors"
         write_safetensors(path, named_tensors, self.dtype)
+        make_room(engines)
         with ThreadPoolExecutor(len(engines)) as pool:
             list(pool.map(lambda engine: engine.load_weights(path, version), engines))
         if self._newest not in (None, path):
