@@ -98,7 +98,6 @@ def greedy(engine: LocalEngine) -> list[list[Completion]]:
 
 
 def test_memory_is_shared_with_another_process() -> None:
-    before = free_memory()
     memory = SharedMemory.allocate(4 * MIB)
     memory.tensor().copy_(torch.arange(4 * MIB, device="cuda") % 251)
     torch.cuda.synchronize()
@@ -114,7 +113,15 @@ def test_memory_is_shared_with_another_process() -> None:
     expected = (torch.arange(4 * MIB) % 251).sum().item()
     assert told.stdout.split() == [str(expected), str((4 * MIB - 1) % 251), "cuda:0"], told.stderr
     memory.free()
-    assert free_memory() >= before
+
+
+def test_shared_memory_goes_back() -> None:
+    before = free_memory()
+    memory = SharedMemory.allocate(4 * SLACK)
+    memory.tensor().zero_()
+    assert free_memory() < before - 3 * SLACK
+    memory.free()
+    assert free_memory() > before - SLACK
 
 
 def test_what_does_not_fit_says_so() -> None:
