@@ -1,13 +1,11 @@
 """Tokens a second, MFU and peak memory of the trainer's update, for each thing that it could do otherwise.
 
     python scripts/bench/trainer.py --out docs/bench/trainer.json --limit 540
-    python scripts/bench/trainer.py --parts tiny:shipped,16k head-tiny --out /tmp/trainer.json    # on a CPU
 
-A part `SIZE[:VARIANT,...]` runs `PolicyTrainer.train_on` on random weights; `head-SIZE` times language-model heads
-alone. Each part is a process of its own, so that none takes another down; the JSON is renewed after each.
+A part, `SIZE[:VARIANT,...]` or `head-SIZE` (heads alone), is a process of its own; the JSON is renewed after each.
 
-Model FLOPs a token are 6 (parameters, a tied matrix once) + 6 (layers x query width x sequence length, causal
-attention); recomputation is not counted. The share is of 989 TFLOP/s.
+Model FLOPs a token are 6 (parameters, a tied matrix once) + 6 (layers x query width x sequence length); recomputation
+is not counted. The share is of 989 TFLOP/s.
 """
 
 from __future__ import annotations
