@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 from sapo_rl.errors import UserError, did_you_mean
@@ -19,9 +20,11 @@ def create(name: str, args: dict[str, Any], size: int, seed: int) -> Any:
         UserError: the package is missing, or the name or the arguments are not valid.
     """
     try:
-        import reasoning_gym
-        from reasoning_gym.composite import DatasetSpec
-        from reasoning_gym.factory import DATASETS
+        with warnings.catch_warnings():  # a dependency of it compiles with SyntaxWarnings
+            warnings.simplefilter("ignore", SyntaxWarning)
+            import reasoning_gym
+            from reasoning_gym.composite import DatasetSpec
+            from reasoning_gym.factory import DATASETS
     except ModuleNotFoundError as error:
         raise UserError("data.source: reasoning_gym needs a package: pip install reasoning-gym") from error
     if name not in DATASETS:
