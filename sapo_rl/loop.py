@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate.utils import gather_object
 
@@ -18,13 +19,15 @@ from sapo_rl.losses import inert_temperature_warning
 from sapo_rl.policy import checkpoint
 from sapo_rl.policy.model import Policy
 from sapo_rl.policy.trainer import PolicyTrainer
-from sapo_rl.rewards import RewardPool, RewardStats
+from sapo_rl.rewards import Inbox, RewardPool, RewardStats
 from sapo_rl.rollout.ahead import Producer
 from sapo_rl.rollout.engine import Engine
 from sapo_rl.rollout.stream import Rollouts, verify
 from sapo_rl.rollout.weights.base import WeightTransport
 from sapo_rl.telemetry import Telemetry, Timers, sample_metrics
 from sapo_rl.types import Group, Messages, Prompt
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,23 @@ def train(run: Run) -> None:
 
 def make_batch(run: Run, step: int) -> Batch:
     """Draw prompts, have them completed, score the completions; with overlap, while the step before is trained on."""
-    prompts = next_prompts(run)
+    prompts, finished = next_prompts(run), Inbox()
     with run.timers("rollout"):
-        groups = run.rollouts.generate(prompts, step)
+        writing = in_thread(lambda: run.rollouts.generate(prompts, step, on_group=finished.put), finished.close)
+        run.rewards.follow(finished)  # scores groups while others are being written
+        groups = writing.result()
     with run.timers("reward"):
-        scoring = run.rewards.score(groups)
+        scoring = run.rewards.finish()
     return Batch(groups, scoring, run.sampler.state_dict())
+
+
+def in_thread(work: Callable[[], T], at_end: Callable[[], None]) -> Future[T]:
+    """Start `work` in a thread of its own, then `at_end`, whether it succeeded or not."""
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(work)
+    future.add_done_callback(lambda _: at_end())
+    pool.shutdown(wait=False)  # of new work
+    return future
 
 
 def due(run: Run, every: int) -> bool:

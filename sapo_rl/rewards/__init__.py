@@ -6,6 +6,7 @@ Importing this package loads none of the libraries that the verifiers use.
 from __future__ import annotations
 
 from sapo_rl.rewards.gym import reasoning_gym
+from sapo_rl.rewards.inbox import Inbox
 from sapo_rl.rewards.lookup import check_function, resolve
 from sapo_rl.rewards.math import math_verify
 from sapo_rl.rewards.pool import RewardPool, RewardStats
@@ -14,6 +15,7 @@ from sapo_rl.rewards.text import exact_match, format_tags, length_limit, numeric
 
 __all__ = [
     "REWARD_FUNCTIONS",
+    "Inbox",
     "RewardFunction",
     "RewardPool",
     "RewardStats",

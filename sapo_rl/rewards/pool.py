@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
@@ -23,6 +24,7 @@ from typing import Any
 
 from sapo_rl.config import RewardConfig
 from sapo_rl.errors import UserError
+from sapo_rl.rewards.inbox import Inbox
 from sapo_rl.rewards.scoring import call_arguments
 from sapo_rl.types import Group
 
@@ -39,8 +41,6 @@ class RewardStats:
     """Samples for which the function returned None."""
     failures: dict[str, str]
     """The text of the first failure of each function that failed."""
-    seconds: float
-    """Wall time of the batch."""
 
 
 @dataclass(slots=True, eq=False)
@@ -84,6 +84,8 @@ class RewardPool:
         self._size = cfg.workers
         self._workers: list[_Worker] = []
         self._queue: deque[_Task] = deque()
+        self._groups: list[Group] = []
+        self._stats = self._new_stats()
         self._slow: set[str] = set()
 
     def __enter__(self) -> RewardPool:
@@ -95,7 +97,7 @@ class RewardPool:
         try:
             self._fill()
             while not all(worker.ready for worker in self._workers):
-                self._advance(self._new_stats())
+                self._advance()
         except BaseException:
             self._close()
             raise
@@ -107,40 +109,59 @@ class RewardPool:
         """End the workers."""
         self._close()
 
-    def score(self, groups: list[Group]) -> RewardStats:
+    def score(self, groups: Sequence[Group]) -> RewardStats:
         """Set `sample.rewards[name]` of every sample in `groups` for every function of the config.
 
         Raises:
             UserError: a failed sample of a function whose `on_error` is `raise`.
         """
-        start = time.perf_counter()
-        stats = self._new_stats()
-        self._fill()
-        self._queue.extend(
-            _Task(name, group, list(range(len(group.samples)))) for name in self._functions for group in groups
-        )
-        try:
+        for group in groups:
+            self._add(group)
+        return self.finish()
+
+    def follow(self, inbox: Inbox) -> None:
+        """Score groups while they come in; return once the inbox is closed. `finish` completes what is left.
+
+        Raises:
+            UserError: as `score`.
+        """
+        with self._abandoning():
+            while not inbox.connection.closed:
+                if inbox.connection in self._advance(inbox) and (group := inbox.take()) is not None:
+                    self._add(group)
+
+    def finish(self) -> RewardStats:
+        """Score what is left of the groups that came in since the last call; return what happened to all of them.
+
+        Raises:
+            UserError: as `score`.
+        """
+        with self._abandoning():
             while self._queue or any(worker.task is not None for worker in self._workers):
-                self._advance(stats)
-        finally:
-            self._abandon()
-        samples = [sample for group in groups for sample in group.samples]
+                self._advance()
+        samples = [sample for group in self._groups for sample in group.samples]
         for name in self._functions:
-            stats.not_applicable[name] = sum(sample.rewards[name] is None for sample in samples)
-        stats.seconds = time.perf_counter() - start
-        return stats
+            self._stats.not_applicable[name] = sum(sample.rewards[name] is None for sample in samples)
+        done, self._stats, self._groups = self._stats, self._new_stats(), []
+        return done
+
+    def _add(self, group: Group) -> None:
+        self._fill()
+        self._groups.append(group)
+        self._queue.extend(_Task(name, group, list(range(len(group.samples)))) for name in self._functions)
 
     def _new_stats(self) -> RewardStats:
-        return RewardStats(dict.fromkeys(self._functions, 0), dict.fromkeys(self._functions, 0), {}, 0.0)
+        return RewardStats(dict.fromkeys(self._functions, 0), dict.fromkeys(self._functions, 0), {})
 
-    def _advance(self, stats: RewardStats) -> None:
-        """Hand out tasks, wait for the next event, and deal with it."""
+    def _advance(self, inbox: Inbox | None = None) -> list[Any]:
+        """Hand out tasks, wait for the next event, here or in the inbox, and deal with it; return what was ready."""
         for worker in self._workers:
             if self._queue and worker.ready and worker.task is None:
                 self._give(worker, self._queue.popleft())
         busy = [worker for worker in self._workers if worker.busy]
-        patience = max(0.0, min((worker.deadline for worker in busy), default=0.0) - time.monotonic())
-        answered = wait([worker.connection for worker in busy], timeout=patience)
+        soonest = min((worker.deadline for worker in busy), default=math.inf if inbox else 0.0)
+        patience = None if soonest == math.inf else max(0.0, soonest - time.monotonic())
+        answered = wait([*(worker.connection for worker in busy), *([inbox.connection] if inbox else [])], patience)
         for worker in busy:
             if worker.connection in answered:
                 outcome = worker.receive()
@@ -148,7 +169,8 @@ class RewardPool:
                 outcome = _Outcome(None, "took too long", dead=True, late=True)
             else:
                 continue
-            self._settle(worker, outcome, stats)
+            self._settle(worker, outcome)
+        return answered
 
     def _give(self, worker: _Worker, task: _Task) -> None:
         task.patient = task.name in self._slow
@@ -159,7 +181,7 @@ class RewardPool:
             self._queue.appendleft(task)
             self._replace(worker)
 
-    def _settle(self, worker: _Worker, outcome: _Outcome, stats: RewardStats) -> None:
+    def _settle(self, worker: _Worker, outcome: _Outcome) -> None:
         if not worker.ready:
             if outcome.cause:
                 raise UserError(f"reward functions cannot be loaded: {outcome.cause}")
@@ -177,16 +199,16 @@ class RewardPool:
             return
         else:
             limit = self._functions[task.name].timeout
-            self._fail(task, f"took longer than {limit:g} s" if outcome.late else outcome.cause, stats)
+            self._fail(task, f"took longer than {limit:g} s" if outcome.late else outcome.cause)
         if task.origin is not None:
-            self._part_done(task.origin, task, outcome.scores is None, stats)
+            self._part_done(task.origin, task, outcome.scores is None)
 
     def _split(self, task: _Task, outcome: _Outcome) -> None:
         task.cause, task.late, task.open_parts = outcome.cause, outcome.late, len(task.positions)
         parts = [_Task(task.name, task.group, [position], origin=task) for position in task.positions]
         self._queue.extendleft(reversed(parts))
 
-    def _part_done(self, whole: _Task, part: _Task, failed: bool, stats: RewardStats) -> None:
+    def _part_done(self, whole: _Task, part: _Task, failed: bool) -> None:
         whole.open_parts -= 1
         whole.failed_parts += failed
         if whole.open_parts or whole.failed_parts:
@@ -195,9 +217,9 @@ class RewardPool:
             self._slow.add(whole.name)
             self._queue.append(_Task(whole.name, whole.group, whole.positions))
         else:
-            self._fail(whole, f"{whole.cause}, called on the whole group; on none of its samples alone", stats)
+            self._fail(whole, f"{whole.cause}, called on the whole group; on none of its samples alone")
 
-    def _fail(self, task: _Task, cause: str, stats: RewardStats) -> None:
+    def _fail(self, task: _Task, cause: str) -> None:
         cfg = self._functions[task.name]
         index, excerpt = task.group.prompt.index, task.group.samples[task.positions[0]].text[:80]
         text = (
@@ -208,8 +230,8 @@ class RewardPool:
             raise UserError(f"{text}; reward.functions.{task.name}.on_error=zero scores such samples 0")
         for position in task.positions:
             task.group.samples[position].rewards[task.name] = 0.0
-        stats.errors[task.name] += len(task.positions)
-        stats.failures.setdefault(task.name, text)
+        self._stats.errors[task.name] += len(task.positions)
+        self._stats.failures.setdefault(task.name, text)
 
     def _fill(self) -> None:
         while len(self._workers) < self._size:
@@ -220,12 +242,18 @@ class RewardPool:
         self._workers.remove(worker)
         self._fill()
 
-    def _abandon(self) -> None:
-        """Forget what is not finished, where scoring was interrupted."""
-        self._queue.clear()
-        for worker in [worker for worker in self._workers if worker.task is not None]:
-            worker.kill()
-            self._workers.remove(worker)
+    @contextlib.contextmanager
+    def _abandoning(self) -> Iterator[None]:
+        """Forget what is not finished, where scoring is interrupted."""
+        try:
+            yield
+        except BaseException:
+            self._queue.clear()
+            self._stats, self._groups = self._new_stats(), []
+            for worker in [worker for worker in self._workers if worker.task is not None]:
+                worker.kill()
+                self._workers.remove(worker)
+            raise
 
     def _close(self) -> None:
         for worker in self._workers:

@@ -54,7 +54,7 @@ class Rollouts:
         engines: all with the same weights; each takes the next prompt whenever it has room, the samples of a prompt
             together, so that none is idle while another has a queue.
         cfg: sampling and group size.
-        tokenizer: decodes completions, in one batch.
+        tokenizer: decodes completions, those of a prompt at once.
         seed: the run's.
         reproducible: seed every completion by run, step and prompt, so that the engines' number and state do not count.
     """
@@ -75,8 +75,17 @@ class Rollouts:
         self.seed = seed
         self.reproducible = reproducible
 
-    def generate(self, prompts: Sequence[Prompt], step: int, n: int | None = None) -> list[Group]:
-        """Sample `n` completions (default: the group size) of each prompt; groups in the prompts' order."""
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        step: int,
+        n: int | None = None,
+        on_group: Callable[[Group], None] = lambda group: None,
+    ) -> list[Group]:
+        """Sample `n` completions (default: the group size) of each prompt; groups in the prompts' order.
+
+        `on_group` gets each group as soon as it is finished, in the thread of the engine that wrote it.
+        """
         requests = [
             Request(
                 prompt.token_ids,
@@ -85,18 +94,24 @@ class Rollouts:
             )
             for prompt in prompts
         ]
-        return self._run(prompts, requests, self.sampling)
+        return self._run(prompts, requests, self.sampling, on_group)
 
     def greedy(self, prompts: Sequence[Prompt]) -> list[Group]:
         """Return the likeliest completion of each prompt, token by token: groups of one."""
         requests = [Request(prompt.token_ids, 1) for prompt in prompts]
-        return self._run(prompts, requests, replace(self.sampling, temperature=0.0, logprobs=False))
+        return self._run(prompts, requests, replace(self.sampling, temperature=0.0, logprobs=False), lambda group: None)
 
     def sleep(self) -> None:
         """Have the engines free the GPU's memory, as far as their settings say, until the next call or weights."""
         _at_once([engine.sleep for engine in self.engines])
 
-    def _run(self, prompts: Sequence[Prompt], requests: list[Request], sampling: Sampling) -> list[Group]:
+    def _run(
+        self,
+        prompts: Sequence[Prompt],
+        requests: list[Request],
+        sampling: Sampling,
+        on_group: Callable[[Group], None],
+    ) -> list[Group]:
         finished: dict[int, Group] = {}
         left = deque(enumerate(requests))
         # Where all fit at once each engine gets an even share; else each keeps as many waiting as it decodes.
@@ -105,15 +120,21 @@ class Rollouts:
 
         def work(engine: Engine) -> None:
             for i, completions in engine.stream(partial(_take, left), window, sampling):
-                finished[i] = Group(prompts[i], [_sample(one, engine.weight_version) for one in completions])
+                finished[i] = self._group(prompts[i], completions, engine.weight_version)
+                on_group(finished[i])
 
         _at_once([partial(work, engine) for engine in self.engines])
-        groups = [finished[i] for i in range(len(prompts))]
-        samples = [sample for group in groups for sample in group.samples]
-        texts = self.tokenizer.batch_decode([sample.token_ids for sample in samples], skip_special_tokens=True)
-        for sample, text in zip(samples, texts, strict=True):
-            sample.text = text
-        return groups
+        return [finished[i] for i in range(len(prompts))]
+
+    def _group(self, prompt: Prompt, completions: Sequence[Completion], version: int) -> Group:
+        texts = self.tokenizer.batch_decode([one.token_ids for one in completions], skip_special_tokens=True)
+        return Group(
+            prompt,
+            [
+                Sample(one.token_ids, one.truncated, version, one.logps, text=text)
+                for one, text in zip(completions, texts, strict=True)
+            ],
+        )
 
 
 def _take(left: deque[Numbered]) -> Numbered | None:
@@ -128,10 +149,6 @@ def _at_once(tasks: Sequence[Callable[[], None]]) -> None:
         futures = [pool.submit(task) for task in tasks]
     for future in futures:
         future.result()
-
-
-def _sample(completion: Completion, weight_version: int) -> Sample:
-    return Sample(completion.token_ids, completion.truncated, weight_version, completion.logps)
 
 
 def verify(engine: Engine, token_ids: list[int], trainer_logps: Sequence[float], dtype: str, first: int = 1) -> float:

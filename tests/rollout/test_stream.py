@@ -96,6 +96,19 @@ def test_groups_come_back_whole_and_in_order(tokenizer: PreTrainedTokenizerFast,
     assert all(request.seed is None for one in fleet for request in one.requests)
 
 
+def test_each_group_is_handed_over_decoded_when_it_is_finished(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = Echo(tokenizer.eos_token_id)
+    seen: list[tuple[str, int]] = []
+    rollouts = Rollouts([engine], RolloutConfig(group_size=2, max_num_seqs=2), tokenizer, seed=0, reproducible=False)
+    groups = rollouts.generate(
+        prompts(tokenizer, list("abcdefgh")),
+        step=1,
+        on_group=lambda group: seen.append((group.samples[0].text, len(engine.requests))),
+    )
+    assert [text for text, _ in seen] == [group.samples[0].text for group in groups] == list("abcdefgh")
+    assert seen[0][1] < 8  # the last prompts were not even asked yet
+
+
 def test_an_engine_with_room_takes_more_and_none_takes_all(tokenizer: PreTrainedTokenizerFast) -> None:
     slow, quick = Echo(tokenizer.eos_token_id, pause=0.05), Echo(tokenizer.eos_token_id)
     asked = prompts(tokenizer, [str(i) for i in range(40)])
