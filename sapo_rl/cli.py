@@ -9,8 +9,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
@@ -39,12 +41,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if int(os.environ.get("RANK", "0")) > 0:  # started by torchrun or accelerate: rank 0 composes for all
         _run_rank(None)
         return
-    if not arguments:
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return
     ready = compose.Arguments(arguments)
     try:
-        ready = compose.register(arguments)
+        ready = compose.register(flags_last(arguments))
         code = _hydra(ready, arguments)
     except (UserError, HydraException, OmegaConfBaseException) as error:
         _complain(error, ready)
@@ -56,6 +58,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 def usage() -> str:
     """Return the usage, and the shipped recipes with a line each."""
     return USAGE + "\n".join(f"  {name:<16}{text}" for name, text in compose.recipes().items())
+
+
+def flags_last(argv: Sequence[str]) -> list[str]:
+    """Return the arguments with Hydra's flags after the overrides; it reads no override that stands behind a flag.
+
+    Raises:
+        UserError: an unknown flag, or one with a wrong value.
+    """
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; the flags are those of Hydra: sapo-train --hydra-help")
+
+    parser.error = refuse
+    overrides = parser.parse_intermixed_args(list(argv)).overrides
+    flags = list(argv)
+    for override in overrides:
+        flags.remove(override)
+    return [*overrides, *flags]
 
 
 def _hydra(ready: compose.Arguments, typed: list[str]) -> int:

@@ -58,6 +58,10 @@ def test_recipe_beats_group_defaults_and_the_command_line_beats_the_recipe(tmp_p
     assert config["loss"]["gradient"] == "paper"
 
 
+def test_flags_may_stand_between_overrides(tmp_path: Path) -> None:
+    assert composed("config=quickstart", "--resolve", "trainer.steps=7", cwd=tmp_path)["trainer"]["steps"] == 7
+
+
 @pytest.mark.parametrize("absolute", [True, False])
 @pytest.mark.parametrize("with_defaults", [True, False])
 def test_user_file_by_path(tmp_path: Path, absolute: bool, with_defaults: bool) -> None:
@@ -122,6 +126,7 @@ BAD = {
     "eval of an unknown reward": (["eval.reward=corect"], ["eval.reward", "correct"]),
     "resume of nothing": (["resume=runs/none"], ["resume", "runs/none"]),
     "bad syntax": (["trainer.steps=[1"], ["trainer.steps"]),
+    "unknown flag": (["--multi-run"], ["--multi-run", "--hydra-help"]),
     "negative steps": (["trainer.steps=-1"], ["trainer.steps", "at least 1"]),
 }
 
