@@ -10,9 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Array: TypeAlias = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,49 +124,56 @@ def _cut(group: list[Item], budget: int) -> list[list[Item]]:
 
 
 def _lay_out(units: Sequence[Sequence[Item]]) -> PackedBatch:
-    input_ids: list[int] = []
-    positions: list[int] = []
-    kv_index: list[int] = []
+    ids: list[Array] = []
+    positions: list[Array] = []
+    keys: list[Array] = []
+    hidden: list[Array] = []
+    targets: list[Array] = []
     q_lengths: list[int] = []
     k_lengths: list[int] = []
-    hidden_index: list[int] = []
-    items = [item for unit in units for item in unit]
+    end = 0
     for unit in units:
-        prompt, start = unit[0].prompt, len(input_ids)
-        prompt_span = range(start, start + len(prompt))
-        input_ids.extend(prompt)
-        positions.extend(range(len(prompt)))
-        kv_index.extend(prompt_span)
+        prompt = np.asarray(unit[0].prompt, np.int64)
+        prompt_span = np.arange(end, end + len(prompt))
+        end += len(prompt)
+        ids.append(prompt)
+        positions.append(np.arange(len(prompt)))
+        keys.append(prompt_span)
         q_lengths.append(len(prompt))
         k_lengths.append(len(prompt))
         for item in unit:
-            own = range(len(input_ids), len(input_ids) + len(item.completion) - 1)
-            hidden_index.append(prompt_span[-1])
-            hidden_index.extend(own)
-            if not own:
+            completion = np.asarray(item.completion, np.int64)
+            own = np.arange(end, end + len(completion) - 1)
+            end += len(own)
+            targets.append(completion)
+            hidden += prompt_span[-1:], own
+            if not len(own):
                 continue
-            input_ids.extend(item.completion[:-1])
-            positions.extend(range(len(prompt), len(prompt) + len(own)))
-            kv_index.extend(prompt_span)
-            kv_index.extend(own)
+            ids.append(completion[:-1])
+            positions.append(np.arange(len(prompt), len(prompt) + len(own)))
+            keys += prompt_span, own
             q_lengths.append(len(own))
             k_lengths.append(len(prompt) + len(own))
-    lengths = torch.tensor([len(item.completion) for item in items])
-    sequence_ids = torch.arange(len(items)).repeat_interleave(lengths)
-    has_logps = all(item.rollout_logps is not None for item in items)
+    items = [item for unit in units for item in unit]
+    lengths = [len(target) for target in targets]
+    logps = [np.asarray(item.rollout_logps, np.float32) for item in items if item.rollout_logps is not None]
     return PackedBatch(
-        input_ids=torch.tensor(input_ids),
-        position_ids=torch.tensor(positions),
-        kv_index=torch.tensor(kv_index),
+        input_ids=_joined(ids),
+        position_ids=_joined(positions),
+        kv_index=_joined(keys),
         cu_seq_q=torch.tensor([0, *accumulate(q_lengths)], dtype=torch.int32),
         cu_seq_k=torch.tensor([0, *accumulate(k_lengths)], dtype=torch.int32),
         max_q=max(q_lengths),
         max_k=max(k_lengths),
-        hidden_index=torch.tensor(hidden_index),
-        targets=torch.tensor([token for item in items for token in item.completion]),
-        sequence_ids=sequence_ids,
-        advantages=torch.tensor([item.advantage for item in items])[sequence_ids],
-        token_weights=torch.tensor([item.weight for item in items])[sequence_ids],
-        rollout_logps=torch.tensor([x for item in items for x in item.rollout_logps or ()]) if has_logps else None,
+        hidden_index=_joined(hidden),
+        targets=_joined(targets),
+        sequence_ids=_joined([np.repeat(np.arange(len(items)), lengths)]),
+        advantages=_joined([np.repeat(np.asarray([item.advantage for item in items], np.float32), lengths)]),
+        token_weights=_joined([np.repeat(np.asarray([item.weight for item in items], np.float32), lengths)]),
+        rollout_logps=_joined(logps) if len(logps) == len(items) else None,
         num_sequences=len(items),
     )
+
+
+def _joined(parts: Sequence[Array]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts))
