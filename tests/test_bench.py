@@ -134,3 +134,13 @@ def test_tiny_comparison_measures_our_half(tiny_model: Path, tmp_path: Path) -> 
     assert 16 <= program["summary"]["tokens_per_cycle"] <= 16 * 16
     assert program["summary"]["parity"] < 1e-3
     assert "| sapo-train, 2 cycles |" in done.stdout
+
+
+def test_kernels_are_summed_by_kind_and_the_rest_is_named() -> None:
+    kernels = [("nvjet_sm90_tst", 0.4), ("pytorch_flash::flash_fwd", 0.2), ("nvjet_sm90_tss", 0.1), ("unheard_of", 0.1)]
+    one = {"size": "1b", "kernels": [{"kernel": name, "share": share} for name, share in kernels]}
+    table = report.kernel_kinds({"measured": [one, {"size": "2b"}]})
+    shown = dict(zip(table["columns"], table["rows"][0], strict=True))
+    assert len(table["rows"]) == 1
+    assert (shown["size"], shown["matrix products"], shown["attention"]) == ("1b", "50%", "20%")
+    assert (shown["optimiser"], shown["the rest"]) == ("", "30%")

