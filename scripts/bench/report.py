@@ -1,7 +1,7 @@
 """Writes a bench's result as JSON with a table, and the tables of docs/bench/*.json into docs/performance.md.
 
-`python scripts/bench/report.py` fills in what stands between `<!-- bench: NAME -->` and `<!-- end -->`; `NAME#kernels` is
-where the time of the trainer's update goes.
+`python scripts/bench/report.py` fills in what stands between `<!-- bench: NAME -->` and `<!-- end -->`; `NAME#kernels`
+is where the time of the trainer's update goes.
 """
 
 from __future__ import annotations
