@@ -13,6 +13,7 @@ BENCH = Path(__file__).resolve().parents[1] / "scripts/bench"
 sys.path.insert(0, str(BENCH))
 
 import report  # noqa: E402
+import scaling  # noqa: E402
 import vs_trl  # noqa: E402
 import workloads  # noqa: E402
 
@@ -144,3 +145,17 @@ def test_kernels_are_summed_by_kind_and_the_rest_is_named() -> None:
     assert len(table["rows"]) == 1
     assert (shown["size"], shown["matrix products"], shown["attention"]) == ("1b", "50%", "20%")
     assert (shown["optimiser"], shown["the rest"]) == ("", "30%")
+
+
+def test_efficiency_is_tokens_a_second_of_each_gpu_against_the_fewest() -> None:
+    def of(gpus: int, seconds: float, tokens: int) -> dict[str, object]:
+        return {
+            "gpus": gpus,
+            "launch": "ddp",
+            "summary": vs_trl.summary([cycle(seconds, tokens, peak_memory_gib=1)], 0),
+        }
+
+    runs = [of(1, 2, 100), of(2, 2, 180), {"gpus": 4, "launch": "ddp", "summary": {}, "error": "exit code 2"}]
+    table = scaling.table(runs, "")
+    assert [row[table["columns"].index("efficiency")] for row in table["rows"][:2]] == ["100%", "90%"]
+    assert table["rows"][2][2] == "exit code 2" and len(table["rows"][2]) == len(table["columns"])

@@ -107,7 +107,7 @@ def recipe(task: Task, engines: int | None) -> dict[str, Any]:
             "steps": task.cycles,
             "updates_per_rollout": workload.updates,
             "learning_rate": LEARNING_RATE,
-            "tokens_per_micro_batch": 32768,
+            "tokens_per_micro_batch": 16384,
         },
         "eval": {"prompts": 0},
         "checkpoint": {"every": 0, "save_final": False},
@@ -154,7 +154,7 @@ def run_ours(task: Task, engines: int | None, overrides: list[str]) -> dict[str,
     settings = recipe(task, engines)
     file.write_text("# @package _global_\n" + yaml.safe_dump(settings))
     code = run([sys.executable, "-m", "sapo_rl", f"config={file}", *overrides], log, task.limit)
-    found = sorted((task.folder / "runs/bench").glob("*/metrics.jsonl"))
+    found = sorted((task.folder / "runs/bench").glob("*/metrics.jsonl"), key=os.path.getmtime)
     records = [json.loads(line) for line in found[-1].read_text().splitlines()] if found else []
     return {"settings": settings, "overrides": overrides, "cycles": our_cycles(records), **ended(code, log)}
 
@@ -247,15 +247,15 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def prepare(args: argparse.Namespace, folder: Path) -> Task:
-    """Make the model, where it is a random one, and the prompts."""
+def prepare(args: argparse.Namespace, folder: Path, copies: int = 1) -> Task:
+    """Make the model, where it is a random one, and prompts for `copies` times the workload's batch."""
     workload = WORKLOADS[args.workload]
     shape, model = args.shape or workload.shape, args.model.resolve()
     if shape:
         mean_length = min(MEAN_LENGTH, workload.max_completion_tokens / 4)
         model = make_model(SHAPES[shape], model, mean_length, folder / f"random-{shape}")
     cycles = args.warm_up + args.cycles
-    rows = chat_rows(workload.prompts * cycles)
+    rows = chat_rows(workload.prompts * cycles * copies)
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Task(workload, model, rows, cycles, folder, args.limit)
 

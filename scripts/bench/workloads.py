@@ -38,6 +38,7 @@ class Workload:
 WORKLOADS = {
     "a": Workload(128, 8, 512, 128, 4, (128, 64, 32, 16)),
     "b": Workload(32, 8, 2048, 128, 4, (16, 8, 4, 2), "0.5b"),
+    "7b": Workload(32, 8, 1024, 128, 4, (), "7b"),
     "tiny": Workload(4, 4, 16, 256, 2, (8,)),
 }
 
@@ -57,6 +58,7 @@ class Shape:
 SHAPES = {
     "0.5b": Shape(896, 4864, 24, 14, 2),
     "1.5b": Shape(1536, 8960, 28, 12, 2),
+    "7b": Shape(3584, 18944, 28, 28, 4),
     "tiny": Shape(64, 128, 2, 2, 1, 512),
 }
 
@@ -127,7 +129,8 @@ def make_model(shape: Shape, tokenizer_folder: Path, mean_length: float, out: Pa
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(0)
-    model: Any = Qwen2ForCausalLM(config).eval()
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model: Any = Qwen2ForCausalLM(config).eval()
     with torch.no_grad():
         rows = model.get_input_embeddings().weight
         rows[:, 0] = 1.0
@@ -142,6 +145,9 @@ def make_model(shape: Shape, tokenizer_folder: Path, mean_length: float, out: Pa
     )
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
+    del model, rows
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the programs to be measured need it
     return out
 
 
@@ -154,7 +160,7 @@ def eos_factor(model: Any, known: int, eos: int, probability: float) -> float:
 
     with torch.no_grad():
         tokens = torch.randint(known, (2, 256), generator=torch.Generator().manual_seed(1))
-        hidden = model.model(input_ids=tokens).last_hidden_state.flatten(0, 1)  # (512, hidden)
+        hidden = model.model(input_ids=tokens.to(model.device)).last_hidden_state.flatten(0, 1)  # (512, hidden)
         logits = model.lm_head(hidden).float()
         logits[:, eos] = float("-inf")
         others, constant = logits.logsumexp(-1), hidden[:, 0].float()
