@@ -34,6 +34,7 @@ def check(config: Config) -> None:
     _check_batch(config)
     _check_loss(config)
     _check_sources(config)
+    _check_lora(config)
     _check_model(config)
 
 
@@ -139,6 +140,16 @@ def _with_key(error: UserError, key: str) -> ConfigError:
     """Take the key off the front of the message, where it names one."""
     found = re.match(r"((?:data|reward)\.[\w.]+): (.*)", str(error), re.DOTALL)
     return ConfigError(found[1], found[2]) if found else ConfigError(key, str(error))
+
+
+def _check_lora(config: Config) -> None:
+    lora = config.model.lora
+    if lora.rank and not lora.target_modules:
+        raise ConfigError("model.lora.target_modules", "is empty; name linear modules, or all-linear for all of them")
+    if lora.rank and config.rollout.sleep == "2":
+        raise ConfigError(
+            "rollout.sleep", "2 discards weights that are not sent again with model.lora.rank above 0; set auto, 0 or 1"
+        )
 
 
 def _check_model(config: Config) -> None:

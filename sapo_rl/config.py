@@ -24,6 +24,19 @@ def number(default: Any, *, above: float | None = None, least: float | None = No
 
 
 @dataclass
+class LoraConfig:
+    """Adapters that are trained in place of the model's own weights; docs/lora.md."""
+
+    rank: int = number(0, least=0)
+    """Rank of the adapters; 0 trains the whole model. With adapters take about ten times the learning rate."""
+    alpha: float = number(32.0, above=0)
+    """What an adapter adds is multiplied by alpha / rank."""
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Names of the linear modules that get an adapter, e.g. `[q_proj, v_proj]`; `all-linear` stands for all but the
+    head."""
+
+
+@dataclass
 class ModelConfig:
     """The policy: which model, and in which precision it computes."""
 
@@ -32,9 +45,10 @@ class ModelConfig:
     revision: Optional[str] = None
     """Branch, tag or commit, where `path` is a name on the hub."""
     dtype: str = choice("bfloat16", "bfloat16", "float32")
-    """Precision of forward and backward passes and of vLLM. The master weights are always float32."""
+    """Precision of forward and backward passes and of vLLM. The weights that are trained are always float32."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave off unless you have read that code."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass
@@ -137,7 +151,7 @@ class RolloutConfig:
     """Share of the GPU's memory that all its engines together may take."""
     sleep: str = choice("auto", "auto", "0", "1", "2")
     """While the trainer works, vLLM keeps its memory (0), frees its cache and moves its weights to the host (1), or
-    frees both (2); `auto` takes 0 where an estimate says that all fits, else 2."""
+    frees both (2); `auto` takes 0 where an estimate says that all fits, else 2, with LoRA 1."""
     max_num_seqs: int = number(256, least=1)
     """Completions that each engine decodes at once."""
     cpu_kv_cache_gb: float = number(1.0, above=0)

@@ -77,12 +77,28 @@ def trainer_memory(config: Config, count: int, shape: dict[str, Any]) -> dict[st
     size = element_size(config)
     tokens = config.trainer.tokens_per_micro_batch
     per_token = 2 * width if config.trainer.gradient_checkpointing else 34 * width
+    lora = config.model.lora.rank
+    trained = adapter_parameters(config, shape) if lora else count
     return {
-        f"float32 weights, gradients, AdamW ({count / 1e6:.0f}M parameters)": 16 * count,
+        "frozen weights": size * count if lora else 0,
+        f"float32 weights, gradients, AdamW ({trained / 1e6:.3g}M parameters)": 16 * trained,
         f"activations ({tokens} tokens a micro-batch)": tokens * layers * per_token * size / 2,
         "logits (1024 tokens at a time, float32)": 3 * 4 * 1024 * shape.get("vocab_size", 0),
-        "reference model": size * count if config.loss.kl.coef else 0,
+        "reference model": size * count if config.loss.kl.coef and not lora else 0,
     }
+
+
+def adapter_parameters(config: Config, shape: dict[str, Any]) -> int:
+    """Return the parameters of the adapters: `rank` x (inputs + outputs) each, of modules as in Llama's layers."""
+    width, inner = shape.get("hidden_size", 0), shape.get("intermediate_size", 0)
+    heads = shape.get("num_attention_heads", 1)
+    head_size = shape.get("head_dim") or width // heads
+    queries, keys = heads * head_size, (shape.get("num_key_value_heads") or heads) * head_size
+    sizes = {"q_proj": width + queries, "k_proj": width + keys, "v_proj": width + keys, "o_proj": queries + width}
+    sizes |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), width + inner)
+    names = config.model.lora.target_modules
+    chosen = sum(size for name, size in sizes.items() if "all-linear" in names or name in names)
+    return config.model.lora.rank * chosen * shape.get("num_hidden_layers", 0)
 
 
 def count_parameters(folder: Path) -> int | None:

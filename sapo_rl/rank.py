@@ -24,15 +24,23 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
 from sapo_rl import compose, run_folder
-from sapo_rl.config import Config
+from sapo_rl.config import Config, ModelConfig
 from sapo_rl.data import PromptSampler, build_prompts, load_rows
 from sapo_rl.errors import UserError
 from sapo_rl.loop import Run, publish_weights, train
 from sapo_rl.policy import checkpoint
-from sapo_rl.policy.model import DTYPES, load_policy, load_tokenizer, stop_tokens
-from sapo_rl.policy.trainer import PolicyTrainer
+from sapo_rl.policy.model import DTYPES, Policy, load_policy, load_tokenizer, stop_tokens
+from sapo_rl.policy.trainer import PolicyTrainer, Reference
 from sapo_rl.rewards import RewardPool
-from sapo_rl.rollout.build import build_transport, close_all, device_of, engine_settings, model_facts, start_all
+from sapo_rl.rollout.build import (
+    ModelFacts,
+    build_transport,
+    close_all,
+    device_of,
+    engine_settings,
+    model_facts,
+    start_all,
+)
 from sapo_rl.rollout.local import LocalEngine
 from sapo_rl.rollout.stream import Rollouts
 from sapo_rl.telemetry import Telemetry, Timers
@@ -83,7 +91,7 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     )
     rewards = stack.enter_context(RewardPool(config.reward))
     resumed = checkpoint.latest(folder / run_folder.CHECKPOINTS) if config.resume else None
-    device, facts = device_of(accelerator.local_process_index), model_facts(config.model)
+    device, facts = device_of(accelerator.local_process_index), _facts(config.model)
     transport = build_transport(config, facts, device)
     stack.callback(transport.close)
     stops = stop_tokens(config.model, tokenizer)
@@ -93,9 +101,7 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     stack.callback(close_all, engines)  # before the transport: they may have its memory mapped
     engines[0].start()  # it starts while this process loads its own copy of the model
 
-    policy = load_policy(config.model, config.trainer.gradient_checkpointing)
-    reference = load_policy(config.model).to(DTYPES[config.model.dtype]) if config.loss.kl.coef else None
-    trainer = PolicyTrainer(policy, reference, config, accelerator)
+    trainer = PolicyTrainer(*_models(config), config, accelerator)
     step, state = checkpoint.load(resumed, trainer) if resumed else (0, {})
     telemetry = Telemetry(
         config,
@@ -135,6 +141,27 @@ def leave(accelerator: Accelerator) -> None:
         accelerator.wait_for_everyone()
         time.sleep(0.2)
     accelerator.end_training()
+
+
+def _facts(config: ModelConfig) -> ModelFacts:
+    """Read what is known of the model before it is loaded; refuse adapters for which it has no place."""
+    facts = model_facts(config)
+    if config.lora.rank:
+        from sapo_rl.policy.lora import check_targets  # peft takes a second to import
+
+        check_targets(config)
+    return facts
+
+
+def _models(config: Config) -> tuple[Policy, Reference | None]:
+    """Load the policy, and what a KL penalty keeps to: with adapters the policy without them."""
+    policy = load_policy(config.model, config.trainer.gradient_checkpointing)
+    if config.model.lora.rank:
+        from sapo_rl.policy.lora import LoraPolicy
+
+        adapted = LoraPolicy(policy, config.model.lora, config.seed, config.model.path)
+        return adapted, adapted.without_adapters if config.loss.kl.coef else None
+    return policy, load_policy(config.model).to(DTYPES[config.model.dtype]) if config.loss.kl.coef else None
 
 
 def _prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[Prompt], int]:

@@ -48,6 +48,7 @@ PACKAGES = (
     "hydra-core",
     "numpy",
     "omegaconf",
+    "peft",
     "safetensors",
     "sapo-train",
     "torch",

@@ -25,7 +25,7 @@ def save(folder: Path, step: int, trainer: PolicyTrainer, state: dict[str, Any],
     Args:
         folder: the run's folder of checkpoints.
         step: the last step that the checkpoint contains.
-        trainer: its weights (float32), optimiser and schedule are kept.
+        trainer: the weights that it trains (float32), optimiser and schedule are kept.
         state: what the loop wants back; JSON.
         keep_last: that many checkpoints stay, older ones go.
     """
@@ -37,7 +37,7 @@ def save(folder: Path, step: int, trainer: PolicyTrainer, state: dict[str, Any],
     accelerator.wait_for_everyone()
     torch.save(_random_state(), partial / f"random_{accelerator.process_index}.pt")
     if accelerator.is_main_process:
-        weights = {name: weight.contiguous() for name, weight in trainer.policy.named_weights()}
+        weights = {name: weight.contiguous() for name, weight in trainer.policy.trainable_weights()}
         save_file(weights, partial / "model.safetensors")
         torch.save(trainer.optimizer.state_dict(), partial / "optimizer.pt")
         record = {"step": step, "updates": trainer.updates, "schedule": trainer.schedule.state_dict(), "state": state}
@@ -78,7 +78,7 @@ def load(checkpoint: Path, trainer: PolicyTrainer) -> tuple[int, dict[str, Any]]
         optimizer = torch.load(checkpoint / "optimizer.pt", map_location=trainer.accelerator.device, weights_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"resume: checkpoint '{checkpoint}' cannot be read: {error}") from error
-    for name, parameter in trainer.policy.named_weights():
+    for name, parameter in trainer.policy.trainable_weights():
         if name not in weights or weights[name].shape != parameter.shape:
             raise UserError(f"resume: checkpoint '{checkpoint}' is of another model: weight '{name}' differs")
         parameter.copy_(weights[name])

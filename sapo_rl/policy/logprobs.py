@@ -46,20 +46,21 @@ class _HeadLogps(torch.autograd.Function):
         return logps, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logps: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_logps: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
         hidden, head, targets, normalisers = ctx.saved_tensors
         weight = head.to(hidden.dtype)
         at_logits = passes(hidden.device)[1]
         grad_logps = grad_logps.contiguous()
         grad_hidden = torch.empty_like(hidden)
-        grad_head = torch.zeros_like(head, dtype=torch.float32)
+        grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for span in _spans(len(hidden), head):
             grad_logits = at_logits(
                 hidden[span] @ weight.T, targets[span], normalisers[span], grad_logps[span], ctx.temperature
             )
             torch.mm(grad_logits, weight, out=grad_hidden[span])
-            add_product(grad_head, grad_logits.T, hidden[span])
-        return grad_hidden, grad_head.to(head.dtype), None, None
+            if grad_head is not None:
+                add_product(grad_head, grad_logits.T, hidden[span])
+        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None
 
 
 def passes(device: torch.device) -> tuple[Statistics, Gradient]:

@@ -57,15 +57,25 @@ class Policy(nn.Module):
         for name, parameter in self.model.named_parameters():
             yield name, parameter.detach()
 
+    def trainable_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each float32 weight that an update changes, under its name in the module, for checkpoints."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter.detach()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all weights and buffers of the model under their Hugging Face names."""
+        return self.model.state_dict()
+
     def export(self, folder: Path) -> None:
         """Write a Hugging Face model folder, weights in the compute dtype."""
-        weights = {name: tensor.to(self.dtype) for name, tensor in self.model.state_dict().items()}
+        weights = {name: tensor.to(self.dtype) for name, tensor in self.state().items()}
         self.model.config.dtype = self.dtype
         self.model.save_pretrained(folder, state_dict=weights)
 
 
 def load_policy(config: ModelConfig, gradient_checkpointing: bool = False) -> Policy:
-    """Load the model with float32 weights.
+    """Load the model with float32 weights, or those that adapters will leave frozen in the compute dtype.
 
     Raises:
         UserError: the model cannot be found or read, or has a head that the packed log-probabilities do not cover.
@@ -74,7 +84,7 @@ def load_policy(config: ModelConfig, gradient_checkpointing: bool = False) -> Po
         model = AutoModelForCausalLM.from_pretrained(
             config.path,
             revision=config.revision or "main",
-            dtype=torch.float32,
+            dtype=DTYPES[config.dtype] if config.lora.rank else torch.float32,
             attn_implementation=attention.NAME,
             trust_remote_code=config.trust_remote_code,
         )

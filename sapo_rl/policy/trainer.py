@@ -30,6 +30,9 @@ class _MicroBatch:
     ref_logps: Tensor | None = None
 
 
+Reference: TypeAlias = Callable[[PackedBatch, float], tuple[Tensor, Tensor]]
+"""The model that a KL penalty keeps to: batch and temperature to what `Policy.forward` returns."""
+
 Trace: TypeAlias = dict[str, Tensor]
 """What one micro-batch leaves for the step's metrics: (T,) tensors by name, on the device."""
 
@@ -37,7 +40,7 @@ Trace: TypeAlias = dict[str, Tensor]
 class PolicyTrainer:
     """Holds the policy, the optimiser and the schedule, on every rank."""
 
-    def __init__(self, policy: Policy, reference: Policy | None, config: Config, accelerator: Accelerator) -> None:
+    def __init__(self, policy: Policy, reference: Reference | None, config: Config, accelerator: Accelerator) -> None:
         settings = config.trainer
         self.config = config
         self.accelerator = accelerator
@@ -46,12 +49,14 @@ class PolicyTrainer:
         objective = asdict(config.loss)
         self._old_logps: str = objective.pop("old_logps")
         self._loss: Callable[[LossInputs], LossOutputs] = build_loss(**objective)
-        self._reference = reference.to(accelerator.device).eval() if reference is not None else None
+        second = [reference.to(accelerator.device).eval()] if isinstance(reference, Policy) else []
+        self._reference = reference
         if settings.compile and accelerator.device.type == "cuda" and policy.dtype == torch.bfloat16:
-            for model in filter(None, (policy, self._reference)):
+            for model in (policy, *second):
                 model.compile_layers()
-        matrices = [p for p in policy.parameters() if p.dim() >= 2]
-        vectors = [p for p in policy.parameters() if p.dim() < 2]  # norms and biases are not decayed
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        matrices = [p for p in trained if p.dim() >= 2]
+        vectors = [p for p in trained if p.dim() < 2]  # norms and biases are not decayed
         optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
             lr=settings.learning_rate,

@@ -125,7 +125,9 @@ def sleep_level(config: Config, facts: ModelFacts, device: Device) -> int:
         return int(rollout.sleep)
     trainer = sum(trainer_memory(config, facts.parameters, facts.shape).values())
     in_transit = facts.parameters * element_size(config)
-    return 0 if trainer + in_transit <= (USABLE - rollout.gpu_memory_utilization) * device.memory else 2
+    if trainer + in_transit <= (USABLE - rollout.gpu_memory_utilization) * device.memory:
+        return 0
+    return 1 if config.model.lora.rank else 2  # the weights without adapters are never sent: they must not be lost
 
 
 def build_transport(config: Config, facts: ModelFacts, device: Device) -> WeightTransport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from sapo_rl.rollout.lifeline import die_with_parent
 from sapo_rl.rollout.weights.ipc import open_layout
 
+# A push need not bring every weight; vLLM would warn of every layer that it leaves as it is, each time.
+logging.getLogger("vllm.model_executor.model_loader.reload").setLevel(logging.ERROR)
 # vLLM leaves its core process behind, with the GPU's memory, when the process that started it is killed.
 die_with_parent()
 
@@ -26,7 +29,8 @@ class WeightReceiver:
         """Replace the model's weights by those of the safetensors file `path`, named as in the model's own checkpoint.
 
         The loading is vLLM's checkpoint loading: the CPU build repacks weights after it, so that copying into the
-        parameters is not enough there.
+        parameters is not enough there. Layers of which the file has nothing stay as they are; a layer that fuses several
+        weights needs all of them.
         """
         self.model_runner.reload_weights(weights_iterator=_tensors(path, self.device), is_checkpoint_format=True)
         if self.device.type == "cpu":

@@ -1,0 +1,148 @@
+"""LoRA: low-rank adapters beside frozen linear layers; they alone are trained, kept in checkpoints and sent to vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from sapo_rl.config import LoraConfig, ModelConfig
+from sapo_rl.errors import UserError, did_you_mean
+from sapo_rl.policy.model import Policy
+from sapo_rl.policy.packing import PackedBatch
+
+ALL = "all-linear"
+ADAPTER = "default"
+
+
+class LoraPolicy(Policy):
+    """A policy whose adapters are float32 and trained, and whose model is frozen in the compute dtype.
+
+    Args:
+        policy: whose model is loaded in the compute dtype; adapters are put into it.
+        settings: of the adapters.
+        seed: of the adapters' first values, the same on all ranks.
+        base: name or path of the model, for those who load the adapters alone.
+    """
+
+    def __init__(self, policy: Policy, settings: LoraConfig, seed: int, base: str) -> None:
+        super().__init__(policy.model, policy.dtype)
+        self._description = peft.LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,  # type: ignore[arg-type]
+            target_modules=targets(policy.model, settings.target_modules),
+            base_model_name_or_path=base,
+            task_type="CAUSAL_LM",
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            peft.inject_adapter_in_model(self._description, self.model, ADAPTER)
+        for layer in self._adapted().values():
+            layer.cast_input_dtype_enabled = False  # autocast does it
+            layer.lora_A.float()
+            layer.lora_B.float()
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what differs from the model's own folder under Hugging Face names: adapted weights, adapters merged in.
+
+        The other weights beside an adapted one come with it: vLLM fuses some of them (query, key and value; gate and
+        up) and loads all parts of a fused weight or none.
+        """
+        layers = self._adapted()
+        blocks = {_parent(path) for path in layers}
+        for name, weight in self.model.named_parameters():
+            path, _, kind = _plain(name).rpartition(".")
+            if _is_adapter(name) or _parent(path) not in blocks:
+                continue
+            yield f"{path}.{kind}", merged(layers[path]) if path in layers and kind == "weight" else weight.detach()
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Policy.state`; adapters are merged in."""
+        whole = {_plain(name): tensor for name, tensor in self.model.state_dict().items() if not _is_adapter(name)}
+        return whole | {name: tensor.to(self.dtype) for name, tensor in self.named_weights()}
+
+    def export(self, folder: Path) -> None:
+        """Write the merged model as `Policy.export` does, and the adapters alone, as peft has them, into `adapter/`."""
+        super().export(folder)
+        alone = folder / "adapter"
+        self._description.save_pretrained(str(alone))
+        weights = {
+            "base_model.model." + name.replace(f".{ADAPTER}.", "."): weight.contiguous()
+            for name, weight in self.trainable_weights()
+        }
+        save_file(weights, alone / "adapter_model.safetensors")
+
+    def without_adapters(self, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        """Return what `forward` does before any training: the reference of the KL penalty, with no second model."""
+        layers = self._adapted().values()
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            return self(batch, temperature)
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+
+    def _adapted(self) -> dict[str, LoraLayer]:
+        return {path: module for path, module in self.model.named_modules() if isinstance(module, LoraLayer)}
+
+
+@torch.no_grad()
+def merged(layer: LoraLayer) -> Tensor:
+    """Return the weight of an adapted linear layer with its adapter merged in: (out, in) float32."""
+    base, down, up = layer.get_base_layer().weight, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    assert isinstance(base, Tensor) and isinstance(down, Tensor) and isinstance(up, Tensor)
+    return torch.addmm(base.float(), up, down, alpha=layer.scaling[ADAPTER])
+
+
+def targets(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
+    """Return the last parts of the names of the linear modules that `names` (`model.lora.target_modules`) stand for.
+
+    The head is none of them: its weight is used without the module around it, and is often the embedding's.
+
+    Raises:
+        UserError: a name stands for no module.
+    """
+    head = model.get_output_embeddings()
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    for name in names:
+        if name not in linear and (name != ALL or not linear):
+            known = did_you_mean(name, linear | {ALL})
+            raise UserError(f"model.lora.target_modules: the model has no linear module '{name}'; {known}")
+    return sorted(linear if ALL in names else set(names))
+
+
+def check_targets(config: ModelConfig) -> None:
+    """Look for the modules to adapt before the weights are loaded.
+
+    Raises:
+        UserError: as `targets` does.
+    """
+    options = {"revision": config.revision or "main", "trust_remote_code": config.trust_remote_code}
+    whole = AutoConfig.from_pretrained(config.path, **options)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(whole, trust_remote_code=config.trust_remote_code)
+    targets(model, config.lora.target_modules)
+
+
+def _is_adapter(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def _plain(name: str) -> str:
+    """The name that a weight has in the model without adapters."""
+    return name.replace(".base_layer.", ".")
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]

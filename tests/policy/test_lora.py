@@ -1,0 +1,222 @@
+"""Adapters: what they train, what goes to vLLM and to the disk, and that the model under them stays as it is."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from sapo_rl.checks import ConfigError, check
+from sapo_rl.config import (
+    Config,
+    DataConfig,
+    KLConfig,
+    LoraConfig,
+    LossConfig,
+    ModelConfig,
+    RewardConfig,
+    RewardFunctionConfig,
+    RolloutConfig,
+    TrainerConfig,
+)
+from sapo_rl.errors import UserError
+from sapo_rl.policy import checkpoint
+from sapo_rl.policy.lora import LoraPolicy, check_targets
+from sapo_rl.policy.model import Policy, load_policy
+from sapo_rl.policy.trainer import PolicyTrainer
+from sapo_rl.preview import adapter_parameters
+from sapo_rl.types import Group, Prompt, Sample
+
+SOME = ["q_proj", "up_proj"]
+
+
+@contextlib.contextmanager
+def no_timer(name: str) -> Iterator[None]:
+    yield
+
+
+def make_config(path: Path, lora: LoraConfig | None = None, **trainer: object) -> Config:
+    config = Config(
+        model=ModelConfig(path=str(path), dtype="float32", lora=lora or LoraConfig(rank=4)),
+        rollout=RolloutConfig(batch_size=16, group_size=4, max_completion_tokens=7),
+        trainer=TrainerConfig(**{"steps": 4, "learning_rate": 1e-2, "updates_per_rollout": 2, **trainer}),
+    )
+    config.reproducible = True
+    return config
+
+
+def make_policy(config: Config) -> LoraPolicy:
+    policy = load_policy(config.model, config.trainer.gradient_checkpointing)
+    return LoraPolicy(policy, config.model.lora, config.seed, config.model.path)
+
+
+def make_trainer(config: Config, policy: Policy | None = None) -> PolicyTrainer:
+    return PolicyTrainer(policy or make_policy(config), None, config, Accelerator(cpu=True))
+
+
+def make_groups(seed: int) -> list[Group]:
+    rng = random.Random(seed)
+
+    def tokens(most: int) -> list[int]:
+        return [rng.randrange(4, 300) for _ in range(rng.randint(1, most))]
+
+    return [
+        Group(Prompt(i, tokens(6), "", {}), [Sample(tokens(7), False, 0, advantage=rng.gauss(0, 1)) for _ in range(4)])
+        for i in range(4)
+    ]
+
+
+def trained(config: Config) -> LoraPolicy:
+    """A policy whose adapters have moved."""
+    policy = make_policy(config)
+    make_trainer(config, policy).train_on(make_groups(0), no_timer)
+    return policy
+
+
+@pytest.mark.parametrize("targets", [["all-linear"], SOME])
+def test_pushed_weights_are_the_merged_ones(tiny_model: Path, targets: list[str]) -> None:
+    policy = trained(make_config(tiny_model, LoraConfig(rank=4, alpha=6.0, target_modules=targets)))
+    pushed = {name: weight.clone() for name, weight in policy.named_weights()}
+    original = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).state_dict()
+    tuner = peft.PeftModel(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), policy._description)
+    tuner.load_state_dict({f"base_model.model.{n}": w for n, w in policy.model.state_dict().items()}, strict=True)
+    expected = tuner.merge_and_unload().state_dict()
+    for name, weight in expected.items():
+        torch.testing.assert_close((original | pushed)[name], weight, atol=1e-6, rtol=0)
+    changed = {name for name in expected if not torch.equal(expected[name], original[name])}
+    endings = {name.split(".")[-2] for name in changed}
+    # Whole attention and feed-forward blocks: vLLM holds query, key and value, gate and up in one tensor each.
+    linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert endings == (set(SOME) if targets == SOME else linear)
+    assert {name.split(".")[-2] for name in pushed} == linear and len(pushed) == 2 * 7
+
+
+def test_training_starts_at_the_whole_models_loss_and_moves_the_adapters_alone(tiny_model: Path) -> None:
+    config = make_config(tiny_model, updates_per_rollout=1)
+    policy = make_policy(config)
+    before = {name: weight.clone() for name, weight in policy.model.state_dict().items()}
+    found = make_trainer(config, policy).train_on(make_groups(1), no_timer)
+    whole = make_trainer(config, load_policy(dataclasses.replace(config.model, lora=LoraConfig())))
+    expected = whole.train_on(make_groups(1), no_timer)
+    for name in ("policy/loss", "policy/entropy"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-6)
+    assert 0 < found["policy/grad_norm"] < expected["policy/grad_norm"]
+    for name, weight in policy.model.state_dict().items():
+        assert torch.equal(weight, before[name]) == ("lora_B" not in name), name  # A has no gradient while B is zero
+    assert {weight.dtype for _, weight in policy.trainable_weights()} == {torch.float32}
+
+
+def test_frozen_weights_are_held_in_the_compute_dtype(tiny_model: Path) -> None:
+    config = make_config(tiny_model)
+    config.model.dtype = "bfloat16"
+    policy = trained(config)
+    dtypes = {name: weight.dtype for name, weight in policy.model.named_parameters()}
+    assert {dtype for name, dtype in dtypes.items() if "lora_" in name} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if "lora_" not in name} == {torch.bfloat16}
+
+
+def test_first_values_depend_on_the_seed_alone(tiny_model: Path) -> None:
+    """All ranks start alike, whatever their own generators, which are left as they were."""
+    config = make_config(tiny_model)
+    found = []
+    for state, seed in ((1, 0), (2, 0), (2, 1)):
+        torch.manual_seed(state)
+        config.seed = seed
+        found.append(torch.cat([weight.flatten() for _, weight in make_policy(config).trainable_weights()]))
+        drawn = torch.rand(1)
+        torch.manual_seed(state)
+        assert torch.equal(torch.rand(1), drawn)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_gradient_checkpointing_and_micro_batches_change_nothing(tiny_model: Path) -> None:
+    found = []
+    for changes in ({}, {"gradient_checkpointing": True}, {"tokens_per_micro_batch": 20}):
+        policy = trained(make_config(tiny_model, **changes))
+        found.append(torch.cat([weight.flatten() for _, weight in policy.trainable_weights()]))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=2e-5, rtol=0)
+
+
+def test_reference_is_the_model_without_adapters(tiny_model: Path) -> None:
+    config = make_config(tiny_model, mini_batches=1)
+    config.loss = LossConfig(kl=KLConfig(coef=0.5))
+    found = []
+    for second in (False, True):
+        policy = make_policy(config)
+        reference = load_policy(config.model) if second else policy.without_adapters
+        trainer = PolicyTrainer(policy, reference, config, Accelerator(cpu=True))
+        metrics = [trainer.train_on(make_groups(step), no_timer) for step in range(2)]
+        found.append((metrics, torch.cat([weight.flatten() for _, weight in policy.trainable_weights()])))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+    assert found[0][0][0]["policy/kl_ref"] > 0
+
+
+def test_checkpoint_holds_the_adapters_and_continues_to_the_last_bit(tiny_model: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_model)
+    whole = make_trainer(config)
+    expected = [whole.train_on(make_groups(step), no_timer) for step in range(3)][1:]
+    first = make_trainer(config)
+    first.train_on(make_groups(0), no_timer)
+    checkpoint.save(tmp_path, 1, first, {}, keep_last=1)
+    (file,) = tmp_path.glob("*/model.safetensors")
+    saved = load_file(file)
+    assert len(saved) == 2 * 7 * 2 and all("lora_" in name for name in saved)
+    second = make_trainer(config)
+    assert checkpoint.load(checkpoint.latest(tmp_path), second) == (1, {})
+    assert [second.train_on(make_groups(step), no_timer) for step in (1, 2)] == expected
+    other = make_trainer(make_config(tiny_model, LoraConfig(rank=8)))
+    with pytest.raises(UserError, match="another model"):
+        checkpoint.load(checkpoint.latest(tmp_path), other)
+
+
+def test_export_is_a_plain_model_with_the_adapters_beside(tiny_model: Path, tmp_path: Path) -> None:
+    policy = trained(make_config(tiny_model, LoraConfig(rank=4, target_modules=SOME)))
+    policy.export(tmp_path / "final")
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype=torch.float32)(ids).logits
+        plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+        start = plain(ids).logits
+        adapted = peft.PeftModel.from_pretrained(plain, str(tmp_path / "final/adapter"))(ids).logits
+    torch.testing.assert_close(merged, adapted, atol=1e-5, rtol=0)
+    assert (merged - start).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("wrong", ["q_prj", "lm_head", "embed_tokens", "self_attn"])
+def test_module_that_cannot_be_adapted_is_named_with_those_that_can(tiny_model: Path, wrong: str) -> None:
+    config = ModelConfig(path=str(tiny_model), lora=LoraConfig(rank=4, target_modules=["v_proj", wrong]))
+    with pytest.raises(UserError, match=rf"target_modules.*'{wrong}'.*valid: all-linear, down_proj, .*, v_proj$"):
+        check_targets(config)
+
+
+def test_settings_that_cannot_be_are_refused(tiny_model: Path) -> None:
+    config = make_config(tiny_model)
+    config.data = DataConfig(source="arithmetic", max_prompt_tokens=64)
+    config.reward = RewardConfig({"exact": RewardFunctionConfig("exact_match")})
+    check(config)
+    config.rollout.sleep = "2"
+    with pytest.raises(ConfigError, match=r"rollout\.sleep: 2 .*set auto, 0 or 1"):
+        check(config)
+    config.rollout.sleep = "auto"
+    config.model.lora.target_modules = []
+    with pytest.raises(ConfigError, match=r"model\.lora\.target_modules: is empty"):
+        check(config)
+
+
+@pytest.mark.parametrize("targets", [["all-linear"], SOME])
+def test_estimate_counts_the_adapters(tiny_model: Path, targets: list[str]) -> None:
+    config = make_config(tiny_model, LoraConfig(rank=3, target_modules=targets))
+    counted = sum(weight.numel() for _, weight in make_policy(config).trainable_weights())
+    assert adapter_parameters(config, json.loads((tiny_model / "config.json").read_text())) == counted
