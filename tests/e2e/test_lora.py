@@ -1,0 +1,159 @@
+"""Adapters in whole runs, and in vLLM: a tiny random model on the CPU, float32."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny import engine_settings
+from transformers import AutoModelForCausalLM
+
+from sapo_rl.config import LoraConfig, ModelConfig
+from sapo_rl.policy.lora import LoraPolicy
+from sapo_rl.policy.model import load_policy
+from sapo_rl.policy.packing import Item, pack
+from sapo_rl.rollout.engine import Request, Sampling
+from sapo_rl.rollout.local import LocalEngine
+from sapo_rl.rollout.stream import verify
+from sapo_rl.rollout.weights.file import FileTransport, weights_folder
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.e2e
+
+REWARDS = """
+def odd(completions, **columns):
+    return [sum(ord(c) % 2 for c in text) / max(1, len(text)) for text in completions]
+"""
+PARTS = ["q_proj", "up_proj"]
+"""Of the weights that vLLM fuses, one each: the others must reach it, too."""
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("workspace")
+    (folder / "my_rewards.py").write_text(REWARDS)
+    config = {
+        "model": {"path": str(tiny_model), "dtype": "float32", "lora": {"rank": 8, "target_modules": PARTS}},
+        "data": {"source": "arithmetic", "size": 100, "max_prompt_tokens": 64},
+        "rollout": {
+            "batch_size": 16,
+            "group_size": 4,
+            "max_completion_tokens": 8,
+            "max_num_seqs": 32,
+            "cpu_kv_cache_gb": 0.1,
+            "verify_every": 1,
+        },
+        "reward": {"functions": {"odd": {"function": "my_rewards.odd"}}},
+        "loss": {"kl": {"coef": 0.01}},
+        "trainer": {"steps": 3, "updates_per_rollout": 2, "mini_batches": 1, "learning_rate": 1e-2},
+        "eval": {"prompts": 0},
+        "checkpoint": {"every": 2},
+        "logging": {"console": "plain", "wandb": "off"},
+        "reproducible": True,
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def run(workspace: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "sapo_rl", *arguments],
+        cwd=workspace, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def newest(workspace: Path) -> Path:
+    return max(path for path in workspace.glob("runs/tiny/*") if path.is_dir() and not path.is_symlink())
+
+
+@pytest.fixture(scope="module")
+def whole(workspace: Path) -> Path:
+    run(workspace, "config=tiny.yaml")
+    return newest(workspace)
+
+
+def timeless(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    clocks = ("time", "perf/tokens_per_second")
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(clocks)} for line in lines]
+
+
+def test_vllm_runs_the_adapted_model_at_every_step(whole: Path) -> None:
+    probes = [record["mismatch/probe_logp_diff"] for record in timeless(whole) if "mismatch/probe_logp_diff" in record]
+    assert len(probes) == 4 and max(probes) < 1e-5
+    steps = [record for record in timeless(whole) if "policy/loss" in record]
+    assert len(steps) == 3 and steps[-1]["policy/kl_ref"] > 1e-4  # it has moved away from the model without adapters
+    saved = load_file(whole / "checkpoints/step_000003/model.safetensors")
+    assert saved and all("lora_" in name for name in saved)
+    assert "Failed to load weights" not in (whole / "logs/vllm_rank0.log").read_text()
+
+
+def test_final_model_is_the_trained_one_for_transformers_and_vllm(whole: Path, tiny_model: Path) -> None:
+    final = AutoModelForCausalLM.from_pretrained(whole / "final", dtype=torch.float32)
+    start = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).state_dict()
+    changed = {
+        name.split(".")[-2] for name, weight in final.state_dict().items() if not torch.equal(weight, start[name])
+    }
+    assert changed == set(PARTS)
+    ids = list(range(5, 25))
+    expected = final.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12)[0, len(ids) :].tolist()
+    engine = LocalEngine(engine_settings(whole / "final", whole / "logs" / "final.log"))
+    try:
+        engine.start()
+        engine.wait_ready()
+        ((found,),) = engine.generate([Request(ids, 1)], Sampling(0.0, 1.0, 0, 0.0, 1.0, 12, False))
+    finally:
+        engine.close()
+    assert found.token_ids == expected
+
+
+def test_two_steps_a_resume_and_one_more_equal_three_to_the_last_bit(workspace: Path, whole: Path) -> None:
+    run(workspace, "config=tiny.yaml", "trainer.steps=2")
+    folder = newest(workspace)
+    assert folder != whole
+    run(workspace, f"resume={folder.relative_to(workspace)}", "trainer.steps=3")
+    assert timeless(folder) == timeless(whole)
+    ours, theirs = (load_file(f / "checkpoints/step_000003/model.safetensors") for f in (folder, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_engine_that_dies_comes_back_with_the_weights_of_a_partial_push(tiny_model: Path, tmp_path: Path) -> None:
+    config = ModelConfig(path=str(tiny_model), dtype="float32", lora=LoraConfig(rank=8, target_modules=PARTS))
+    policy = LoraPolicy(load_policy(config), config.lora, 0, config.path)
+    transport = FileTransport(weights_folder(1 << 20), torch.float32)
+    engine = LocalEngine(engine_settings(tiny_model, tmp_path / "engine.log"))
+    ids = list(range(5, 45))
+    try:
+        engine.start()
+        engine.wait_ready()
+        for version in (1, 2):
+            with torch.no_grad():
+                for _, weight in policy.trainable_weights():
+                    weight.add_(0.05 * torch.randn_like(weight))
+            transport.push(policy.named_weights(), [engine], version)
+            expected = score(policy, ids)
+            assert verify(engine, ids, expected, "float32") < 1e-5
+        (child,) = [p for p in psutil.Process().children() if "sapo_rl.rollout.child" in p.cmdline()]
+        child.kill()
+        assert verify(engine, ids, expected, "float32") < 1e-5
+        assert engine.restarts == 1
+    finally:
+        engine.close()
+        transport.close()
+
+
+@torch.no_grad()
+def score(policy: LoraPolicy, ids: list[int]) -> list[float]:
+    (batch,) = pack([[Item(ids[:1], ids[1:], advantage=0.0, weight=0.0)]], len(ids))
+    return policy(batch, 1.0)[0].tolist()
