@@ -29,7 +29,7 @@ class WeightReceiver:
         """Replace the model's weights by those of the safetensors file `path`, named as in the model's own checkpoint.
 
         The loading is vLLM's checkpoint loading: the CPU build repacks weights after it, so that copying into the
-        parameters is not enough there. Layers of which the file has nothing stay as they are; a layer that fuses several
+        parameters is not enough there. Layers of which the file has nothing stay as they are; one that fuses several
         weights needs all of them.
         """
         self.model_runner.reload_weights(weights_iterator=_tensors(path, self.device), is_checkpoint_format=True)

@@ -142,7 +142,7 @@ def test_first_values_depend_on_the_seed_alone(tiny_model: Path) -> None:
 def test_gradient_checkpointing_and_micro_batches_change_nothing(tiny_model: Path) -> None:
     found = []
     for changes in ({}, {"gradient_checkpointing": True}, {"tokens_per_micro_batch": 20}):
-        policy = trained(make_config(tiny_model, **changes))
+        policy = trained(make_config(tiny_model, None, **changes))
         found.append(torch.cat([weight.flatten() for _, weight in policy.trainable_weights()]))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], atol=2e-5, rtol=0)

@@ -110,6 +110,14 @@ def test_engines_sleep_where_both_do_not_fit(
     assert sleep_level(config(sleep=chosen, mode=mode), facts(parameters), device) == expected
 
 
+def test_with_adapters_a_sleeping_engine_keeps_its_weights() -> None:
+    """What has no adapter is never sent: after level 2 it would be lost."""
+    made = config(sleep="auto")
+    made.model.lora.rank = 16
+    assert sleep_level(made, facts(7e9), H200) == 0  # 14 GB of frozen weights where training all takes 112
+    assert sleep_level(made, facts(60e9), H200) == 1
+
+
 def test_an_engine_cannot_sleep_and_write() -> None:
     with pytest.raises(UserError, match=r"rollout.sleep: 2.*rollout.mode=overlap"):
         sleep_level(config(sleep="2", mode="overlap"), SMALL, H200)

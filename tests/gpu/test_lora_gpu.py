@@ -1,0 +1,124 @@
+"""Adapters on a GPU: partial pushes through shared memory, sleep, restarts, and compiled layers."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny import engine_settings
+from torch._dynamo.utils import counters
+
+from sapo_rl.config import Config, KLConfig, LoraConfig, LossConfig, ModelConfig, RolloutConfig, TrainerConfig
+from sapo_rl.policy.lora import LoraPolicy
+from sapo_rl.policy.model import load_policy
+from sapo_rl.policy.packing import Item, pack
+from sapo_rl.policy.trainer import PolicyTrainer
+from sapo_rl.rollout.local import LocalEngine
+from sapo_rl.rollout.stream import verify
+from sapo_rl.rollout.weights.ipc import IpcTransport
+from sapo_rl.types import Group, Prompt, Sample
+
+pytestmark = pytest.mark.gpu
+
+IDS = [4 + i % 200 for i in range(200)]
+
+
+def make_config(path: Path) -> Config:
+    return Config(
+        ModelConfig(path=str(path), lora=LoraConfig(rank=8, target_modules=["q_proj", "up_proj"])),
+        rollout=RolloutConfig(max_completion_tokens=90),
+        trainer=TrainerConfig(learning_rate=1e-3, tokens_per_micro_batch=1500),
+        loss=LossConfig(kl=KLConfig(coef=0.01)),
+    )
+
+
+def make_trainer(path: Path) -> PolicyTrainer:
+    config = make_config(path)
+    policy = LoraPolicy(load_policy(config.model), config.model.lora, 0, config.model.path)
+    return PolicyTrainer(policy, policy.without_adapters, config, Accelerator())
+
+
+def make_groups(seed: int) -> list[Group]:
+    rng = random.Random(seed)
+
+    def tokens(most: int) -> list[int]:
+        return [rng.randrange(4, 300) for _ in range(rng.randint(2, most))]
+
+    return [
+        Group(
+            Prompt(i, tokens(60), "", {}), [Sample(tokens(90), False, 0, advantage=rng.gauss(0, 1)) for _ in range(8)]
+        )
+        for i in range(12 + seed)
+    ]
+
+
+@contextlib.contextmanager
+def no_timer(name: str) -> Iterator[None]:
+    yield
+
+
+@torch.no_grad()
+def score(policy: LoraPolicy) -> list[float]:
+    (batch,) = pack([[Item(IDS[:1], IDS[1:], advantage=0.0, weight=0.0)]], len(IDS))
+    return policy(batch.to(torch.device("cuda")), 1.0)[0].tolist()
+
+
+def test_partial_pushes_survive_sleep_and_restart(tiny_model: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_model)
+    policy = LoraPolicy(load_policy(config.model), config.model.lora, 0, config.model.path).cuda()
+    assert isinstance(policy, LoraPolicy)
+    gpu = {"device": "cuda:0", "dtype": "bfloat16", "kv_cache_bytes": 256 << 20, "sleep_level": 1}
+    engine, transport = (
+        LocalEngine(engine_settings(tiny_model, tmp_path / "0.log", **gpu)),
+        IpcTransport(torch.bfloat16),
+    )
+    try:
+        engine.start()
+        engine.wait_ready()
+        for version in (1, 2):
+            with torch.no_grad():
+                for _, weight in policy.trainable_weights():
+                    weight.add_(0.05 * torch.randn_like(weight))
+            transport.push(policy.named_weights(), [engine], version)
+            assert verify(engine, IDS, score(policy), "bfloat16") < 0.05
+            engine.sleep()
+        assert verify(engine, IDS, score(policy), "bfloat16") < 0.05  # wakes up by itself
+        (child,) = [p for p in psutil.Process().children() if "sapo_rl.rollout.child" in p.cmdline()]
+        child.kill()
+        assert verify(engine, IDS, score(policy), "bfloat16") < 0.05
+        assert engine.restarts == 1
+    finally:
+        engine.close()
+        transport.close()
+
+
+def test_layers_with_adapters_compile_whole_and_once(tiny_model: Path) -> None:
+    """With the adapters on and, for the reference, off."""
+    torch._dynamo.reset()
+    counters.clear()
+    trainer, graphs = make_trainer(tiny_model), []
+    for step in range(5):
+        trainer.train_on(make_groups(step), no_timer)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and graphs[-1] == graphs[1]
+    assert not counters["graph_break"]
+
+
+def test_updates_do_not_wait_for_the_device(tiny_model: Path) -> None:
+    trainer = make_trainer(tiny_model)
+    for _ in range(2):
+        trainer.train_on(make_groups(0), no_timer)
+    part = trainer._micro_batches(make_groups(0))
+    trainer._remember_logps([part])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer._update(part, [])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
