@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -115,9 +116,7 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     if dropped:
         limit = config.data.max_prompt_tokens
         telemetry.warn(f"{dropped} prompts longer than data.max_prompt_tokens = {limit} are left out")
-    # With overlap the rollouts' thread would wait for the trainer's kernels.
-    exact = accelerator.device.type == "cuda" and config.rollout.mode == "sync"
-    timers = Timers(torch.cuda.synchronize if exact else None)
+    timers = Timers(partial(torch.cuda.Event, enable_timing=True) if accelerator.device.type == "cuda" else None)
     rollouts = Rollouts(engines, config.rollout, tokenizer, config.seed, config.reproducible)
     run = Run(
         config, folder, prompts, held_out, sampler, engines, rollouts, rewards, trainer, transport, telemetry, timers

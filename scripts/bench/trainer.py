@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -201,7 +202,7 @@ def measure(size: str, name: str, scale: int) -> dict[str, Any]:
     tokens = sum(len(g.prompt.token_ids) + sum(len(s.token_ids) - 1 for s in g.samples) for g in groups)
     with variant.change(policy):
         trainer = PolicyTrainer(policy, None, config, Accelerator(cpu=not CUDA))
-        timers = Timers(synchronize)
+        timers = Timers(partial(torch.cuda.Event, enable_timing=True) if CUDA else None)
         steps, graphs = [], []
         for step in range(5):
             if step == 2 and CUDA:

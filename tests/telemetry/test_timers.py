@@ -51,9 +51,33 @@ def test_a_phase_that_raises_is_counted() -> None:
     assert "time/reward" in timers.take()
 
 
-def test_the_device_is_waited_for_at_both_ends() -> None:
-    calls: list[str] = []
-    timers = Timers(lambda: calls.append("wait"))
-    with timers("update"):
-        calls.append("body")
-    assert calls == ["wait", "body", "wait"]
+class Mark:
+    """A mark in the queue of a device that does nothing until it is waited for."""
+
+    queued = 0.0
+    waited = 0
+
+    def __init__(self) -> None:
+        self.position: float | None = None
+
+    def record(self) -> None:
+        self.position = Mark.queued
+
+    def synchronize(self) -> None:
+        Mark.waited += 1
+
+    def elapsed_time(self, end_event: Mark) -> float:
+        assert Mark.waited and self.position is not None and end_event.position is not None
+        return end_event.position - self.position
+
+
+def test_work_that_a_device_has_only_queued_counts_for_the_phase_that_queued_it() -> None:
+    timers = Timers(Mark)
+    for phase, milliseconds in (("old_logps", 1000.0), ("update", 5000.0), ("reward", 7000.0), ("update", 2000.0)):
+        with timers(phase):
+            Mark.queued += milliseconds
+    assert Mark.waited == 0  # nothing waits within a step
+    taken = timers.take()
+    assert (taken["time/old_logps"], taken["time/update"]) == (1.0, 7.0)
+    assert taken["time/reward"] < 1  # by the host's clock
+    assert list(timers.take()) == ["time/step"]
