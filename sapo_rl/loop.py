@@ -257,15 +257,17 @@ def finish(run: Run) -> None:
     complete = run.step == run.config.trainer.steps
     if run.config.checkpoint.every and run.step % run.config.checkpoint.every:
         save(run)
-    if complete and run.config.checkpoint.save_final and run.trainer.accelerator.is_main_process:
-        export(run.trainer.policy, run.rollouts.tokenizer, run.folder / run_folder.FINAL)
+    if complete and run.config.checkpoint.save_final:
+        is_main = run.trainer.accelerator.is_main_process
+        export(run.trainer.policy, run.rollouts.tokenizer, run.folder / run_folder.FINAL, is_main)
     run.telemetry.finish(complete=complete, before=run.before)
 
 
-def export(policy: Policy, tokenizer: Any, folder: Path) -> None:
+def export(policy: Policy, tokenizer: Any, folder: Path, is_main: bool) -> None:
     """Write the model as a Hugging Face folder, whole or not at all; one from before a resume is replaced."""
     partial = folder.with_name(f".{folder.name}.partial")
-    policy.export(partial)
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    policy.export(partial, is_main)
+    if is_main:
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)

@@ -1,4 +1,9 @@
-"""Checkpoints from which a run continues exactly: written whole or not at all."""
+"""Checkpoints from which a run continues exactly: written whole or not at all.
+
+`trainer_<rank>.safetensors` hold `weight/<name>` (float32) and AdamW's `exp_avg/<name>`, `exp_avg_sq/<name>` and
+`step/<name>`. The ranks divide the names among themselves and write at the same time, but each tensor is whole: another
+number of ranks, or another way of sharding, can read it. No rank has more than one whole tensor in memory at a time.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +11,17 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from sapo_rl.errors import UserError
+from sapo_rl.policy.tensor_file import write_tensors
 from sapo_rl.policy.trainer import PolicyTrainer
 
 PATTERN = "step_{:06d}"
@@ -36,10 +44,8 @@ def save(folder: Path, step: int, trainer: PolicyTrainer, state: dict[str, Any],
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
     torch.save(_random_state(), partial / f"random_{accelerator.process_index}.pt")
+    write_tensors(partial / f"trainer_{accelerator.process_index:05d}.safetensors", _own_tensors(trainer))
     if accelerator.is_main_process:
-        weights = {name: weight.contiguous() for name, weight in trainer.policy.trainable_weights()}
-        save_file(weights, partial / "model.safetensors")
-        torch.save(trainer.optimizer.state_dict(), partial / "optimizer.pt")
         record = {"step": step, "updates": trainer.updates, "schedule": trainer.schedule.state_dict(), "state": state}
         (partial / "state.json").write_text(json.dumps(record, indent=1, default=float))
     accelerator.wait_for_everyone()
@@ -49,6 +55,18 @@ def save(folder: Path, step: int, trainer: PolicyTrainer, state: dict[str, Any],
         partial.rename(final)
         for old in sorted(folder.glob("step_*"))[:-keep_last]:
             shutil.rmtree(old)
+
+
+def _own_tensors(trainer: PolicyTrainer) -> Iterator[tuple[str, Tensor]]:
+    """Go through the whole state with the other ranks, which gathers it, and yield what this rank is to write."""
+    accelerator = trainer.accelerator
+    sizes = [0] * accelerator.num_processes
+    for name, parameter in trainer.policy.trainable_weights():
+        state = trainer.parallel.state_of(parameter)
+        owner = sizes.index(min(sizes))
+        sizes[owner] += state["weight"].numel()
+        if owner == accelerator.process_index:
+            yield from ((f"{kind}/{name}", value) for kind, value in state.items())
 
 
 def latest(folder: Path) -> Path:
@@ -74,21 +92,34 @@ def load(checkpoint: Path, trainer: PolicyTrainer) -> tuple[int, dict[str, Any]]
     """
     try:
         record = json.loads((checkpoint / "state.json").read_text())
-        weights = load_file(checkpoint / "model.safetensors")
-        optimizer = torch.load(checkpoint / "optimizer.pt", map_location=trainer.accelerator.device, weights_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        found = _open_tensors(checkpoint)
+        for name, parameter in trainer.policy.trainable_weights():
+            kinds = found.get(name, {})
+            state = {kind: file.get_tensor(f"{kind}/{name}") for kind, file in kinds.items()}
+            if "weight" not in state or state["weight"].shape != trainer.parallel.shape_of(parameter):
+                raise UserError(f"resume: checkpoint '{checkpoint}' is of another model: weight '{name}' differs")
+            trainer.parallel.restore(parameter, state)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"resume: checkpoint '{checkpoint}' cannot be read: {error}") from error
-    for name, parameter in trainer.policy.trainable_weights():
-        if name not in weights or weights[name].shape != parameter.shape:
-            raise UserError(f"resume: checkpoint '{checkpoint}' is of another model: weight '{name}' differs")
-        parameter.copy_(weights[name])
-    trainer.optimizer.load_state_dict(optimizer)
     trainer.schedule.load_state_dict(record["schedule"])
+    for group, rate in zip(trainer.parallel.optimizer.param_groups, trainer.schedule.get_last_lr(), strict=True):
+        group["lr"] = rate
     trainer.updates = record["updates"]
     own = checkpoint / f"random_{trainer.accelerator.process_index}.pt"
     if own.is_file():  # a rank that did not exist then keeps its fresh seed
         _restore_random_state(torch.load(own, weights_only=True))
     return record["step"], record["state"]
+
+
+def _open_tensors(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Return by weight name, then by kind, the file that a tensor is in."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(checkpoint.glob("trainer_*.safetensors")):
+        file = safe_open(path, framework="pt")
+        for key in file.keys():  # noqa: SIM118 (no mapping)
+            kind, name = key.split("/", 1)
+            found.setdefault(name, {})[kind] = file
+    return found
 
 
 def _random_state() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sapo_rl.config import LoraConfig, ModelConfig
 from sapo_rl.errors import UserError, did_you_mean
-from sapo_rl.policy.model import Policy
+from sapo_rl.policy.model import Policy, reshard
 from sapo_rl.policy.packing import PackedBatch
 
 ALL = "all-linear"
@@ -54,29 +54,34 @@ class LoraPolicy(Policy):
         The other weights beside an adapted one come with it: vLLM fuses some of them (query, key and value; gate and
         up) and loads all parts of a fused weight or none.
         """
+        reshard(self)
         layers = self._adapted()
         blocks = {_parent(path) for path in layers}
         for name, weight in self.model.named_parameters():
             path, _, kind = _plain(name).rpartition(".")
             if _is_adapter(name) or _parent(path) not in blocks:
                 continue
-            yield f"{path}.{kind}", merged(layers[path]) if path in layers and kind == "weight" else weight.detach()
+            if path in layers and kind == "weight":
+                yield f"{path}.{kind}", self._merged(layers[path])
+            else:
+                yield f"{path}.{kind}", self.gather(weight, weight.dtype)
 
-    def state(self) -> dict[str, Tensor]:
-        """See `Policy.state`; adapters are merged in."""
-        whole = {_plain(name): tensor for name, tensor in self.model.state_dict().items() if not _is_adapter(name)}
-        return whole | {name: tensor.to(self.dtype) for name, tensor in self.named_weights()}
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Policy.state`; what has adapters comes first without, then with them merged in."""
+        yield from ((_plain(name), tensor) for name, tensor in super().state() if not _is_adapter(name))
+        yield from self.named_weights()
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, is_main: bool = True) -> None:
         """Write the merged model as `Policy.export` does, and the adapters alone, as peft has them, into `adapter/`."""
-        super().export(folder)
-        alone = folder / "adapter"
-        self._description.save_pretrained(str(alone))
+        super().export(folder, is_main)
         weights = {
-            "base_model.model." + name.replace(f".{ADAPTER}.", "."): weight.contiguous()
+            "base_model.model." + name.replace(f".{ADAPTER}.", "."): self.gather(weight, weight.dtype).contiguous()
             for name, weight in self.trainable_weights()
         }
-        save_file(weights, alone / "adapter_model.safetensors")
+        if is_main:
+            alone = folder / "adapter"
+            self._description.save_pretrained(str(alone))
+            save_file(weights, alone / "adapter_model.safetensors")
 
     def without_adapters(self, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
         """Return what `forward` does before any training: the reference of the KL penalty, with no second model."""
@@ -89,16 +94,15 @@ class LoraPolicy(Policy):
             for layer in layers:
                 layer.enable_adapters(True)
 
+    @torch.no_grad()
+    def _merged(self, layer: LoraLayer) -> Tensor:
+        """The weight of an adapted linear layer with its adapter merged in: (out, in) float32."""
+        weights = layer.get_base_layer().weight, layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight
+        base, up, down = (self.gather(weight, weight.dtype) for weight in weights if isinstance(weight, Tensor))
+        return torch.addmm(base.float(), up, down, alpha=layer.scaling[ADAPTER])
+
     def _adapted(self) -> dict[str, LoraLayer]:
         return {path: module for path, module in self.model.named_modules() if isinstance(module, LoraLayer)}
-
-
-@torch.no_grad()
-def merged(layer: LoraLayer) -> Tensor:
-    """Return the weight of an adapted linear layer with its adapter merged in: (out, in) float32."""
-    base, down, up = layer.get_base_layer().weight, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    assert isinstance(base, Tensor) and isinstance(down, Tensor) and isinstance(up, Tensor)
-    return torch.addmm(base.float(), up, down, alpha=layer.scaling[ADAPTER])
 
 
 def targets(model: PreTrainedModel, names: Sequence[str]) -> list[str]:

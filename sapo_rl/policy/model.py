@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.fx.experimental import _config as symbolic
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -29,6 +31,8 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.dtype = dtype
+        self.gather: Callable[[Tensor, torch.dtype], Tensor] = whole
+        """From a rank's shard of a weight to the whole; in the dtype asked for, where it is sharded."""
 
     def forward(self, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
         """Return (T,) float32 log-probabilities of the completion tokens at `temperature`, and their (T,) entropies."""
@@ -48,30 +52,63 @@ class Policy(nn.Module):
     def compile_layers(self) -> None:
         """Compile each decoder layer in place; sizes stay symbolic, so that batches of all lengths share one graph."""
         symbolic.use_duck_shape = False  # two sizes that are equal in the first batch are still two
-        for module in self.model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.compile(dynamic=True)
+        for layer in self.layers():
+            layer.compile(dynamic=True)
+
+    def layers(self) -> list[nn.Module]:
+        """Return the decoder layers, which are compiled, sharded and recomputed one by one."""
+        return [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield each weight once under its Hugging Face name; a tied head is its embedding's."""
-        for name, parameter in self.model.named_parameters():
-            yield name, parameter.detach()
+        """Yield each weight once under its Hugging Face name; a tied head is its embedding's.
 
-    def trainable_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield each float32 weight that an update changes, under its name in the module, for checkpoints."""
+        Sharded weights are gathered one by one, in the compute dtype: every rank must go through all of them.
+        """
+        reshard(self)
+        for name, parameter in self.model.named_parameters():
+            yield name, self.gather(parameter, self.dtype)
+
+    def trainable_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield each float32 weight that an update changes, a shard of it where it is sharded, for checkpoints."""
+        reshard(self)
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                yield name, parameter.detach()
+                yield name, parameter
 
-    def state(self) -> dict[str, Tensor]:
-        """Return all weights and buffers of the model under their Hugging Face names."""
-        return self.model.state_dict()
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield all weights and buffers of the model, as `named_weights` does."""
+        reshard(self)
+        seen: set[int] = set()
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield name, self.gather(tensor, self.dtype)
 
-    def export(self, folder: Path) -> None:
-        """Write a Hugging Face model folder, weights in the compute dtype."""
-        weights = {name: tensor.to(self.dtype) for name, tensor in self.state().items()}
-        self.model.config.dtype = self.dtype
-        self.model.save_pretrained(folder, state_dict=weights)
+    def export(self, folder: Path, is_main: bool = True) -> None:
+        """Write a Hugging Face model folder, weights in the compute dtype; every rank calls it, `is_main` on one."""
+        weights: dict[str, Tensor] = {}
+        for name, tensor in self.state():
+            if is_main:
+                weights[name] = tensor.to("cpu", self.dtype)
+        if is_main:
+            self.model.config.dtype = self.dtype
+            self.model.save_pretrained(folder, state_dict=weights)
+
+
+def whole(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a tensor as it is, or gathered from all ranks, in `dtype`, where it is sharded; then all must call it."""
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor
+    found: Any = tensor.to(dtype or tensor.dtype)
+    return found.full_tensor()
+
+
+def reshard(policy: Policy) -> None:
+    """Put the shards back that a forward pass without a backward has left gathered."""
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def load_policy(config: ModelConfig, gradient_checkpointing: bool = False) -> Policy:

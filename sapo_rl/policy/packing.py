@@ -88,11 +88,24 @@ def pack(groups: Iterable[Sequence[Item]], budget: int) -> list[PackedBatch]:
     return [_lay_out(batch) for batch in _fill(units, high)]
 
 
+def spread(costs: Sequence[int], ranks: int) -> tuple[list[int], list[int]]:
+    """Spread units over ranks, the costliest first and each to the rank with the least so far.
+
+    Returns:
+        The rank of each unit, and the sum of costs on each rank.
+    """
+    owners, loads = [0] * len(costs), [0] * ranks
+    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[index] = min(range(ranks), key=loads.__getitem__)
+        loads[owners[index]] += costs[index]
+    return owners, loads
+
+
 def _fill(units: Sequence[list[Item]], capacity: int) -> list[list[list[Item]]]:
     batches: list[list[list[Item]]] = []
     room = 0
     for unit in units:
-        cost = _cost(unit)
+        cost = stream_tokens(unit)
         if not batches or cost > room:
             batches.append([])
             room = capacity
@@ -109,14 +122,15 @@ def empty_batch() -> PackedBatch:
     return _lay_out([[Item([0, 0], [0, 0, 0], advantage=0.0, weight=0.0, rollout_logps=[0.0, 0.0, 0.0])]])
 
 
-def _cost(unit: Sequence[Item]) -> int:
+def stream_tokens(unit: Sequence[Item]) -> int:
+    """Return how many tokens the samples of one prompt take in a stream."""
     return len(unit[0].prompt) + sum(len(item.completion) - 1 for item in unit)
 
 
 def _cut(group: list[Item], budget: int) -> list[list[Item]]:
     parts: list[list[Item]] = []
     for item in group:
-        if parts and _cost([*parts[-1], item]) <= budget:
+        if parts and stream_tokens([*parts[-1], item]) <= budget:
             parts[-1].append(item)
         else:
             parts.append([item])

@@ -15,7 +15,8 @@ from transformers import get_scheduler
 from sapo_rl.config import Config
 from sapo_rl.losses import LossInputs, LossOutputs, build_loss, policy_metrics, token_weights
 from sapo_rl.policy.model import Policy
-from sapo_rl.policy.packing import Item, PackedBatch, empty_batch, pack
+from sapo_rl.policy.packing import Item, PackedBatch, empty_batch, pack, spread, stream_tokens
+from sapo_rl.policy.parallel import parallel
 from sapo_rl.types import Group
 
 
@@ -49,26 +50,16 @@ class PolicyTrainer:
         objective = asdict(config.loss)
         self._old_logps: str = objective.pop("old_logps")
         self._loss: Callable[[LossInputs], LossOutputs] = build_loss(**objective)
-        second = [reference.to(accelerator.device).eval()] if isinstance(reference, Policy) else []
-        self._reference = reference
+        second = [reference] if isinstance(reference, Policy) else []
         if settings.compile and accelerator.device.type == "cuda" and policy.dtype == torch.bfloat16:
             for model in (policy, *second):
-                model.compile_layers()
-        trained = [p for p in policy.parameters() if p.requires_grad]
-        matrices = [p for p in trained if p.dim() >= 2]
-        vectors = [p for p in trained if p.dim() < 2]  # norms and biases are not decayed
-        optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-            lr=settings.learning_rate,
-            betas=(settings.betas[0], settings.betas[1]),
-            eps=settings.adam_eps,
-            fused=not config.reproducible,
-        )
-        self._module, self.optimizer = accelerator.prepare(policy, optimizer)
-        # Not prepared: Accelerate would step it once a rank.
+                model.compile_layers()  # before sharding, whose hooks stay outside the compiled code
+        self.parallel = parallel(policy, settings, accelerator, fused=not config.reproducible)
+        self._module = self.parallel.module
+        self._reference = self.parallel.reference(reference).eval() if isinstance(reference, Policy) else reference
         self.schedule = get_scheduler(
             "constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
-            self.optimizer,
+            self.parallel.optimizer,
             num_warmup_steps=settings.warmup_updates,
             num_training_steps=settings.steps * settings.updates_per_rollout,
         )
@@ -81,12 +72,14 @@ class PolicyTrainer:
             timer: context manager by phase name (`old_logps`, `update`).
 
         Returns:
-            The step's `policy/*` and `mismatch/*` metrics, equal on all ranks.
+            The step's `policy/*` and `mismatch/*` metrics, equal on all ranks; with several of them also
+            `perf/rank_imbalance`, the tokens of the busiest rank over the mean.
         """
         settings = self.config.trainer
         num_parts = settings.mini_batches or settings.updates_per_rollout
         size = len(groups) // num_parts
-        parts = [self._micro_batches(groups[i * size : (i + 1) * size]) for i in range(num_parts)]
+        shares = [self._share(groups[i * size : (i + 1) * size]) for i in range(num_parts)]
+        parts = [self._micro_batches(items) for items, _ in shares]
         with timer("old_logps"):
             self._remember_logps(parts)
         traces: list[Trace] = []
@@ -97,7 +90,8 @@ class PolicyTrainer:
                 loss, norm = self._update(parts[update % num_parts], traces)
                 losses.append(loss)
                 norms.append(norm)
-            return self._metrics(traces, losses, norms)
+            metrics = self._metrics(traces, losses, norms)
+        return metrics | self._imbalance([loads for _, loads in shares])
 
     @torch.no_grad()
     def score(self, token_ids: Sequence[int]) -> list[float]:
@@ -115,8 +109,11 @@ class PolicyTrainer:
         torch.cuda.reset_peak_memory_stats(self.accelerator.device)
         return peak / 2**30
 
-    def _micro_batches(self, groups: Sequence[Group]) -> list[_MicroBatch]:
-        """Pack one mini-batch; as many micro-batches on every rank, so that no collective is missed."""
+    def _share(self, groups: Sequence[Group]) -> tuple[list[list[Item]], list[int]]:
+        """Return this rank's share of one mini-batch, and how many tokens each rank has in its own.
+
+        Groups change ranks: what is left of a rank's own, after those that teach nothing, may be much or little.
+        """
         lengths = [len(sample.token_ids) for group in groups for sample in group.samples]
         counts = torch.tensor([len(lengths), sum(lengths)], dtype=torch.float64)
         num_sequences, num_tokens = (int(x) for x in self._sum(counts).tolist())
@@ -132,10 +129,24 @@ class PolicyTrainer:
         items = [[_item(group, i, next(weights)) for i in range(len(group.samples))] for group in groups]
         if self.config.advantage.skip_zero_spread and self._reference is None:
             items = [group for group in items if any(item.advantage for item in group)]
+        everyone: list[list[Item]] = gather_object(items)
+        owners, loads = spread([stream_tokens(group) for group in everyone], self.accelerator.num_processes)
+        rank = self.accelerator.process_index
+        return [group for group, owner in zip(everyone, owners, strict=True) if owner == rank], loads
+
+    def _micro_batches(self, items: Sequence[Sequence[Item]]) -> list[_MicroBatch]:
+        """Pack this rank's share; as many micro-batches on every rank, so that no collective is missed."""
         batches = pack(items, self.config.trainer.tokens_per_micro_batch)
         missing = max(1, self._max(len(batches))) - len(batches)
         micros = [_MicroBatch(batch.to(self.accelerator.device), filler=False) for batch in batches]
         return micros + [_MicroBatch(empty_batch().to(self.accelerator.device), filler=True) for _ in range(missing)]
+
+    def _imbalance(self, loads: Sequence[Sequence[int]]) -> dict[str, float]:
+        """Return the busiest rank's tokens over the mean, summed over the mini-batches (each waits for its busiest)."""
+        total = sum(map(sum, loads))
+        if self.accelerator.num_processes == 1 or not total:
+            return {}
+        return {"perf/rank_imbalance": sum(map(max, loads)) * self.accelerator.num_processes / total}
 
     @torch.no_grad()
     def _remember_logps(self, parts: Sequence[Sequence[_MicroBatch]]) -> None:
@@ -153,18 +164,12 @@ class PolicyTrainer:
     def _update(self, part: Sequence[_MicroBatch], traces: list[Trace]) -> tuple[Tensor, Tensor]:
         """Accumulate the gradient of one mini-batch and step; returns loss (all ranks) and gradient norm, 0-d."""
         total = torch.zeros((), device=self.accelerator.device)
-        for number, micro in enumerate(part):
-            if number < len(part) - 1:
-                with self.accelerator.no_sync(self._module):
-                    total += self._backward(micro, traces)
-            else:
+        for number, micro in enumerate(part, start=1):
+            with self.parallel.micro_batch(last=number == len(part)):
                 total += self._backward(micro, traces)
-        norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.trainer.max_grad_norm)
-        self.optimizer.step()
+        norm = self.parallel.step()
         self.schedule.step()
-        self.optimizer.zero_grad()
         self.updates += 1
-        assert isinstance(norm, Tensor)
         return self._sum(total), norm
 
     def _backward(self, micro: _MicroBatch, traces: list[Trace]) -> Tensor:
@@ -184,7 +189,7 @@ class PolicyTrainer:
                 ref_logps=micro.ref_logps,
             )
         )
-        self.accelerator.backward(outputs.loss * self.accelerator.num_processes)  # DDP takes the mean over ranks
+        self.parallel.backward(outputs.loss)
         if not micro.filler:
             traces.append(_trace(micro, logps.detach(), old_logps, entropy, outputs))
         return outputs.loss.detach()

@@ -94,7 +94,7 @@ def test_vllm_runs_the_adapted_model_at_every_step(whole: Path) -> None:
     assert len(probes) == 4 and max(probes) < 1e-5
     steps = [record for record in timeless(whole) if "policy/loss" in record]
     assert len(steps) == 3 and steps[-1]["policy/kl_ref"] > 1e-4  # it has moved away from the model without adapters
-    saved = load_file(whole / "checkpoints/step_000003/model.safetensors")
+    saved = load_file(whole / "checkpoints/step_000003/trainer_00000.safetensors")
     assert saved and all("lora_" in name for name in saved)
     assert "Failed to load weights" not in (whole / "logs/vllm_rank0.log").read_text()
 
@@ -124,7 +124,7 @@ def test_two_steps_a_resume_and_one_more_equal_three_to_the_last_bit(workspace: 
     assert folder != whole
     run(workspace, f"resume={folder.relative_to(workspace)}", "trainer.steps=3")
     assert timeless(folder) == timeless(whole)
-    ours, theirs = (load_file(f / "checkpoints/step_000003/model.safetensors") for f in (folder, whole))
+    ours, theirs = (load_file(f / "checkpoints/step_000003/trainer_00000.safetensors") for f in (folder, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 

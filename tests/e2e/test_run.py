@@ -109,6 +109,12 @@ def timeless(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+def checkpointed(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint of one process."""
+    tensors = load_file(checkpoint / "trainer_00000.safetensors")
+    return {key.removeprefix("weight/"): tensor for key, tensor in tensors.items() if key.startswith("weight/")}
+
+
 def steps_of(folder: Path) -> list[dict[str, Any]]:
     return [record for record in records(folder) if "policy/loss" in record]
 
@@ -156,7 +162,7 @@ def test_final_model_is_the_trained_one_for_transformers_and_vllm(whole: Path, t
     from sapo_rl.rollout.local import LocalEngine
 
     model = AutoModelForCausalLM.from_pretrained(whole / "final", dtype=torch.float32)
-    trained = load_file(whole / "checkpoints/step_000006/model.safetensors")
+    trained = checkpointed(whole / "checkpoints/step_000006")
     for name, weight in model.named_parameters():
         assert torch.equal(weight, trained[name])
     start = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
@@ -214,7 +220,7 @@ def test_three_steps_a_resume_and_three_more_equal_six_to_the_last_bit(workspace
     assert code == 0, out + err
     assert folders(workspace) == before
     assert timeless(folder) == timeless(whole)
-    ours, theirs = (load_file(f / "checkpoints/step_000006/model.safetensors") for f in (folder, whole))
+    ours, theirs = (checkpointed(run / "checkpoints/step_000006") for run in (folder, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 

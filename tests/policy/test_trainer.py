@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +26,6 @@ from sapo_rl.config import (
 from sapo_rl.policy import attention, checkpoint
 from sapo_rl.policy.model import Policy
 from sapo_rl.policy.trainer import PolicyTrainer
-from sapo_rl.rank import leave
 from sapo_rl.types import Group, Prompt, Sample
 
 VOCABULARY = 41
@@ -202,23 +197,6 @@ def test_updates_raise_the_likelihood_of_what_was_rewarded() -> None:
     assert likelihood(False) < before[1] - 0.01
 
 
-@pytest.mark.parametrize("budget", [1000, 20])
-def test_ranks_together_do_what_one_rank_does(tmp_path: Path, budget: int) -> None:
-    """Two and four processes, some without a single group to train on, against one."""
-    results = {}
-    for ranks in (1, 2, 4):
-        out = tmp_path / f"{ranks}.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        subprocess.run([*command, __file__, str(out), str(budget)], check=True, env=environment, timeout=300)
-        results[ranks] = json.loads(out.read_text())
-        assert results[ranks]["world"] == ranks
-    for ranks in (2, 4):
-        assert results[ranks]["weights"] == pytest.approx(results[1]["weights"], abs=2e-5)
-        for name, value in results[1]["metrics"].items():
-            assert results[ranks]["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
-
-
 @pytest.mark.parametrize("interrupted", [1, 3])
 def test_checkpoint_continues_to_the_last_bit(tmp_path: Path, interrupted: int) -> None:
     config = make_config(steps=4, schedule="cosine", warmup_updates=2)
@@ -241,26 +219,3 @@ def test_checkpoint_continues_to_the_last_bit(tmp_path: Path, interrupted: int) 
     assert torch.equal(torch.rand(3), draw)
     assert [second.train_on(make_groups(step), no_timer) for step in range(interrupted, 4)] == expected
     assert len(list(tmp_path.glob("step_*"))) == min(2, interrupted)
-
-
-def main(out: Path, budget: int) -> None:
-    """One rank of the test above: its share of the groups, then rank 0 writes what came out."""
-    accelerator = Accelerator(cpu=True)
-    groups = make_groups(8)
-    for group in groups[:3]:  # with four ranks, the first two differ in work and the first has one group left
-        for sample in group.samples:
-            sample.advantage = 0.0
-    size = len(groups) // accelerator.num_processes
-    mine = groups[accelerator.process_index * size : (accelerator.process_index + 1) * size]
-    config = make_config(tokens_per_micro_batch=budget, updates_per_rollout=2, mini_batches=1)
-    trainer = PolicyTrainer(make_policy(), None, config, accelerator)
-    metrics = trainer.train_on(mine, no_timer)
-    if accelerator.is_main_process:
-        weights = torch.cat([weight.flatten() for _, weight in trainer.policy.named_weights()])
-        found = {"world": accelerator.num_processes, "weights": weights.tolist()[::37], "metrics": metrics}
-        out.write_text(json.dumps(found))
-    leave(accelerator)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))

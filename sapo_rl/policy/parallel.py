@@ -1,0 +1,159 @@
+"""The policy over several ranks, as Accelerate's environment asks: copies (DDP), or sharded (FSDP2, DeepSpeed ZeRO).
+
+Whatever the way, the weights that the optimiser steps are float32, and a layer computes in the policy's dtype.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from sapo_rl.config import TrainerConfig
+from sapo_rl.errors import UserError
+from sapo_rl.policy.model import Policy, whole
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps of each weight, beside the number of its steps."""
+
+
+def parallel(policy: Policy, config: TrainerConfig, accelerator: Accelerator, fused: bool) -> Parallel:
+    """Spread the policy over the ranks as the launcher asks, and make its optimiser.
+
+    Raises:
+        UserError: the launcher asks for what is not there.
+    """
+    kind: type[Parallel] = Parallel
+    if not torch.distributed.is_initialized():
+        pass  # one process: nothing to spread
+    elif _asked_for("DEEPSPEED"):
+        from sapo_rl.policy.zero import ZeroParallel
+
+        kind = ZeroParallel
+    elif _asked_for("FSDP"):
+        kind = FullySharded
+    return kind(policy, config, accelerator, fused)
+
+
+class Parallel:
+    """A copy of the policy on every rank, whose gradients are averaged (DDP), or the only one."""
+
+    def __init__(self, policy: Policy, config: TrainerConfig, accelerator: Accelerator, fused: bool) -> None:
+        """Spread the policy and make its optimiser; `module` is what to call in its place."""
+        self.policy = policy
+        self._config = config
+        self._accelerator = accelerator
+        self._fused = fused
+        self.module, self.optimizer = self._spread()
+
+    def _spread(self) -> tuple[nn.Module, torch.optim.Optimizer]:
+        return self._accelerator.prepare(self.policy), adamw(self.policy, self._config, self._fused)
+
+    def reference(self, policy: Policy) -> Policy:
+        """Bring a frozen policy to the device, or to the devices."""
+        return policy.to(self._accelerator.device)
+
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of a forward and backward pass; the ranks' gradients meet in the `last` of an update."""
+        return contextlib.nullcontext() if last else self._accelerator.no_sync(self.module)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a (0-d) loss, which the optimiser's step takes the sum of over the ranks."""
+        (loss * self._accelerator.num_processes).backward()  # the gradients are averaged
+
+    def step(self) -> Tensor:
+        """Clip the gradients, step the optimiser, and return the norm before clipping, 0-d."""
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self._config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return whole(norm)
+
+    def shape_of(self, parameter: nn.Parameter) -> torch.Size:
+        """Return the shape of the whole weight."""
+        return parameter.shape
+
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Return the `weight` and what the optimiser keeps for it, whole; every rank must ask for the same one."""
+        kept = self.optimizer.state.get(parameter, {})
+        return {"weight": whole(parameter)} | {name: whole(value) for name, value in kept.items()}
+
+    @torch.no_grad()
+    def restore(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+        """Undo `state_of`, on as many ranks as there are now."""
+        parameter.copy_(_placed_as(parameter, state["weight"]))
+        if "step" in state:
+            self.optimizer.state[parameter] = {
+                "step": state["step"].to(parameter.device if self._fused else "cpu", copy=True),
+                **{name: _placed_as(parameter, state[name]) for name in MOMENTS},
+            }
+
+
+class FullySharded(Parallel):
+    """FSDP2: each rank holds its share of weights, gradients and optimiser state; layers are gathered as they compute.
+
+    Gradients are reduced after each micro-batch: to keep them until the last would take the memory of a whole copy.
+    """
+
+    def _spread(self) -> tuple[nn.Module, torch.optim.Optimizer]:
+        plugin = FullyShardedDataParallelPlugin()  # reads the launcher's environment
+        if plugin.fsdp_version != 2:
+            raise UserError("the launch profile asks for FSDP version 1; set fsdp_version: 2")
+        if _is_true("FSDP_OFFLOAD_PARAMS"):
+            raise UserError("the launch profile asks for fsdp_offload_params, which is not supported")
+        self._reshard_after_forward = bool(plugin.reshard_after_forward)
+        return self.reference(self.policy), adamw(self.policy, self._config, self._fused)
+
+    def reference(self, policy: Policy) -> Policy:
+        """Shard a policy in place."""
+        ranks, device = self._accelerator.num_processes, self._accelerator.device
+        options: dict[str, Any] = {
+            "mesh": init_device_mesh(device.type, (ranks,)),
+            # Layers pass on the compute dtype by themselves; positions and temperatures must stay as they are.
+            "mp_policy": MixedPrecisionPolicy(policy.dtype, torch.float32, cast_forward_inputs=False),
+        }
+        for layer in policy.layers():
+            fully_shard(layer, reshard_after_forward=self._reshard_after_forward, **options)
+        # The rest is gathered when the policy is called: it uses embedding and head outside their own modules.
+        fully_shard(policy, **options)
+        return policy
+
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Return a context that does nothing."""
+        return contextlib.nullcontext()
+
+
+def adamw(policy: Policy, config: TrainerConfig, fused: bool) -> torch.optim.AdamW:
+    """Return AdamW over the weights that are trained; norms and biases are not decayed."""
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.dim() >= 2]
+    vectors = [parameter for parameter in trained if parameter.dim() < 2]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+        betas=(config.betas[0], config.betas[1]),
+        eps=config.adam_eps,
+        fused=fused,
+    )
+
+
+def _placed_as(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """Copy a whole tensor to the parameter's device, or this rank's shard of it where the parameter is one."""
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return torch.empty_like(parameter).copy_(value)  # a shard of its own: a view would keep the whole in memory
+
+
+def _asked_for(way: str) -> bool:
+    return _is_true(f"ACCELERATE_USE_{way}")
+
+
+def _is_true(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true")

@@ -1,0 +1,141 @@
+"""What `test_ranks.py` has several ranks do: every way of sharding in turn, in one launch.
+
+`torchrun rank_cases.py RANKS FOLDER`: rank 0 writes what came out into FOLDER/RANKS.json. Four ranks must come first:
+their checkpoints are resumed from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sapo_rl.config import Config, ModelConfig, RolloutConfig, TrainerConfig
+from sapo_rl.policy import attention, checkpoint
+from sapo_rl.policy.model import Policy
+from sapo_rl.policy.trainer import PolicyTrainer
+from sapo_rl.rank import leave
+from sapo_rl.types import Group, Prompt, Sample
+
+VOCABULARY = 41
+ENVIRONMENTS = {
+    "ddp": {},
+    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+}
+WAYS = [way for way in ENVIRONMENTS if importlib.util.find_spec("deepspeed") or not way.startswith("zero")]
+
+
+def make_policy(dtype: torch.dtype = torch.float32, seed: int = 0) -> Policy:
+    """A tied head in float32, one of its own in bfloat16; the sizes divide by two ranks and not by four."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=34,
+        intermediate_size=46,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=dtype == torch.float32,
+        attn_implementation=attention.NAME,
+    )
+    return Policy(LlamaForCausalLM(config), dtype)
+
+
+def make_groups(seed: int) -> list[Group]:
+    """Eight groups of four; five have nothing to teach, so that of four ranks one is left without work."""
+    rng = random.Random(seed)
+    groups = []
+    for index in range(8):
+        prompt = Prompt(index, [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 6))], "", {})
+        samples = [Sample([rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 7))], False, 0) for _ in range(4)]
+        for sample in samples:
+            sample.advantage = 0.0 if index < 5 else rng.gauss(0, 1)
+        groups.append(Group(prompt, samples))
+    return groups
+
+
+@contextlib.contextmanager
+def launched(way: str) -> Iterator[None]:
+    """Set what `accelerate launch` would for a way of sharding."""
+    os.environ.update(ENVIRONMENTS[way])
+    yield
+    for name in ENVIRONMENTS[way]:
+        del os.environ[name]
+
+
+def make_trainer(accelerator: Accelerator, way: str, half: bool = False) -> PolicyTrainer:
+    """In float32, or in bfloat16 with recomputed activations and a reference."""
+    settings = TrainerConfig(steps=4, learning_rate=1e-2, schedule="cosine", max_grad_norm=0.1)
+    settings.tokens_per_micro_batch, settings.updates_per_rollout = 20, 1
+    rollout = RolloutConfig(batch_size=32, group_size=4, max_completion_tokens=7)
+    with launched(way):
+        config = Config(model=ModelConfig(path="none"), rollout=rollout, trainer=settings)
+        if not half:
+            return PolicyTrainer(make_policy(), None, config, accelerator)
+        config.loss.kl.coef = 0.1
+        policy, reference = make_policy(torch.bfloat16), make_policy(torch.bfloat16, seed=1)
+        policy.model.gradient_checkpointing_enable()
+        return PolicyTrainer(policy, reference, config, accelerator)
+
+
+def train(trainer: PolicyTrainer, seed: int) -> dict[str, float]:
+    """One update on this rank's share of the groups."""
+    accelerator, groups = trainer.accelerator, make_groups(seed)
+    size = len(groups) // accelerator.num_processes
+    own = groups[accelerator.process_index * size : (accelerator.process_index + 1) * size]
+    metrics = trainer.train_on(own, contextlib.nullcontext)
+    trainer.score([1, 2, 3])  # leaves gathered what a backward pass would have put back
+    return metrics
+
+
+def weights_of(trainer: PolicyTrainer) -> dict[str, list[float]]:
+    return {name: weight.flatten().tolist() for name, weight in trainer.policy.named_weights()}
+
+
+def run(accelerator: Accelerator, way: str, folder: Path) -> dict[str, Any]:
+    """Two updates, a checkpoint and an export into `folder`, two more; and a first one in bfloat16."""
+    trainer = make_trainer(accelerator, way)
+    found: dict[str, Any] = {"fresh": weights_of(trainer), "updates": [train(trainer, 0), train(trainer, 1)]}
+    checkpoint.save(folder, 2, trainer, {"by": way}, keep_last=1)
+    trainer.policy.export(folder / "final", accelerator.is_main_process)
+    found["weights"] = weights_of(trainer)
+    found["updates"] += [train(trainer, 2), train(trainer, 3)]
+    found["half"] = train(make_trainer(accelerator, way, half=True), 0)
+    return found
+
+
+def resume(accelerator: Accelerator, way: str, folder: Path) -> list[dict[str, float]]:
+    """The third and the fourth update, from a checkpoint after the second."""
+    trainer = make_trainer(accelerator, way)
+    step, _ = checkpoint.load(checkpoint.latest(folder), trainer)
+    assert (step, trainer.updates) == (2, 2)
+    return [train(trainer, 2), train(trainer, 3)]
+
+
+def main(ranks: int, folder: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == ranks
+    found = {way: run(accelerator, way, folder / str(ranks) / way) for way in WAYS}
+    for way in WAYS:
+        by_four = folder / "4" / way
+        found[way]["resumed"] = resume(accelerator, way, by_four)
+        if way != "fsdp2":
+            found[way]["resumed_by_fsdp2"] = resume(accelerator, "fsdp2", by_four)
+    if accelerator.is_main_process:
+        (folder / f"{ranks}.json").write_text(json.dumps(found))
+    leave(accelerator)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

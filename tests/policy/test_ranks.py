@@ -1,0 +1,98 @@
+"""One, two and four ranks, with copies of the weights or shards: the same updates, and each other's checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+import torch
+from accelerate import Accelerator
+from policy import rank_cases
+from policy.rank_cases import WAYS, make_policy
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.multi
+Found: TypeAlias = dict[str, Any]
+
+TESTS = Path(__file__).parent.parent
+RANKS = [4, 2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[int, Found]:
+    """What four and two ranks did, by number of ranks and way of sharding."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), *sys.path]),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    for ranks in RANKS:
+        case = [f"--nproc_per_node={ranks}", str(TESTS / "policy" / "rank_cases.py"), str(ranks), str(folder)]
+        run = subprocess.run([*launch, *case], env=environment, capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stderr
+    return {ranks: json.loads((folder / f"{ranks}.json").read_text()) for ranks in RANKS}
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Found:
+    """The same by one process."""
+    return rank_cases.run(Accelerator(cpu=True), "ddp", folder / "1")
+
+
+def close(found: dict[str, float], expected: dict[str, float], tolerance: float) -> None:
+    for name in ("policy/loss", "policy/grad_norm", "policy/entropy", "policy/ratio_max", "policy/learning_rate"):
+        assert found[name] == pytest.approx(expected[name], rel=tolerance, abs=tolerance), name
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_ranks_together_do_what_one_process_does(ranks: int, way: str, found: dict[int, Found], alone: Found) -> None:
+    case = found[ranks][way]
+    close(case["updates"][0], alone["updates"][0], 1e-6)
+    for own, expected in zip(case["updates"][1:], alone["updates"][1:], strict=True):
+        close(own, expected, 1e-4)
+    close(case["half"], alone["half"], 1e-3)
+    assert case["half"]["policy/kl_ref"] == pytest.approx(alone["half"]["policy/kl_ref"], rel=1e-3)
+    assert case["half"]["policy/kl_ref"] > 0.01
+    assert case["updates"][0]["perf/rank_imbalance"] >= 1
+    assert case["weights"].keys() == alone["weights"].keys()
+    for name, weight in alone["weights"].items():
+        assert case["weights"][name] == pytest.approx(weight, abs=2e-5), name
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_weights_for_vllm_and_the_export_are_the_whole_model(
+    ranks: int, way: str, found: dict[int, Found], folder: Path
+) -> None:
+    case = found[ranks][way]
+    assert case["fresh"] == {name: p.flatten().tolist() for name, p in make_policy().model.named_parameters()}
+    model = AutoModelForCausalLM.from_pretrained(folder / str(ranks) / way / "final", dtype=torch.float32)
+    assert case["weights"] == {name: parameter.flatten().tolist() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_checkpoint_of_four_ranks_continues_on_any_number(way: str, found: dict[int, Found], folder: Path) -> None:
+    """The fourth update knows whether the moments came back as well: they are in the third's step."""
+    expected = found[4][way]["updates"][2:]
+    resumed = {
+        "on four": found[4][way]["resumed"],
+        "on two": found[2][way]["resumed"],
+        "on two, by FSDP2": found[2][way].get("resumed_by_fsdp2", expected),
+        "alone": rank_cases.resume(Accelerator(cpu=True), "ddp", folder / "4" / way),
+    }
+    for updates in resumed.values():
+        for own, wanted in zip(updates, expected, strict=True):
+            close(own, wanted, 1e-5)
+    assert expected[1]["policy/learning_rate"] < expected[0]["policy/learning_rate"]
