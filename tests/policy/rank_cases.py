@@ -20,8 +20,9 @@ import torch
 from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sapo_rl.config import Config, ModelConfig, RolloutConfig, TrainerConfig
+from sapo_rl.config import Config, LoraConfig, ModelConfig, RolloutConfig, TrainerConfig
 from sapo_rl.policy import attention, checkpoint
+from sapo_rl.policy.lora import LoraPolicy
 from sapo_rl.policy.model import Policy
 from sapo_rl.policy.trainer import PolicyTrainer
 from sapo_rl.rank import leave
@@ -74,14 +75,17 @@ def launched(way: str) -> Iterator[None]:
         del os.environ[name]
 
 
-def make_trainer(accelerator: Accelerator, way: str, half: bool = False) -> PolicyTrainer:
-    """In float32, or in bfloat16 with recomputed activations and a reference."""
+def make_trainer(accelerator: Accelerator, way: str, kind: str = "whole") -> PolicyTrainer:
+    """In float32, the whole or adapters alone (`lora`), or in bfloat16 with recomputation and a reference (`half`)."""
     settings = TrainerConfig(steps=4, learning_rate=1e-2, schedule="cosine", max_grad_norm=0.1)
     settings.tokens_per_micro_batch, settings.updates_per_rollout = 20, 1
     rollout = RolloutConfig(batch_size=32, group_size=4, max_completion_tokens=7)
     with launched(way):
         config = Config(model=ModelConfig(path="none"), rollout=rollout, trainer=settings)
-        if not half:
+        if kind == "lora":
+            policy = LoraPolicy(make_policy(), LoraConfig(rank=3), seed=0, base="none")
+            return PolicyTrainer(policy, None, config, accelerator)
+        if kind == "whole":
             return PolicyTrainer(make_policy(), None, config, accelerator)
         config.loss.kl.coef = 0.1
         policy, reference = make_policy(torch.bfloat16), make_policy(torch.bfloat16, seed=1)
@@ -104,14 +108,17 @@ def weights_of(trainer: PolicyTrainer) -> dict[str, list[float]]:
 
 
 def run(accelerator: Accelerator, way: str, folder: Path) -> dict[str, Any]:
-    """Two updates, a checkpoint and an export into `folder`, two more; and a first one in bfloat16."""
+    """Two updates, a checkpoint and an export into `folder`, two more; and a first one of other kinds."""
     trainer = make_trainer(accelerator, way)
     found: dict[str, Any] = {"fresh": weights_of(trainer), "updates": [train(trainer, 0), train(trainer, 1)]}
     checkpoint.save(folder, 2, trainer, {"by": way}, keep_last=1)
     trainer.policy.export(folder / "final", accelerator.is_main_process)
     found["weights"] = weights_of(trainer)
     found["updates"] += [train(trainer, 2), train(trainer, 3)]
-    found["half"] = train(make_trainer(accelerator, way, half=True), 0)
+    found["half"] = train(make_trainer(accelerator, way, "half"), 0)
+    adapted = make_trainer(accelerator, way, "lora")
+    found["lora"] = train(adapted, 0)
+    found["lora_weights"] = weights_of(adapted)
     return found
 
 

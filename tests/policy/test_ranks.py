@@ -66,9 +66,11 @@ def test_ranks_together_do_what_one_process_does(ranks: int, way: str, found: di
     assert case["half"]["policy/kl_ref"] == pytest.approx(alone["half"]["policy/kl_ref"], rel=1e-3)
     assert case["half"]["policy/kl_ref"] > 0.01
     assert case["updates"][0]["perf/rank_imbalance"] >= 1
-    assert case["weights"].keys() == alone["weights"].keys()
-    for name, weight in alone["weights"].items():
-        assert case["weights"][name] == pytest.approx(weight, abs=2e-5), name
+    close(case["lora"], alone["lora"], 1e-6)
+    for kind in ("weights", "lora_weights"):
+        assert case[kind].keys() == alone[kind].keys()
+        for name, weight in alone[kind].items():
+            assert case[kind][name] == pytest.approx(weight, abs=2e-5), name
 
 
 @pytest.mark.parametrize("way", WAYS)
