@@ -35,9 +35,7 @@ class ZeroParallel(Parallel):
     def _spread(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of names that it uses
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        config: dict[str, Any] = DeepSpeedPlugin().deepspeed_config  # reads the launcher's environment
-        if "optimizer" in config or "scheduler" in config:
-            raise UserError("the DeepSpeed config names an optimizer or a scheduler; set trainer.* instead")
+        config = _launched_config()
         self._shards_weights: bool = config["zero_optimization"]["stage"] == 3
         config |= {
             "train_batch_size": self._accelerator.num_processes,  # nominal: the trainer normalises the loss
@@ -124,6 +122,18 @@ class ZeroParallel(Parallel):
             logps, _ = self.module(empty_batch().to(self._accelerator.device), 1.0)
             self.backward(logps.sum() * 0.0)
         self.step()
+
+
+def _launched_config() -> dict[str, Any]:
+    plugin = DeepSpeedPlugin()  # reads the launcher's environment
+    config: dict[str, Any] = plugin.deepspeed_config
+    if config["zero_optimization"]["stage"] not in (2, 3):
+        raise UserError(f"the launch profile asks for zero_stage {plugin.zero_stage}; 2 and 3 are supported")
+    if plugin.hf_ds_config.is_offload():
+        raise UserError("the launch profile asks DeepSpeed to offload to the host, which is not supported")
+    if "optimizer" in config or "scheduler" in config:
+        raise UserError("the DeepSpeed config names an optimizer or a scheduler; set trainer.* instead")
+    return config
 
 
 def _gather(weight: Tensor, _: torch.dtype) -> Tensor:

@@ -1,7 +1,7 @@
 """What `test_ranks.py` has several ranks do: every way of sharding in turn, in one launch.
 
-`torchrun rank_cases.py RANKS FOLDER`: rank 0 writes what came out into FOLDER/RANKS.json. Four ranks must come first:
-their checkpoints are resumed from.
+`torchrun rank_cases.py RANKS FOLDER SOURCE`: rank 0 writes what came out into FOLDER/RANKS.json. What SOURCE ranks did
+is resumed: they must come first.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import importlib.util
 import json
 import os
 import random
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,6 @@ from sapo_rl.policy import attention, checkpoint
 from sapo_rl.policy.lora import LoraPolicy
 from sapo_rl.policy.model import Policy
 from sapo_rl.policy.trainer import PolicyTrainer
-from sapo_rl.rank import leave
 from sapo_rl.types import Group, Prompt, Sample
 
 VOCABULARY = 41
@@ -39,10 +40,10 @@ WAYS = [way for way in ENVIRONMENTS if importlib.util.find_spec("deepspeed") or 
 
 
 def make_policy(dtype: torch.dtype = torch.float32, seed: int = 0) -> Policy:
-    """A tied head in float32, one of its own in bfloat16; the sizes divide by two ranks and not by four."""
+    """A tied head in float32, one of its own in bfloat16; few sizes divide by four ranks."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        hidden_size=34,
+        hidden_size=40,
         intermediate_size=46,
         num_hidden_layers=2,
         num_attention_heads=1,
@@ -66,6 +67,21 @@ def make_groups(seed: int) -> list[Group]:
     return groups
 
 
+def launch(ranks: int, folder: Path, source: int) -> dict[str, Any]:
+    """Start the ranks; return what each way of sharding did."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    if not torch.cuda.is_available():
+        environment["DS_ACCELERATOR"] = "cpu"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [*torchrun, __file__, str(ranks), str(folder), str(source)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / f"{ranks}.json").read_text())
+
+
 @contextlib.contextmanager
 def launched(way: str) -> Iterator[None]:
     """Set what `accelerate launch` would for a way of sharding."""
@@ -78,6 +94,7 @@ def launched(way: str) -> Iterator[None]:
 def make_trainer(accelerator: Accelerator, way: str, kind: str = "whole") -> PolicyTrainer:
     """In float32, the whole or adapters alone (`lora`), or in bfloat16 with recomputation and a reference (`half`)."""
     settings = TrainerConfig(steps=4, learning_rate=1e-2, schedule="cosine", max_grad_norm=0.1)
+    settings.adam_eps = 1e-5  # a gradient of nearly zero is the noise of its rounding
     settings.tokens_per_micro_batch, settings.updates_per_rollout = 20, 1
     rollout = RolloutConfig(batch_size=32, group_size=4, max_completion_tokens=7)
     with launched(way):
@@ -130,19 +147,20 @@ def resume(accelerator: Accelerator, way: str, folder: Path) -> list[dict[str, f
     return [train(trainer, 2), train(trainer, 3)]
 
 
-def main(ranks: int, folder: Path) -> None:
-    accelerator = Accelerator(cpu=True)
+def main(ranks: int, folder: Path, source: int) -> None:
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     assert accelerator.num_processes == ranks
     found = {way: run(accelerator, way, folder / str(ranks) / way) for way in WAYS}
     for way in WAYS:
-        by_four = folder / "4" / way
-        found[way]["resumed"] = resume(accelerator, way, by_four)
+        found[way]["resumed"] = resume(accelerator, way, folder / str(source) / way)
         if way != "fsdp2":
-            found[way]["resumed_by_fsdp2"] = resume(accelerator, "fsdp2", by_four)
+            found[way]["resumed_by_fsdp2"] = resume(accelerator, "fsdp2", folder / str(source) / way)
     if accelerator.is_main_process:
         (folder / f"{ranks}.json").write_text(json.dumps(found))
-    leave(accelerator)
+    accelerator.wait_for_everyone()
+    time.sleep(0.2)  # gloo's destructor may otherwise hang
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,7 +15,6 @@ from transformers import AutoModelForCausalLM
 pytestmark = pytest.mark.multi
 Found: TypeAlias = dict[str, Any]
 
-TESTS = Path(__file__).parent.parent
 RANKS = [4, 2]
 
 
@@ -31,17 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(folder: Path) -> dict[int, Found]:
     """What four and two ranks did, by number of ranks and way of sharding."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), *sys.path]),
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "DS_ACCELERATOR": "cpu",
-    }
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    for ranks in RANKS:
-        case = [f"--nproc_per_node={ranks}", str(TESTS / "policy" / "rank_cases.py"), str(ranks), str(folder)]
-        run = subprocess.run([*launch, *case], env=environment, capture_output=True, text=True, timeout=300)
-        assert run.returncode == 0, run.stderr
-    return {ranks: json.loads((folder / f"{ranks}.json").read_text()) for ranks in RANKS}
+    return {ranks: rank_cases.launch(ranks, folder, source=4) for ranks in RANKS}
 
 
 @pytest.fixture(scope="module")
