@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,10 +72,17 @@ class Parallel:
 
     def step(self) -> Tensor:
         """Clip the gradients, step the optimiser, and return the norm before clipping, 0-d."""
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self._config.max_grad_norm)
+        gradients = [parameter.grad for parameter in self.policy.parameters() if parameter.grad is not None]
+        norm = self._norm(gradients)
+        scale = (self._config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            _own(gradient).mul_(scale)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return whole(norm)
+        return norm
+
+    def _norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        return squares(gradients).sqrt()
 
     def shape_of(self, parameter: nn.Parameter) -> torch.Size:
         """Return the shape of the whole weight."""
@@ -100,6 +108,7 @@ class FullySharded(Parallel):
     """FSDP2: each rank holds its share of weights, gradients and optimiser state; layers are gathered as they compute.
 
     Gradients are reduced after each micro-batch: to keep them until the last would take the memory of a whole copy.
+    Vectors (norms, biases) stay whole on every rank: they are small, and norms multiply with them in float32.
     """
 
     def _spread(self) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -114,10 +123,14 @@ class FullySharded(Parallel):
     def reference(self, policy: Policy) -> Policy:
         """Shard a policy in place."""
         ranks, device = self._accelerator.num_processes, self._accelerator.device
+        vectors = {parameter for parameter in policy.parameters() if parameter.dim() < 2}
+        for vector in vectors:
+            vector.data = vector.data.to(device)
         options: dict[str, Any] = {
             "mesh": init_device_mesh(device.type, (ranks,)),
             # Layers pass on the compute dtype by themselves; positions and temperatures must stay as they are.
             "mp_policy": MixedPrecisionPolicy(policy.dtype, torch.float32, cast_forward_inputs=False),
+            "ignored_params": vectors,
         }
         for layer in policy.layers():
             fully_shard(layer, reshard_after_forward=self._reshard_after_forward, **options)
@@ -128,6 +141,32 @@ class FullySharded(Parallel):
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Return a context that does nothing."""
         return contextlib.nullcontext()
+
+    def step(self) -> Tensor:
+        """See `Parallel.step`."""
+        parameters = self.policy.parameters()
+        vectors = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+        if vectors:
+            joined = torch.cat([vector.flatten() for vector in vectors])
+            torch.distributed.all_reduce(joined)
+            joined /= self._accelerator.num_processes
+            for vector, mean in zip(vectors, joined.split([vector.numel() for vector in vectors]), strict=True):
+                vector.copy_(mean.view_as(vector))
+        return super().step()
+
+    def _norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        total = squares([gradient for gradient in gradients if isinstance(gradient, DTensor)])
+        torch.distributed.all_reduce(total)
+        return (total + squares([gradient for gradient in gradients if not isinstance(gradient, DTensor)])).sqrt()
+
+
+def squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the sum of squares of tensors, or of this rank's shards of them, 0-d float64.
+
+    In float32 a sum over an embedding loses the fifth digit, and another one with every way of sharding.
+    """
+    norms = [torch.linalg.vector_norm(_own(tensor), dtype=torch.float64) for tensor in tensors]
+    return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
 
 
 def adamw(policy: Policy, config: TrainerConfig, fused: bool) -> torch.optim.AdamW:
@@ -142,6 +181,10 @@ def adamw(policy: Policy, config: TrainerConfig, fused: bool) -> torch.optim.Ada
         eps=config.adam_eps,
         fused=fused,
     )
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _placed_as(parameter: nn.Parameter, value: Tensor) -> Tensor:

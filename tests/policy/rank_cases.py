@@ -51,7 +51,11 @@ def make_policy(dtype: torch.dtype = torch.float32, seed: int = 0) -> Policy:
         tie_word_embeddings=dtype == torch.float32,
         attn_implementation=attention.NAME,
     )
-    return Policy(LlamaForCausalLM(config), dtype)
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # norms are ones at first, which all dtypes hold exactly
+            parameter.data += 0.3 * torch.rand_like(parameter)
+    return Policy(model, dtype)
 
 
 def make_groups(seed: int) -> list[Group]:
