@@ -2,7 +2,7 @@
 
 `trainer_<rank>.safetensors` hold `weight/<name>` (float32) and AdamW's `exp_avg/<name>`, `exp_avg_sq/<name>` and
 `step/<name>`. The ranks divide the names among themselves and write at the same time, but each tensor is whole: another
-number of ranks, or another way of sharding, can read it. No rank has more than one whole tensor in memory at a time.
+number of ranks, or another way of sharding, can read it. No rank has more than one whole weight in memory at a time.
 """
 
 from __future__ import annotations
@@ -59,14 +59,15 @@ def save(folder: Path, step: int, trainer: PolicyTrainer, state: dict[str, Any],
 
 def _own_tensors(trainer: PolicyTrainer) -> Iterator[tuple[str, Tensor]]:
     """Go through the whole state with the other ranks, which gathers it, and yield what this rank is to write."""
-    accelerator = trainer.accelerator
-    sizes = [0] * accelerator.num_processes
-    for name, parameter in trainer.policy.trainable_weights():
-        state = trainer.parallel.state_of(parameter)
-        owner = sizes.index(min(sizes))
-        sizes[owner] += state["weight"].numel()
-        if owner == accelerator.process_index:
-            yield from ((f"{kind}/{name}", value) for kind, value in state.items())
+    ranks, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
+    weights = sorted(trainer.policy.trainable_weights(), key=lambda item: -trainer.parallel.shape_of(item[1]).numel())
+    for start in range(0, len(weights), ranks):  # a round of alike weights, one for each rank: they write side by side
+        own: dict[str, Tensor] = {}
+        for owner, (name, parameter) in enumerate(weights[start : start + ranks]):
+            state = trainer.parallel.state_of(parameter)
+            if owner == rank:
+                own = {f"{kind}/{name}": value for kind, value in state.items()}
+        yield from own.items()
 
 
 def latest(folder: Path) -> Path:
