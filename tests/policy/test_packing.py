@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sapo_rl.policy import attention
 from sapo_rl.policy.model import Policy
-from sapo_rl.policy.packing import Item, PackedBatch, empty_batch, pack
+from sapo_rl.policy.packing import Item, PackedBatch, empty_batch, pack, spread
 
 VOCABULARY = 97
 
@@ -118,3 +118,16 @@ def test_nothing_packs_to_nothing_and_the_filler_weighs_nothing(model: PreTraine
     logps, entropy = Policy(model, torch.float64)(filler, 1.0)
     assert logps.shape == entropy.shape == (3,)
     assert filler.token_weights.tolist() == [0.0] * 3
+
+
+def test_work_is_spread_evenly_over_ranks() -> None:
+    rng = random.Random(5)
+    costs = [rng.randint(1, 100) for _ in range(40)]
+    for ranks in (1, 3, 4):
+        owners, loads = spread(costs, ranks)
+        assert loads == [
+            sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == r) for r in range(ranks)
+        ]
+        assert sum(loads) == sum(costs) and max(loads) - min(loads) <= 10
+    assert spread([7, 1, 1, 1], 2) == ([0, 1, 1, 1], [7, 3])
+    assert spread([], 2) == ([], [0, 0])
