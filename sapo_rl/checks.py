@@ -32,6 +32,7 @@ def check(config: Config) -> None:
     for key, value, metadata in _fields(config):
         _check_field(key, value, metadata)
     _check_batch(config)
+    _check_servers(config)
     _check_loss(config)
     _check_sources(config)
     _check_lora(config)
@@ -86,6 +87,24 @@ def _check_batch(config: Config) -> None:
         )
     if len(trainer.betas) != 2 or not all(0 <= beta < 1 for beta in trainer.betas):
         raise ConfigError("trainer.betas", f"is {trainer.betas}; must be two numbers from 0 to below 1")
+
+
+def _check_servers(config: Config) -> None:
+    rollout = config.rollout
+    for address in rollout.servers:
+        host, colon, port = address.rpartition(":")
+        if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
+            raise ConfigError("rollout.servers", f"'{address}' is no address; valid: host:port, e.g. 127.0.0.1:8000")
+    if len(set(rollout.servers)) < len(rollout.servers):
+        raise ConfigError("rollout.servers", f"names a server twice: {', '.join(rollout.servers)}")
+    if rollout.servers and rollout.transport not in ("auto", "nccl"):
+        raise ConfigError(
+            "rollout.transport", f"'{rollout.transport}' does not reach rollout.servers; set auto or nccl"
+        )
+    if rollout.servers and rollout.sleep not in ("auto", "0"):
+        raise ConfigError("rollout.sleep", f"is {rollout.sleep}; rollout.servers never sleep: set auto or 0")
+    if rollout.transport == "nccl" and not rollout.servers:
+        raise ConfigError("rollout.transport", "'nccl' is for rollout.servers, and none is given; set auto")
 
 
 def _check_loss(config: Config) -> None:

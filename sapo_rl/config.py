@@ -135,15 +135,19 @@ class RolloutConfig:
     """Drop tokens less likely than this share of the likeliest; 0 is off."""
     repetition_penalty: float = number(1.0, above=0)
     """Above 1 repeats less; 1 is off."""
-    mode: str = choice("sync", "sync", "overlap")
-    """Write and train in turns, or write the next batch while this one trains."""
+    mode: str = choice("auto", "auto", "sync", "overlap")
+    """Write and train in turns, or write the next batch while this one trains; `auto` takes `overlap` with `servers`,
+    else `sync`."""
     max_staleness: int = number(1, least=0, most=1)
     """With `overlap`, versions by which the weights that wrote a batch may be old; 0 is `sync`."""
     logprobs: bool = False
     """Keep vLLM's own log-probabilities of the sampled tokens (costs a third of its speed)."""
-    transport: str = choice("auto", "auto", "file", "ipc")
+    servers: list[str] = field(default_factory=list)
+    """Addresses of running `sapo-serve` processes, as host:port; they write in place of engines beside the trainer."""
+    transport: str = choice("auto", "auto", "file", "ipc", "nccl")
     """How weights reach vLLM: `file` (safetensors in shared memory), `ipc` (GPU memory that both map; it holds one copy
-    of the weights); `auto` takes `ipc` on a GPU."""
+    of the weights), `nccl` (to `servers` only, from a copy of the weights on rank 0; gloo on the CPU); `auto` takes
+    `nccl` with `servers`, else `ipc` on a GPU."""
     engines_per_gpu: str = choice("auto", "auto", "1", "2", "3", "4")
     """vLLM engines side by side on each GPU: the host's work bounds the decoding of small models, and each engine has a
     process of its own for it. `auto` takes 2 below 1e9 parameters, else 1, and 1 on the CPU."""
@@ -159,13 +163,18 @@ class RolloutConfig:
     enforce_eager: bool = False
     """Run vLLM without CUDA graphs: starts sooner, decodes slower. Always so on the CPU."""
     start_timeout: float = number(600.0, above=0)
-    """Seconds that vLLM may take to start."""
+    """Seconds that vLLM may take to start; also, how long a run waits when none of its `servers` answers."""
     timeout: float = number(1800.0, above=0)
     """Seconds that one batch of rollouts, or one push of weights, may take before the engine counts as hung."""
     max_restarts: int = number(2, least=0)
     """How often in a run a dead engine is started anew before the run gives up."""
     verify_every: int = number(10, least=0)
     """Steps between two checks that vLLM runs the trainer's weights; 0 checks never."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the next batch is written while this one trains."""
+        return self.max_staleness > 0 and (self.mode == "overlap" or (self.mode == "auto" and bool(self.servers)))
 
 
 @dataclass

@@ -22,7 +22,8 @@ from sapo_rl.policy.trainer import PolicyTrainer
 from sapo_rl.rewards import Inbox, RewardPool, RewardStats
 from sapo_rl.rollout.ahead import Producer
 from sapo_rl.rollout.engine import Engine
-from sapo_rl.rollout.stream import Rollouts, verify
+from sapo_rl.rollout.spread import Usage, idle_fraction
+from sapo_rl.rollout.stream import Rollouts, verify_all
 from sapo_rl.rollout.weights.base import WeightTransport
 from sapo_rl.telemetry import Telemetry, Timers, sample_metrics
 from sapo_rl.types import Group, Messages, Prompt
@@ -38,6 +39,8 @@ class Batch:
     scoring: RewardStats
     sampler_state: dict[str, Any]
     """Where the order of prompts stands after it."""
+    usage: Usage
+    """How long the engines wrote on it."""
 
 
 @dataclass
@@ -72,8 +75,7 @@ def train(run: Run) -> None:
         verify_weights(run)
         evaluate(run)
     warn_of_inert_temperatures(run)
-    overlap = run.config.rollout.mode == "overlap" and run.config.rollout.max_staleness > 0
-    producer = Producer(lambda step: make_batch(run, step), run.config.trainer.steps, overlap)
+    producer = Producer(lambda step: make_batch(run, step), run.config.trainer.steps, run.config.rollout.overlaps)
     while run.step < run.config.trainer.steps and not stopping(run):
         run.step += 1
         batch = producer.take(run.step)
@@ -103,7 +105,7 @@ def make_batch(run: Run, step: int) -> Batch:
         groups = writing.result()
     with run.timers("reward"):
         scoring = run.rewards.finish()
-    return Batch(groups, scoring, run.sampler.state_dict())
+    return Batch(groups, scoring, run.sampler.state_dict(), run.rollouts.usage)
 
 
 def in_thread(work: Callable[[], T], at_end: Callable[[], None]) -> Future[T]:
@@ -168,8 +170,9 @@ def verify_weights(run: Run) -> None:
     (group,) = run.rollouts.greedy(run.prompts[:1])
     token_ids = [*prompt, *group.samples[0].token_ids]
     expected = run.trainer.score(token_ids)
-    found = [verify(engine, token_ids, expected, run.config.model.dtype, len(prompt)) for engine in run.engines]
-    run.telemetry.record(run.step, {"mismatch/probe_logp_diff": max(found)})
+    found = verify_all(run.engines, token_ids, expected, run.config.model.dtype, len(prompt))
+    if found:
+        run.telemetry.record(run.step, {"mismatch/probe_logp_diff": max(found)})
 
 
 def report(run: Run, batch: Batch, stats: dict[str, float]) -> None:
@@ -178,6 +181,7 @@ def report(run: Run, batch: Batch, stats: dict[str, float]) -> None:
     everyone: list[Group] = gather_object(batch.groups)
     errors: list[dict[str, int]] = gather_object([scoring.errors])
     restarts: list[int] = gather_object([engine.restarts for engine in run.engines])
+    usages: list[Usage] = gather_object([batch.usage])
     for name, text in scoring.failures.items():
         run.telemetry.warn(f"{text} (reward {name}: {scoring.errors[name]} samples scored 0)")
     phases = run.timers.take()
@@ -188,6 +192,7 @@ def report(run: Run, batch: Batch, stats: dict[str, float]) -> None:
         "perf/completion_tokens": float(tokens),
         "perf/peak_memory_gib": max(peaks),
         "rollout/engine_restarts": float(sum(restarts)),
+        "rollout/idle_fraction": idle_fraction(usages),
         "rollout/staleness": run.step - 1.0 - min(sample.weight_version for g in everyone for sample in g.samples),
     } | {f"rewards/{name}/errors": float(sum(count[name] for count in errors)) for name in errors[0]}
     run.telemetry.log_step(run.step, {**sample_metrics(everyone), **own, **stats, **phases}, everyone)

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import random
+import secrets
 import signal
 import sys
 import time
@@ -35,14 +36,13 @@ from sapo_rl.policy.trainer import PolicyTrainer, Reference
 from sapo_rl.rewards import RewardPool
 from sapo_rl.rollout.build import (
     ModelFacts,
+    build_engines,
     build_transport,
     close_all,
     device_of,
-    engine_settings,
     model_facts,
     start_all,
 )
-from sapo_rl.rollout.local import LocalEngine
 from sapo_rl.rollout.stream import Rollouts
 from sapo_rl.telemetry import Telemetry, Timers
 from sapo_rl.types import Prompt
@@ -77,9 +77,9 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     """Build the parts, cheapest first, so that a mistake costs seconds; `stack` closes them in reverse."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     stack.callback(leave, accelerator)
-    shared = [str(folder)]
+    shared = [str(folder), secrets.token_hex(8)]
     broadcast_object_list(shared)
-    folder = Path(shared[0])
+    folder, token = Path(shared[0]), shared[1]
     config = compose.load(folder / run_folder.CONFIG)
     _seed(config, accelerator.process_index)
     if accelerator.is_main_process:
@@ -93,12 +93,11 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     rewards = stack.enter_context(RewardPool(config.reward))
     resumed = checkpoint.latest(folder / run_folder.CHECKPOINTS) if config.resume else None
     device, facts = device_of(accelerator.local_process_index), _facts(config.model)
-    transport = build_transport(config, facts, device)
+    transport = build_transport(config, facts, device, token, accelerator.is_main_process)
     stack.callback(transport.close)
     stops = stop_tokens(config.model, tokenizer)
     stream = f"vllm_rank{accelerator.process_index}/{resumed.name if resumed else ''}"
-    settings = engine_settings(config, facts, device, folder / "logs", stops, stream)
-    engines = [LocalEngine(one) for one in settings]
+    engines = build_engines(config, facts, device, folder / "logs", stops, stream)
     stack.callback(close_all, engines)  # before the transport: they may have its memory mapped
     engines[0].start()  # it starts while this process loads its own copy of the model
 
@@ -126,6 +125,7 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
         run.step, run.sampler_state = step, state["sampler"]
         run.before = [(prompt, text) for prompt, text in state["before"]]
         sampler.load_state_dict(state["sampler"])
+    if resumed or config.rollout.servers:  # which may still hold those of an earlier run
         publish_weights(run)
     return run
 

@@ -15,11 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sapo_rl.config import Config, ModelConfig
 from sapo_rl.errors import UserError
 from sapo_rl.preview import element_size, trainer_memory
-from sapo_rl.rollout.engine import EngineSettings
+from sapo_rl.rollout.engine import Engine, EngineSettings
+from sapo_rl.rollout.key import read_key
 from sapo_rl.rollout.local import LocalEngine
+from sapo_rl.rollout.server import ServerEngine, ServerSettings
 from sapo_rl.rollout.weights.base import WeightTransport
 from sapo_rl.rollout.weights.file import FileTransport, weights_folder
 from sapo_rl.rollout.weights.ipc import IpcTransport
+from sapo_rl.rollout.weights.nccl import NcclTransport
 
 GIB = 2**30
 SMALL_MODEL = 1_000_000_000
@@ -117,7 +120,7 @@ def sleep_level(config: Config, facts: ModelFacts, device: Device) -> int:
         UserError: they are to sleep and to write at the same time.
     """
     rollout = config.rollout
-    if device.name == "cpu" or rollout.mode == "overlap":
+    if device.name == "cpu" or rollout.overlaps:
         if rollout.sleep in ("1", "2") and device.name != "cpu":
             raise UserError(f"rollout.sleep: {rollout.sleep} cannot be with rollout.mode=overlap; set 0 or auto")
         return 0
@@ -130,18 +133,54 @@ def sleep_level(config: Config, facts: ModelFacts, device: Device) -> int:
     return 1 if config.model.lora.rank else 2  # the weights without adapters are never sent: they must not be lost
 
 
-def build_transport(config: Config, facts: ModelFacts, device: Device) -> WeightTransport:
+def build_transport(config: Config, facts: ModelFacts, device: Device, run: str, is_main: bool) -> WeightTransport[Any]:
     """Return the way that `rollout.transport` names.
+
+    Args:
+        config: the run's.
+        facts: of its model.
+        device: the rank's.
+        run: see `NcclTransport`.
+        is_main: whether this is rank 0.
 
     Raises:
         UserError: `ipc` without a GPU, or no room for `file`.
     """
     kind, dtype = config.rollout.transport, getattr(torch, config.model.dtype)
+    if config.rollout.servers:
+        return NcclTransport(dtype, device.name, run, is_main, config.rollout.timeout)
     if kind == "ipc" and device.name == "cpu":
         raise UserError("rollout.transport: ipc needs a GPU; set auto or file")
     if kind == "ipc" or (kind == "auto" and device.name != "cpu"):
         return IpcTransport(dtype)
     return FileTransport(weights_folder(facts.parameters * dtype.itemsize), dtype)
+
+
+def build_engines(
+    config: Config, facts: ModelFacts, device: Device, folder: Path, stop_token_ids: list[int], stream: str
+) -> list[Engine]:
+    """Return the engines of a rank, not yet started: those of its device, or all of `rollout.servers`.
+
+    The arguments are those of `engine_settings`. Raises UserError where servers are to be asked without an API key.
+    """
+    rollout = config.rollout
+    if not rollout.servers:
+        return [LocalEngine(one) for one in engine_settings(config, facts, device, folder, stop_token_ids, stream)]
+    key = read_key()
+    return [
+        ServerEngine(
+            ServerSettings(
+                address=address,
+                key=key,
+                dtype=config.model.dtype,
+                max_model_len=longest(config),
+                stop_token_ids=stop_token_ids,
+                start_timeout=rollout.start_timeout,
+                timeout=rollout.timeout,
+            )
+        )
+        for address in rollout.servers
+    ]
 
 
 def engine_settings(
@@ -187,7 +226,7 @@ def engine_settings(
     ]
 
 
-def start_all(engines: Sequence[LocalEngine]) -> None:
+def start_all(engines: Sequence[Engine]) -> None:
     """Wait for the first engine, which was started, and then start the others: they find what it has compiled."""
     engines[0].wait_ready()
     for engine in engines[1:]:
@@ -196,7 +235,7 @@ def start_all(engines: Sequence[LocalEngine]) -> None:
         engine.wait_ready()
 
 
-def close_all(engines: Sequence[LocalEngine]) -> None:
+def close_all(engines: Sequence[Engine]) -> None:
     """Close the engines side by side."""
     with ThreadPoolExecutor(len(engines)) as pool:
-        list(pool.map(LocalEngine.close, engines))
+        list(pool.map(lambda engine: engine.close(), engines))

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from sapo_rl.rollout.engine import Completion, EngineSettings, Numbered, Sampling
 from sapo_rl.rollout.lifeline import die_with_parent, kill_group_on_hangup
+from sapo_rl.rollout.vllm_terms import completions_of, sampling_params, scores_of, scoring_params
 
 if TYPE_CHECKING:
-    from vllm import LLM, RequestOutput
-    from vllm.logprobs import FlatLogprobs
+    from vllm import LLM
 
 
 def capture_sizes(max_num_seqs: int) -> list[int]:
@@ -79,23 +79,9 @@ class Server:
 
     def add(self, requests: list[Numbered], sampling: Sampling) -> None:
         """Put requests under way; `step` returns their completions."""
-        from vllm import SamplingParams
-
-        common = {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "repetition_penalty": sampling.repetition_penalty,
-            "max_tokens": sampling.max_tokens,
-            "logprobs": 0 if sampling.logprobs else None,
-            "flat_logprobs": sampling.logprobs,
-            "stop_token_ids": self.settings.stop_token_ids,
-            "detokenize": False,
-        }
         names = self.llm.enqueue(
             [{"prompt_token_ids": request.token_ids} for _, request in requests],
-            [SamplingParams(n=request.n, seed=request.seed, **common) for _, request in requests],
+            [sampling_params(request, sampling, self.settings.stop_token_ids) for _, request in requests],
             use_tqdm=False,
         )
         for name, (number, _) in zip(names, requests, strict=True):
@@ -104,7 +90,7 @@ class Server:
     def step(self) -> list[tuple[int, list[Completion]]]:
         """Decode one token of each completion; return the requests that this finished."""
         outputs = [output for output in self.llm.llm_engine.step() if output.finished]
-        return [(self.running.pop(output.request_id), _completions(output)) for output in outputs]  # type: ignore[arg-type]
+        return [(self.running.pop(output.request_id), completions_of(output)) for output in outputs]  # type: ignore[arg-type]
 
     def abort(self) -> None:
         """Drop what is under way."""
@@ -138,34 +124,13 @@ class Server:
 
     def score(self, token_ids: list[int]) -> list[float]:
         """See `Engine.score`."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        (output,) = self.llm.generate([{"prompt_token_ids": token_ids}], params, use_tqdm=False)
-        positions = output.prompt_logprobs or []
-        return [entry[token].logprob for token, entry in zip(token_ids, positions, strict=True) if entry]
+        prompt: Any = {"prompt_token_ids": token_ids}
+        (output,) = self.llm.generate([prompt], scoring_params(), use_tqdm=False)
+        return scores_of(output, token_ids)
 
     def close(self) -> None:
         """Stop vLLM's core process, where it has one."""
         self.llm.llm_engine.engine_core.shutdown()
-
-
-def _completions(output: RequestOutput) -> list[Completion]:
-    from vllm.logprobs import FlatLogprobs
-
-    return [
-        Completion(
-            token_ids=list(one.token_ids),
-            truncated=one.finish_reason == "length",
-            logps=_sampled(one.logprobs) if isinstance(one.logprobs, FlatLogprobs) else None,
-        )
-        for one in output.outputs
-    ]
-
-
-def _sampled(flat: FlatLogprobs) -> list[float]:
-    """The first entry of each position is the sampled token's."""
-    return [flat.logprobs[start] for start in flat.start_indices]
 
 
 def serve(connection: Connection) -> None:

@@ -12,6 +12,15 @@ class EngineError(RuntimeError):
     """An engine failed beyond what a restart can mend; the message ends with the last lines of its log."""
 
 
+class EngineLost(Exception):
+    """An engine cannot be reached for now; others must answer what it leaves."""
+
+    def __init__(self, reason: str, unfinished: list[Numbered] | None = None) -> None:
+        super().__init__(reason)
+        self.unfinished = unfinished or []
+        """Requests that it took and will not answer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One prompt and how many completions of it."""
@@ -98,6 +107,14 @@ class Engine(Protocol):
     asleep: bool
     """True from `sleep` to the next call, which wakes the engine up."""
 
+    def start(self) -> None:
+        """Start the engine, where this process is the one that does, and return at once."""
+        ...
+
+    def wait_ready(self) -> None:
+        """Return once the engine can be called."""
+        ...
+
     def stream(
         self, take: Callable[[], Numbered | None], window: int, sampling: Sampling
     ) -> Iterator[tuple[int, list[Completion]]]:
@@ -105,19 +122,18 @@ class Engine(Protocol):
 
         `take` gives the next request, or None where there is none for now; it is asked whenever fewer than `window`
         completions are under way, and the stream ends once there is none and all are finished.
+
+        Raises:
+            EngineLost: the engine cannot be reached; the requests that it has not answered come with it.
         """
         ...
 
-    def load_weights(self, path: Path, version: int) -> None:
-        """Replace the weights by those of a safetensors file, which stays readable until the next is loaded."""
-        ...
-
-    def load_shared(self, layout: str, version: int) -> None:
-        """Replace the weights by those in GPU memory that `layout` describes, unchanged until the next are loaded."""
-        ...
-
     def score(self, token_ids: list[int]) -> list[float]:
-        """Return log p(token | those before it) at temperature 1, for each token but the first."""
+        """Return log p(token | those before it) at temperature 1, for each token but the first.
+
+        Raises:
+            EngineLost: the engine cannot be reached.
+        """
         ...
 
     def sleep(self) -> None:
@@ -129,4 +145,16 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop the engine and free what it holds; more calls of `close` do nothing."""
+        ...
+
+
+class LoadingEngine(Engine, Protocol):
+    """An engine on this machine, which can be told where to load weights from."""
+
+    def load_weights(self, path: Path, version: int) -> None:
+        """Replace the weights by those of a safetensors file, which stays readable until the next is loaded."""
+        ...
+
+    def load_shared(self, layout: str, version: int) -> None:
+        """Replace the weights by those in GPU memory that `layout` describes, unchanged until the next are loaded."""
         ...

@@ -53,13 +53,7 @@ def child_environment(device: str, environ: Mapping[str, str], cpus: int) -> dic
     of this machine share its `cpus` cores; a user's own OMP_NUM_THREADS counts where one rank runs (with more,
     launchers set it to 1).
     """
-    env = {
-        name: value
-        for name, value in environ.items()
-        if name not in LAUNCHER_VARIABLES and not name.startswith(LAUNCHER_PREFIXES)
-    }
-    root = str(Path(__file__).resolve().parents[2])
-    env |= QUIET | {"PYTHONPATH": os.pathsep.join(filter(None, (root, env.get("PYTHONPATH")))), "PYTHONUNBUFFERED": "1"}
+    env = _bare(environ)
     if device != "cpu":
         index = int(device.removeprefix("cuda:"))
         visible = environ.get("CUDA_VISIBLE_DEVICES")
@@ -69,10 +63,31 @@ def child_environment(device: str, environ: Mapping[str, str], cpus: int) -> dic
     ranks = int(environ.get("LOCAL_WORLD_SIZE", "1"))
     if ranks > 1 or "OMP_NUM_THREADS" not in env:
         env["OMP_NUM_THREADS"] = str(max(1, cpus // ranks))
+    return _on_cpu(env) | {"CUDA_VISIBLE_DEVICES": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+
+def server_environment(environ: Mapping[str, str], on_gpu: bool) -> dict[str, str]:
+    """Return the environment of a server: `environ` without a launcher, with all its devices, no telemetry."""
+    env = _bare(environ)
+    return env | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"} if on_gpu else _on_cpu(env)
+
+
+def _bare(environ: Mapping[str, str]) -> dict[str, str]:
+    env = {
+        name: value
+        for name, value in environ.items()
+        if name not in LAUNCHER_VARIABLES and not name.startswith(LAUNCHER_PREFIXES)
+    }
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
+    return env | QUIET | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+def _on_cpu(env: dict[str, str]) -> dict[str, str]:
     # Waiting threads that spin took nine tenths of the speed of two engines on two cores.
     env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Small functions of vLLM are compiled even in eager mode: 17 s at the first call, and it takes a C++ compiler.
-    return env | {"CUDA_VISIBLE_DEVICES": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
+    return env | {"TORCHDYNAMO_DISABLE": "1"}
 
 
 class LocalEngine:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from sapo_rl.config import RolloutConfig
-from sapo_rl.rollout.engine import Completion, Engine, EngineError, Numbered, Request, Sampling
+from sapo_rl.rollout.engine import Completion, Engine, EngineError, EngineLost, Request, Sampling
+from sapo_rl.rollout.spread import Spread, Usage
 from sapo_rl.types import Group, Prompt, Sample
 
 if TYPE_CHECKING:
@@ -70,10 +69,13 @@ class Rollouts:
         self.engines = engines
         self.group_size = cfg.group_size
         self.capacity = cfg.max_num_seqs
+        self.patience = cfg.start_timeout
         self.sampling = sampling_of(cfg)
         self.tokenizer = tokenizer
         self.seed = seed
         self.reproducible = reproducible
+        self.usage = Usage([], 0.0)
+        """Of the last call."""
 
     def generate(
         self,
@@ -113,17 +115,15 @@ class Rollouts:
         on_group: Callable[[Group], None],
     ) -> list[Group]:
         finished: dict[int, Group] = {}
-        left = deque(enumerate(requests))
         # Where all fit at once each engine gets an even share; else each keeps as many waiting as it decodes.
         share = math.ceil(sum(request.n for request in requests) / len(self.engines))
         window = min(share, 2 * self.capacity)
 
-        def work(engine: Engine) -> None:
-            for i, completions in engine.stream(partial(_take, left), window, sampling):
-                finished[i] = self._group(prompts[i], completions, engine.weight_version)
-                on_group(finished[i])
+        def answer(engine: Engine, i: int, completions: list[Completion]) -> None:
+            finished[i] = self._group(prompts[i], completions, engine.weight_version)
+            on_group(finished[i])
 
-        _at_once([partial(work, engine) for engine in self.engines])
+        self.usage = Spread(self.engines, requests, window, sampling, self.patience, answer).run()
         return [finished[i] for i in range(len(prompts))]
 
     def _group(self, prompt: Prompt, completions: Sequence[Completion], version: int) -> Group:
@@ -135,12 +135,6 @@ class Rollouts:
                 for one, text in zip(completions, texts, strict=True)
             ],
         )
-
-
-def _take(left: deque[Numbered]) -> Numbered | None:
-    with contextlib.suppress(IndexError):  # other threads take, too
-        return left.popleft()
-    return None
 
 
 def _at_once(tasks: Sequence[Callable[[], None]]) -> None:
@@ -176,3 +170,14 @@ def verify(engine: Engine, token_ids: list[int], trainer_logps: Sequence[float],
             f"in {dtype} the mean should be below {TOLERANCE[dtype]:g}"
         )
     return mean
+
+
+def verify_all(
+    engines: Sequence[Engine], token_ids: list[int], trainer_logps: Sequence[float], dtype: str, first: int = 1
+) -> list[float]:
+    """Return what `verify` says of each engine that can be reached. Raises EngineError as `verify` does."""
+    found: list[float] = []
+    for engine in engines:
+        with contextlib.suppress(EngineLost):  # a server that is away gets the weights before it writes again
+            found.append(verify(engine, token_ids, trainer_logps, dtype, first))
+    return found

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sapo_rl.rollout.lifeline import die_with_parent
+from sapo_rl.rollout.weights.group import Group, Meeting, join, receive_tensors
 from sapo_rl.rollout.weights.ipc import open_layout
 
 # A push need not bring every weight; vLLM would warn of every layer that it leaves as it is, each time.
@@ -18,10 +19,12 @@ die_with_parent()
 
 
 class WeightReceiver:
-    """Mixed into vLLM's worker; `model_runner` and `device` are the worker's own."""
+    """Mixed into vLLM's worker; `model_runner`, `device` and `rank` (among the workers) are the worker's own."""
 
     model_runner: Any
     device: torch.device
+    rank: int
+    weight_group: Group | None = None
     shared_layout = ""
     shared_weights: tuple[tuple[str, torch.Tensor], ...] = ()
 
@@ -32,20 +35,41 @@ class WeightReceiver:
         parameters is not enough there. Layers of which the file has nothing stay as they are; one that fuses several
         weights needs all of them.
         """
-        self.model_runner.reload_weights(weights_iterator=_tensors(path, self.device), is_checkpoint_format=True)
-        if self.device.type == "cpu":
-            _repack_heads(self.model_runner.get_model())
+        self._load(_tensors(path, self.device))
 
     def receive_shared(self, layout: str) -> None:
         """Replace the model's weights by those in GPU memory of the trainer; return once they have been read."""
         if layout != self.shared_layout:
             self.shared_weights, self.shared_layout = tuple(open_layout(layout)), layout
+        self._load(iter(self.shared_weights))
+
+    def join_group(self, meeting: str) -> None:
+        """Come together with the trainer, and leave the group of an earlier time."""
+        if self.weight_group is not None:
+            self.weight_group.abort()
+        self.weight_group = join(Meeting.from_json(meeting), rank=1 + self.rank)
+
+    def receive_broadcast(self, layout: str) -> None:
+        """Replace the model's weights by those that the trainer broadcasts in the group."""
+        assert self.weight_group is not None
+        tensors = receive_tensors(self.weight_group, layout, self.device)
+        try:
+            self._load(tensors)
+        finally:
+            for _ in tensors:  # the trainer would wait for a receiver of each block
+                pass
+
+    def _load(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Have the model load tensors that are named as in its checkpoint; return once they have been read."""
         model = self.model_runner.get_model()
-        if keeps_checkpoint_format(model):
-            model.load_weights(iter(self.shared_weights))  # several times as fast as the general way
+        if self.device.type != "cpu" and keeps_checkpoint_format(model):
+            model.load_weights(tensors)  # several times as fast as the general way
         else:
-            self.model_runner.reload_weights(weights_iterator=iter(self.shared_weights), is_checkpoint_format=True)
-        torch.cuda.synchronize()
+            self.model_runner.reload_weights(weights_iterator=tensors, is_checkpoint_format=True)
+        if self.device.type == "cpu":
+            _repack_heads(model)
+        else:
+            torch.cuda.synchronize()
 
 
 def keeps_checkpoint_format(model: torch.nn.Module) -> bool:

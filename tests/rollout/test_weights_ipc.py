@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from sapo_rl.rollout.weights import ipc
-from sapo_rl.rollout.weights.ipc import ALIGNMENT, BLOCK_BYTES, IpcTransport, open_layout
+from sapo_rl.rollout.weights.blocks import ALIGNMENT, BLOCK_BYTES
+from sapo_rl.rollout.weights.ipc import IpcTransport, open_layout
 
 
 class HostMemory:

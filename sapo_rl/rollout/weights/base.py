@@ -1,25 +1,28 @@
 """The one thing a weight transport does: bring the trainer's weights into every engine.
 
 `file` (safetensors in shared memory) works on every device; `ipc` hands handles of GPU memory to engines on the same
-GPU. A third fits the same interface: `nccl` broadcasts to engines on other GPUs and hosts. All read `named_tensors`
-lazily, in its order, so that a sharded trainer can gather one tensor at a time.
+GPU; `nccl` broadcasts to servers on other GPUs and hosts. All read `named_tensors` lazily, in its order, so that a
+sharded trainer can gather one tensor at a time.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import Generic, TypeVar
 
 import torch
 
 from sapo_rl.rollout.engine import Engine
 
+EngineT = TypeVar("EngineT", bound=Engine, contravariant=True)
 
-class WeightTransport(ABC):
-    """Brings weights into engines."""
+
+class WeightTransport(ABC, Generic[EngineT]):
+    """Brings weights into engines of the kind that it knows how to reach."""
 
     @abstractmethod
-    def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], engines: Sequence[Engine], version: int) -> None:
+    def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], engines: Sequence[EngineT], version: int) -> None:
         """Load the tensors (named as in the checkpoint, any float dtype, any device) into every engine as `version`.
 
         The iterable is read once, in its order. When `push` returns, the tensors may change: no engine refers to them.

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from sapo_rl.errors import UserError
-from sapo_rl.rollout.engine import Engine
+from sapo_rl.rollout.engine import LoadingEngine
 from sapo_rl.rollout.weights.base import WeightTransport, make_room
 
 PREFIX = "sapo-weights-"
@@ -90,7 +90,7 @@ def _write_all(fd: int, data: memoryview) -> None:
         data = data[os.write(fd, data) :]
 
 
-class FileTransport(WeightTransport):
+class FileTransport(WeightTransport[LoadingEngine]):
     """Writes one file a version, which the engines read in parallel; the newest stays, for an engine that is restarted.
 
     Takes possession of `folder`: see `weights_folder`.
@@ -103,7 +103,9 @@ class FileTransport(WeightTransport):
         self._lock = os.open(folder, os.O_RDONLY)
         fcntl.flock(self._lock, fcntl.LOCK_SH)
 
-    def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], engines: Sequence[Engine], version: int) -> None:
+    def push(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], engines: Sequence[LoadingEngine], version: int
+    ) -> None:
         """See `WeightTransport.push`. Raises what an engine raised."""
         path = self.folder / f"{version}.safetensors"
         write_safetensors(path, named_tensors, self.dtype)

@@ -1,0 +1,193 @@
+"""What a rollout server answers beside vLLM's own paths, and the guard of all paths. Runs inside vLLM's server.
+
+vLLM's own key guards some of its paths only, and the paths that replace weights exist in its development mode, where
+they run any method of the worker. This takes a key on every path and adds the few calls that a trainer needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import os
+import traceback
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import asdict
+from typing import Any
+
+from sapo_rl.rollout.engine import Request, Sampling
+from sapo_rl.rollout.key import VARIABLE
+from sapo_rl.rollout.vllm_terms import completions_of, sampling_params, scores_of, scoring_params
+
+logger = logging.getLogger("vllm.sapo")
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+WRONG_KEY, NOT_THOSE_WEIGHTS, FAILED, DEAD = 401, 409, 500, 503
+
+
+class TrainerApi:
+    """ASGI middleware around vLLM's server: `/sapo/<method>` calls the method of that name below, JSON in and out.
+
+    Weights are known by a label that the trainer chooses. A request names the label that it wants completions from, and
+    is refused where the server holds other weights: a server that was restarted, or that another run took over, can
+    give no wrong answer.
+    """
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        self.key = os.environ[VARIABLE].encode()
+        self.label: str | None = None
+        """Of the weights; None are those of the model's folder, or half loaded."""
+        self.meeting: str | None = None
+        """Name of the group with the trainer."""
+        self.running = 0
+        self.idle = asyncio.Condition()
+        self.methods = {
+            f"/sapo/{method.__name__}": method
+            for method in (self.info, self.generate, self.score, self.join, self.load)
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, pass it on to vLLM, or refuse it."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        elif not self._knows_key(scope):
+            await _refuse(scope, send)
+        elif scope["type"] == "http" and (method := self.methods.get(scope["path"])):
+            await self._answer(method, scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    def _knows_key(self, scope: Scope) -> bool:
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        return hmac.compare_digest(given, b"Bearer " + self.key)
+
+    async def _answer(
+        self, method: Callable[..., Awaitable[dict[str, Any]]], scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Call the method, and stop it where the client goes away."""
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        call = asyncio.ensure_future(self._call(method, scope["app"].state.engine_client, body))
+        gone = asyncio.ensure_future(_gone(receive))
+        await asyncio.wait((call, gone), return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        if call.done():
+            await _send_json(send, *call.result())
+        else:
+            call.cancel()
+
+    async def _call(
+        self, method: Callable[..., Awaitable[dict[str, Any]]], engine: Any, body: bytes
+    ) -> tuple[int, dict[str, Any]]:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return 200, await method(engine, **json.loads(body or b"{}"))
+        except _OtherWeights as other:
+            return NOT_THOSE_WEIGHTS, {"error": str(other)}
+        except EngineDeadError as error:
+            return DEAD, {"error": f"vLLM's core died: {error}"}
+        except Exception:  # the client has to know why: the same call would fail again
+            logger.exception("a trainer's call failed")
+            return FAILED, {"error": traceback.format_exc(limit=-4)}
+
+    async def info(self, engine: Any) -> dict[str, Any]:
+        """Say which weights are held, and what does not change."""
+        settings = engine.vllm_config
+        return {
+            "label": self.label,
+            "meeting": self.meeting,
+            "workers": settings.parallel_config.world_size,
+            "device": settings.device_config.device_type,
+            "model": settings.model_config.model,
+            "dtype": str(settings.model_config.dtype).removeprefix("torch."),
+            "max_model_len": settings.model_config.max_model_len,
+        }
+
+    async def generate(
+        self,
+        engine: Any,
+        label: str,
+        token_ids: list[int],
+        n: int,
+        seed: int | None,
+        sampling: dict[str, Any],
+        stop_token_ids: list[int],
+    ) -> dict[str, Any]:
+        """Complete one prompt `n` times."""
+        params = sampling_params(Request(token_ids, n, seed), Sampling(**sampling), stop_token_ids)
+        output = await self._run(engine, label, token_ids, params)
+        return {"completions": [asdict(one) for one in completions_of(output)]}
+
+    async def score(self, engine: Any, label: str, token_ids: list[int]) -> dict[str, Any]:
+        """Return log p(token | those before it) of all tokens but the first."""
+        output = await self._run(engine, label, token_ids, scoring_params())
+        return {"logps": scores_of(output, token_ids)}
+
+    async def _run(self, engine: Any, label: str, token_ids: list[int], params: Any) -> Any:
+        if label != self.label:
+            raise _OtherWeights(f"holds the weights {self.label}, not {label}")
+        self.running += 1
+        try:
+            last = None
+            prompt = {"prompt_token_ids": token_ids}
+            async for output in engine.generate(prompt, params, uuid.uuid4().hex):
+                last = output
+            return last
+        finally:
+            self.running -= 1
+            async with self.idle:
+                self.idle.notify_all()
+
+    async def join(self, engine: Any, name: str, meeting: str) -> dict[str, Any]:
+        """Have the workers come together with the trainer."""
+        await engine.collective_rpc("join_group", args=(meeting,))
+        self.meeting = name
+        return {}
+
+    async def load(self, engine: Any, meeting: str, label: str, layout: str) -> dict[str, Any]:
+        """Receive weights once running requests are finished; new ones are refused from now on."""
+        if meeting != self.meeting:
+            raise _OtherWeights(f"is in the group {self.meeting}, not {meeting}")
+        self.label = None
+        async with self.idle:
+            await self.idle.wait_for(lambda: self.running == 0)
+        await engine.collective_rpc("receive_broadcast", args=(layout,))
+        # Only requests that came by vLLM's own paths can still run: they begin anew with the new weights.
+        if not await engine.reset_prefix_cache(reset_running_requests=True):
+            raise RuntimeError("vLLM did not reset its prefix cache")
+        self.label = label
+        return {}
+
+
+class _OtherWeights(Exception):
+    """The server does not hold the weights, or is not in the group, that the request names."""
+
+
+async def _gone(receive: Receive) -> None:
+    """Return when the client has closed its connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _refuse(scope: Scope, send: Send) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+    else:
+        await _send_json(send, WRONG_KEY, {"error": "wrong or missing API key: Authorization: Bearer <key>"})
+
+
+async def _send_json(send: Send, status: int, content: dict[str, Any]) -> None:
+    body = json.dumps(content).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,127 @@
+"""Requests over several engines, some of which may go away and come back meanwhile."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from sapo_rl.rollout.engine import Completion, Engine, EngineError, EngineLost, Numbered, Request, Sampling
+
+POLL_SECONDS = 0.05
+RETRY_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How long the engines of a rank worked on one batch, in seconds from its start."""
+
+    until: list[float]
+    """By engine: its last answer; 0 where it gave none."""
+    whole: float
+    """The last answer of all."""
+
+
+def idle_fraction(usages: Sequence[Usage]) -> float:
+    """Return the share of the engines' time after their last answer, while others still write.
+
+    `usages` are those of all ranks, which start together: a rank that is ready waits for the slowest one.
+    """
+    until = [seconds for usage in usages for seconds in usage.until]
+    whole = max(usage.whole for usage in usages)
+    return 1 - sum(until) / (len(until) * whole) if whole else 0.0
+
+
+class Spread:
+    """One batch of requests: each engine takes the next whenever it has room, and what it cannot answer goes back.
+
+    Args:
+        engines: asked in threads of their own.
+        requests: answered exactly once each.
+        window: completions that each engine has under way.
+        sampling: of all requests.
+        patience: seconds that all engines may be lost at the same time.
+        answer: called with the engine, the number of a request and its completions; in the engine's thread.
+    """
+
+    def __init__(
+        self,
+        engines: Sequence[Engine],
+        requests: Sequence[Request],
+        window: int,
+        sampling: Sampling,
+        patience: float,
+        answer: Callable[[Engine, int, list[Completion]], None],
+    ) -> None:
+        self._engines = engines
+        self._window = window
+        self._sampling = sampling
+        self._patience = patience
+        self._answer = answer
+        self._left = deque(enumerate(requests))
+        self._unanswered = len(requests)
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._lost: dict[int, float] = {}
+        """Since when an engine is lost, by its index."""
+        self._until = [0.0] * len(engines)
+
+    def run(self) -> Usage:
+        """Return when all requests are answered. Raises what an engine or `answer` raised, once all threads have ended.
+
+        Raises:
+            EngineError: all engines were lost for longer than `patience`.
+        """
+        start = time.perf_counter()
+        if not self._unanswered:
+            self._over.set()
+        with ThreadPoolExecutor(len(self._engines)) as pool:
+            futures = [pool.submit(self._work, index) for index in range(len(self._engines))]
+        for future in futures:
+            future.result()
+        until = [max(0.0, at - start) for at in self._until]
+        return Usage(until, max(until))
+
+    def _work(self, index: int) -> None:
+        """Until the batch is over: an engine that has nothing to do may have to take what another leaves."""
+        try:
+            while not self._over.is_set():
+                if not self._left:
+                    self._over.wait(POLL_SECONDS)
+                    continue
+                try:
+                    self._stream(index)
+                except EngineLost as lost:
+                    self._left.extendleft(reversed(lost.unfinished))
+                    self._lose(index, lost)
+                    self._over.wait(RETRY_SECONDS)
+        except BaseException:
+            self._over.set()
+            raise
+
+    def _stream(self, index: int) -> None:
+        engine = self._engines[index]
+        for number, completions in engine.stream(lambda: self._take(index), self._window, self._sampling):
+            self._answer(engine, number, completions)
+            self._until[index] = time.perf_counter()
+            with self._lock:
+                self._unanswered -= 1
+                if not self._unanswered:
+                    self._over.set()
+
+    def _take(self, index: int) -> Numbered | None:
+        """Engines ask once they are sure to be there."""
+        with self._lock:
+            self._lost.pop(index, None)
+            return self._left.popleft() if self._left and not self._over.is_set() else None
+
+    def _lose(self, index: int, lost: EngineLost) -> None:
+        now = time.perf_counter()
+        with self._lock:
+            self._lost.setdefault(index, now)
+            all_since = max(self._lost.values()) if len(self._lost) == len(self._engines) else now
+        if now - all_since > self._patience:
+            raise EngineError(f"no engine for {self._patience:g} s; the last one: {lost}")

@@ -1,0 +1,23 @@
+"""`vllm serve` without the rest of vLLM's command line, which asks for a version that the CPU's package does not have.
+
+Arguments are those of `vllm serve`, the model as `--model`.
+"""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """Serve until stopped."""
+    from vllm.entrypoints.cli.serve import cmd_init
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser(prog="sapo-serve")
+    (command,) = cmd_init()
+    arguments = command.subparser_init(parser.add_subparsers()).parse_args()
+    assert arguments is not None
+    command.validate(arguments)
+    command.cmd(arguments)
+
+
+if __name__ == "__main__":
+    main()
