@@ -63,13 +63,13 @@ def child_environment(device: str, environ: Mapping[str, str], cpus: int) -> dic
     ranks = int(environ.get("LOCAL_WORLD_SIZE", "1"))
     if ranks > 1 or "OMP_NUM_THREADS" not in env:
         env["OMP_NUM_THREADS"] = str(max(1, cpus // ranks))
-    return _on_cpu(env) | {"CUDA_VISIBLE_DEVICES": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    return _on_cpu(env) | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def server_environment(environ: Mapping[str, str], on_gpu: bool) -> dict[str, str]:
     """Return the environment of a server: `environ` without a launcher, with all its devices, no telemetry."""
-    env = _bare(environ)
-    return env | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"} if on_gpu else _on_cpu(env)
+    env = _bare(environ) | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    return env if on_gpu else _on_cpu(env)
 
 
 def _bare(environ: Mapping[str, str]) -> dict[str, str]:
@@ -87,7 +87,7 @@ def _on_cpu(env: dict[str, str]) -> dict[str, str]:
     # Waiting threads that spin took nine tenths of the speed of two engines on two cores.
     env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Small functions of vLLM are compiled even in eager mode: 17 s at the first call, and it takes a C++ compiler.
-    return env | {"TORCHDYNAMO_DISABLE": "1"}
+    return env | {"TORCHDYNAMO_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 class LocalEngine:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -55,10 +56,14 @@ class ServerEngine:
         self.restarts = 0
         self.asleep = False
         self.label = ""
-        self._lost = False
+        self._told = False
         self._url = f"http://{settings.address}/sapo/"
-        # Proxies are for the world outside: neither the key nor the tokens should go there.
-        self._common: dict[str, Any] = {"headers": {"Authorization": f"Bearer {settings.key}"}, "trust_env": False}
+        self._common: dict[str, Any] = {
+            "headers": {"Authorization": f"Bearer {settings.key}"},
+            "trust_env": False,  # proxies are for the world outside: neither the key nor the tokens should go there
+            "verify": ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),  # not used, and the default one takes long to make
+        }
+        self._client = httpx.Client(**self._common)
 
     def __str__(self) -> str:
         return f"rollout server {self.settings.address}"
@@ -80,11 +85,9 @@ class ServerEngine:
             except EngineLost as lost:
                 if time.monotonic() > deadline:
                     raise UserError(f"rollout.servers: {lost}; start it with: sapo-serve config=...") from lost
-                if not self._lost:
-                    logger.warning("waiting for %s", self)
-                self._lost = True
+                self.tell(f"waiting for {self}")
             time.sleep(1.0)
-        self._lost = False
+        self._told = False
         if info["dtype"] != self.settings.dtype:
             raise UserError(
                 f"rollout.servers: {self.settings.address} computes in {info['dtype']}, model.dtype is "
@@ -113,6 +116,12 @@ class ServerEngine:
         body = {"meeting": meeting.name, "label": self.label, "layout": layout}
         self._call("load", body, self.settings.timeout)
 
+    def tell(self, trouble: str) -> None:
+        """Log what keeps the server away, once until it is back."""
+        if not self._told:
+            logger.warning("%s", trouble)
+        self._told = True
+
     def own_address(self) -> str:
         """Return this machine's address as the server sees it. Raises EngineLost."""
         host, _, port = self.settings.address.rpartition(":")
@@ -130,9 +139,7 @@ class ServerEngine:
             self._check()
             yield from self._answers(take, window, sampling, waiting)
         except EngineLost as lost:
-            if not self._lost:
-                logger.warning("%s; its %d unanswered requests go to others", lost, len(waiting))
-            self._lost = True
+            self.tell(f"{lost}; its {len(waiting)} unanswered requests go to others")
             raise EngineLost(str(lost), list(waiting.items())) from lost
 
     def score(self, token_ids: list[int]) -> list[float]:
@@ -143,13 +150,14 @@ class ServerEngine:
         """Do nothing: the trainer does not want the server's memory."""
 
     def close(self) -> None:
-        """Do nothing: the server goes on for the next run."""
+        """Close the connection; the server goes on for the next run."""
+        self._client.close()
 
     def _check(self) -> None:
         """Raise EngineLost where the server cannot give what `expect` asks for."""
         if (found := self.info()["label"]) != self.label:
             raise EngineLost(f"{self} does not have the current weights yet (it has {found})")
-        self._lost = False
+        self._told = False
 
     def _answers(
         self, take: Callable[[], Numbered | None], window: int, sampling: Sampling, waiting: dict[int, Request]
@@ -196,7 +204,7 @@ class ServerEngine:
     def _call(self, method: str, body: dict[str, Any], seconds: float) -> dict[str, Any]:
         timeout = httpx.Timeout(seconds, connect=CONNECT_SECONDS)
         with self._telling():
-            return self._read(httpx.post(self._url + method, json=body, timeout=timeout, **self._common))
+            return self._read(self._client.post(self._url + method, json=body, timeout=timeout))
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sapo_rl.config import Config
+from sapo_rl.checks import ConfigError, check
+from sapo_rl.config import Config, RolloutConfig
 from sapo_rl.errors import UserError
 from sapo_rl.rollout.build import (
     Device,
     ModelFacts,
+    build_engines,
     build_transport,
     cache_bytes,
     engine_count,
@@ -19,8 +21,10 @@ from sapo_rl.rollout.build import (
     model_facts,
     sleep_level,
 )
+from sapo_rl.rollout.server import ServerEngine
 from sapo_rl.rollout.weights.file import FileTransport
 from sapo_rl.rollout.weights.ipc import IpcTransport
+from sapo_rl.rollout.weights.nccl import NcclTransport
 
 GIB = 2**30
 H200 = Device("cuda:0", 140 * GIB)
@@ -135,14 +139,63 @@ def test_engines_differ_in_seed_and_log_and_share_the_memory() -> None:
 
 
 def test_the_transport_follows_the_device() -> None:
-    assert isinstance(build_transport(config(), SMALL, H200), IpcTransport)
+    assert isinstance(build_transport(config(), SMALL, H200, "run", True), IpcTransport)
     for made, device in ((config(), CPU), (config(transport="file"), H200)):
-        transport = build_transport(made, facts(1000), device)
+        transport = build_transport(made, facts(1000), device, "run", True)
         assert isinstance(transport, FileTransport)
         assert transport.dtype == torch.bfloat16
         transport.close()
     with pytest.raises(UserError, match=r"rollout.transport: ipc needs a GPU"):
-        build_transport(config(transport="ipc"), SMALL, CPU)
+        build_transport(config(transport="ipc"), SMALL, CPU, "run", True)
+
+
+def test_servers_take_the_place_of_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAPO_API_KEY", "secret")
+    made = config(servers=["127.0.0.1:8000", "there:9000"])
+    engines = build_engines(made, SMALL, CPU, Path("logs"), [5], "vllm_rank0/")
+    assert all(isinstance(engine, ServerEngine) for engine in engines)
+    settings = [engine.settings for engine in engines if isinstance(engine, ServerEngine)]
+    assert [(one.address, one.key, one.max_model_len, one.stop_token_ids) for one in settings] == [
+        ("127.0.0.1:8000", "secret", 1024, [5]),
+        ("there:9000", "secret", 1024, [5]),
+    ]
+    transport = build_transport(made, SMALL, CPU, "run", True)
+    assert isinstance(transport, NcclTransport)
+    assert transport.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("mode", "servers", "staleness", "expected"),
+    [
+        ("auto", [], 1, False),
+        ("auto", ["a:1"], 1, True),
+        ("sync", ["a:1"], 1, False),
+        ("overlap", [], 1, True),
+        ("overlap", ["a:1"], 0, False),
+    ],
+)
+def test_servers_write_ahead_unless_told_otherwise(
+    mode: str, servers: list[str], staleness: int, expected: bool
+) -> None:
+    assert RolloutConfig(mode=mode, servers=servers, max_staleness=staleness).overlaps is expected
+
+
+@pytest.mark.parametrize(
+    ("rollout", "words"),
+    [
+        ({"servers": ["nowhere"]}, r"rollout.servers: 'nowhere' is no address; valid: host:port"),
+        ({"servers": ["a:70000"]}, r"rollout.servers: 'a:70000'"),
+        ({"servers": ["a:1", "a:1"]}, r"rollout.servers: names a server twice"),
+        ({"servers": ["a:1"], "transport": "ipc"}, r"rollout.transport: 'ipc' does not reach rollout.servers"),
+        ({"servers": ["a:1"], "sleep": "2"}, r"rollout.sleep: is 2; rollout.servers never sleep"),
+        ({"transport": "nccl"}, r"rollout.transport: 'nccl' is for rollout.servers"),
+    ],
+)
+def test_what_cannot_be_with_servers_is_refused(rollout: dict[str, object], words: str) -> None:
+    made = config(**rollout)
+    made.data.source, made.model.path = "arithmetic", "some/model"
+    with pytest.raises(ConfigError, match=words):
+        check(made)
 
 
 def test_running_out_of_memory_names_the_settings(

@@ -103,7 +103,7 @@ class NcclTransport(WeightTransport[ServerEngine]):
         try:
             act(engine)
         except EngineLost as lost:
-            logger.warning("%s; it gets the weights when it returns", lost)
+            engine.tell(f"{lost}; it gets the weights when it returns")
             return False
         return True
 
