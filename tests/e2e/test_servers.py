@@ -1,0 +1,309 @@
+"""Rollout servers: real `sapo-serve` processes on the CPU, weights over a real process group, and a server that dies."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from sapo_rl.config import RolloutConfig
+from sapo_rl.rollout.engine import Completion, EngineLost, Request, Sampling
+from sapo_rl.rollout.server import ServerEngine, ServerSettings
+from sapo_rl.rollout.spread import Spread
+from sapo_rl.rollout.stream import Rollouts, verify, verify_all
+from sapo_rl.rollout.weights.nccl import NcclTransport
+from sapo_rl.types import Prompt
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).parents[2]
+EOS = 3
+WARM = Sampling(0.7, 1.0, 0, 0.0, 1.0, 24, True)
+REWARDS = """
+def odd(completions, **columns):
+    return [sum(ord(c) % 2 for c in text) / max(1, len(text)) for text in completions]
+"""
+
+
+@dataclass
+class Server:
+    """A `sapo-serve` process on a port of its own."""
+
+    folder: Path
+    port: int
+    environment: dict[str, str]
+    process: subprocess.Popen[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.start()
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"{self.port}.log"
+
+    def start(self) -> None:
+        with open(self.log, "ab") as log:
+            command = [sys.executable, "-m", "sapo_rl.serve", "--port", str(self.port), "config=tiny.yaml"]
+            self.process = subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=log, stderr=log)
+
+    def kill(self) -> None:
+        """As a crash would: without a word, and with nothing left of it."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.kill()
+        self.process.wait()
+        _, alive = psutil.wait_procs(children, timeout=20)
+        assert not alive
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("workspace")
+    (folder / "my_rewards.py").write_text(REWARDS)
+    config = {
+        "model": {"path": str(tiny_model), "dtype": "float32"},
+        "data": {"source": "arithmetic", "size": 100, "max_prompt_tokens": 64},
+        "rollout": {
+            "batch_size": 128,
+            "group_size": 4,
+            "max_completion_tokens": 128,
+            "max_num_seqs": 16,
+            "cpu_kv_cache_gb": 0.1,
+            "verify_every": 1,
+        },
+        "reward": {"functions": {"odd": {"function": "my_rewards.odd"}}},
+        "trainer": {"steps": 3, "updates_per_rollout": 2, "mini_batches": 1, "learning_rate": 1e-3},
+        "eval": {"every": 0, "prompts": 0},
+        "checkpoint": {"every": 0, "save_final": False},
+        "logging": {"console": "plain", "wandb": "off"},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(workspace: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name != "SAPO_API_KEY"}
+    return kept | {"PYTHONPATH": str(ROOT), "XDG_CONFIG_HOME": str(workspace / "home")}
+
+
+@pytest.fixture(scope="module")
+def servers(workspace: Path, environment: dict[str, str]) -> Iterator[list[Server]]:
+    """Two servers that start side by side; they get one key."""
+    started = [Server(workspace, free_port(), environment) for _ in range(2)]
+    yield started
+    for server in started:
+        if server.process.poll() is None:
+            server.kill()
+
+
+@pytest.fixture(scope="module")
+def key(servers: list[Server], workspace: Path) -> str:
+    path = workspace / "home" / "sapo-train" / "api_key"
+    wait_until(path.exists, 60)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    return path.read_text().strip()
+
+
+def wait_until(holds: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def fleet(servers: list[Server], key: str) -> Iterator[list[ServerEngine]]:
+    settings = [ServerSettings(server.address, key, "float32", 192, [EOS], 300.0, 120.0) for server in servers]
+    engines = [ServerEngine(one) for one in settings]
+    for engine in engines:
+        engine.wait_ready()
+    yield engines
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture
+def transport() -> Iterator[NcclTransport]:
+    made = NcclTransport(torch.float32, "cpu", os.urandom(4).hex(), sends=True, seconds=120.0)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model: Path) -> PreTrainedModel:
+    """Other weights in every tensor than those in the model's folder."""
+    return noisy(tiny_model, 1)
+
+
+def noisy(tiny_model: Path, seed: int) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.05 * torch.randn(weight.shape, generator=generator)
+    return model
+
+
+@torch.no_grad()
+def logps_of(model: PreTrainedModel, token_ids: list[int], temperature: float = 1.0) -> list[float]:
+    ids = torch.tensor(token_ids)
+    logits = model(ids[None]).logits[0, :-1] / temperature
+    return logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0].tolist()
+
+
+def answers(engine: ServerEngine, requests: list[Request], sampling: Sampling) -> dict[int, list[Completion]]:
+    left = list(enumerate(requests))
+    return dict(engine.stream(lambda: left.pop(0) if left else None, 64, sampling))
+
+
+def test_every_path_takes_the_key_and_the_key_is_nowhere_to_be_seen(
+    servers: list[Server], key: str, fleet: list[ServerEngine]
+) -> None:
+    paths = ["/", "/health", "/metrics", "/docs", "/v1/models", "/v1/completions", "/collective_rpc", "/sapo/info"]
+    for path in [*paths, "/sapo/load", "/update_weights", "/sleep", "/inference/v1/generate", "/no/such"]:
+        for wrong in ({}, {"Authorization": f"Bearer {key}x"}, {"Authorization": key}):
+            for method in ("GET", "POST", "OPTIONS"):
+                url = f"http://{servers[0].address}{path}"
+                assert httpx.request(method, url, headers=wrong, trust_env=False).status_code == 401, (method, path)
+    with httpx.Client(base_url=f"http://{servers[0].address}", headers={"Authorization": f"Bearer {key}"}) as client:
+        assert client.get("/health").status_code == 200
+        assert client.get("/v1/models").status_code == 200
+        assert client.post("/collective_rpc", json={"method": "receive_file", "args": ["x"]}).status_code == 404
+    for server in servers:
+        process = psutil.Process(server.process.pid)
+        listens = [one.laddr for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
+        assert ("127.0.0.1", server.port) in listens
+        assert key not in server.log.read_text()
+        for one in [process, *process.children(recursive=True)]:
+            assert key not in " ".join(one.cmdline())
+
+
+def test_servers_write_what_the_trainers_weights_say(
+    fleet: list[ServerEngine], transport: NcclTransport, policy: PreTrainedModel
+) -> None:
+    transport.push(policy.named_parameters(), fleet, 7)
+    requests = [Request([2, 30 + i, 40, 50 + i], 3, seed=100 * i) for i in range(6)]
+    first, second = (answers(engine, requests, WARM) for engine in fleet)
+    assert {i: [one.token_ids for one in group] for i, group in first.items()} == {
+        i: [one.token_ids for one in group] for i, group in second.items()
+    }
+    assert len({tuple(one.token_ids) for group in first.values() for one in group}) > 15  # of 18
+    for i, group in first.items():
+        prompt = requests[i].token_ids
+        for one in group:
+            assert one.truncated == (one.token_ids[-1] != EOS)
+            expected = logps_of(policy, prompt + one.token_ids, WARM.temperature)[len(prompt) - 1 :]
+            assert one.logps == pytest.approx(expected, abs=1e-4)
+    expected = logps_of(policy, list(range(5, 60)))
+    assert max(verify_all(fleet, list(range(5, 60)), expected, "float32")) < 1e-5
+    transport.close()  # else it would bring them
+    fleet[0].expect("another run/7", 7)
+    with pytest.raises(EngineLost, match="does not have the current weights"):
+        answers(fleet[0], requests, WARM)
+    assert len(verify_all(fleet, list(range(5, 60)), expected, "float32")) == 1
+
+
+def test_one_of_two_dies_in_mid_batch_and_is_taken_back_with_current_weights(
+    servers: list[Server],
+    fleet: list[ServerEngine],
+    transport: NcclTransport,
+    policy: PreTrainedModel,
+    tiny_model: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING)
+    transport.push(policy.named_parameters(), fleet, 1)
+    answered: Counter[int] = Counter()
+
+    def answer(engine: Any, number: int, completions: list[Completion]) -> None:
+        assert len(completions) == 4
+        answered[number] += 1
+        if engine is fleet[1] and servers[1].process.poll() is None:
+            servers[1].kill()  # most of its requests still wait for their turn
+
+    requests = [Request([2, 30 + i, 40], 4) for i in range(40)]
+    Spread(fleet, requests, 80, Sampling(1.0, 1.0, 0, 0.0, 1.0, 64, False), 60.0, answer).run()
+    assert answered == Counter(range(40))
+    (told,) = [record.message for record in caplog.records]
+    assert f"{servers[1].address} does not answer" in told
+    assert "; its 0 unanswered" not in told
+
+    newer = noisy(tiny_model, 2)
+    transport.push(newer.named_parameters(), fleet, 2)
+    restarts = fleet[1].restarts
+    servers[1].start()
+    wait_until(lambda: fleet[1].restarts == restarts + 1, 300)
+    tokens = list(range(5, 60))
+    assert verify(fleet[1], tokens, logps_of(newer, tokens), "float32") < 1e-5
+    rollouts = Rollouts(
+        fleet,
+        RolloutConfig(group_size=4, max_completion_tokens=8),
+        AutoTokenizer.from_pretrained(tiny_model),
+        seed=0,
+        reproducible=False,
+    )
+    groups = rollouts.generate([Prompt(i, [2, 30 + i], "", {}) for i in range(10)], step=1)
+    assert {sample.weight_version for group in groups for sample in group.samples} == {2}
+    assert all(seconds > 0 for seconds in rollouts.usage.until)
+
+
+def test_a_run_of_two_ranks_goes_on_when_a_server_dies(
+    workspace: Path, environment: dict[str, str], servers: list[Server], fleet: list[ServerEngine]
+) -> None:
+    addresses = ",".join(server.address for server in servers)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sapo_rl", "config=tiny.yaml", f"rollout.servers=[{addresses}]",
+         "launch.num_processes=2"],
+        cwd=workspace, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    shown = []
+    for line in process.stdout:
+        shown.append(line)
+        if line.startswith("step 1/"):
+            servers[1].process.send_signal(signal.SIGSTOP)  # the next batch is being written, and now waits for it
+            break
+    time.sleep(1.0)
+    servers[1].kill()
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, "".join(shown) + out + err
+    assert f"{servers[1].address} does not answer" in err
+    (folder,) = (path for path in workspace.glob("runs/tiny/*") if not path.is_symlink())
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "policy/loss" in record]
+    assert [record["rollout/staleness"] for record in steps] == [0, 1, 1]  # ahead of the training, but for the first
+    assert all(0 <= record["rollout/idle_fraction"] < 1 for record in steps)
+    assert len([record for record in records if "mismatch/probe_logp_diff" in record]) == 4
+    for path in sorted((folder / "completions").glob("*.parquet")):
+        table = pq.read_table(path)
+        assert table.num_rows == 128
+        assert sorted(Counter(table.column("prompt").to_pylist()).values())[0] >= 4
+        assert all(count % 4 == 0 for count in Counter(table.column("prompt").to_pylist()).values())
