@@ -150,8 +150,7 @@ class ServerEngine:
         """Do nothing: the trainer does not want the server's memory."""
 
     def close(self) -> None:
-        """Close the connection; the server goes on for the next run."""
-        self._client.close()
+        """Do nothing: the server goes on for the next run."""
 
     def _check(self) -> None:
         """Raise EngineLost where the server cannot give what `expect` asks for."""

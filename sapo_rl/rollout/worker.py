@@ -47,7 +47,7 @@ class WeightReceiver:
         """Come together with the trainer, and leave the group of an earlier time."""
         if self.weight_group is not None:
             self.weight_group.abort()
-        self.weight_group = join(Meeting.from_json(meeting), rank=1 + self.rank)
+        self.weight_group = join(Meeting.from_json(meeting), 1 + self.rank, self.device)
 
     def receive_broadcast(self, layout: str) -> None:
         """Replace the model's weights by those that the trainer broadcasts in the group."""

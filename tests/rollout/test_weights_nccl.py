@@ -8,8 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from sapo_rl.rollout.weights import group as group_module
 from sapo_rl.rollout.weights.blocks import BLOCK_BYTES, WeightBlocks
 from sapo_rl.rollout.weights.group import Group, Host, Meeting, join, receive_tensors, send_blocks
+
+CPU = torch.device("cpu")
 
 
 def test_every_worker_receives_every_tensor_in_the_engines_dtype() -> None:
@@ -25,16 +28,16 @@ def test_every_worker_receives_every_tensor_in_the_engines_dtype() -> None:
     layout = json.dumps(blocks.layout() | {"blocks": [len(block) for block in blocks.blocks]})
     assert len(blocks.blocks) == 2
     host = Host("127.0.0.1", 30.0)
-    meeting = Meeting("127.0.0.1", host.port, "a", 3, "cpu", 30.0)
+    meeting = Meeting("127.0.0.1", host.port, "a", 3, 30.0)
     assert Meeting.from_json(meeting.to_json()) == meeting
 
     def worker(rank: int) -> tuple[Group, dict[str, torch.Tensor]]:
-        group = join(meeting, rank)
-        return group, dict(receive_tensors(group, layout, torch.device("cpu")))
+        group = join(meeting, rank, CPU)
+        return group, dict(receive_tensors(group, layout, CPU))
 
     with ThreadPoolExecutor(2) as pool:
         workers = [pool.submit(worker, rank) for rank in (1, 2)]
-        group = join(meeting, 0, host.store)
+        group = join(meeting, 0, CPU, host.store)
         send_blocks(group, blocks.blocks)
         for future in workers:
             received = future.result()[1]
@@ -43,8 +46,9 @@ def test_every_worker_receives_every_tensor_in_the_engines_dtype() -> None:
                 assert torch.equal(received[name], tensor.bfloat16()), name
 
 
-def test_who_does_not_come_ends_the_meeting() -> None:
+def test_who_does_not_come_ends_the_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_module, "GATHER_SECONDS", 0.3)
     host = Host("127.0.0.1", 0.5)
-    meeting = Meeting("127.0.0.1", host.port, "b", 2, "cpu", 0.5)
-    with pytest.raises(RuntimeError):
-        join(meeting, 0, host.store)
+    meeting = Meeting("127.0.0.1", host.port, "b", 2, 0.5)
+    with pytest.raises(RuntimeError, match=r"here/1|imeout"):
+        join(meeting, 0, CPU, host.store)

@@ -31,6 +31,10 @@ class Group(Protocol):
         ...
 
 
+GATHER_SECONDS = 60.0
+"""In which all ranks must have come."""
+
+
 @dataclass(frozen=True)
 class Meeting:
     """Where and how a group comes together."""
@@ -42,10 +46,8 @@ class Meeting:
     """Keeps this group apart from others at the same address."""
     size: int
     """The trainer and the server's workers."""
-    device: str
-    """`cpu` or `cuda`."""
     seconds: float
-    """Limit on coming together, and on each broadcast."""
+    """Limit on each broadcast."""
 
     def to_json(self) -> str:
         """Return the meeting as text for `Meeting.from_json`."""
@@ -78,25 +80,33 @@ class Host:
         )
 
 
-def join(meeting: Meeting, rank: int, store: Store | None = None) -> Group:
-    """Come together and return the group; blocks until all ranks are there (NCCL: until the first broadcast).
+def join(meeting: Meeting, rank: int, device: torch.device, store: Store | None = None) -> Group:
+    """Come together and return the group, once all ranks are connected.
 
     Args:
         meeting: the same for all ranks.
         rank: 0 on the trainer.
+        device: where this rank's tensors are; a GPU for all ranks, or the CPU for all.
         store: the host's own, on rank 0.
 
     Raises:
-        RuntimeError: not all came within the limit.
+        RuntimeError: not all came, or they cannot be connected.
     """
     limit = timedelta(seconds=meeting.seconds)
     if store is None:
         store = TCPStore(meeting.host, meeting.port, is_master=False, timeout=limit)
     own = PrefixStore(meeting.name, store)
-    if meeting.device == "cuda":
-        return _nccl(own, rank, meeting.size, limit)
-    address = meeting.host if rank == 0 else address_towards(meeting.host, meeting.port)
-    return _gloo(own, rank, meeting.size, limit, address)
+    if rank == 0:  # connecting has no limit of its own in NCCL: see first that nobody is missing
+        own.wait([f"here/{other}" for other in range(1, meeting.size)], timedelta(seconds=GATHER_SECONDS))
+    else:
+        own.set(f"here/{rank}", "")
+    if device.type == "cuda":
+        group = _nccl(own, rank, meeting.size, limit)
+    else:
+        address = meeting.host if rank == 0 else address_towards(meeting.host, meeting.port)
+        group = _gloo(own, rank, meeting.size, limit, address)
+    group.broadcast(torch.zeros(1, device=device), 0).wait()  # NCCL connects at the first call
+    return group
 
 
 def _nccl(store: Store, rank: int, size: int, limit: timedelta) -> Group:

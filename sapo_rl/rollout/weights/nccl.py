@@ -123,10 +123,10 @@ class NcclTransport(WeightTransport[ServerEngine]):
         host = self._hosts[address]
         self._meetings += 1
         name = f"{self.run}/{self._meetings}"
-        meeting = Meeting(address, host.port, name, 1 + info["workers"], self.device.type, self.seconds)
+        meeting = Meeting(address, host.port, name, 1 + info["workers"], self.seconds)
         joining = _in_thread(lambda: engine.join(meeting))
         try:
-            group = join(meeting, rank=0, store=host.store)
+            group = join(meeting, 0, self.device, host.store)
         except RuntimeError as error:
             joining.result()  # says more, where the server refused
             raise EngineLost(f"{engine} did not join the group ({error})") from error
