@@ -44,6 +44,8 @@ class TrainerApi:
         self.key = os.environ[VARIABLE].encode()
         self.label: str | None = None
         """Of the weights; None are those of the model's folder, or half loaded."""
+        self.changed = False
+        """Whether any weights are not those of the model's folder."""
         self.meeting: str | None = None
         """Name of the group with the trainer."""
         self.running = 0
@@ -149,24 +151,33 @@ class TrainerApi:
                 self.idle.notify_all()
 
     async def join(self, engine: Any, name: str, meeting: str) -> dict[str, Any]:
-        """Have the workers come together with the trainer."""
+        """Have the workers come together with the trainer, and go back to the weights of the model's folder."""
+        await self._quiet()
+        if self.changed:
+            await engine.collective_rpc("restore")
+            self.changed = False
         await engine.collective_rpc("join_group", args=(meeting,))
         self.meeting = name
         return {}
 
     async def load(self, engine: Any, meeting: str, label: str, layout: str) -> dict[str, Any]:
-        """Receive weights once running requests are finished; new ones are refused from now on."""
+        """Receive weights."""
         if meeting != self.meeting:
             raise _OtherWeights(f"is in the group {self.meeting}, not {meeting}")
-        self.label = None
-        async with self.idle:
-            await self.idle.wait_for(lambda: self.running == 0)
+        await self._quiet()
+        self.changed = True
         await engine.collective_rpc("receive_broadcast", args=(layout,))
         # Only requests that came by vLLM's own paths can still run: they begin anew with the new weights.
         if not await engine.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM did not reset its prefix cache")
         self.label = label
         return {}
+
+    async def _quiet(self) -> None:
+        """Refuse new requests until weights are loaded, and return when those that run are finished."""
+        self.label = None
+        async with self.idle:
+            await self.idle.wait_for(lambda: self.running == 0)
 
 
 class _OtherWeights(Exception):

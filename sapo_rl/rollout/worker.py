@@ -49,6 +49,11 @@ class WeightReceiver:
             self.weight_group.abort()
         self.weight_group = join(Meeting.from_json(meeting), 1 + self.rank, self.device)
 
+    def restore(self) -> None:
+        """Load the weights of the model's folder again: a trainer need not send all that an earlier one changed."""
+        self.model_runner.reload_weights()
+        self._settle()
+
     def receive_broadcast(self, layout: str) -> None:
         """Replace the model's weights by those that the trainer broadcasts in the group."""
         assert self.weight_group is not None
@@ -66,8 +71,11 @@ class WeightReceiver:
             model.load_weights(tensors)  # several times as fast as the general way
         else:
             self.model_runner.reload_weights(weights_iterator=tensors, is_checkpoint_format=True)
+        self._settle()
+
+    def _settle(self) -> None:
         if self.device.type == "cpu":
-            _repack_heads(model)
+            _repack_heads(self.model_runner.get_model())
         else:
             torch.cuda.synchronize()
 

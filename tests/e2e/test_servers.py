@@ -231,6 +231,20 @@ def test_servers_write_what_the_trainers_weights_say(
     assert len(verify_all(fleet, list(range(5, 60)), expected, "float32")) == 1
 
 
+def test_a_run_that_sends_some_weights_gets_the_others_from_the_models_folder(
+    fleet: list[ServerEngine], transport: NcclTransport, policy: PreTrainedModel, tiny_model: Path
+) -> None:
+    mixed = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    some = {name: weight for name, weight in policy.named_parameters() if "down_proj" in name}
+    mixed.load_state_dict(some, strict=False)
+    earlier = NcclTransport(torch.float32, "cpu", "earlier", sends=True, seconds=120.0)
+    earlier.push(policy.named_parameters(), fleet, 1)
+    earlier.close()
+    transport.push(some.items(), fleet, 1)
+    tokens = list(range(5, 60))
+    assert len(verify_all(fleet, tokens, logps_of(mixed, tokens), "float32")) == 2
+
+
 def test_one_of_two_dies_in_mid_batch_and_is_taken_back_with_current_weights(
     servers: list[Server],
     fleet: list[ServerEngine],
