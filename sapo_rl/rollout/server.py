@@ -139,7 +139,7 @@ class ServerEngine:
             self._check()
             yield from self._answers(take, window, sampling, waiting)
         except EngineLost as lost:
-            self.tell(f"{lost}; its {len(waiting)} unanswered requests go to others")
+            self.tell(f"{lost}; its {len(waiting)} unanswered requests wait for another server or its return")
             raise EngineLost(str(lost), list(waiting.items())) from lost
 
     def score(self, token_ids: list[int]) -> list[float]:
