@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sapo_rl.errors import UserError
-from sapo_rl.policy.tensor_file import write_tensors
 from sapo_rl.policy.trainer import PolicyTrainer
+from sapo_rl.tensor_file import write_tensors
 
 PATTERN = "step_{:06d}"
 

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from sapo_rl.errors import UserError
-from sapo_rl.rollout.weights.file import ABANDONED_AFTER, PREFIX, FileTransport, weights_folder, write_safetensors
+from sapo_rl.rollout.weights.file import ABANDONED_AFTER, PREFIX, FileTransport, weights_folder
+from sapo_rl.tensor_file import write_tensors
 
 
 @dataclass
@@ -47,7 +48,7 @@ def tensors(seed: int) -> dict[str, torch.Tensor]:
 def test_file_holds_the_tensors_in_the_engines_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     weights = tensors(0) | {"transposed": torch.arange(6.0).reshape(2, 3).T}
     weights["grad"] = torch.ones(2, requires_grad=True)
-    write_safetensors(tmp_path / "1.safetensors", weights.items(), dtype)
+    write_tensors(tmp_path / "1.safetensors", weights.items(), dtype)
     found = load_file(tmp_path / "1.safetensors")
     assert list(found) and set(found) == set(weights)
     for name, tensor in weights.items():
@@ -62,21 +63,21 @@ def test_tensors_are_taken_one_at_a_time(tmp_path: Path) -> None:
         for i in range(3):
             yield f"layer.{i}", buffer.fill_(i)
 
-    write_safetensors(tmp_path / "1.safetensors", gathered(), torch.float32)
+    write_tensors(tmp_path / "1.safetensors", gathered(), torch.float32)
     found = load_file(tmp_path / "1.safetensors")
     assert [found[f"layer.{i}"].tolist() for i in range(3)] == [[0.0] * 4, [1.0] * 4, [2.0] * 4]
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "1.safetensors"
-    write_safetensors(path, tensors(0).items(), torch.float32)
+    write_tensors(path, tensors(0).items(), torch.float32)
 
     def broken() -> Iterator[tuple[str, torch.Tensor]]:
         yield "a.weight", torch.zeros(3, 5)
         raise RuntimeError("gather failed")
 
     with pytest.raises(RuntimeError, match="gather failed"):
-        write_safetensors(path, broken(), torch.float32)
+        write_tensors(path, broken(), torch.float32)
     assert torch.equal(load_file(path)["a.weight"], tensors(0)["a.weight"])
 
 

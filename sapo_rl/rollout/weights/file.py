@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import tempfile
@@ -17,11 +16,9 @@ import torch
 from sapo_rl.errors import UserError
 from sapo_rl.rollout.engine import LoadingEngine
 from sapo_rl.rollout.weights.base import WeightTransport, make_room
+from sapo_rl.tensor_file import HEADER_BYTES, write_tensors
 
 PREFIX = "sapo-weights-"
-HEADER_BYTES = 4 << 20
-"""Room for the header, which is written last: tensors are taken one by one, and none needs to stay in memory."""
-DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 ABANDONED_AFTER = 60.0
 """Seconds before a folder without an owner counts as left behind: its owner may be about to lock it."""
 
@@ -60,36 +57,6 @@ def _sweep(parent: Path) -> None:
             os.close(lock)
 
 
-def write_safetensors(path: Path, named_tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> None:
-    """Write the tensors as `dtype` into the safetensors file `path`, which appears complete or not at all.
-
-    Raises:
-        ValueError: more names than the header has room for (about 40,000).
-        OSError: the disk is full.
-    """
-    partial = path.with_suffix(".partial")
-    header: dict[str, dict[str, object]] = {}
-    end = 0
-    with open(partial, "wb", buffering=0) as file:
-        file.seek(8 + HEADER_BYTES)
-        for name, tensor in named_tensors:
-            data = tensor.detach().to(dtype).cpu().contiguous()
-            start, end = end, end + data.nbytes
-            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(data.shape), "data_offsets": [start, end]}
-            _write_all(file.fileno(), data.reshape(-1).view(torch.uint8).numpy().data)
-        text = json.dumps(header).encode()
-        if len(text) > HEADER_BYTES:
-            raise ValueError(f"{len(header)} tensors need a header of {len(text)} bytes, more than {HEADER_BYTES}")
-        file.seek(0)
-        _write_all(file.fileno(), memoryview(HEADER_BYTES.to_bytes(8, "little") + text.ljust(HEADER_BYTES)))
-    os.replace(partial, path)
-
-
-def _write_all(fd: int, data: memoryview) -> None:
-    while data:  # the kernel takes at most 2 GiB a call
-        data = data[os.write(fd, data) :]
-
-
 class FileTransport(WeightTransport[LoadingEngine]):
     """Writes one file a version, which the engines read in parallel; the newest stays, for an engine that is restarted.
 
@@ -108,7 +75,7 @@ class FileTransport(WeightTransport[LoadingEngine]):
     ) -> None:
         """See `WeightTransport.push`. Raises what an engine raised."""
         path = self.folder / f"{version}.safetensors"
-        write_safetensors(path, named_tensors, self.dtype)
+        write_tensors(path, named_tensors, self.dtype)
         make_room(engines)
         with ThreadPoolExecutor(len(engines)) as pool:
             list(pool.map(lambda engine: engine.load_weights(path, version), engines))

@@ -1,0 +1,45 @@
+"""A safetensors file written tensor by tensor: a sharded model is gathered one weight at a time and never held whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HEADER_BYTES = 4 << 20
+"""Room for the header, which is written last: names and shapes of about 30,000 tensors."""
+DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+
+
+def write_tensors(path: Path, named_tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> None:
+    """Write float32 or bfloat16 tensors, as `dtype` where one is given, into a file that appears complete or not at all.
+
+    Raises:
+        ValueError: more names than the header has room for.
+        OSError: the disk is full.
+    """
+    partial = path.with_suffix(".partial")
+    header: dict[str, dict[str, object]] = {}
+    end = 0
+    with open(partial, "wb", buffering=0) as file:
+        file.seek(8 + HEADER_BYTES)
+        for name, tensor in named_tensors:
+            data = tensor.detach().to(dtype or tensor.dtype).cpu().contiguous()
+            start, end = end, end + data.nbytes
+            header[name] = {"dtype": DTYPE_NAMES[data.dtype], "shape": list(data.shape), "data_offsets": [start, end]}
+            _write_all(file.fileno(), data.reshape(-1).view(torch.uint8).numpy().data)
+        text = json.dumps(header).encode()
+        if len(text) > HEADER_BYTES:
+            raise ValueError(f"{len(header)} tensors need a header of {len(text)} bytes, more than {HEADER_BYTES}")
+        file.seek(0)
+        _write_all(file.fileno(), memoryview(HEADER_BYTES.to_bytes(8, "little") + text.ljust(HEADER_BYTES)))
+    os.replace(partial, path)
+
+
+def _write_all(fd: int, data: memoryview) -> None:
+    while data:  # the kernel takes at most 2 GiB a call
+        data = data[os.write(fd, data) :]
