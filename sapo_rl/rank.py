@@ -21,11 +21,15 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
+<<<<<<< HEAD
 from sapo_rl import compose, run_folder
 from sapo_rl.config import Config, ModelConfig
+=======
+from sapo_rl import compose, run_folder, world
+from sapo_rl.config import Config
+>>>>>>> ba54e1e (launch=ddp|fsdp2|zero2|zero3|multinode starts accelerate launch; ranks get folder and config from rank 0, and end with the right exit code)
 from sapo_rl.data import PromptSampler, build_prompts, load_rows
 from sapo_rl.errors import UserError
 from sapo_rl.loop import Run, publish_weights, train
@@ -33,6 +37,7 @@ from sapo_rl.policy import checkpoint
 from sapo_rl.policy.model import DTYPES, Policy, load_policy, load_tokenizer, stop_tokens
 from sapo_rl.policy.trainer import PolicyTrainer, Reference
 from sapo_rl.rewards import RewardPool
+<<<<<<< HEAD
 from sapo_rl.rollout.build import (
     ModelFacts,
     build_transport,
@@ -42,6 +47,10 @@ from sapo_rl.rollout.build import (
     model_facts,
     start_all,
 )
+=======
+from sapo_rl.rollout.build import build_transport, close_all, device_of, engine_settings, model_facts, start_all
+from sapo_rl.rollout.lifeline import die_with_parent
+>>>>>>> ba54e1e (launch=ddp|fsdp2|zero2|zero3|multinode starts accelerate launch; ranks get folder and config from rank 0, and end with the right exit code)
 from sapo_rl.rollout.local import LocalEngine
 from sapo_rl.rollout.stream import Rollouts
 from sapo_rl.telemetry import Telemetry, Timers
@@ -51,10 +60,13 @@ OUT_OF_MEMORY = (
     "the trainer does not fit into the GPU's memory beside vLLM; lower trainer.tokens_per_micro_batch or "
     "rollout.gpu_memory_utilization, or set rollout.sleep=2"
 )
+TWICE = 1.0
+"""Seconds in which a second signal is the first once more: a scheduler sends it to every process of the run."""
 
 
 def main(folder: Path | None) -> None:
     """Run this rank to its end; `folder` is None on ranks that learn it from rank 0. A user's mistake exits with 2."""
+    die_with_parent()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -63,24 +75,21 @@ def main(folder: Path | None) -> None:
             run = build(folder, stack)
             _stop_on_signals(run)
             train(run)
-    except UserError as error:
-        print(f"sapo-train: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
     except torch.OutOfMemoryError as error:
-        print(f"sapo-train: {OUT_OF_MEMORY}\nIt said: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        world.fail(UserError(f"{OUT_OF_MEMORY}\nIt said: {str(error).splitlines()[0]}"))
+    except Exception as error:
+        world.fail(error)
+    except KeyboardInterrupt:
+        world.quit_now(128 + signal.SIGINT)
     if run.step < run.config.trainer.steps:
         sys.exit(128 + signal.SIGINT)
 
 
 def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     """Build the parts, cheapest first, so that a mistake costs seconds; `stack` closes them in reverse."""
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    stack.callback(leave, accelerator)
-    shared = [str(folder)]
-    broadcast_object_list(shared)
-    folder = Path(shared[0])
-    config = compose.load(folder / run_folder.CONFIG)
+    folder, frozen = world.share(folder)
+    config = compose.loads(frozen)
+    accelerator = stack.enter_context(world.join(config, folder))
     _seed(config, accelerator.process_index)
     if accelerator.is_main_process:
         run_folder.add_device(folder, _device_facts(accelerator))
@@ -130,6 +139,7 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     return run
 
 
+<<<<<<< HEAD
 def leave(accelerator: Accelerator) -> None:
     """End this rank's part in the process group.
 
@@ -163,6 +173,8 @@ def _models(config: Config) -> tuple[Policy, Reference | None]:
     return policy, load_policy(config.model).to(DTYPES[config.model.dtype]) if config.loss.kl.coef else None
 
 
+=======
+>>>>>>> ba54e1e (launch=ddp|fsdp2|zero2|zero3|multinode starts accelerate launch; ranks get folder and config from rank 0, and end with the right exit code)
 def _prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[Prompt], int]:
     rows, held_out_rows = load_rows(config.data, config.eval.prompts, config.seed)
     prompts, dropped = build_prompts(rows, config.data, tokenizer)
@@ -189,16 +201,19 @@ def _device_facts(accelerator: Accelerator) -> dict[str, str | int | float]:
 
 def _stop_on_signals(run: Run) -> None:
     """The first Ctrl-C or SIGTERM ends the run after its step, with a checkpoint; the second ends it at once."""
+    first = 0.0
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if run.stop_asked:
+        nonlocal first
+        if not run.stop_asked:
+            run.stop_asked, first = True, time.monotonic()
+            run.telemetry.warn("stopping after this step; once more stops at once")
+        elif time.monotonic() - first > TWICE:
             raise KeyboardInterrupt
-        run.stop_asked = True
-        run.telemetry.warn("stopping after this step; once more stops at once")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
