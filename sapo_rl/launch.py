@@ -79,10 +79,14 @@ def command(launch: LaunchConfig, folder: Path | None) -> list[str]:
 def main() -> None:
     """Run `accelerate launch` with this process's arguments and exit as its ranks did."""
     die_with_parent(os.getppid())
+    quiet = {} if "TORCH_CPP_LOG_LEVEL" in os.environ else {"TORCH_CPP_LOG_LEVEL": "FATAL"}
+    os.environ.update(quiet)  # else a machine that is late is told of in pages of C++ frames
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    for name in quiet:
+        del os.environ[name]
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     arguments = launch_command_parser().parse_args()
     # The launcher would kill ranks half a minute after a Ctrl-C; they may need longer to finish a step and to save.

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -130,7 +131,7 @@ def fail(error: Exception) -> NoReturn:
         print(f"sapo-train: {name}{error}", file=sys.stderr)
         code = 2
     elif _is_lost(error):
-        print(f"sapo-train: rank {rank} lost another rank: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        print(f"sapo-train: rank {rank} lost another rank: {_reason(error)}", file=sys.stderr)
         code = PEER_LOST
     else:
         print(f"rank {rank}:\n{''.join(traceback.format_exception(error))}", file=sys.stderr)
@@ -140,6 +141,11 @@ def fail(error: Exception) -> NoReturn:
 
 def _is_lost(error: Exception) -> bool:
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and any(x in str(error) for x in LOST))
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of an error out of torch's C++ parts, without the source line in front."""
+    return re.split(r"\. |\n", re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip()))[0]
 
 
 def quit_now(code: int) -> NoReturn:
