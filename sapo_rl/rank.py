@@ -23,13 +23,8 @@ import transformers
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-<<<<<<< HEAD
-from sapo_rl import compose, run_folder
-from sapo_rl.config import Config, ModelConfig
-=======
 from sapo_rl import compose, run_folder, world
-from sapo_rl.config import Config
->>>>>>> ba54e1e (launch=ddp|fsdp2|zero2|zero3|multinode starts accelerate launch; ranks get folder and config from rank 0, and end with the right exit code)
+from sapo_rl.config import Config, ModelConfig
 from sapo_rl.data import PromptSampler, build_prompts, load_rows
 from sapo_rl.errors import UserError
 from sapo_rl.loop import Run, publish_weights, train
@@ -37,7 +32,6 @@ from sapo_rl.policy import checkpoint
 from sapo_rl.policy.model import DTYPES, Policy, load_policy, load_tokenizer, stop_tokens
 from sapo_rl.policy.trainer import PolicyTrainer, Reference
 from sapo_rl.rewards import RewardPool
-<<<<<<< HEAD
 from sapo_rl.rollout.build import (
     ModelFacts,
     build_transport,
@@ -47,10 +41,7 @@ from sapo_rl.rollout.build import (
     model_facts,
     start_all,
 )
-=======
-from sapo_rl.rollout.build import build_transport, close_all, device_of, engine_settings, model_facts, start_all
 from sapo_rl.rollout.lifeline import die_with_parent
->>>>>>> ba54e1e (launch=ddp|fsdp2|zero2|zero3|multinode starts accelerate launch; ranks get folder and config from rank 0, and end with the right exit code)
 from sapo_rl.rollout.local import LocalEngine
 from sapo_rl.rollout.stream import Rollouts
 from sapo_rl.telemetry import Telemetry, Timers
@@ -139,19 +130,6 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     return run
 
 
-<<<<<<< HEAD
-def leave(accelerator: Accelerator) -> None:
-    """End this rank's part in the process group.
-
-    The destructor of a gloo group holds the interpreter's lock while it joins a thread that may still need that lock to
-    free the last collective's tensors (torch 2.13); the pause lets it, or the process would hang for good.
-    """
-    if accelerator.num_processes > 1:
-        accelerator.wait_for_everyone()
-        time.sleep(0.2)
-    accelerator.end_training()
-
-
 def _facts(config: ModelConfig) -> ModelFacts:
     """Read what is known of the model before it is loaded; refuse adapters for which it has no place."""
     facts = model_facts(config)
@@ -173,8 +151,6 @@ def _models(config: Config) -> tuple[Policy, Reference | None]:
     return policy, load_policy(config.model).to(DTYPES[config.model.dtype]) if config.loss.kl.coef else None
 
 
-=======
->>>>>>> ba54e1e (launch=ddp|fsdp2|zero2|zero3|multinode starts accelerate launch; ranks get folder and config from rank 0, and end with the right exit code)
 def _prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[Prompt], int]:
     rows, held_out_rows = load_rows(config.data, config.eval.prompts, config.seed)
     prompts, dropped = build_prompts(rows, config.data, tokenizer)
