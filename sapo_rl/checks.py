@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sapo_rl.config import Config
+from sapo_rl.config import Config, LaunchConfig
 from sapo_rl.errors import UserError, did_you_mean
 
 
@@ -31,6 +31,7 @@ def check(config: Config) -> None:
     """
     for key, value, metadata in _fields(config):
         _check_field(key, value, metadata)
+    _check_launch(config.launch)
     _check_batch(config)
     _check_servers(config)
     _check_loss(config)
@@ -61,6 +62,34 @@ def _check_field(key: str, value: Any, metadata: Any) -> None:
         bound = metadata.get(name)
         if bound is not None and value is not None and not holds(value, bound):
             raise ConfigError(key, f"is {value}; must be {words[name]} {bound}")
+
+
+def _check_launch(launch: LaunchConfig) -> None:
+    from sapo_rl.launch import SINGLE, profile_path
+
+    if "RANK" in os.environ:  # the processes are there already, as many as they are
+        return
+    if launch.profile == SINGLE:
+        if launch.num_processes > 1:
+            raise ConfigError("launch.num_processes", f"is {launch.num_processes}, with launch=single; set launch=ddp")
+        return
+    try:
+        profile_path(launch.profile)
+    except UserError as error:
+        raise _with_key(error, "launch.profile") from error
+    if launch.num_processes % launch.num_machines or launch.num_processes == 1:
+        raise ConfigError(
+            "launch.num_processes",
+            f"is {launch.num_processes}, for launch.num_machines = {launch.num_machines} and all machines together; "
+            f"e.g. {8 * launch.num_machines} with 8 GPUs on each",
+        )
+    if launch.num_machines > 1 and launch.main_process_ip is None:
+        raise ConfigError("launch.main_process_ip", "must be given: the address of machine 0")
+    if launch.machine_rank >= launch.num_machines:
+        raise ConfigError(
+            "launch.machine_rank",
+            f"is {launch.machine_rank}; must be below launch.num_machines = {launch.num_machines}",
+        )
 
 
 def _check_batch(config: Config) -> None:
@@ -157,7 +186,7 @@ def _check_sources(config: Config) -> None:
 
 def _with_key(error: UserError, key: str) -> ConfigError:
     """Take the key off the front of the message, where it names one."""
-    found = re.match(r"((?:data|reward)\.[\w.]+): (.*)", str(error), re.DOTALL)
+    found = re.match(r"((?:data|reward|launch)\.[\w.]+): (.*)", str(error), re.DOTALL)
     return ConfigError(found[1], found[2]) if found else ConfigError(key, str(error))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,8 +19,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from sapo_rl import compose, run_folder
-from sapo_rl.config import Config
+from sapo_rl import compose, launch, run_folder
+from sapo_rl.config import Config, LaunchConfig
 from sapo_rl.errors import UserError
 
 USAGE = """\
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     ready = compose.Arguments(arguments)
     try:
+        _refuse_launcher(arguments)
         ready = compose.register(flags_last(arguments))
         code = _hydra(ready, arguments)
     except (UserError, HydraException, OmegaConfBaseException) as error:
@@ -129,6 +131,9 @@ def run(config: Config, frozen: str, recipe: str, typed: list[str], files: dict[
 
         preview(config, frozen)
         return None
+    if config.launch.machine_rank > 0 and "RANK" not in os.environ:  # machine 0 makes the folder
+        _spawn(config.launch, None)
+        return None
     if config.resume:
         folder = Path(config.resume).expanduser()
         run_folder.refreeze(folder, frozen, typed)
@@ -138,32 +143,43 @@ def run(config: Config, frozen: str, recipe: str, typed: list[str], files: dict[
     if "RANK" in os.environ:
         _run_rank(folder)
     else:
-        _spawn(folder, config.launch.num_processes)
+        _spawn(config.launch, folder)
     return run_folder.last_accuracy(folder)
 
 
-def _spawn(folder: Path, num_processes: int) -> None:
-    """Run the ranks to their end.
+def _spawn(settings: LaunchConfig, folder: Path | None) -> None:
+    """Run this machine's ranks to their end; `folder` is None where another machine makes it.
 
     Raises:
         subprocess.CalledProcessError: they ended with another exit code than 0.
     """
-    command = [sys.executable, "-m", "sapo_rl.rank", str(folder)]
-    if num_processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-        command = [sys.executable, *launcher, *command[1:]]
+    command = launch.command(settings, folder)
     # Sets of strings are in the same order on all ranks and after a resume: some generators of prompts depend on it.
     # Threads that wait must not spin: on a CPU the trainer and vLLM take turns on the same cores.
     environment = {"PYTHONHASHSEED": "0", "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     with subprocess.Popen(command, env=environment) as child:
+        before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         while True:
             try:
                 code = child.wait()
                 break
             except KeyboardInterrupt:  # the terminal sent it to the child too, which saves and stops
                 continue
+        signal.signal(signal.SIGTERM, before)
     if code:
         raise subprocess.CalledProcessError(code, command)
+
+
+def _refuse_launcher(arguments: list[str]) -> None:
+    """Raise where a launcher around this process does not do what was asked of it."""
+    if "RANK" not in os.environ:
+        if "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ:
+            raise UserError(
+                "accelerate launch has started one process, not as many as asked for: it ignores --num_processes with "
+                "--cpu and without GPUs; take --config_file configs/accelerate/ddp.yaml, or sapo-train launch=ddp"
+            )
+    elif {"-m", "--multirun"} & set(arguments):
+        raise UserError("a sweep (-m) starts processes of its own: run sapo-train without a launcher, with launch=ddp")
 
 
 def _run_rank(folder: Path | None) -> None:

@@ -335,10 +335,23 @@ class LoggingConfig:
 
 @dataclass
 class LaunchConfig:
-    """On how many processes the run is spread."""
+    """On how many processes and machines the run is spread, and how. See docs/scaling.md."""
 
+    profile: str = "single"
+    """`single` is one process. Else settings of Accelerate: `ddp`, `fsdp2`, `zero2`, `zero3`, `multinode`, or the path
+    of a file such as `accelerate config` writes. Not used where torchrun or accelerate started the processes."""
     num_processes: int = number(1, least=1)
-    """Ranks on this machine."""
+    """Processes on all machines together, one a GPU, as `accelerate launch` counts them."""
+    num_machines: int = number(1, least=1)
+    """Machines; the same command runs on each, with its own `machine_rank`."""
+    machine_rank: int = number(0, least=0)
+    """This machine's number; machine 0 makes the run folder."""
+    main_process_ip: Optional[str] = None
+    """Address of machine 0, where there are several machines."""
+    main_process_port: int = number(29500, least=1, most=65535)
+    """Port of machine 0 at which the machines meet."""
+    timeout: float = number(1800.0, above=0)
+    """Seconds that processes wait for each other, at the start and in the middle, before the run counts as broken."""
 
 
 @dataclass

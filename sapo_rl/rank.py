@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import random
-import secrets
 import signal
 import sys
 import time
@@ -22,10 +21,9 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
-from sapo_rl import compose, run_folder
+from sapo_rl import compose, run_folder, world
 from sapo_rl.config import Config, ModelConfig
 from sapo_rl.data import PromptSampler, build_prompts, load_rows
 from sapo_rl.errors import UserError
@@ -43,6 +41,7 @@ from sapo_rl.rollout.build import (
     model_facts,
     start_all,
 )
+from sapo_rl.rollout.lifeline import die_with_parent
 from sapo_rl.rollout.stream import Rollouts
 from sapo_rl.telemetry import Telemetry, Timers
 from sapo_rl.types import Prompt
@@ -51,10 +50,13 @@ OUT_OF_MEMORY = (
     "the trainer does not fit into the GPU's memory beside vLLM; lower trainer.tokens_per_micro_batch or "
     "rollout.gpu_memory_utilization, or set rollout.sleep=2"
 )
+TWICE = 1.0
+"""Seconds in which a second signal is the first once more: a scheduler sends it to every process of the run."""
 
 
 def main(folder: Path | None) -> None:
     """Run this rank to its end; `folder` is None on ranks that learn it from rank 0. A user's mistake exits with 2."""
+    die_with_parent()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -63,24 +65,21 @@ def main(folder: Path | None) -> None:
             run = build(folder, stack)
             _stop_on_signals(run)
             train(run)
-    except UserError as error:
-        print(f"sapo-train: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
     except torch.OutOfMemoryError as error:
-        print(f"sapo-train: {OUT_OF_MEMORY}\nIt said: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        world.fail(UserError(f"{OUT_OF_MEMORY}\nIt said: {str(error).splitlines()[0]}"))
+    except Exception as error:
+        world.fail(error)
+    except KeyboardInterrupt:
+        world.quit_now(128 + signal.SIGINT)
     if run.step < run.config.trainer.steps:
         sys.exit(128 + signal.SIGINT)
 
 
 def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     """Build the parts, cheapest first, so that a mistake costs seconds; `stack` closes them in reverse."""
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    stack.callback(leave, accelerator)
-    shared = [str(folder), secrets.token_hex(8)]
-    broadcast_object_list(shared)
-    folder, token = Path(shared[0]), shared[1]
-    config = compose.load(folder / run_folder.CONFIG)
+    folder, frozen, token = world.share(folder)
+    config = compose.loads(frozen)
+    accelerator = stack.enter_context(world.join(config, folder))
     _seed(config, accelerator.process_index)
     if accelerator.is_main_process:
         run_folder.add_device(folder, _device_facts(accelerator))
@@ -130,18 +129,6 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     return run
 
 
-def leave(accelerator: Accelerator) -> None:
-    """End this rank's part in the process group.
-
-    The destructor of a gloo group holds the interpreter's lock while it joins a thread that may still need that lock to
-    free the last collective's tensors (torch 2.13); the pause lets it, or the process would hang for good.
-    """
-    if accelerator.num_processes > 1:
-        accelerator.wait_for_everyone()
-        time.sleep(0.2)
-    accelerator.end_training()
-
-
 def _facts(config: ModelConfig) -> ModelFacts:
     """Read what is known of the model before it is loaded; refuse adapters for which it has no place."""
     facts = model_facts(config)
@@ -189,16 +176,19 @@ def _device_facts(accelerator: Accelerator) -> dict[str, str | int | float]:
 
 def _stop_on_signals(run: Run) -> None:
     """The first Ctrl-C or SIGTERM ends the run after its step, with a checkpoint; the second ends it at once."""
+    first = 0.0
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if run.stop_asked:
+        nonlocal first
+        if not run.stop_asked:
+            run.stop_asked, first = True, time.monotonic()
+            run.telemetry.warn("stopping after this step; once more stops at once")
+        elif time.monotonic() - first > TWICE:
             raise KeyboardInterrupt
-        run.stop_asked = True
-        run.telemetry.warn("stopping after this step; once more stops at once")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)

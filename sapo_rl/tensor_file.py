@@ -1,4 +1,4 @@
-"""A safetensors file written tensor by tensor: a sharded model is gathered one weight at a time and never held whole."""
+"""A safetensors file written one tensor after the other: a sharded model is gathered so, and is never whole in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 def write_tensors(path: Path, named_tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> None:
-    """Write float32 or bfloat16 tensors, as `dtype` where one is given, into a file that appears complete or not at all.
+    """Write float32 or bfloat16 tensors, as `dtype` if given, into a file that appears complete or not at all.
 
     Raises:
         ValueError: more names than the header has room for.

@@ -281,8 +281,10 @@ def wait_for_step(workspace: Path, before: set[Path], step: int) -> None:
 
 @pytest.mark.multi
 def test_two_ranks_make_one_folder_and_the_loss_of_one(workspace: Path, whole: Path) -> None:
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    folder = new_run(workspace, "trainer.steps=2", "checkpoint.every=0", launcher=torchrun)
+    profile = ROOT / "configs" / "accelerate" / "ddp.yaml"
+    options = ("--num_processes", "2", "--main_process_port", "0")
+    accelerate = ("-m", "accelerate.commands.launch", "--config_file", str(profile), *options)
+    folder = new_run(workspace, "trainer.steps=2", "checkpoint.every=0", launcher=accelerate)
     assert json.loads((folder / "environment.json").read_text())["device"]["processes"] == 2
     for ours, theirs in zip(steps_of(folder), steps_of(whole), strict=False):
         for name in ("policy/loss", "policy/grad_norm", "reward/mean", "policy/entropy", "completions/mean_length"):

@@ -1,0 +1,140 @@
+"""Several processes for one run: `launch.*` becomes `accelerate launch`, and how the ranks end becomes an exit code.
+
+`python -m sapo_rl.launch ARGUMENTS` is `accelerate launch ARGUMENTS`, but for what it tells of a failure: the rank's
+own error, once, and its exit code, where Accelerate prints a traceback of its own and exits with 1.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import yaml
+
+from sapo_rl.compose import CONFIGS
+from sapo_rl.config import LaunchConfig
+from sapo_rl.errors import UserError, did_you_mean
+from sapo_rl.rollout.lifeline import die_with_parent
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+SINGLE = "single"
+"""The profile of one process, which needs no launcher."""
+PEER_LOST = 69
+"""Exit code of a rank that ended because another did."""
+
+
+def profile_path(name: str) -> Path:
+    """Return the Accelerate config that `launch.profile` names, shipped or the user's own.
+
+    Raises:
+        UserError: there is none, or it needs a package that is not installed.
+    """
+    shipped = {path.stem: path for path in (CONFIGS / "accelerate").glob("*.yaml")}
+    path = shipped.get(name, Path(name).expanduser())
+    if not path.is_file():
+        options = did_you_mean(name, [SINGLE, *shipped])
+        raise UserError(f"launch.profile: no profile '{name}'; {options}, or the path of an Accelerate config")
+    content = yaml.safe_load(path.read_text())
+    if not isinstance(content, dict) or "distributed_type" not in content:
+        raise UserError(f"launch.profile: '{path}' is no Accelerate config (no distributed_type in it)")
+    if content["distributed_type"] == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(f"launch.profile: '{name}' needs DeepSpeed: pip install deepspeed")
+    return path
+
+
+def command(launch: LaunchConfig, folder: Path | None) -> list[str]:
+    """Return the command that runs this machine's ranks: `launch.profile` is `single`, or the launcher's business.
+
+    `folder` is the run folder; None on machines that learn it from machine 0.
+    """
+    rank = ["-m", "sapo_rl.rank", *([str(folder)] if folder else [])]
+    if launch.profile == SINGLE:
+        return [sys.executable, *rank]
+    per_machine = launch.num_processes // launch.num_machines
+    threads = os.environ.get("OMP_NUM_THREADS") or max(1, len(os.sched_getaffinity(0)) // per_machine)
+    options: dict[str, object] = {
+        "config_file": profile_path(launch.profile),
+        "num_processes": launch.num_processes,
+        "num_machines": launch.num_machines,
+        "machine_rank": launch.machine_rank,
+        "main_process_ip": launch.main_process_ip or "127.0.0.1",
+        # On one machine any free port, so that runs side by side do not meet.
+        "main_process_port": launch.main_process_port if launch.num_machines > 1 else 0,
+        "rdzv_backend": "static",  # others deal out ranks as they like, but machine 0 has the run folder
+        "rdzv_conf": f"timeout={int(launch.timeout)}",
+        "num_cpu_threads_per_process": threads,
+    }
+    return [sys.executable, "-m", "sapo_rl.launch", *(f"--{key}={value}" for key, value in options.items()), *rank]
+
+
+def main() -> None:
+    """Run `accelerate launch` with this process's arguments and exit as its ranks did."""
+    die_with_parent(os.getppid())
+    quiet = {} if "TORCH_CPP_LOG_LEVEL" in os.environ else {"TORCH_CPP_LOG_LEVEL": "FATAL"}
+    os.environ.update(quiet)  # else a machine that is late is told of in pages of C++ frames
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    for name in quiet:
+        del os.environ[name]
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    arguments = launch_command_parser().parse_args()
+    # The launcher would kill ranks half a minute after a Ctrl-C; they may need longer to finish a step and to save.
+    arguments.signals_to_handle = "SIGHUP"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _pass_on)
+    try:
+        launch_command(arguments)
+    except ChildFailedError as error:
+        sys.exit(outcome(error.failures))
+    except (DistError, ConnectionError) as error:
+        where = f"{arguments.main_process_ip}:{arguments.main_process_port}"
+        reason = str(error).strip().splitlines()[0]
+        print(f"sapo-train: the machines did not meet at {where}: {reason}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    """Hand a signal to the ranks, which are in sessions of their own."""
+    import psutil
+
+    for child in psutil.Process().children():
+        child.send_signal(number)
+
+
+def outcome(failures: Mapping[int, ProcessFailure]) -> int:
+    """Say which rank's failure ended the run, unless it has said so itself; return the exit code.
+
+    Of several, a rank that only lost its peers or was stopped by the launcher is not the cause.
+    """
+
+    def innocence(rank: int) -> tuple[bool, bool, int]:
+        code = failures[rank].exitcode
+        return code == -signal.SIGTERM, code == PEER_LOST, failures[rank].timestamp
+
+    rank = min(failures, key=innocence)
+    code = failures[rank].exitcode
+    if code in (2, 128 + signal.SIGINT):
+        return code
+    if code == PEER_LOST:
+        reason = "a rank on another machine ended or cannot be reached any more; that machine's output tells why"
+    elif code < 0:
+        reason = f"rank {rank} was killed by {signal.Signals(-code).name}"
+    else:
+        reason = f"rank {rank} failed, as shown above"
+    print(f"sapo-train: {reason}; the run has ended", file=sys.stderr)
+    return 128 - code if code < 0 else 1
+
+
+if __name__ == "__main__":
+    main()

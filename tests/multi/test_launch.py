@@ -1,0 +1,276 @@
+"""How ranks and machines are started, and how they end: real launches, gloo, a tiny model, vLLM on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from sapo_rl import launch
+from sapo_rl.checks import ConfigError, check
+from sapo_rl.compose import CONFIGS, load
+from sapo_rl.config import LaunchConfig
+
+ROOT = Path(__file__).parents[2]
+SHORT = ("eval.prompts=0", "logging.wandb=off", "checkpoint.save_final=false")
+TWO = ("launch=ddp", "launch.num_processes=2")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("workspace")
+    reward = (
+        "def odd(completions, **columns):\n    return [sum(ord(c) % 2 for c in text) / 8 for text in completions]\n"
+    )
+    (folder / "my_rewards.py").write_text(reward)
+    rollout = {"batch_size": 16, "group_size": 4, "max_completion_tokens": 8, "max_num_seqs": 32}
+    config = {
+        "model": {"path": str(tiny_model), "dtype": "float32"},
+        "data": {"source": "arithmetic", "size": 100, "max_prompt_tokens": 64},
+        "rollout": {**rollout, "cpu_kv_cache_gb": 0.1},
+        "reward": {"functions": {"odd": {"function": "my_rewards.odd"}}},
+        "trainer": {"steps": 500, "updates_per_rollout": 2, "mini_batches": 1, "learning_rate": 1e-3},
+        "checkpoint": {"every": 2},
+        "logging": {"console": "plain"},
+        "reproducible": True,
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+class Machine:
+    """Starts the command line in a folder, in a network namespace where one is given."""
+
+    def __init__(self, folder: Path, *prefix: str) -> None:
+        self.folder, self.prefix = folder, prefix
+
+    def start(self, *arguments: str, module: tuple[str, ...] = ("-m", "sapo_rl")) -> subprocess.Popen[str]:
+        environment = {key: value for key, value in os.environ.items() if key != "GLOO_SOCKET_IFNAME"}
+        return subprocess.Popen(
+            [*self.prefix, sys.executable, *module, *arguments],
+            cwd=self.folder,
+            env={**environment, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: str, module: tuple[str, ...] = ("-m", "sapo_rl")) -> tuple[int, str, str]:
+        return finish(self.start(*arguments, module=module))
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def folders(workspace: Path) -> set[Path]:
+    return {path for path in workspace.glob("runs/tiny/*") if path.is_dir() and not path.is_symlink()}
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for line in lines if "policy/loss" in (record := json.loads(line))]
+
+
+def wait_for_step(process: subprocess.Popen[str], workspace: Path, before: set[Path], step: int) -> Path:
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+        for folder in folders(workspace) - before:
+            if (folder / "metrics.jsonl").is_file() and len(steps_of(folder)) >= step:
+                return folder
+    process.kill()
+    raise AssertionError("the step never came:\n" + "".join(process.communicate()))
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    (launcher,) = psutil.Process(process.pid).children()
+    return sorted(launcher.children(), key=lambda child: int(child.environ()["RANK"]))
+
+
+@pytest.fixture(scope="module")
+def interrupted(workspace: Path) -> SimpleNamespace:
+    """Two ranks on one machine, stopped by SIGTERM after eight steps at least."""
+    before = folders(workspace)
+    process = Machine(workspace).start("config=tiny.yaml", *TWO, *SHORT)
+    folder = wait_for_step(process, workspace, before, 8)
+    ranks = ranks_of(process)
+    process.send_signal(signal.SIGTERM)
+    code, out, err = finish(process)
+    assert folders(workspace) - before == {folder}
+    return SimpleNamespace(folder=folder, code=code, out=out, err=err, ranks=ranks)
+
+
+@pytest.mark.multi
+def test_stop_saves_once_for_all_ranks_and_exits_with_130(interrupted: SimpleNamespace) -> None:
+    assert interrupted.code == 130, interrupted.out + interrupted.err
+    assert "Traceback" not in interrupted.err
+    assert interrupted.out.count("resume=") == 1
+    last = steps_of(interrupted.folder)[-1]["step"]
+    assert (interrupted.folder / "checkpoints" / f"step_{last:06d}").is_dir()
+    assert json.loads((interrupted.folder / "environment.json").read_text())["device"]["processes"] == 2
+    assert not any(rank.is_running() for rank in interrupted.ranks)
+
+
+@pytest.mark.multi
+def test_killed_rank_ends_the_run_and_is_named(workspace: Path) -> None:
+    before = folders(workspace)
+    process = Machine(workspace).start("config=tiny.yaml", *TWO, *SHORT, "checkpoint.every=0")
+    wait_for_step(process, workspace, before, 2)
+    ranks = ranks_of(process)
+    everything = psutil.Process(process.pid).children(recursive=True)
+    ranks[1].kill()
+    code, _, err = finish(process)
+    assert code == 128 + signal.SIGKILL
+    assert "rank 1 was killed by SIGKILL" in err
+    assert "Traceback" not in err
+    assert not psutil.wait_procs(everything, timeout=5)[1]
+
+
+@pytest.mark.multi
+def test_mistake_that_all_ranks_find_is_told_once_with_code_2(workspace: Path) -> None:
+    code, _, err = Machine(workspace).run("config=tiny.yaml", *TWO, "data.max_prompt_tokens=2")
+    assert code == 2
+    assert err.count("data.max_prompt_tokens") == 1 and len(err.splitlines()) == 1, err
+
+
+@pytest.mark.multi
+def test_other_number_of_ranks_than_asked_for_is_refused(workspace: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "sapo_rl")
+    code, _, err = Machine(workspace).run("config=tiny.yaml", "launch.num_processes=4", module=torchrun)
+    assert code != 0
+    (line,) = [line for line in err.splitlines() if line.startswith("sapo-train:")]
+    assert "launch.num_processes: is 4, but the launcher started 2" in line
+
+
+@pytest.mark.multi
+def test_accelerate_that_would_start_one_process_instead_of_two_is_refused(workspace: Path) -> None:
+    accelerate = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "sapo_rl")
+    before = folders(workspace)
+    code, _, err = Machine(workspace).run("config=tiny.yaml", module=accelerate)
+    assert code != 0 and "ignores --num_processes" in err
+    assert folders(workspace) == before
+
+
+@pytest.fixture(scope="module")
+def machines(workspace: Path) -> Iterator[tuple[Machine, Machine]]:
+    """Two network namespaces joined by a cable: two machines with one disk."""
+    names = [f"sapo{os.getpid()}{side}" for side in "ab"]
+
+    def ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", names[0][-9:], "netns", names[0], "type", "veth", "peer", names[1][-9:], "netns", names[1])
+        for number, name in enumerate(names, 1):
+            ip("-n", name, "address", "add", f"10.77.0.{number}/24", "dev", name[-9:])
+            ip("-n", name, "link", "set", name[-9:], "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield Machine(workspace, "ip", "netns", "exec", names[0]), Machine(workspace, "ip", "netns", "exec", names[1])
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces are not allowed here: {error}")
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+@pytest.mark.multi
+def test_two_machines_equal_two_ranks_through_a_death_and_a_resume(
+    machines: tuple[Machine, Machine], workspace: Path, interrupted: SimpleNamespace
+) -> None:
+    first, second = machines
+    before = folders(workspace)
+    options = ("launch=multinode", "launch.num_processes=2", "launch.main_process_ip=10.77.0.1", "launch.timeout=30")
+    other = second.start("config=tiny.yaml", *options, "launch.machine_rank=1", *SHORT)
+    main = first.start("config=tiny.yaml", *options, *SHORT)
+    folder = wait_for_step(main, workspace, before, 3)
+    killed = time.monotonic()
+    for process in [*psutil.Process(other.pid).children(recursive=True), psutil.Process(other.pid)]:
+        process.kill()
+    code, _, err = finish(main)
+    finish(other)
+    assert code == 1 and time.monotonic() - killed < 60
+    assert "rank 0 lost another rank" in err and "another machine" in err and "Traceback" not in err
+
+    again = (f"resume={folder.relative_to(workspace)}", "trainer.steps=8", *SHORT)
+    other = second.start(*again, "launch.machine_rank=1")
+    code, out, err = first.run(*again)
+    assert (code, finish(other)[0]) == (0, 0), out + err
+    assert folders(workspace) - before == {folder}
+    assert {path.name for path in (folder / "logs").iterdir()} == {"vllm_rank0.log", "vllm_rank1.log"}
+    assert [record["step"] for record in steps_of(folder)] == [1, 2, 3, 4, 5, 6, 7, 8]
+    for ours, theirs in zip(steps_of(folder), steps_of(interrupted.folder), strict=False):
+        for name in ("policy/loss", "policy/grad_norm", "reward/mean", "policy/entropy"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-6, abs=1e-9), name
+
+
+def test_launcher_gets_what_the_config_says() -> None:
+    settings = LaunchConfig("zero2", 16, 2, 1, "10.0.0.1", 29501, 60.0)
+    settings.profile = str(CONFIGS / "accelerate" / "fsdp2.yaml")
+    command = launch.command(settings, Path("runs/x"))
+    assert command[3] == f"--config_file={settings.profile}"
+    assert {"--num_processes=16", "--num_machines=2", "--machine_rank=1", "--main_process_ip=10.0.0.1"} <= set(command)
+    assert {"--main_process_port=29501", "--rdzv_conf=timeout=60"} <= set(command)
+    assert command[-3:] == ["-m", "sapo_rl.rank", "runs/x"]
+    assert launch.command(LaunchConfig(), None) == [sys.executable, "-m", "sapo_rl.rank"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "words"),
+    [
+        ({"num_processes": 2}, "launch.num_processes", "launch=ddp"),
+        ({"profile": "fsdp2"}, "launch.num_processes", "is 1"),
+        ({"profile": "fsdp", "num_processes": 2}, "launch.profile", "fsdp2"),
+        ({"profile": "ddp", "num_processes": 4, "num_machines": 2}, "launch.main_process_ip", "machine 0"),
+        ({"profile": "ddp", "num_processes": 3, "num_machines": 2}, "launch.num_processes", "is 3"),
+        (
+            {"profile": "ddp", "num_processes": 2, "machine_rank": 1},
+            "launch.machine_rank",
+            "below launch.num_machines = 1",
+        ),
+    ],
+)
+def test_impossible_launch_is_refused_by_key(
+    changes: dict[str, Any], key: str, words: str, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.chdir(workspace)
+    monkeypatch.syspath_prepend(workspace)
+    config = load(workspace / "tiny.yaml")
+    config.launch = LaunchConfig(**changes)
+    with pytest.raises(ConfigError) as caught:
+        check(config)
+    assert caught.value.key == key and words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected", "words"),
+    [
+        ({0: launch.PEER_LOST, 1: 1, 2: -15}, 1, "rank 1 failed"),
+        ({0: -15, 1: -9, 2: launch.PEER_LOST}, 137, "rank 1 was killed by SIGKILL"),
+        ({0: launch.PEER_LOST, 1: -15}, 1, "another machine"),
+        ({0: 2, 1: -15}, 2, ""),
+        ({0: -15, 1: 130}, 130, ""),
+    ],
+)
+def test_cause_is_told_and_not_its_consequences(
+    codes: dict[int, int], expected: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failures: Any = {rank: SimpleNamespace(exitcode=code, timestamp=7) for rank, code in codes.items()}
+    assert launch.outcome(failures) == expected
+    told = capsys.readouterr().err
+    assert words in told if words else not told
