@@ -1,4 +1,4 @@
-"""A safetensors file written one tensor after the other: a sharded model is gathered so, and is never whole in memory."""
+"""A safetensors file written one tensor after the other: a sharded model is gathered so, and never whole in memory."""
 
 from __future__ import annotations
 
