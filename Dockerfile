@@ -6,16 +6,16 @@ WORKDIR /opt/sapo-train
 COPY pyproject.toml README.md LICENSE ./
 RUN mkdir sapo_rl configs \
     && printf '__version__ = "0.0.0"\n' > sapo_rl/__init__.py \
-    && pip install --no-cache-dir . \
+    && python3 -m pip install --no-cache-dir . \
     && rm -rf sapo_rl configs
 
 COPY sapo_rl sapo_rl
 COPY configs configs
-RUN pip install --no-cache-dir --no-deps --force-reinstall . \
+RUN python3 -m pip install --no-cache-dir --no-deps --force-reinstall . \
     && useradd --create-home --uid 10001 sapo \
     && install --directory --owner sapo /work
 
-USER sapo
+USER 10001
 WORKDIR /work
 ENV HF_HUB_DISABLE_TELEMETRY=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 ENTRYPOINT ["sapo-train"]

@@ -5,6 +5,7 @@
 #
 # A second call reuses the environment and the model.
 set -euo pipefail
+# shellcheck source=scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" quickstart
 say "model"
 .venv/bin/python scripts/fetch_model.py

@@ -46,6 +46,7 @@ setup() { # EXTRA...
         *" cpu "* | *" gpu "*) ;;
         *) if nvidia-smi >/dev/null 2>&1; then backend=gpu; else backend=cpu; fi ;;
     esac
+    # shellcheck disable=SC2086  # several words
     extras=$(printf '%s\n' $had "$@" $backend | sort -u | xargs)
     key=$({ pwd; cat pyproject.toml scripts/setup.sh; } | sha256sum | cut -c1-16)
     if [ "$(cat $stamp 2>/dev/null)" = "$key $extras" ] && .venv/bin/python -c ''; then

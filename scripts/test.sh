@@ -4,6 +4,7 @@
 #   bash scripts/test.sh                       all of it, 12 minutes at most on two cores
 #   bash scripts/test.sh PYTEST-ARGUMENT ...   pytest alone, e.g. -m "not e2e", or tests/losses
 set -euo pipefail
+# shellcheck source=scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" dev gym math
 if [ $# -gt 0 ]; then
     exec .venv/bin/python -m pytest "$@"
