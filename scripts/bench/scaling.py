@@ -2,23 +2,56 @@
 
     python scripts/bench/scaling.py --gpus 1 2 4 --launch ddp --out docs/bench/scaling_ddp.json
     python scripts/bench/scaling.py --gpus 4 --launch fsdp2 --shape 7b --workload 7b --out docs/bench/scaling_7b.json
+    python scripts/bench/scaling.py --gpus 1 --serve 1 --out docs/bench/serving.json
 
-Workload b of the comparison with TRL, its rollout batch once for every GPU. Efficiency is tokens a second for each GPU,
-of those of the fewest GPUs measured.
+Workload b of the comparison with TRL, its rollout batch once for every GPU. With `--serve N` rollout servers have the N
+GPUs after those that train. Efficiency is tokens a second for each GPU that trains, of those of the first run.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import report
-from vs_trl import PHASES, Task, prepare, run_ours, summary
-from workloads import MODEL, SHAPES, WORKLOADS
+from vs_trl import PHASES, Task, prepare, run_ours, summary, write_recipe
+from workloads import MODEL, ROOT, SHAPES, WORKLOADS
+
+PORT = 8100
+
+
+@contextmanager
+def serving(task: Task, first: int, count: int, overrides: list[str]) -> Iterator[list[str]]:
+    """Run `count` rollout servers on the GPUs from number `first` on; yields the overrides that use them."""
+    recipe = f"config={write_recipe(task, None)}"
+    servers: list[subprocess.Popen[bytes]] = []
+    try:
+        for index in range(count):
+            environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": str(first + index)}
+            command = [sys.executable, "-m", "sapo_rl.serve", recipe, *overrides, "--port", str(PORT + index)]
+            with (task.folder / f"server_{index}.log").open("w") as log:
+                servers.append(subprocess.Popen(command, cwd=task.folder, env=environment, stdout=log, stderr=log))
+        for index, server in enumerate(servers):
+            while socket.socket().connect_ex(("127.0.0.1", PORT + index)):
+                if server.poll() is not None:
+                    raise RuntimeError((task.folder / f"server_{index}.log").read_text()[-2000:])
+                time.sleep(0.5)
+        yield [f"rollout.servers=[{','.join(f'127.0.0.1:{PORT + index}' for index in range(count))}]"] if count else []
+    finally:
+        for server in servers:
+            server.terminate()
+        for server in servers:
+            server.wait(60)
 
 
 def measure(task: Task, gpus: int, launch: str, engines: int | None, overrides: list[str]) -> dict[str, Any]:
@@ -62,6 +95,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workload", choices=WORKLOADS, default="b")
     parser.add_argument("--model", type=Path, default=MODEL, help="model folder; a shape takes its tokenizer only")
     parser.add_argument("--shape", choices=SHAPES, help="random model of another shape than the workload's")
+    parser.add_argument("--serve", type=int, default=0, metavar="N", help="GPUs with a rollout server each")
     parser.add_argument("--engines", type=int, help="rollout.engines_per_gpu")
     parser.add_argument("--warm-up", type=int, default=2, help="cycles left out")
     parser.add_argument("--cycles", type=int, default=3, help="cycles measured")
@@ -84,8 +118,10 @@ def main() -> None:
             f"{task.model.name}: {workload.prompts} prompts x {workload.group_size} for each GPU, up to "
             f"{workload.max_completion_tokens} tokens, {workload.updates} updates; {args.warm_up} cycles left out."
         )
+        note += f" {args.serve} more serve." if args.serve else ""
         for gpus in args.gpus:
-            found = measure(task, gpus, args.launch, args.engines, args.set)
+            with serving(task, gpus, args.serve, args.set) as servers:
+                found = measure(task, gpus, args.launch, args.engines, servers + args.set)
             result["runs"].append(found | {"summary": summary(found["cycles"], args.warm_up)})
             result["table"] = table(result["runs"], note)
             report.write(args.out, result)

@@ -148,11 +148,16 @@ def run_peer(task: Task, batches: tuple[int, ...], overrides: dict[str, Any]) ->
     return result
 
 
+def write_recipe(task: Task, engines: int | None) -> Path:
+    """Write sapo-train's config; return the file."""
+    file = task.folder / "bench.yaml"
+    file.write_text("# @package _global_\n" + yaml.safe_dump(recipe(task, engines)))
+    return file
+
+
 def run_ours(task: Task, engines: int | None, overrides: list[str]) -> dict[str, Any]:
     """Run sapo-train, and read its cycles from the run folder's metrics."""
-    file, log = task.folder / "bench.yaml", task.folder / "sapo.log"
-    settings = recipe(task, engines)
-    file.write_text("# @package _global_\n" + yaml.safe_dump(settings))
+    file, log, settings = write_recipe(task, engines), task.folder / "sapo.log", recipe(task, engines)
     code = run([sys.executable, "-m", "sapo_rl", f"config={file}", *overrides], log, task.limit)
     found = sorted((task.folder / "runs/bench").glob("*/metrics.jsonl"), key=os.path.getmtime)
     records = [json.loads(line) for line in found[-1].read_text().splitlines()] if found else []
