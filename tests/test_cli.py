@@ -173,3 +173,11 @@ def test_completion_offers_recipes(tmp_path: Path) -> None:
     environment = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_CWORD": "1"}
     result = sapo_train("-sc", "query=bash", cwd=tmp_path, **environment)
     assert "config=quickstart" in result.stdout.split()
+
+
+@pytest.mark.parametrize("argument", ["dry_run=true", "--multirun"])
+def test_what_needs_no_ranks_is_refused_under_a_launcher(tmp_path: Path, argument: str) -> None:
+    result = sapo_train("config=quickstart", argument, cwd=tmp_path, RANK="0", WORLD_SIZE="2")
+    assert result.returncode == 2
+    assert argument.partition("=")[0] in result.stderr and "without a launcher" in result.stderr
+    assert "Traceback" not in result.stderr
