@@ -175,7 +175,7 @@ def test_completion_offers_recipes(tmp_path: Path) -> None:
     assert "config=quickstart" in result.stdout.split()
 
 
-@pytest.mark.parametrize("argument", ["dry_run=true", "--multirun"])
+@pytest.mark.parametrize("argument", ["dry_run=true", "-m"])
 def test_what_needs_no_ranks_is_refused_under_a_launcher(tmp_path: Path, argument: str) -> None:
     result = sapo_train("config=quickstart", argument, cwd=tmp_path, RANK="0", WORLD_SIZE="2")
     assert result.returncode == 2
