@@ -33,6 +33,7 @@ def check(config: Config) -> None:
         _check_field(key, value, metadata)
     _check_launch(config.launch)
     _check_batch(config)
+    _check_tensor_parallel(config)
     _check_servers(config)
     _check_loss(config)
     _check_sources(config)
@@ -116,6 +117,21 @@ def _check_batch(config: Config) -> None:
         )
     if len(trainer.betas) != 2 or not all(0 <= beta < 1 for beta in trainer.betas):
         raise ConfigError("trainer.betas", f"is {trainer.betas}; must be two numbers from 0 to below 1")
+
+
+def _check_tensor_parallel(config: Config) -> None:
+    rollout, launch = config.rollout, config.launch
+    if rollout.tensor_parallel == 1 or rollout.servers:
+        return
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", launch.num_processes // launch.num_machines))
+    if ranks % rollout.tensor_parallel:
+        raise ConfigError(
+            "rollout.tensor_parallel",
+            f"is {rollout.tensor_parallel}, which does not divide the {ranks} rank(s) of a machine; "
+            f"e.g. launch=fsdp2 launch.num_processes={rollout.tensor_parallel * launch.num_machines}",
+        )
+    if rollout.transport == "ipc":
+        raise ConfigError("rollout.transport", "'ipc' does not reach the GPUs of other ranks; set auto or file")
 
 
 def _check_servers(config: Config) -> None:

@@ -151,6 +151,9 @@ class RolloutConfig:
     engines_per_gpu: str = choice("auto", "auto", "1", "2", "3", "4")
     """vLLM engines side by side on each GPU: the host's work bounds the decoding of small models, and each engine has a
     process of its own for it. `auto` takes 2 below 1e9 parameters, else 1, and 1 on the CPU."""
+    tensor_parallel: int = number(1, least=1)
+    """GPUs of one machine over which an engine spreads a model that is too big for one: ranks next to each other share
+    an engine, or a server has as many GPUs. Weights go by `file` then."""
     gpu_memory_utilization: float = number(0.35, above=0, most=1)
     """Share of the GPU's memory that all its engines together may take."""
     sleep: str = choice("auto", "auto", "0", "1", "2")

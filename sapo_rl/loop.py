@@ -133,8 +133,13 @@ def next_prompts(run: Run) -> list[Prompt]:
 
 
 def shard(run: Run, items: list[Prompt]) -> list[Prompt]:
-    """Return this rank's share of a list that all ranks hold."""
+    """Return this rank's share of a list that all ranks hold; nothing where it shares the engine of another."""
     ranks, rank = run.trainer.accelerator.num_processes, run.trainer.accelerator.process_index
+    if not run.config.rollout.servers:
+        sharing = run.config.rollout.tensor_parallel
+        ranks, (rank, lent) = ranks // sharing, divmod(rank, sharing)
+        if lent:
+            return []
     return items[rank * len(items) // ranks : (rank + 1) * len(items) // ranks]
 
 
@@ -167,8 +172,9 @@ def verify_weights(run: Run) -> None:
     if not run.config.rollout.verify_every:
         return
     prompt = run.prompts[0].token_ids
-    (group,) = run.rollouts.greedy(run.prompts[:1])
-    token_ids = [*prompt, *group.samples[0].token_ids]
+    groups = run.rollouts.greedy(run.prompts[:1]) if run.engines else []
+    reply = groups[0].samples[0].token_ids if groups else prompt  # the trainer's ranks compute together
+    token_ids = [*prompt, *reply]
     expected = run.trainer.score(token_ids)
     found = verify_all(run.engines, token_ids, expected, run.config.model.dtype, len(prompt))
     if found:

@@ -98,7 +98,8 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     stream = f"vllm_rank{accelerator.process_index}/{resumed.name if resumed else ''}"
     engines = build_engines(config, facts, device, folder / "logs", stops, stream)
     stack.callback(close_all, engines)  # before the transport: they may have its memory mapped
-    engines[0].start()  # it starts while this process loads its own copy of the model
+    for engine in engines[:1]:
+        engine.start()  # while this process loads its own copy of the model
 
     trainer = PolicyTrainer(*_models(config), config, accelerator)
     step, state = checkpoint.load(resumed, trainer) if resumed else (0, {})

@@ -32,7 +32,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("sapo-serve", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that share the model")
     parser.add_argument("--gpu-memory", type=float, default=0.9, metavar="SHARE", help="share of each GPU's memory")
     parser.add_argument("overrides", nargs="*", metavar="config=NAME key=value", help="as for sapo-train")
     options = parser.parse_args(argv)
@@ -40,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         ready = compose.register(options.overrides)
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(compose.CONFIGS)):
-            config, _ = compose.accept(hydra.compose("train", overrides=ready.argv), ready)
+            # Checked as the config of a run with this server: what only engines beside a trainer must heed is left out.
+            overrides = [*ready.argv, f"rollout.servers=[{options.host}:{options.port}]"]
+            config, _ = compose.accept(hydra.compose("train", overrides=overrides), ready)
         settings = engine_settings(config, options)
         environment = server_environment(os.environ, settings.device != "cpu") | {VARIABLE: make_key()}
     except (UserError, HydraException, OmegaConfBaseException) as error:
@@ -79,6 +80,7 @@ def engine_settings(config: Config, options: argparse.Namespace) -> EngineSettin
         start_timeout=rollout.start_timeout,
         timeout=rollout.timeout,
         max_restarts=0,
+        tensor_parallel=rollout.tensor_parallel,
         log_path=Path(os.devnull),
     )
 
@@ -92,7 +94,6 @@ def vllm_flags(settings: EngineSettings, options: argparse.Namespace) -> list[st
         | {
             "host": options.host,
             "port": options.port,
-            "tensor_parallel_size": options.tensor_parallel,
             "middleware": "sapo_rl.rollout.api.TrainerApi",
             "disable_uvicorn_access_log": True,
             "disable_fastapi_docs": True,

@@ -11,7 +11,7 @@ from tiny import engine_settings
 
 from sapo_rl import serve
 
-OPTIONS = argparse.Namespace(host="127.0.0.1", port=8000, tensor_parallel=2, gpu_memory=0.9)
+OPTIONS = argparse.Namespace(host="127.0.0.1", port=8000, gpu_memory=0.9)
 
 
 def flags(path: Path, **changes: object) -> dict[str, str]:
@@ -22,7 +22,7 @@ def flags(path: Path, **changes: object) -> dict[str, str]:
 
 
 def test_a_server_samples_as_the_trainers_own_engines(tmp_path: Path) -> None:
-    given = flags(tmp_path, device="cuda:0", gpu_memory_utilization=0.9, enforce_eager=False)
+    given = flags(tmp_path, device="cuda:0", tensor_parallel=2, gpu_memory_utilization=0.9, enforce_eager=False)
     assert given["--model"] == str(tmp_path)
     assert given["--dtype"] == "float32"
     assert given["--logprobs-mode"] == "processed_logprobs"

@@ -53,13 +53,15 @@ class Device:
     """`cpu`, or `cuda:<index>` among the devices that this process sees."""
     memory: int
     """Bytes of a GPU's memory; 0 on the CPU."""
+    index: int = 0
+    """The rank's number on its machine."""
 
 
 def device_of(local_rank: int) -> Device:
     """Return the GPU of that number, or the CPU where there is none."""
     if not torch.cuda.is_available():
-        return Device("cpu", 0)
-    return Device(f"cuda:{local_rank}", torch.cuda.get_device_properties(local_rank).total_memory)
+        return Device("cpu", 0, local_rank)
+    return Device(f"cuda:{local_rank}", torch.cuda.get_device_properties(local_rank).total_memory, local_rank)
 
 
 def model_facts(config: ModelConfig) -> ModelFacts:
@@ -87,13 +89,13 @@ def model_facts(config: ModelConfig) -> ModelFacts:
 
 
 def cache_bytes(config: Config, facts: ModelFacts, memory: int, engines: int) -> int | None:
-    """Return the size of each engine's key-value cache on a GPU of `memory` bytes that `engines` share.
+    """Return the size of each engine's key-value cache on each of its GPUs, of `memory` bytes, that `engines` share.
 
     It is what the engine's share of `rollout.gpu_memory_utilization` leaves, but no more than `rollout.max_num_seqs` of
     the longest sequences fill. Fixed beforehand because vLLM's own measurement takes what other processes allocate
     meanwhile for its own. None where the share is too small for this estimate: vLLM must measure.
     """
-    rollout, size = config.rollout, element_size(config)
+    rollout, size = config.rollout, element_size(config) / config.rollout.tensor_parallel
     per_sequence = (longest(config) + 16) * facts.cache_elements * size  # the cache is dealt out by 16 tokens
     logits = 4 * 4 * rollout.max_num_seqs * facts.shape.get("vocab_size", 0)
     left = rollout.gpu_memory_utilization * memory / engines - facts.parameters * size - OVERHEAD - logits
@@ -109,7 +111,7 @@ def engine_count(config: Config, facts: ModelFacts, device: Device) -> int:
     """Return how many engines share the device: `rollout.engines_per_gpu`, where that is not `auto`."""
     if config.rollout.engines_per_gpu != "auto":
         return int(config.rollout.engines_per_gpu)
-    small = device.name != "cpu" and facts.parameters < SMALL_MODEL
+    small = device.name != "cpu" and facts.parameters < SMALL_MODEL and config.rollout.tensor_parallel == 1
     return 2 if small and cache_bytes(config, facts, device.memory, 2) is not None else 1
 
 
@@ -151,7 +153,7 @@ def build_transport(config: Config, facts: ModelFacts, device: Device, run: str,
         return NcclTransport(dtype, device.name, run, is_main, config.rollout.timeout)
     if kind == "ipc" and device.name == "cpu":
         raise UserError("rollout.transport: ipc needs a GPU; set auto or file")
-    if kind == "ipc" or (kind == "auto" and device.name != "cpu"):
+    if kind == "ipc" or (kind == "auto" and device.name != "cpu" and config.rollout.tensor_parallel == 1):
         return IpcTransport(dtype)
     return FileTransport(weights_folder(facts.parameters * dtype.itemsize), dtype)
 
@@ -186,7 +188,7 @@ def build_engines(
 def engine_settings(
     config: Config, facts: ModelFacts, device: Device, folder: Path, stop_token_ids: list[int], stream: str
 ) -> list[EngineSettings]:
-    """Return the settings of each engine of a rank.
+    """Return the settings of each engine of a rank; none, where it only lends its device to the engine of another.
 
     Args:
         config: the run's.
@@ -198,6 +200,8 @@ def engine_settings(
             before the first `/` names the logs.
     """
     rollout = config.rollout
+    if device.index % rollout.tensor_parallel:
+        return []
     count = engine_count(config, facts, device)
     on_gpu = device.name != "cpu"
     name = stream.partition("/")[0]
@@ -219,6 +223,7 @@ def engine_settings(
             timeout=rollout.timeout,
             max_restarts=rollout.max_restarts,
             log_path=folder / (f"{name}_{index}.log" if index else f"{name}.log"),
+            tensor_parallel=rollout.tensor_parallel,
             kv_cache_bytes=cache_bytes(config, facts, device.memory, count) if on_gpu else None,
             sleep_level=sleep_level(config, facts, device),
         )
@@ -228,7 +233,8 @@ def engine_settings(
 
 def start_all(engines: Sequence[Engine]) -> None:
     """Wait for the first engine, which was started, and then start the others: they find what it has compiled."""
-    engines[0].wait_ready()
+    for engine in engines[:1]:
+        engine.wait_ready()
     for engine in engines[1:]:
         engine.start()
     for engine in engines[1:]:
@@ -237,5 +243,5 @@ def start_all(engines: Sequence[Engine]) -> None:
 
 def close_all(engines: Sequence[Engine]) -> None:
     """Close the engines side by side."""
-    with ThreadPoolExecutor(len(engines)) as pool:
+    with ThreadPoolExecutor(max(1, len(engines))) as pool:
         list(pool.map(lambda engine: engine.close(), engines))

@@ -44,6 +44,7 @@ def llm_arguments(settings: EngineSettings) -> dict[str, Any]:
         "seed": settings.seed,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
+        "tensor_parallel_size": settings.tensor_parallel,
         "skip_tokenizer_init": True,
         "generation_config": "vllm",  # else the model's own sampling defaults would creep in
         "logprobs_mode": "processed_logprobs",  # of the distribution sampled from, not before temperature

@@ -86,6 +86,8 @@ class EngineSettings:
     max_restarts: int
     log_path: Path
     """What the engine prints is appended there."""
+    tensor_parallel: int = 1
+    """Devices over which the model is spread, `device` and those after it."""
     kv_cache_bytes: int | None = None
     """Size of the key-value cache on a GPU; None lets vLLM measure what `gpu_memory_utilization` leaves: no other
     process may then take or free memory of that GPU during the start."""

@@ -46,23 +46,26 @@ class _Lost(Exception):
     """The child died, or did not answer in time."""
 
 
-def child_environment(device: str, environ: Mapping[str, str], cpus: int) -> dict[str, str]:
-    """Return the environment of the child: `environ` without the trainer's launcher, one device, no telemetry.
+def child_environment(device: str, environ: Mapping[str, str], cpus: int, devices: int = 1) -> dict[str, str]:
+    """Return the environment of the child: `environ` without the trainer's launcher, its own devices, no telemetry.
 
-    `device` is `cpu` or `cuda:<index>`, the index among the devices that `environ` leaves visible. On the CPU the ranks
-    of this machine share its `cpus` cores; a user's own OMP_NUM_THREADS counts where one rank runs (with more,
-    launchers set it to 1).
+    `device` is `cpu` or `cuda:<index>`, the index among the devices that `environ` leaves visible, and `devices` how
+    many from there on. On the CPU the ranks of this machine share its `cpus` cores; a user's own OMP_NUM_THREADS counts
+    where one rank runs (with more, launchers set it to 1).
     """
     env = _bare(environ)
     if device != "cpu":
-        index = int(device.removeprefix("cuda:"))
+        first = int(device.removeprefix("cuda:"))
         visible = environ.get("CUDA_VISIBLE_DEVICES")
-        chosen = visible.split(",")[index].strip() if visible else str(index)
+        names = visible.split(",") if visible else [str(index) for index in range(first + devices)]
+        chosen = ",".join(name.strip() for name in names[first : first + devices])
         core = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
         return env | core | {"CUDA_VISIBLE_DEVICES": chosen}
     ranks = int(environ.get("LOCAL_WORLD_SIZE", "1"))
     if ranks > 1 or "OMP_NUM_THREADS" not in env:
         env["OMP_NUM_THREADS"] = str(max(1, cpus // ranks))
+    if devices > 1:  # else vLLM asks for a NUMA node for each worker
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     return _on_cpu(env) | {"CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -139,7 +142,8 @@ class LocalEngine:
         born: Future[subprocess.Popen[bytes]] = Future()
         self._ended = ended = threading.Event()
         command = [sys.executable, "-m", "sapo_rl.rollout.child", str(fd), str(os.getpid())]
-        env = child_environment(self.settings.device, os.environ, len(os.sched_getaffinity(0)))
+        cpus, devices = len(os.sched_getaffinity(0)), self.settings.tensor_parallel
+        env = child_environment(self.settings.device, os.environ, cpus, devices)
 
         def keep() -> None:
             try:

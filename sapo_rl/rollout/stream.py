@@ -115,6 +115,9 @@ class Rollouts:
         on_group: Callable[[Group], None],
     ) -> list[Group]:
         finished: dict[int, Group] = {}
+        if not requests:
+            self.usage = Usage([], 0.0)
+            return []
         # Where all fit at once each engine gets an even share; else each keeps as many waiting as it decodes.
         share = math.ceil(sum(request.n for request in requests) / len(self.engines))
         window = min(share, 2 * self.capacity)
@@ -139,7 +142,7 @@ class Rollouts:
 
 def _at_once(tasks: Sequence[Callable[[], None]]) -> None:
     """Run the tasks in threads of their own; raise what the first of them raised, once all have ended."""
-    with ThreadPoolExecutor(len(tasks)) as pool:
+    with ThreadPoolExecutor(max(1, len(tasks))) as pool:
         futures = [pool.submit(task) for task in tasks]
     for future in futures:
         future.result()

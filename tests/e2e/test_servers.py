@@ -295,7 +295,7 @@ def test_a_run_of_two_ranks_goes_on_when_a_server_dies(
     addresses = ",".join(server.address for server in servers)
     process = subprocess.Popen(
         [sys.executable, "-m", "sapo_rl", "config=tiny.yaml", f"rollout.servers=[{addresses}]",
-         "launch.num_processes=2", "rollout.max_completion_tokens=48"],
+         "launch=ddp", "launch.num_processes=2", "rollout.max_completion_tokens=48"],
         cwd=workspace, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None

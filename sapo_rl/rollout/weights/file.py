@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,6 +75,9 @@ class FileTransport(WeightTransport[LoadingEngine]):
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], engines: Sequence[LoadingEngine], version: int
     ) -> None:
         """See `WeightTransport.push`. Raises what an engine raised."""
+        if not engines:  # another rank's engine has this device; but all ranks gather the weights together
+            deque(named_tensors, maxlen=0)
+            return
         path = self.folder / f"{version}.safetensors"
         write_tensors(path, named_tensors, self.dtype)
         make_room(engines)
