@@ -8,6 +8,8 @@
 # quickstart.sh and test.sh source this file, and so share `say` and its clock.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# Some containers set it: every process would compile all that it imports anew, twice the time to start.
+unset PYTHONDONTWRITEBYTECODE
 stamp=.venv/sapo-train.stamp
 log=.venv/setup.log
 
