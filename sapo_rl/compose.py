@@ -153,13 +153,8 @@ def _with_references(resolved: Any, raw: Any) -> Any:
     }
 
 
-def load(path: Path) -> Config:
-    """Read a frozen config (`config.yaml` of a run folder)."""
-    return loads(path.read_text())
-
-
 def loads(frozen: str) -> Config:
-    """Turn a frozen config's text into a `Config`."""
+    """Turn the text of a frozen config (`config.yaml` of a run folder) into a `Config`."""
     merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(frozen))
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)

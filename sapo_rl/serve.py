@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
@@ -21,7 +20,7 @@ from sapo_rl.errors import UserError
 from sapo_rl.rollout.child import llm_arguments
 from sapo_rl.rollout.engine import EngineSettings
 from sapo_rl.rollout.key import VARIABLE, key_file, make_key
-from sapo_rl.rollout.local import server_environment
+from sapo_rl.rollout.local import require_vllm, server_environment
 
 DESCRIPTION = """Serve rollouts to sapo-train config=... rollout.servers=[HOST:PORT,...]. Give the recipe and overrides
 that the training gets; model, precision, lengths and limits are taken from it."""
@@ -59,15 +58,16 @@ def engine_settings(config: Config, options: argparse.Namespace) -> EngineSettin
     Raises:
         UserError: vLLM is not installed.
     """
-    if importlib.util.find_spec("vllm") is None:
-        raise UserError("vLLM is not installed: pip install 'sapo-train[gpu]', or without a GPU 'sapo-train[cpu]'")
+    require_vllm()
     import torch
+
+    from sapo_rl.rollout.build import longest
 
     model, rollout = config.model, config.rollout
     return EngineSettings(
         model=model.path,
         dtype=model.dtype,
-        max_model_len=config.data.max_prompt_tokens + rollout.max_completion_tokens,
+        max_model_len=longest(config),
         max_num_seqs=rollout.max_num_seqs,
         gpu_memory_utilization=options.gpu_memory,
         cpu_kv_cache_gb=rollout.cpu_kv_cache_gb,

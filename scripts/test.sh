@@ -15,6 +15,5 @@ say "ruff"
 say "pyright"
 .venv/bin/pyright || failed="$failed pyright"
 say "pytest"
-# One thread each: what runs side by side would only wait for each other's.
-OMP_NUM_THREADS=1 .venv/bin/python -m pytest --durations=10 -n 2 --dist loadfile || failed="$failed pytest"
+.venv/bin/python -m pytest --durations=10 -n 2 --dist loadfile || failed="$failed pytest"
 [ -z "$failed" ] || die "failed:$failed"

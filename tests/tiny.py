@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from sapo_rl.rollout.engine import EngineSettings
 
@@ -65,6 +65,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def logps_of(model: PreTrainedModel, token_ids: list[int], temperature: float = 1.0) -> list[float]:
+    """Log p(token | those before it) at `temperature` of all tokens but the first, by plain transformers."""
+    import torch
+
+    ids = torch.tensor(token_ids)
+    with torch.no_grad():
+        logits = model(ids[None]).logits[0, :-1] / temperature
+    return logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0].tolist()
 
 
 def engine_settings(model: Path, log_path: Path, **changes: Any) -> EngineSettings:

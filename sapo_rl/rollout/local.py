@@ -46,6 +46,12 @@ class _Lost(Exception):
     """The child died, or did not answer in time."""
 
 
+def require_vllm() -> None:
+    """Raise UserError where vLLM is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("vLLM is not installed: pip install 'sapo-train[gpu]', or without a GPU 'sapo-train[cpu]'")
+
+
 def child_environment(device: str, environ: Mapping[str, str], cpus: int, devices: int = 1) -> dict[str, str]:
     """Return the environment of the child: `environ` without the trainer's launcher, its own devices, no telemetry.
 
@@ -121,8 +127,7 @@ class LocalEngine:
         Raises:
             UserError: vLLM is not installed.
         """
-        if importlib.util.find_spec("vllm") is None:
-            raise UserError("vLLM is not installed: pip install 'sapo-train[gpu]', or without a GPU 'sapo-train[cpu]'")
+        require_vllm()
         self.settings.log_path.parent.mkdir(parents=True, exist_ok=True)
         self._log_start = self.settings.log_path.stat().st_size if self.settings.log_path.exists() else 0
         ours, theirs = socket.socketpair()

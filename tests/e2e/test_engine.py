@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from tiny import engine_settings
+from tiny import engine_settings, logps_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sapo_rl.config import RolloutConfig
@@ -87,13 +87,6 @@ def trained(tiny_model: Path) -> PreTrainedModel:
     model(ids, labels=ids).loss.backward()
     optimizer.step()
     return model
-
-
-@torch.no_grad()
-def logps_of(model: PreTrainedModel, token_ids: list[int], temperature: float = 1.0) -> list[float]:
-    ids = torch.tensor(token_ids)
-    logits = model(ids[None]).logits[0, :-1] / temperature
-    return logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0].tolist()
 
 
 @torch.no_grad()

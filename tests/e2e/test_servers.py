@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from tiny import logps_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sapo_rl.config import RolloutConfig
@@ -170,13 +171,6 @@ def noisy(tiny_model: Path, seed: int) -> PreTrainedModel:
         for weight in model.parameters():
             weight += 0.05 * torch.randn(weight.shape, generator=generator)
     return model
-
-
-@torch.no_grad()
-def logps_of(model: PreTrainedModel, token_ids: list[int], temperature: float = 1.0) -> list[float]:
-    ids = torch.tensor(token_ids)
-    logits = model(ids[None]).logits[0, :-1] / temperature
-    return logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0].tolist()
 
 
 def answers(engine: ServerEngine, requests: list[Request], sampling: Sampling) -> dict[int, list[Completion]]:

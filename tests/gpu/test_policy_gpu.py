@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from accelerate import Accelerator
+from gpu.waits import update_without_waiting
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -202,14 +203,7 @@ def test_updates_do_not_wait_for_the_device() -> None:
     groups = as_groups(make_items(4, prompts=12))
     for _ in range(2):
         trainer.train_on(groups, no_timer)
-    part = trainer._micro_batches(groups)
-    assert len(part) > 1
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        trainer._update(part, [])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert update_without_waiting(trainer, groups) > 1
 
 
 def test_compiled_and_plain_updates_agree() -> None:
