@@ -19,7 +19,7 @@ import yaml
 
 from sapo_rl import launch
 from sapo_rl.checks import ConfigError, check
-from sapo_rl.compose import CONFIGS, load
+from sapo_rl.compose import CONFIGS, loads
 from sapo_rl.config import LaunchConfig
 
 ROOT = Path(__file__).parents[2]
@@ -264,7 +264,7 @@ def test_impossible_launch_is_refused_by_key(
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.chdir(workspace)
     monkeypatch.syspath_prepend(workspace)
-    config = load(workspace / "tiny.yaml")
+    config = loads((workspace / "tiny.yaml").read_text())
     config.launch = LaunchConfig(**changes)
     with pytest.raises(ConfigError) as caught:
         check(config)
