@@ -16,6 +16,12 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ["<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+REWARDS = '''
+def odd(completions, prompts, **columns):
+    """The share of characters with an odd code: a random model gives every value."""
+    assert len(prompts) == len(completions) == len(columns["answer"])
+    return [sum(ord(c) % 2 for c in text) / max(1, len(text)) for text in completions]
+'''
 
 
 def make_tiny_model(folder: Path, seed: int = 0) -> Path:
@@ -65,6 +71,36 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def make_workspace(folder: Path, model_folder: Path, rewards: str = "", **sections: Any) -> Path:
+    """Write a folder as a user has it, a recipe and a module with reward functions; return it.
+
+    The recipe, `tiny.yaml`, trains the model on the CPU; `sections` change keys of its sections, or add some. `rewards`
+    is Python to follow `REWARDS` in `my_rewards.py`.
+    """
+    import yaml
+
+    config: dict[str, Any] = {
+        "model": {"path": str(model_folder), "dtype": "float32"},
+        "data": {"source": "arithmetic", "size": 100, "max_prompt_tokens": 64},
+        "rollout": {
+            "batch_size": 16,
+            "group_size": 4,
+            "max_completion_tokens": 8,
+            "max_num_seqs": 32,
+            "cpu_kv_cache_gb": 0.1,
+        },
+        "reward": {"functions": {"odd": {"function": "my_rewards.odd"}}},
+        "trainer": {"steps": 6, "updates_per_rollout": 2, "mini_batches": 1, "learning_rate": 1e-3},
+        "logging": {"console": "plain"},
+        "reproducible": True,
+    }
+    for name, section in sections.items():
+        config[name] = config.get(name, {}) | section
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    (folder / "my_rewards.py").write_text(REWARDS + rewards)
+    return folder
 
 
 def logps_of(model: PreTrainedModel, token_ids: list[int], temperature: float = 1.0) -> list[float]:

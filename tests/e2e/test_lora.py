@@ -12,9 +12,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
-from tiny import engine_settings
+from tiny import engine_settings, make_workspace
 from transformers import AutoModelForCausalLM
 
 from sapo_rl.config import LoraConfig, ModelConfig
@@ -29,39 +28,23 @@ from sapo_rl.rollout.weights.file import FileTransport, weights_folder
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.e2e
 
-REWARDS = """
-def odd(completions, **columns):
-    return [sum(ord(c) % 2 for c in text) / max(1, len(text)) for text in completions]
-"""
 PARTS = ["q_proj", "up_proj"]
 """Of the weights that vLLM fuses, one each: the others must reach it, too."""
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    folder = tmp_path_factory.mktemp("workspace")
-    (folder / "my_rewards.py").write_text(REWARDS)
-    config = {
-        "model": {"path": str(tiny_model), "dtype": "float32", "lora": {"rank": 8, "target_modules": PARTS}},
-        "data": {"source": "arithmetic", "size": 100, "max_prompt_tokens": 64},
-        "rollout": {
-            "batch_size": 16,
-            "group_size": 4,
-            "max_completion_tokens": 8,
-            "max_num_seqs": 32,
-            "cpu_kv_cache_gb": 0.1,
-            "verify_every": 1,
-        },
-        "reward": {"functions": {"odd": {"function": "my_rewards.odd"}}},
-        "loss": {"kl": {"coef": 0.01}},
-        "trainer": {"steps": 3, "updates_per_rollout": 2, "mini_batches": 1, "learning_rate": 1e-2},
-        "eval": {"prompts": 0},
-        "checkpoint": {"every": 2},
-        "logging": {"console": "plain", "wandb": "off"},
-        "reproducible": True,
-    }
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
-    return folder
+    return make_workspace(
+        tmp_path_factory.mktemp("workspace"),
+        tiny_model,
+        model={"lora": {"rank": 8, "target_modules": PARTS}},
+        rollout={"verify_every": 1},
+        loss={"kl": {"coef": 0.01}},
+        trainer={"steps": 3, "learning_rate": 1e-2},
+        eval={"prompts": 0},
+        checkpoint={"every": 2},
+        logging={"wandb": "off"},
+    )
 
 
 def run(workspace: Path, *arguments: str) -> str:

@@ -17,18 +17,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tiny import make_workspace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.e2e
 
-REWARDS = '''
+REWARDS = """
 import time
-
-def odd(completions, prompts, **columns):
-    """The share of characters with an odd code: a random model gives every value."""
-    assert len(prompts) == len(completions) == len(columns["answer"])
-    return [sum(ord(c) % 2 for c in text) / max(1, len(text)) for text in completions]
 
 def hangs(completions, **columns):
     time.sleep(1000)
@@ -37,34 +33,20 @@ def picky(completions, prompts, **columns):
     if any("+" in prompt for prompt in prompts):
         raise ValueError("no sums please")
     return [1.0 for _ in completions]
-'''
+"""
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A folder as a user has it: a config file, a module with reward functions."""
     folder = tmp_path_factory.mktemp("workspace")
-    (folder / "my_rewards.py").write_text(REWARDS)
-    config = {
-        "model": {"path": str(tiny_model), "dtype": "float32"},
-        "data": {"source": "arithmetic", "size": 100, "max_prompt_tokens": 64},
-        "rollout": {
-            "batch_size": 16,
-            "group_size": 4,
-            "max_completion_tokens": 8,
-            "max_num_seqs": 32,
-            "cpu_kv_cache_gb": 0.1,
-            "verify_every": 2,
-        },
-        "reward": {"functions": {"odd": {"function": "my_rewards.odd"}}},
-        "trainer": {"steps": 6, "updates_per_rollout": 2, "mini_batches": 1, "learning_rate": 1e-3},
-        "eval": {"every": 3, "prompts": 8},
-        "checkpoint": {"every": 3},
-        "logging": {"console": "plain"},
-        "reproducible": True,
-    }
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
-    return folder
+    return make_workspace(
+        folder,
+        tiny_model,
+        REWARDS,
+        rollout={"verify_every": 2},
+        eval={"every": 3, "prompts": 8},
+        checkpoint={"every": 3},
+    )
 
 
 def start(workspace: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:

@@ -22,8 +22,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
-from tiny import logps_of
+from tiny import logps_of, make_workspace
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sapo_rl.config import RolloutConfig
@@ -39,10 +38,6 @@ pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
 EOS = 3
 WARM = Sampling(0.7, 1.0, 0, 0.0, 1.0, 24, True)
-REWARDS = """
-def odd(completions, **columns):
-    return [sum(ord(c) % 2 for c in text) / max(1, len(text)) for text in completions]
-"""
 
 
 @dataclass
@@ -86,27 +81,15 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    folder = tmp_path_factory.mktemp("workspace")
-    (folder / "my_rewards.py").write_text(REWARDS)
-    config = {
-        "model": {"path": str(tiny_model), "dtype": "float32"},
-        "data": {"source": "arithmetic", "size": 100, "max_prompt_tokens": 64},
-        "rollout": {
-            "batch_size": 128,
-            "group_size": 4,
-            "max_completion_tokens": 128,
-            "max_num_seqs": 16,
-            "cpu_kv_cache_gb": 0.1,
-            "verify_every": 1,
-        },
-        "reward": {"functions": {"odd": {"function": "my_rewards.odd"}}},
-        "trainer": {"steps": 3, "updates_per_rollout": 2, "mini_batches": 1, "learning_rate": 1e-3},
-        "eval": {"every": 0, "prompts": 0},
-        "checkpoint": {"every": 0, "save_final": False},
-        "logging": {"console": "plain", "wandb": "off"},
-    }
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
-    return folder
+    return make_workspace(
+        tmp_path_factory.mktemp("workspace"),
+        tiny_model,
+        rollout={"batch_size": 128, "max_completion_tokens": 128, "max_num_seqs": 16, "verify_every": 1},
+        trainer={"steps": 3},
+        eval={"every": 0, "prompts": 0},
+        checkpoint={"every": 0, "save_final": False},
+        logging={"wandb": "off"},
+    )
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-import yaml
+from tiny import make_workspace
 
 from sapo_rl import launch
 from sapo_rl.checks import ConfigError, check
@@ -29,24 +29,9 @@ TWO = ("launch=ddp", "launch.num_processes=2")
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    folder = tmp_path_factory.mktemp("workspace")
-    reward = (
-        "def odd(completions, **columns):\n    return [sum(ord(c) % 2 for c in text) / 8 for text in completions]\n"
+    return make_workspace(
+        tmp_path_factory.mktemp("workspace"), tiny_model, trainer={"steps": 500}, checkpoint={"every": 2}
     )
-    (folder / "my_rewards.py").write_text(reward)
-    rollout = {"batch_size": 16, "group_size": 4, "max_completion_tokens": 8, "max_num_seqs": 32}
-    config = {
-        "model": {"path": str(tiny_model), "dtype": "float32"},
-        "data": {"source": "arithmetic", "size": 100, "max_prompt_tokens": 64},
-        "rollout": {**rollout, "cpu_kv_cache_gb": 0.1},
-        "reward": {"functions": {"odd": {"function": "my_rewards.odd"}}},
-        "trainer": {"steps": 500, "updates_per_rollout": 2, "mini_batches": 1, "learning_rate": 1e-3},
-        "checkpoint": {"every": 2},
-        "logging": {"console": "plain"},
-        "reproducible": True,
-    }
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
-    return folder
 
 
 class Machine:

@@ -211,6 +211,6 @@ def test_running_out_of_memory_names_the_settings(
         rank.main(tmp_path)
     assert stopped.value.code == 2
     told = capsys.readouterr().err
-    for name in ("trainer.tokens_per_micro_batch", "rollout.gpu_memory_utilization", "rollout.sleep=2", "2.00 GiB"):
+    for name in ("trainer.tokens_per_micro_batch", "rollout.gpu_memory_utilization", "rollout.sleep=1", "2.00 GiB"):
         assert name in told
     assert len(told.splitlines()) == 2
