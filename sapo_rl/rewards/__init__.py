@@ -11,7 +11,7 @@ from sapo_rl.rewards.lookup import check_function, resolve
 from sapo_rl.rewards.math import math_verify
 from sapo_rl.rewards.pool import RewardPool, RewardStats
 from sapo_rl.rewards.registry import REWARD_FUNCTIONS, RewardFunction
-from sapo_rl.rewards.text import exact_match, format_tags, length_limit, numeric_answer, regex
+from sapo_rl.rewards.text import exact_match, format_tags, length_limit, numeric_answer, numeric_digits, regex
 
 __all__ = [
     "REWARD_FUNCTIONS",
@@ -25,6 +25,7 @@ __all__ = [
     "length_limit",
     "math_verify",
     "numeric_answer",
+    "numeric_digits",
     "reasoning_gym",
     "regex",
     "resolve",

@@ -50,7 +50,7 @@ def last_number(text: str) -> Decimal | None:
         return None
     whole = re.sub(rf"[{_GROUP}]", "", found["whole"]) or "0"
     value = Decimal(whole + (found["fraction"] or "") + (found["exponent"] or ""))
-    return -value if found["sign"] and found["sign"] in _MINUS else value
+    return value.copy_negate() if found["sign"] and found["sign"] in _MINUS else value
 
 
 @REWARD_FUNCTIONS.register_module("exact_match")
@@ -108,6 +108,33 @@ def numeric_answer(
         raise UserError(f"numeric_answer: tolerance must be at least 0, got {tolerance}")
     return [
         None if expected is None else float(equal(completion, str(expected)))
+        for completion, expected in zip(completions, answer, strict=True)
+    ]
+
+
+@REWARD_FUNCTIONS.register_module("numeric_digits")
+def numeric_digits(completions: list[Completion], answer: list[Any], **columns: list[Any]) -> list[float | None]:
+    """Share of the answer's digits that the reply's last number has at the same places, the sign counted as one.
+
+    Partial credit for whole numbers: `-217` for `-216` earns 3/4. Places are counted from the ones; digits that only
+    one of the numbers has count as wrong. None where the row has no answer, 0 for a fraction.
+
+    Raises:
+        ValueError: an answer that is no whole number.
+    """
+
+    def share(completion: Completion, expected: str) -> float:
+        wanted, found = last_number(expected), last_number(text_of(completion))
+        if wanted is None or not _is_whole(wanted):
+            raise ValueError(f"the answer {expected!r} is no whole number")
+        if found is None or not _is_whole(found):
+            return 0.0
+        digits = [f"{number.copy_abs():.0f}"[::-1] for number in (wanted, found)]
+        same = sum(one == other for one, other in zip(*digits, strict=False)) + ((wanted < 0) == (found < 0))
+        return same / (max(map(len, digits)) + 1)
+
+    return [
+        None if expected is None else share(completion, str(expected))
         for completion, expected in zip(completions, answer, strict=True)
     ]
 
@@ -180,6 +207,10 @@ def length_limit(
         return -1.0 if length > max_tokens else (max_tokens - soft - length) / soft
 
     return [penalty(len(ids)) for ids in completion_ids]
+
+
+def _is_whole(number: Decimal) -> bool:
+    return number == number.to_integral_value()
 
 
 def _last_boxed(text: str) -> str | None:

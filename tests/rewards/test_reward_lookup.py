@@ -35,7 +35,8 @@ def check(function: str, **args: Any) -> None:
 def test_built_in_names_resolve() -> None:
     assert resolve("numeric_answer") is numeric_answer
     assert set(REWARD_FUNCTIONS) == {
-        *("exact_match", "format_tags", "length_limit", "math_verify", "numeric_answer", "reasoning_gym", "regex")
+        *("exact_match", "format_tags", "length_limit", "math_verify"),
+        *("numeric_answer", "numeric_digits", "reasoning_gym", "regex"),
     }
 
 

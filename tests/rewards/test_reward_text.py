@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from decimal import Decimal
+from decimal import Decimal, localcontext
 
 import pytest
 
 from sapo_rl.errors import UserError
-from sapo_rl.rewards import exact_match, format_tags, length_limit, numeric_answer, regex
+from sapo_rl.rewards import exact_match, format_tags, length_limit, numeric_answer, numeric_digits, regex
 from sapo_rl.rewards.text import final_answer, last_number
 
 
@@ -52,13 +52,51 @@ def test_numeric_answer_compares_the_last_numbers() -> None:
 
 def test_numeric_answer_is_exact_unless_a_tolerance_is_given() -> None:
     assert numeric_answer(["0.30000000000000004"], ["0.3"]) == [0.0]
+    assert numeric_answer(["-1" + "0" * 40 + "1"], ["-1" + "0" * 40 + "2"]) == [0.0]
     assert numeric_answer(["0.34", "0.36"], ["0.3", "0.3"], tolerance=0.05) == [1.0, 0.0]
     assert numeric_answer(["9e999"], ["3"], tolerance=0.1) == [0.0]
+
+
+def test_numbers_are_exact_whatever_precision_another_package_sets() -> None:
+    with localcontext(prec=3):  # reasoning-gym leaves the like behind
+        assert numeric_answer(["-1234"], ["-1233"]) == [0.0]
+        assert numeric_answer(["-1234"], ["-1232"], tolerance=1.5) == [0.0]
+        assert numeric_digits(["1234"], ["1233"]) == [4 / 5]
 
 
 def test_numeric_answer_refuses_an_answer_without_a_number() -> None:
     with pytest.raises(ValueError, match="'seven' holds no number"):
         numeric_answer(["7"], ["seven"])
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "right", "of"),
+    [
+        ("583 - 799 = -216", "-216", 4, 4),
+        ("-217", "-216", 3, 4),
+        ("216", "-216", 3, 4),
+        ("1216", "-216", 3, 5),
+        ("16", "-216", 2, 4),
+        ("-9", "19", 1, 3),
+        ("10", "100", 2, 4),
+        ("0", "-0", 2, 2),
+        ("7.0", "7", 2, 2),
+        ("7.5", "7", 0, 2),
+        ("seven", "7", 0, 2),
+        ("1" + "0" * 40, "10", 2, 42),
+        ("9e999", "9", 1, 1001),
+        ("-1" + "0" * 40 + "1", "-1" + "0" * 40 + "2", 42, 43),
+    ],
+)
+def test_numeric_digits_counts_digits_at_their_places(reply: str, answer: str, right: int, of: int) -> None:
+    assert numeric_digits([reply], [answer]) == [right / of]
+
+
+def test_numeric_digits_is_for_whole_numbers() -> None:
+    assert numeric_digits(["7"], [None]) == [None]
+    for answer in ("7.5", "seven"):
+        with pytest.raises(ValueError, match=f"'{answer}' is no whole number"):
+            numeric_digits(["7"], [answer])
 
 
 def test_exact_match() -> None:
