@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, fields
-from typing import Any
+from itertools import product
+from math import prod
+from typing import Any, TypeAlias
 
 from sapo_rl.errors import UserError, did_you_mean
+
+Question: TypeAlias = tuple[tuple[int, ...], tuple[str, ...]]
+"""Numbers, and the operations between them."""
 
 
 @dataclass(frozen=True)
@@ -21,20 +26,28 @@ class Arithmetic:
     """Numbers in a question."""
 
     @property
+    def bounds(self) -> tuple[int, int]:
+        """Fewest and most digits."""
+        return (self.digits, self.digits) if isinstance(self.digits, int) else (self.digits[0], self.digits[1])
+
+    @property
     def low(self) -> int:
         """Smallest number."""
-        least = self.digits if isinstance(self.digits, int) else self.digits[0]
-        return 0 if least == 1 else 10 ** (least - 1)
+        return _range(self.bounds[0])[0]
 
     @property
     def high(self) -> int:
         """One more than the largest number."""
-        return 10 ** (self.digits if isinstance(self.digits, int) else self.digits[1])
+        return _range(self.bounds[1])[1]
 
     @property
     def space(self) -> int:
         """How many different questions there are."""
         return (self.high - self.low) ** self.terms * len(self.operations) ** (self.terms - 1)
+
+    def likelihood(self, operands: tuple[int, ...]) -> float:
+        """How often these numbers are drawn, up to a factor."""
+        return 1 / prod(end - start for start, end in (_range(len(str(operand))) for operand in operands))
 
 
 def parse_args(args: dict[str, Any]) -> Arithmetic:
@@ -62,38 +75,43 @@ def parse_args(args: dict[str, Any]) -> Arithmetic:
 def generate(args: dict[str, Any], count: int, seed: int) -> list[dict[str, Any]]:
     """Return `count` different questions in random order, all there are where there are fewer: `prompt` and `answer`.
 
-    Every question of the space is equally likely, so most of `digits: [1, 3]` have three digits.
+    The digits of each number are drawn first, evenly, then the number: short numbers are as frequent as long ones.
     """
     task = parse_args(args)
     rng = random.Random(f"arithmetic/{seed}")
     if task.space <= 2 * count:
-        chosen = rng.sample(range(task.space), min(count, task.space))
-    else:  # the space may be far larger than a range can be sampled from
-        drawn: dict[int, None] = {}
-        while len(drawn) < count:
-            drawn[rng.randrange(task.space)] = None
-        chosen = list(drawn)
-    return [_row(task, number) for number in chosen]
+        numbers = range(task.low, task.high)
+        every = product(product(numbers, repeat=task.terms), product(task.operations, repeat=task.terms - 1))
+        # An exponential clock for each question, as fast as it is likely: they ring in the order of draws.
+        drawn = sorted(every, key=lambda question: rng.expovariate(task.likelihood(question[0])))[:count]
+    else:
+        found: dict[Question, None] = {}
+        while len(found) < count:
+            found[_draw(task, rng)] = None
+        drawn = list(found)
+    return [_row(*question) for question in drawn]
 
 
-def _row(task: Arithmetic, number: int) -> dict[str, Any]:
-    """The question with this number: its operands and operations are the digits of a mixed-radix number."""
-    operands, signs = [], []
-    for _ in range(task.terms):
-        number, offset = divmod(number, task.high - task.low)
-        operands.append(task.low + offset)
-    for _ in range(task.terms - 1):
-        number, offset = divmod(number, len(task.operations))
-        signs.append(task.operations[offset])
+def _draw(task: Arithmetic, rng: random.Random) -> Question:
+    operands = [rng.randrange(*_range(rng.randint(*task.bounds))) for _ in range(task.terms)]
+    return tuple(operands), tuple(rng.choices(task.operations, k=task.terms - 1))
+
+
+def _row(operands: tuple[int, ...], signs: tuple[str, ...]) -> dict[str, Any]:
     words = [str(operands[0])]
-    total, product = 0, operands[0]
+    total, factor = 0, operands[0]
     for sign, operand in zip(signs, operands[1:], strict=True):
         words += [sign, str(operand)]
         if sign == "*":
-            product *= operand
+            factor *= operand
         else:
-            total, product = total + product, operand if sign == "+" else -operand
-    return {"prompt": f"What is {' '.join(words)}?", "answer": str(total + product)}
+            total, factor = total + factor, operand if sign == "+" else -operand
+    return {"prompt": f"What is {' '.join(words)}?", "answer": str(total + factor)}
+
+
+def _range(digits: int) -> tuple[int, int]:
+    """The numbers of so many digits: from, and up to but without."""
+    return (0 if digits == 1 else 10 ** (digits - 1)), 10**digits
 
 
 def _is_int(value: Any) -> bool:

@@ -49,6 +49,13 @@ def test_a_small_space_is_given_whole() -> None:
     assert {row["prompt"] for row in rows} == {f"What is {a} - {b}?" for a in range(10) for b in range(10)}
 
 
+@pytest.mark.parametrize("count", [2000, 12000])
+def test_numbers_of_few_digits_are_as_frequent_as_those_of_many(count: int) -> None:
+    rows = generate({"digits": [1, 2]}, count, 0)[:200]  # of 20000 questions, few enough to draw from and too few
+    short = [len(str(number)) == 1 for row in rows for number in operands(row["prompt"])]
+    assert 0.4 < sum(short) / 400 < 0.55  # a little under a half: a quarter of the 200 short questions is gone
+
+
 def test_a_space_beyond_64_bits() -> None:
     rows = generate({"digits": 18, "terms": 5}, 100, 0)
     assert len({row["prompt"] for row in rows}) == 100
