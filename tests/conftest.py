@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -21,6 +22,8 @@ os.environ.update(
     OMP_NUM_THREADS="1",
 )
 os.environ.pop("WANDB_API_KEY", None)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: programs under test must hear Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @functools.cache

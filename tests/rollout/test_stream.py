@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -110,7 +111,7 @@ def test_each_group_is_handed_over_decoded_when_it_is_finished(tokenizer: PreTra
 
 
 def test_an_engine_with_room_takes_more_and_none_takes_all(tokenizer: PreTrainedTokenizerFast) -> None:
-    slow, quick = Echo(tokenizer.eos_token_id, pause=0.05), Echo(tokenizer.eos_token_id)
+    slow, quick = Echo(tokenizer.eos_token_id, pause=0.2), Echo(tokenizer.eos_token_id, pause=0.01)
     asked = prompts(tokenizer, [str(i) for i in range(40)])
     cfg = RolloutConfig(group_size=2, max_num_seqs=4)
     groups = Rollouts([slow, quick], cfg, tokenizer, seed=0, reproducible=False).generate(asked, step=1)
@@ -126,11 +127,19 @@ def test_sleep_reaches_every_engine(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_an_engine_that_fails_ends_the_call(tokenizer: PreTrainedTokenizerFast) -> None:
+    failing = threading.Event()
+
+    class Patient(Echo):
+        def stream(self, take: Callable[[], Numbered | None], window: int, sampling: Sampling) -> Iterator[Any]:
+            failing.wait(30)  # else it may have answered everything by then
+            yield from super().stream(take, window, sampling)
+
     class Failing(Echo):
         def stream(self, take: Callable[[], Numbered | None], window: int, sampling: Sampling) -> Iterator[Any]:
+            failing.set()
             raise EngineError("gone")
 
-    fleet = [Echo(tokenizer.eos_token_id), Failing(tokenizer.eos_token_id)]
+    fleet = [Patient(tokenizer.eos_token_id), Failing(tokenizer.eos_token_id)]
     with pytest.raises(EngineError, match="gone"):
         Rollouts(fleet, RolloutConfig(), tokenizer, 0, False).generate(prompts(tokenizer, ["a", "b"]), step=1)
 
