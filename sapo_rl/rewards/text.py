@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
@@ -67,8 +68,7 @@ def exact_match(
     With `tag`, what stands in the last `<tag>...</tag>` of the reply is compared instead of the whole reply.
     """
 
-    def same(completion: Completion, expected: str) -> bool:
-        text = text_of(completion)
+    def same(text: str, expected: str) -> bool:
         if tag is not None:
             tagged = re.findall(rf"<{re.escape(tag)}>(.*?)</{re.escape(tag)}>", text, re.DOTALL)
             if not tagged:
@@ -77,10 +77,7 @@ def exact_match(
         text, expected = text.strip(), expected.strip()
         return text.casefold() == expected.casefold() if ignore_case else text == expected
 
-    return [
-        None if expected is None else float(same(completion, str(expected)))
-        for completion, expected in zip(completions, answer, strict=True)
-    ]
+    return _scores(completions, answer, same)
 
 
 @REWARD_FUNCTIONS.register_module("numeric_answer")
@@ -96,8 +93,8 @@ def numeric_answer(
         ValueError: an answer without a number.
     """
 
-    def equal(completion: Completion, expected: str) -> bool:
-        wanted, found = last_number(expected), last_number(text_of(completion))
+    def equal(text: str, expected: str) -> bool:
+        wanted, found = last_number(expected), last_number(text)
         if wanted is None:
             raise ValueError(f"the answer {expected!r} holds no number")
         if found is None:
@@ -106,10 +103,7 @@ def numeric_answer(
 
     if tolerance < 0:
         raise UserError(f"numeric_answer: tolerance must be at least 0, got {tolerance}")
-    return [
-        None if expected is None else float(equal(completion, str(expected)))
-        for completion, expected in zip(completions, answer, strict=True)
-    ]
+    return _scores(completions, answer, equal)
 
 
 @REWARD_FUNCTIONS.register_module("numeric_digits")
@@ -123,8 +117,8 @@ def numeric_digits(completions: list[Completion], answer: list[Any], **columns: 
         ValueError: an answer that is no whole number.
     """
 
-    def share(completion: Completion, expected: str) -> float:
-        wanted, found = last_number(expected), last_number(text_of(completion))
+    def share(text: str, expected: str) -> float:
+        wanted, found = last_number(expected), last_number(text)
         if wanted is None or not _is_whole(wanted):
             raise ValueError(f"the answer {expected!r} is no whole number")
         if found is None or not _is_whole(found):
@@ -133,10 +127,7 @@ def numeric_digits(completions: list[Completion], answer: list[Any], **columns: 
         same = sum(one == other for one, other in zip(*digits, strict=False)) + ((wanted < 0) == (found < 0))
         return same / (max(map(len, digits)) + 1)
 
-    return [
-        None if expected is None else share(completion, str(expected))
-        for completion, expected in zip(completions, answer, strict=True)
-    ]
+    return _scores(completions, answer, share)
 
 
 @REWARD_FUNCTIONS.register_module("regex")
@@ -207,6 +198,16 @@ def length_limit(
         return -1.0 if length > max_tokens else (max_tokens - soft - length) / soft
 
     return [penalty(len(ids)) for ids in completion_ids]
+
+
+def _scores(
+    completions: list[Completion], answers: list[Any], score: Callable[[str, str], float]
+) -> list[float | None]:
+    """Score each reply's text against its answer's; None where the row has no answer."""
+    return [
+        None if answer is None else float(score(text_of(completion), str(answer)))
+        for completion, answer in zip(completions, answers, strict=True)
+    ]
 
 
 def _is_whole(number: Decimal) -> bool:

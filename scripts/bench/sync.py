@@ -27,7 +27,7 @@ from typing import Any
 
 import report
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 from workloads import ROOT, SHAPES, Shape
 
 sys.path.insert(0, str(ROOT))
@@ -44,17 +44,7 @@ COLUMNS = ["model", "engines", "transport", "first (ms)", "then (ms)", "disagree
 
 def make_folder(name: str, parent: Path, device: str) -> Path:
     """Write a random model of this shape, without a tokenizer."""
-    shape = MODELS[name]
-    config = Qwen2Config(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.inner,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        vocab_size=shape.vocab,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    )
+    config = MODELS[name].config(max_position_embeddings=2048)
     with torch.device(device):
         model: Any = Qwen2ForCausalLM(config)
     model.bfloat16().save_pretrained(parent / name)

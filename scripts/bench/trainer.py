@@ -31,7 +31,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig
 from workloads import ROOT, SHAPES
 
 sys.path.insert(0, str(ROOT))
@@ -138,18 +138,7 @@ COLUMNS = ["size", "variant", "tok/s", "MFU", "update", "old log-probs", "pack",
 
 def build_config(size: str) -> Any:
     """Return the Hugging Face configuration of a size."""
-    if size == "135m":
-        return SMOLLM2
-    shape = SHAPES[size]
-    return Qwen2Config(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.inner,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        vocab_size=shape.vocab,
-        tie_word_embeddings=True,
-    )
+    return SMOLLM2 if size == "135m" else SHAPES[size].config()
 
 
 def build(size: str) -> Policy:

@@ -54,6 +54,21 @@ class Shape:
     kv_heads: int
     vocab: int = 151936
 
+    def config(self, **more: Any) -> Any:
+        """Return the Hugging Face configuration."""
+        from transformers import Qwen2Config
+
+        return Qwen2Config(
+            hidden_size=self.hidden,
+            intermediate_size=self.inner,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            vocab_size=self.vocab,
+            tie_word_embeddings=True,
+            **more,
+        )
+
 
 SHAPES = {
     "0.5b": Shape(896, 4864, 24, 14, 2),
@@ -112,18 +127,11 @@ def make_model(shape: Shape, tokenizer_folder: Path, mean_length: float, out: Pa
     layer, and in the tied head it is a constant that each token's row multiplies by its own factor.
     """
     import torch
-    from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoTokenizer, GenerationConfig, Qwen2ForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    config = Qwen2Config(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.inner,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        vocab_size=shape.vocab,
+    config = shape.config(
         max_position_embeddings=4096,
-        tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
