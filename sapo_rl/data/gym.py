@@ -26,7 +26,7 @@ def create(name: str, args: dict[str, Any], size: int, seed: int) -> Any:
             from reasoning_gym.composite import DatasetSpec
             from reasoning_gym.factory import DATASETS
     except ModuleNotFoundError as error:
-        raise UserError("data.source: reasoning_gym needs a package: pip install reasoning-gym") from error
+        raise UserError(f"data.source: reasoning_gym needs a package: pip install reasoning-gym ({error})") from error
     if name not in DATASETS:
         raise UserError(f"data.path: reasoning-gym has no dataset '{name}'; {did_you_mean(name, DATASETS)}")
     known = [field.name for field in dataclasses.fields(DATASETS[name][1]) if field.name not in ("seed", "size")]
