@@ -9,12 +9,13 @@ left of the one before. A dead vLLM core ends this process, for its parent to re
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import queue
 import sys
 import threading
 import traceback
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
 from sapo_rl.rollout.engine import Completion, EngineSettings, Numbered, Sampling
@@ -142,6 +143,7 @@ def serve(connection: Connection) -> None:
     inbox: queue.SimpleQueue[tuple[int, str, tuple[Any, ...]]] = queue.SimpleQueue()
     # Read at all times: two processes that both wait for the other to take a message would wait for ever.
     threading.Thread(target=_read, args=(connection, inbox), name="inbox", daemon=True).start()
+    threading.Thread(target=_die_with_core, name="core", daemon=True).start()
     connection.send((0, "ready", None))
     current = refused = 0
     while True:
@@ -169,6 +171,13 @@ def serve(connection: Connection) -> None:
             refused = current
             server.abort()
             connection.send((current, "failed", traceback.format_exc(limit=-4)))
+
+
+def _die_with_core() -> None:
+    """End this process when vLLM's core process ends: vLLM itself would wait for an answer of it for ever."""
+    if cores := multiprocessing.active_children():  # none on the CPU, where the core is part of this process
+        wait([core.sentinel for core in cores])
+        os._exit(1)
 
 
 def _read(connection: Connection, inbox: queue.SimpleQueue[tuple[int, str, tuple[Any, ...]]]) -> None:

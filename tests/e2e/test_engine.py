@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from sapo_rl.config import RolloutConfig
 from sapo_rl.errors import UserError
+from sapo_rl.rollout import local
 from sapo_rl.rollout.engine import Completion, EngineError, Request, Sampling
-from sapo_rl.rollout.local import LocalEngine
+from sapo_rl.rollout.local import LocalEngine, child_environment
 from sapo_rl.rollout.stream import Rollouts, verify
 from sapo_rl.rollout.weights.file import FileTransport, weights_folder
 from sapo_rl.types import Prompt
@@ -244,6 +245,26 @@ def test_a_killed_engine_comes_back_with_the_pushed_weights_and_repeats_the_call
     assert verify(engine, prompt, logps_of(trained, prompt), "float32") < 1e-5
 
 
+def test_an_engine_whose_core_process_is_killed_in_mid_call_comes_back(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a GPU vLLM computes in a process of its own, and never notices that it is gone."""
+    own_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    monkeypatch.setattr(local, "child_environment", lambda *args: child_environment(*args) | own_process)
+    engine = LocalEngine(engine_settings(tiny_model, tmp_path / "core.log"))
+    engine.start()
+    engine.wait_ready()
+    (core,) = [process for process in child_of(engine).children() if "EngineCore" in process.name()]
+    killer = threading.Timer(0.2, core.kill)
+    killer.start()
+    long = Sampling(1.0, 1.0, 0, 0.0, 1.0, 240, False)
+    while not engine.restarts:  # a call may be quicker than the killer
+        assert all(len(group) == 4 for group in engine.generate(requests(), long))
+    killer.join()
+    engine.close()
+    assert "its process died" in caplog.text  # at once, and not for want of an answer
+
+
 def test_an_engine_that_hangs_is_given_up_after_its_timeout(engines: tuple[LocalEngine, LocalEngine]) -> None:
     second = engines[1]
     process = child_of(second)
@@ -289,8 +310,8 @@ def test_what_cannot_start_says_what_to_change(tiny_model: Path, tmp_path: Path)
 
 
 if __name__ == "__main__":  # the trainer that test_no_process_survives_a_killed_trainer kills
-    local = LocalEngine(engine_settings(Path(sys.argv[1]), Path(sys.argv[2])))
-    local.start()
-    local.wait_ready()
+    engine = LocalEngine(engine_settings(Path(sys.argv[1]), Path(sys.argv[2])))
+    engine.start()
+    engine.wait_ready()
     print("ready", flush=True)
-    local._process.wait()
+    engine._process.wait()
