@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +42,25 @@ def facts() -> dict[str, Any]:
             continue
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "device": _says("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or f"CPU, {os.cpu_count()} cores",
-        "commit": _says("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") or "unknown",
+        "device": _gpus() or f"CPU, {os.cpu_count()} cores",
+        "commit": "".join(_says("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")) or "unknown",
         "versions": versions,
     }
 
 
-def _says(*command: str) -> str:
+def _gpus() -> str:
+    """Name the GPUs that this process may use."""
+    names = _says("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        names = [names[int(index)] for index in visible.split(",")]
+    return ", ".join(f"{count} x {name}" if count > 1 else name for name, count in Counter(names).items())
+
+
+def _says(*command: str) -> list[str]:
     try:
-        return ", ".join(subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[:-1])
+        return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
     except FileNotFoundError:
-        return ""
+        return []
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
