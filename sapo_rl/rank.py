@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -39,8 +40,8 @@ from sapo_rl.rollout.build import (
     close_all,
     device_of,
     model_facts,
-    start_all,
 )
+from sapo_rl.rollout.engine import Engine
 from sapo_rl.rollout.lifeline import die_with_parent
 from sapo_rl.rollout.stream import Rollouts
 from sapo_rl.telemetry import Telemetry, Timers
@@ -98,7 +99,7 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     stream = f"vllm_rank{accelerator.process_index}/{resumed.name if resumed else ''}"
     engines = build_engines(config, facts, device, folder / "logs", stops, stream)
     stack.callback(close_all, engines)  # before the transport: they may have its memory mapped
-    for engine in engines[:1]:
+    for engine in engines:
         engine.start()  # while this process loads its own copy of the model
 
     trainer = PolicyTrainer(*_models(config), config, accelerator)
@@ -120,7 +121,7 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     run = Run(
         config, folder, prompts, held_out, sampler, engines, rollouts, rewards, trainer, transport, telemetry, timers
     )
-    start_all(engines)
+    _wait_for(engines, config, folder, telemetry)
     if resumed:
         run.step, run.sampler_state = step, state["sampler"]
         run.before = [(prompt, text) for prompt, text in state["before"]]
@@ -128,6 +129,15 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     if resumed or config.rollout.servers:  # which may still hold those of an earlier run
         publish_weights(run)
     return run
+
+
+def _wait_for(engines: Sequence[Engine], config: Config, folder: Path, telemetry: Telemetry) -> None:
+    servers = ", ".join(config.rollout.servers)
+    telemetry.note(f"waiting for {servers}" if servers else f"vLLM is starting; it writes to {folder / 'logs'}")
+    start = time.monotonic()
+    for engine in engines:
+        engine.wait_ready()
+    telemetry.note(f"vLLM is ready, after another {time.monotonic() - start:.0f} s")
 
 
 def _facts(config: ModelConfig) -> ModelFacts:

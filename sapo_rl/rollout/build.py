@@ -231,16 +231,6 @@ def engine_settings(
     ]
 
 
-def start_all(engines: Sequence[Engine]) -> None:
-    """Wait for the first engine, which was started, and then start the others: they find what it has compiled."""
-    for engine in engines[:1]:
-        engine.wait_ready()
-    for engine in engines[1:]:
-        engine.start()
-    for engine in engines[1:]:
-        engine.wait_ready()
-
-
 def close_all(engines: Sequence[Engine]) -> None:
     """Close the engines side by side."""
     with ThreadPoolExecutor(max(1, len(engines))) as pool:

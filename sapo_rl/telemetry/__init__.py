@@ -109,6 +109,11 @@ class Telemetry:
             self._log.append(self._progress.step, {"warning": text})
             self._display.show(Text(f"warning: {text}", style="yellow"))
 
+    def note(self, text: str) -> None:
+        """Show what the run is doing, without keeping it."""
+        if self._open:
+            self._display.show(Text(text, style="dim"))
+
     def finish(self, complete: bool, before: list[tuple[str, str]]) -> None:
         """End the run and show before and after, where everything lies, and a command to try next.
 

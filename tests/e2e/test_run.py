@@ -246,6 +246,7 @@ def test_interrupt_saves_and_tells_how_to_go_on(workspace: Path) -> None:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, out + err
     (folder,) = folders(workspace) - before
+    assert f"vLLM is starting; it writes to {folder.relative_to(workspace)}/logs\n" in out
     assert f"resume={folder.relative_to(workspace)}" in out
     assert len(list((folder / "checkpoints").glob("step_*"))) == 1
     assert not any(psutil.pid_exists(pid) for pid in family)

@@ -110,11 +110,12 @@ def test_warnings_and_probes_are_recorded(config: Config, tmp_path: Path, capsys
     config.logging.console = "plain"
     with Telemetry(config, tmp_path) as telemetry:
         telemetry.warn("tau is [inert]")
+        telemetry.note("vLLM is [starting]")
         telemetry.record(0, {"mismatch/probe_logp_diff": 0.001})
     first, second = read_metrics(tmp_path / METRICS)
     assert first["warning"] == "tau is [inert]"
     assert second["mismatch/probe_logp_diff"] == 0.001
-    assert "warning: tau is [inert]" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[1:] == ["warning: tau is [inert]", "vLLM is [starting]"]
 
 
 def test_other_ranks_do_nothing(config: Config, tmp_path: Path, make_group, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,6 +123,7 @@ def test_other_ranks_do_nothing(config: Config, tmp_path: Path, make_group, caps
     with Telemetry(config, tmp_path, is_main=False, wandb_id="abc") as telemetry:
         run_steps(telemetry, range(1, 3), make_group)
         telemetry.warn("nothing")
+        telemetry.note("nothing")
         telemetry.record(1, {})
         telemetry.finish(complete=True, before=BEFORE)
     assert telemetry.wandb_id == "abc"
