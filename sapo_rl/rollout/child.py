@@ -143,7 +143,8 @@ def serve(connection: Connection) -> None:
     inbox: queue.SimpleQueue[tuple[int, str, tuple[Any, ...]]] = queue.SimpleQueue()
     # Read at all times: two processes that both wait for the other to take a message would wait for ever.
     threading.Thread(target=_read, args=(connection, inbox), name="inbox", daemon=True).start()
-    threading.Thread(target=_die_with_core, name="core", daemon=True).start()
+    closing = threading.Event()
+    threading.Thread(target=_die_with_core, args=(closing,), name="core", daemon=True).start()
     connection.send((0, "ready", None))
     current = refused = 0
     while True:
@@ -154,6 +155,7 @@ def serve(connection: Connection) -> None:
                 continue
             call, method, arguments = inbox.get()
             if method == "close":
+                closing.set()
                 server.close()
                 return
             if call == refused:  # more requests of a call that has failed
@@ -173,11 +175,12 @@ def serve(connection: Connection) -> None:
             connection.send((current, "failed", traceback.format_exc(limit=-4)))
 
 
-def _die_with_core() -> None:
-    """End this process when vLLM's core process ends: vLLM itself would wait for an answer of it for ever."""
+def _die_with_core(closing: threading.Event) -> None:
+    """End this process when vLLM's core process ends unasked: vLLM would wait for an answer of it for ever."""
     if cores := multiprocessing.active_children():  # none on the CPU, where the core is part of this process
         wait([core.sentinel for core in cores])
-        os._exit(1)
+        if not closing.is_set():
+            os._exit(1)
 
 
 def _read(connection: Connection, inbox: queue.SimpleQueue[tuple[int, str, tuple[Any, ...]]]) -> None:

@@ -33,7 +33,8 @@ def test_gpus_together_do_what_one_does(way: str, found: tuple[Found, Found]) ->
     close(together["updates"][0], alone["updates"][0], 1e-5)
     close(together["updates"][1], alone["updates"][1], 1e-3)
     close(together["half"], found[1][way]["half"], 1e-3)
-    close(together["half"], alone["half"], 3e-3)  # ZeRO-3 compiles layers in parts, which round elsewhere
+    # ZeRO-3 rounds in other places, with one rank as well.
+    close(together["half"], alone["half"], 3e-3 if way == "zero3" else 1e-3)
     close(together["lora"], alone["lora"], 1e-5)
     assert together["weights"].keys() == alone["weights"].keys()
     for name, weight in alone["weights"].items():
