@@ -256,12 +256,12 @@ def test_one_of_two_dies_in_mid_batch_and_is_taken_back_with_current_weights(
     assert verify(fleet[1], tokens, logps_of(newer, tokens), "float32") < 1e-5
     rollouts = Rollouts(
         fleet,
-        RolloutConfig(group_size=4, max_completion_tokens=8),
+        RolloutConfig(group_size=4, max_completion_tokens=64),  # long enough for both to be asked
         AutoTokenizer.from_pretrained(tiny_model),
         seed=0,
         reproducible=False,
     )
-    groups = rollouts.generate([Prompt(i, [2, 30 + i], "", {}) for i in range(10)], step=1)
+    groups = rollouts.generate([Prompt(i, [2, 30 + i], "", {}) for i in range(40)], step=1)
     assert {sample.weight_version for group in groups for sample in group.samples} == {2}
     assert all(seconds > 0 for seconds in rollouts.usage.until)
 
