@@ -73,6 +73,8 @@ class DataConfig:
     """Column that reward functions see as `answer`; null where there is none."""
     template: str = "{prompt}"
     """Wording put around a text prompt: `{prompt}`, or any other column in braces."""
+    response_prefix: str = ""
+    """What every reply begins with, e.g. `<think>`; columns in braces. Rewards see what the model wrote after it."""
     system_prompt: Optional[str] = None
     """System message put before the prompt; needs the chat template."""
     chat_template: bool = True

@@ -1,4 +1,4 @@
-"""Generated sums, differences and products: `What is 3 - 8?`, answer `-5`."""
+"""Generated sums, differences and products: `What is 3 - 8?`, expression `3 - 8`, answer `-5`."""
 
 from __future__ import annotations
 
@@ -73,9 +73,10 @@ def parse_args(args: dict[str, Any]) -> Arithmetic:
 
 
 def generate(args: dict[str, Any], count: int, seed: int) -> list[dict[str, Any]]:
-    """Return `count` different questions in random order, all there are where there are fewer: `prompt` and `answer`.
+    """Return `count` different questions in random order, all there are where there are fewer.
 
-    The digits of each number are drawn first, evenly, then the number: short numbers are as frequent as long ones.
+    A row has `prompt`, `expression` and `answer`. The digits of each number are drawn first, evenly, then the number:
+    short numbers are as frequent as long ones.
     """
     task = parse_args(args)
     rng = random.Random(f"arithmetic/{seed}")
@@ -106,7 +107,8 @@ def _row(operands: tuple[int, ...], signs: tuple[str, ...]) -> dict[str, Any]:
             factor *= operand
         else:
             total, factor = total + factor, operand if sign == "+" else -operand
-    return {"prompt": f"What is {' '.join(words)}?", "answer": str(total + factor)}
+    expression = " ".join(words)
+    return {"prompt": f"What is {expression}?", "expression": expression, "answer": str(total + factor)}
 
 
 def _range(digits: int) -> tuple[int, int]:

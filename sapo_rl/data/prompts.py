@@ -18,23 +18,29 @@ _NO_WORDING = "{prompt}"
 
 def wording_columns(cfg: DataConfig) -> list[str]:
     """Return the columns that the wording of a prompt is made of; `{prompt}` stands for `prompt_column`."""
-    names = [cfg.prompt_column if name == "prompt" else name for name in _FIELD.findall(cfg.template)]
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys([*_named(cfg.template, cfg), *_named(cfg.response_prefix, cfg)]))
 
 
 def check_wording(cfg: DataConfig) -> None:
     """Refuse a wording that cannot work.
 
     Raises:
-        UserError: a template without a field or with the answer in it, or a system prompt without the chat template.
+        UserError: a template without a field, the answer in the wording, or what only a chat template has without one.
     """
-    columns = wording_columns(cfg)
-    if not columns:
+    if not _named(cfg.template, cfg):
         raise UserError(f"data.template: {cfg.template!r} holds no column; valid: {{prompt}}, or any column in braces")
-    if "answer" in columns or cfg.answer_column in columns:
-        raise UserError(f"data.template: {cfg.template!r} would show the model the answer")
+    for key, wording in (("template", cfg.template), ("response_prefix", cfg.response_prefix)):
+        if {"answer", cfg.answer_column} & set(_named(wording, cfg)):
+            raise UserError(f"data.{key}: {wording!r} would show the model the answer")
     if cfg.system_prompt is not None and not cfg.chat_template:
         raise UserError("data.system_prompt: needs data.chat_template=true")
+    if cfg.response_prefix and not cfg.chat_template:
+        raise UserError("data.response_prefix: needs data.chat_template=true; without it, put it at data.template's end")
+
+
+def _named(wording: str, cfg: DataConfig) -> list[str]:
+    """The columns in braces."""
+    return [cfg.prompt_column if name == "prompt" else name for name in _FIELD.findall(wording)]
 
 
 def build_prompts(
@@ -54,7 +60,10 @@ def build_prompts(
     names = list(dict.fromkeys(name for row in rows for name in row))
     _check_columns(cfg, names)
     contents = [_content(row, number, cfg) for number, row in enumerate(rows)]
-    texts = [_render(content, number, cfg, tokenizer) for number, content in enumerate(contents)]
+    texts = [
+        _render(content, number, cfg, tokenizer) + _fill(cfg.response_prefix, row, number, cfg)
+        for number, (row, content) in enumerate(zip(rows, contents, strict=True))
+    ]
     # A chat template writes the special tokens itself.
     token_ids: list[list[int]] = tokenizer(texts, add_special_tokens=not cfg.chat_template)["input_ids"]  # pyright: ignore[reportAssignmentType]
     prompts = []
@@ -75,7 +84,8 @@ def build_prompts(
 def _check_columns(cfg: DataConfig, names: list[str]) -> None:
     for column in wording_columns(cfg):
         if column not in names:
-            key = "data.prompt_column" if column == cfg.prompt_column else "data.template"
+            key = "data.template" if column in _named(cfg.template, cfg) else "data.response_prefix"
+            key = "data.prompt_column" if column == cfg.prompt_column else key
             raise UserError(f"{key}: the data has no column '{column}'; {did_you_mean(column, names)}")
     if cfg.answer_column is not None and cfg.answer_column not in names:
         hint = did_you_mean(cfg.answer_column, names)
@@ -91,9 +101,10 @@ def _columns(row: dict[str, Any], names: list[str], cfg: DataConfig) -> dict[str
 
 def _content(row: dict[str, Any], number: int, cfg: DataConfig) -> str | Messages:
     prompt = row.get(cfg.prompt_column)
-    if isinstance(prompt, list):
-        return _messages(prompt, number, cfg)
+    return _messages(prompt, number, cfg) if isinstance(prompt, list) else _fill(cfg.template, row, number, cfg)
 
+
+def _fill(wording: str, row: dict[str, Any], number: int, cfg: DataConfig) -> str:
     def fill(field: re.Match[str]) -> str:
         column = cfg.prompt_column if field[1] == "prompt" else field[1]
         value = row.get(column)
@@ -101,7 +112,7 @@ def _content(row: dict[str, Any], number: int, cfg: DataConfig) -> str | Message
             raise UserError(f"row {number}: '{column}' is {_kind(value)}, must be text")
         return str(value)
 
-    return _FIELD.sub(fill, cfg.template)
+    return _FIELD.sub(fill, wording)
 
 
 def _messages(prompt: list[Any], number: int, cfg: DataConfig) -> Messages:
@@ -136,6 +147,8 @@ def _render(content: str | Messages, number: int, cfg: DataConfig, tokenizer: Pr
     if not messages:
         raise UserError(f"row {number}: its prompt is empty")
     unfinished = messages[-1]["role"] == "assistant"
+    if unfinished and cfg.response_prefix:
+        raise UserError(f"data.response_prefix: row {number} ends in an assistant message, which is continued already")
     try:
         return tokenizer.apply_chat_template(  # pyright: ignore[reportReturnType]
             messages,

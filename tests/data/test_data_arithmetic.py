@@ -33,6 +33,7 @@ def test_answers_are_right_and_questions_as_asked_for(
     for row in rows:
         expression = re.fullmatch(r"What is (\d+(?: [-+*] \d+)+)\?", row["prompt"])
         assert expression is not None
+        assert row["expression"] == expression[1]
         assert row["answer"] == str(eval(expression[1]))
         assert set(re.findall(r"[-+*]", row["prompt"])) <= set(operations)
         assert len(operands(row["prompt"])) == terms

@@ -61,6 +61,15 @@ def test_template_system_prompt_and_template_arguments(tokenizer: PreTrainedToke
     assert prompt.columns == {"hint": "two", "answer": 1}
 
 
+def test_every_reply_begins_with_the_response_prefix(tokenizer: PreTrainedTokenizerFast) -> None:
+    cfg = DataConfig(response_prefix=" A {hint} :")
+    rows = [row(hint="two"), row(CHAT, hint="three")]
+    prompts, _ = build_prompts(rows, cfg, tokenizer)
+    assert prompts[0].token_ids == ids("user : one two | assistant : A two :")
+    assert prompts[1].token_ids == ids("user : one | assistant : A three :")
+    assert prompts[0].content == "one two"
+
+
 def test_other_braces_of_the_template_stay(tokenizer: PreTrainedTokenizerFast) -> None:
     cfg = DataConfig(template="{prompt} \\boxed{} {}{ x }")
     (prompt,), _ = build_prompts([row("{hint}", hint="no")], cfg, tokenizer)
@@ -118,6 +127,12 @@ CHAT = [{"role": "user", "content": "one"}]
         ([row()], {"prompt_column": "promt"}, r"data\.prompt_column: .*no column 'promt'; did you mean 'prompt'"),
         ([row()], {"answer_column": "answers"}, r"data\.answer_column: .*'answers'; did you mean 'answer'"),
         ([row()], {"template": "{prompt} {hint}"}, r"data\.template: .*no column 'hint'"),
+        ([row()], {"response_prefix": "{hint}"}, r"data\.response_prefix: .*no column 'hint'"),
+        (
+            [row([*CHAT, {"role": "assistant", "content": "A"}])],
+            {"response_prefix": "A"},
+            r"data\.response_prefix: row 0 ends in an assistant message",
+        ),
         ([row(), row(None)], {}, "row 1: 'prompt' is missing, must be text"),
         ([row(), row(3)], {}, "row 1: 'prompt' is a int, must be text"),
         ([row([{"role": "user"}])], {}, "row 0: 'prompt' must hold messages"),

@@ -147,7 +147,9 @@ def test_too_few_rows_to_hold_out(jsonl: str) -> None:
         ({"template": "Hello"}, r"data\.template: 'Hello' holds no column"),
         ({"template": "{prompt} \\boxed{answer}"}, "would show the model the answer"),
         ({"template": "{prompt} {key}", "answer_column": "key"}, "would show the model the answer"),
+        ({"response_prefix": "{answer}"}, r"data\.response_prefix: .*would show the model the answer"),
         ({"system_prompt": "Hi", "chat_template": False}, r"needs data\.chat_template"),
+        ({"response_prefix": "A", "chat_template": False}, r"data\.response_prefix: needs data\.chat_template"),
     ],
 )
 def test_mistakes_are_refused_early(fields: dict[str, Any], message: str) -> None:
