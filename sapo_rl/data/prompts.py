@@ -35,7 +35,9 @@ def check_wording(cfg: DataConfig) -> None:
     if cfg.system_prompt is not None and not cfg.chat_template:
         raise UserError("data.system_prompt: needs data.chat_template=true")
     if cfg.response_prefix and not cfg.chat_template:
-        raise UserError("data.response_prefix: needs data.chat_template=true; without it, put it at data.template's end")
+        raise UserError(
+            "data.response_prefix: needs data.chat_template=true; without it, put it at data.template's end"
+        )
 
 
 def _named(wording: str, cfg: DataConfig) -> list[str]:

@@ -88,6 +88,38 @@ def pack(groups: Iterable[Sequence[Item]], budget: int) -> list[PackedBatch]:
     return [_lay_out(batch) for batch in _fill(units, high)]
 
 
+def join(batches: Sequence[PackedBatch]) -> PackedBatch:
+    """Return several micro-batches as one, with the same tokens and sequences in the same order."""
+    streams = _starts([len(batch.input_ids) for batch in batches])
+    keys = _starts([len(batch.kv_index) for batch in batches])
+    sequences = _starts([batch.num_sequences for batch in batches])
+
+    def joined(name: str, starts: Sequence[int] | None = None) -> Tensor:
+        parts = [getattr(batch, name) for batch in batches]
+        return torch.cat(parts if starts is None else [part + at for part, at in zip(parts, starts, strict=True)])
+
+    def bounds(name: str, starts: Sequence[int]) -> Tensor:
+        parts = [getattr(batch, name) + at for batch, at in zip(batches, starts, strict=True)]
+        return torch.cat([part[:-1] for part in parts[:-1]] + parts[-1:])
+
+    return PackedBatch(
+        input_ids=joined("input_ids"),
+        position_ids=joined("position_ids"),
+        kv_index=joined("kv_index", streams),
+        cu_seq_q=bounds("cu_seq_q", streams),
+        cu_seq_k=bounds("cu_seq_k", keys),
+        max_q=max(batch.max_q for batch in batches),
+        max_k=max(batch.max_k for batch in batches),
+        hidden_index=joined("hidden_index", streams),
+        targets=joined("targets"),
+        sequence_ids=joined("sequence_ids", sequences),
+        advantages=joined("advantages"),
+        token_weights=joined("token_weights"),
+        rollout_logps=joined("rollout_logps") if all(b.rollout_logps is not None for b in batches) else None,
+        num_sequences=sum(batch.num_sequences for batch in batches),
+    )
+
+
 def spread(costs: Sequence[int], ranks: int) -> tuple[list[int], list[int]]:
     """Spread units over ranks, the costliest first and each to the rank with the least so far.
 
@@ -187,6 +219,10 @@ def _lay_out(units: Sequence[Sequence[Item]]) -> PackedBatch:
         rollout_logps=_joined(logps) if len(logps) == len(items) else None,
         num_sequences=len(items),
     )
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    return [0, *accumulate(sizes)][:-1]
 
 
 def _joined(parts: Sequence[Array]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -15,7 +15,7 @@ from transformers import get_scheduler
 from sapo_rl.config import Config
 from sapo_rl.losses import LossInputs, LossOutputs, build_loss, policy_metrics, token_weights
 from sapo_rl.policy.model import Policy
-from sapo_rl.policy.packing import Item, PackedBatch, empty_batch, pack, spread, stream_tokens
+from sapo_rl.policy.packing import Item, PackedBatch, empty_batch, join, pack, spread, stream_tokens
 from sapo_rl.policy.parallel import parallel
 from sapo_rl.types import Group
 
@@ -33,6 +33,9 @@ class _MicroBatch:
 
 Reference: TypeAlias = Callable[[PackedBatch, float], tuple[Tensor, Tensor]]
 """The model that a KL penalty keeps to: batch and temperature to what `Policy.forward` returns."""
+
+_AT_ONCE = 4
+"""Micro-batches in a pass without gradients, which keeps one layer's activations where a pass with them keeps all."""
 
 Trace: TypeAlias = dict[str, Tensor]
 """What one micro-batch leaves for the step's metrics: (T,) tensors by name, on the device."""
@@ -151,15 +154,24 @@ class PolicyTrainer:
     @torch.no_grad()
     def _remember_logps(self, parts: Sequence[Sequence[_MicroBatch]]) -> None:
         """Fill in the old log-probabilities: vLLM's, or the trainer's, which at the first update are those of now."""
-        temperature = self.config.rollout.temperature
-        for number, part in enumerate(parts):
-            for micro in part:
-                if self._old_logps == "rollout":
-                    micro.old_logps = micro.batch.rollout_logps
-                elif number > 0:
-                    micro.old_logps, _ = self._module(micro.batch, temperature)
-                if self._reference is not None:
-                    micro.ref_logps, _ = self._reference(micro.batch, temperature)
+        micros = [micro for part in parts for micro in part]
+        if self._old_logps == "rollout":
+            for micro in micros:
+                micro.old_logps = micro.batch.rollout_logps
+        else:
+            later = micros[len(parts[0]) :]
+            for micro, logps in zip(later, self._logps(self._module, later), strict=True):
+                micro.old_logps = logps
+        if self._reference is not None:
+            for micro, logps in zip(micros, self._logps(self._reference, micros), strict=True):
+                micro.ref_logps = logps
+
+    def _logps(self, model: Reference, micros: Sequence[_MicroBatch]) -> Iterator[Tensor]:
+        """Yield the log-probabilities of each micro-batch, from passes over several of them at once."""
+        for start in range(0, len(micros), _AT_ONCE):
+            batches = [micro.batch for micro in micros[start : start + _AT_ONCE]]
+            logps, _ = model(join(batches), self.config.rollout.temperature)
+            yield from logps.split([len(batch.targets) for batch in batches])
 
     def _update(self, part: Sequence[_MicroBatch], traces: list[Trace]) -> tuple[Tensor, Tensor]:
         """Accumulate the gradient of one mini-batch and step; returns loss (all ranks) and gradient norm, 0-d."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import fields
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sapo_rl.policy import attention
 from sapo_rl.policy.model import Policy
-from sapo_rl.policy.packing import Item, PackedBatch, empty_batch, pack, spread
+from sapo_rl.policy.packing import Item, PackedBatch, empty_batch, join, pack, spread, stream_tokens
 
 VOCABULARY = 97
 
@@ -50,6 +51,20 @@ def reference_logps(model: PreTrainedModel, item: Item, temperature: float) -> t
     model.set_attn_implementation(attention.NAME)
     chosen = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
     return chosen[len(item.prompt) - 1 :]
+
+
+def test_joined_micro_batches_are_the_one_that_a_larger_budget_gives() -> None:
+    groups = groups_of([4, 1, 3, 8], seed=1)
+    (whole,) = pack(groups, 10_000)
+    cut = pack(groups, max(stream_tokens(group) for group in groups))
+    joined = join(cut)
+    assert len(cut) > 1
+    for name in (field.name for field in fields(PackedBatch)):
+        expected, found = getattr(whole, name), getattr(joined, name)
+        if isinstance(expected, torch.Tensor):
+            assert found.dtype == expected.dtype and found.tolist() == expected.tolist(), name
+        else:
+            assert found == expected, name
 
 
 @pytest.mark.parametrize("budget", [1, 20, 64, 10_000])
