@@ -30,7 +30,6 @@ from workloads import MODEL, ROOT, SHAPES, WORKLOADS, Workload, chat_rows, make_
 HERE = Path(__file__).resolve().parent
 PHASES = ("rollout", "sync", "reward", "old_logps", "update", "other")
 PROBE = "mismatch/probe_logp_diff"
-LEARNING_RATE = 1e-6
 TAU_POS, TAU_NEG = 1.0, 1.05
 MEAN_LENGTH = 500.0
 """Of random models' completions, in tokens; 1 in 60 then reaches workload b's limit."""
@@ -58,7 +57,7 @@ def peer_arguments(task: Task, batch: int) -> dict[str, Any]:
         "loss_type": "sapo",
         "sapo_temperature_pos": TAU_POS,
         "sapo_temperature_neg": TAU_NEG,
-        "learning_rate": LEARNING_RATE,
+        "learning_rate": workload.learning_rate,
         "lr_scheduler_type": "constant",
         "temperature": 1.0,
         "num_generations": workload.group_size,
@@ -106,7 +105,7 @@ def recipe(task: Task, engines: int | None) -> dict[str, Any]:
         "trainer": {
             "steps": task.cycles,
             "updates_per_rollout": workload.updates,
-            "learning_rate": LEARNING_RATE,
+            "learning_rate": workload.learning_rate,
             "tokens_per_micro_batch": 16384,
         },
         "eval": {"prompts": 0},

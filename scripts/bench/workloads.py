@@ -28,6 +28,7 @@ class Workload:
     """TRL's `per_device_train_batch_size`: the first that fits into memory is taken."""
     shape: str | None = None
     """Random model to run, unless the command line names another; None is `MODEL`."""
+    learning_rate: float = 1e-6
 
     @property
     def samples(self) -> int:
@@ -35,10 +36,12 @@ class Workload:
         return self.prompts * self.group_size
 
 
+STILL = 1e-12
+"""A learning rate that leaves a random model as it is: updates would move the lengths of its completions."""
 WORKLOADS = {
     "a": Workload(128, 8, 512, 128, 4, (128, 64, 32, 16)),
-    "b": Workload(32, 8, 2048, 128, 4, (16, 8, 4, 2), "0.5b"),
-    "7b": Workload(32, 8, 1024, 128, 4, (), "7b"),
+    "b": Workload(32, 8, 2048, 128, 4, (16, 8, 4, 2), "0.5b", STILL),
+    "7b": Workload(32, 8, 1024, 128, 4, (), "7b", STILL),
     "tiny": Workload(4, 4, 16, 256, 2, (8,)),
 }
 
