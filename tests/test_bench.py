@@ -69,6 +69,24 @@ def test_cycles_of_a_run_folder_account_for_all_of_the_time() -> None:
     assert (found["tokens"], found["peak_memory_gib"], found["parity"]) == (70.0, 1.5, 0.25)
 
 
+def test_overlapped_cycles_count_their_wait_and_end_before_the_last_which_writes_nothing() -> None:
+    records = [
+        {
+            "step": step,
+            "time/step": 5.0,
+            "time/rollout": 4.0,
+            "time/reward": 0.25,
+            "time/update": 3.0,
+            "rollout/staleness": float(step > 1),
+            "perf/completion_tokens": 70.0,
+        }
+        for step in (1, 2, 3)
+    ]
+    cycles = vs_trl.our_cycles(records)
+    assert len(cycles) == 2
+    assert cycles[1]["phases"]["other"] == pytest.approx(2.0)
+
+
 @pytest.mark.parametrize("name", list(workloads.WORKLOADS))
 def test_peer_takes_the_wanted_updates_on_every_rollout_batch(name: str, tmp_path: Path) -> None:
     workload = workloads.WORKLOADS[name]
@@ -124,12 +142,14 @@ def test_report_fills_a_page_and_says_what_is_missing(tmp_path: Path) -> None:
 def test_tiny_comparison_measures_our_half(tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     command = [sys.executable, str(BENCH / "vs_trl.py"), "--workload", "tiny", "--shape", "tiny", "--skip-trl"]
-    sizes = ["--model", str(tiny_model), "--warm-up", "1", "--cycles", "2", "--out", str(out)]
+    sizes = ["--model", str(tiny_model), "--warm-up", "1", "--cycles", "2", "--overlap", "--out", str(out)]
     overrides = ["--set", "model.dtype=float32", "rollout.cpu_kv_cache_gb=0.1"]
     done = subprocess.run([*command, *sizes, *overrides], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    (program,) = json.loads(out.read_text())["programs"].values()
-    assert "error" not in program, program["log_tail"]
+    programs = json.loads(out.read_text())["programs"]
+    assert not [program["log_tail"] for program in programs.values() if "error" in program]
+    assert programs["sapo-train with overlap"]["summary"]["cycles"] == 1
+    program = programs["sapo-train"]
     assert len(program["cycles"]) == 3
     assert program["summary"]["cycles"] == 2
     assert 16 <= program["summary"]["tokens_per_cycle"] <= 16 * 16

@@ -1,6 +1,6 @@
 """sapo-train against TRL's GRPOTrainer: same model, prompts, sampling, group size, updates and completion budget.
 
-    python scripts/bench/vs_trl.py --workload a --engines 2 --out docs/bench/vs_trl_a.json
+    python scripts/bench/vs_trl.py --workload a --engines 2 --overlap --out docs/bench/vs_trl_a.json
     python scripts/bench/vs_trl.py --workload b --shape 1.5b --out docs/bench/vs_trl_b_1.5b.json
 
 Workload a: SmolLM2-135M-Instruct, 128 prompts x 8 completions of up to 512 tokens, which end by themselves. Workload b:
@@ -29,6 +29,8 @@ from workloads import MODEL, ROOT, SHAPES, WORKLOADS, Workload, chat_rows, make_
 
 HERE = Path(__file__).resolve().parent
 PHASES = ("rollout", "sync", "reward", "old_logps", "update", "other")
+PEER, OURS, OVERLAPPED = "TRL", "sapo-train", "sapo-train with overlap"
+MODE = {OURS: ["rollout.mode=sync"], OVERLAPPED: ["rollout.mode=overlap"]}
 PROBE = "mismatch/probe_logp_diff"
 TAU_POS, TAU_NEG = 1.0, 1.05
 MEAN_LENGTH = 500.0
@@ -118,7 +120,7 @@ def run(command: list[str], log: Path, limit: float) -> int | None:
     """Run a program with its output in `log`; return its exit code, or None where `limit` seconds ended it."""
     paths = [str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
-    with log.open("w") as file:
+    with log.open("a") as file:
         process = subprocess.Popen(
             command, cwd=log.parent, env=environment, stdout=file, stderr=file, start_new_session=True
         )
@@ -164,23 +166,29 @@ def run_ours(task: Task, engines: int | None, overrides: list[str]) -> dict[str,
 
 
 def our_cycles(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the cycles that a metrics.jsonl tells of, in the form of `peer_trl`."""
+    """Return the cycles that a metrics.jsonl tells of, in the form of `peer_trl`.
+
+    Where a batch was written while the one before trained, `other` has the wait for it, and the last cycle, which
+    had nothing written beside it, is left out.
+    """
+    overlap = any(record.get("rollout/staleness", 0.0) > 0 for record in records)
     probes = {record["step"]: record[PROBE] for record in records if PROBE in record}
-    cycles = []
+    cycles: list[dict[str, Any]] = []
     for record in records:
         if "time/step" not in record:
             continue
         seconds = record["time/step"]
         phases = {name: record.get(f"time/{name}", 0.0) for name in PHASES[:-1]}
+        beside = phases["rollout"] + phases["reward"] if overlap else 0.0
         cycle = {
             "seconds": seconds,
             "tokens": record["perf/completion_tokens"],
-            "phases": phases | {"other": seconds - sum(phases.values())},
+            "phases": phases | {"other": seconds - sum(phases.values()) + beside},
             "peak_memory_gib": record.get("perf/peak_memory_gib"),
             "parity": probes.get(record["step"]),
         }
         cycles.append({name: value for name, value in cycle.items() if value is not None})
-    return cycles
+    return cycles[:-1] if overlap else cycles
 
 
 def ended(code: int | None, log: Path) -> dict[str, Any]:
@@ -228,9 +236,11 @@ def table(programs: dict[str, dict[str, Any]], note: str) -> dict[str, Any]:
         ends = [f"{found[key]:.{n}f}" if key in found else "" for key, n in (("peak_memory_gib", 1), ("parity", 4))]
         title = f"{name}, {found['cycles']} cycles"
         rows.append([title, f"{found['cycle_seconds']:.2f}", f"{found['tokens_per_second']:.0f}", *phases, *ends])
-    both = [program["summary"].get("tokens_per_second") for program in programs.values()]
-    if len(both) == 2 and all(both):
-        note += f" sapo-train makes {both[1] / both[0]:.2f} times TRL's tokens a second."
+    speeds = {name: program["summary"].get("tokens_per_second") for name, program in programs.items()}
+    peer = speeds.pop(PEER, None)
+    for name, speed in speeds.items():
+        if peer and speed:
+            note += f" {name} makes {speed / peer:.2f} times TRL's tokens a second."
     return {"columns": columns, "rows": rows, "note": note}
 
 
@@ -245,6 +255,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cycles", type=int, default=4, help="cycles measured")
     parser.add_argument("--limit", type=float, default=280, help="seconds for each program")
     parser.add_argument("--skip-trl", action="store_true")
+    parser.add_argument("--overlap", action="store_true", help="sapo-train once more, with rollout.mode=overlap")
     parser.add_argument("--trl", nargs="*", default=[], metavar="KEY=VALUE", help="GRPOConfig's, value in JSON")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="sapo-train's overrides")
     parser.add_argument("--out", type=Path, required=True, help="JSON to write; logs go beside it")
@@ -279,11 +290,12 @@ def main() -> None:
             f"{workload.max_completion_tokens} tokens, {workload.updates} updates; {args.warm_up} cycles left out."
         )
         result: dict[str, Any] = {**report.facts(), "workload": args.workload, "model": task.model.name, "programs": {}}
-        for program in ("TRL", "sapo-train")[1 if args.skip_trl else 0 :]:
-            if program == "TRL":
+        programs = [*([] if args.skip_trl else [PEER]), OURS, *([OVERLAPPED] if args.overlap else [])]
+        for program in programs:
+            if program == PEER:
                 found = run_peer(task, batches, peer_overrides)
             else:
-                found = run_ours(task, args.engines, args.set)
+                found = run_ours(task, args.engines, args.set + MODE[program])
             result["programs"][program] = found | {"summary": summary(found["cycles"], args.warm_up)}
             result["table"] = table(result["programs"], note)
             report.write(args.out, result)
