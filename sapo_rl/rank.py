@@ -31,6 +31,7 @@ from sapo_rl.errors import UserError
 from sapo_rl.loop import Run, publish_weights, train
 from sapo_rl.policy import checkpoint
 from sapo_rl.policy.model import DTYPES, Policy, load_policy, load_tokenizer, stop_tokens
+from sapo_rl.policy.parallel import loads_weights
 from sapo_rl.policy.trainer import PolicyTrainer, Reference
 from sapo_rl.rewards import RewardPool
 from sapo_rl.rollout.build import (
@@ -102,7 +103,7 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     for engine in engines:
         engine.start()  # while this process loads its own copy of the model
 
-    trainer = PolicyTrainer(*_models(config), config, accelerator)
+    trainer = PolicyTrainer(*_models(config, not loads_weights(accelerator)), config, accelerator)
     step, state = checkpoint.load(resumed, trainer) if resumed else (0, {})
     telemetry = Telemetry(
         config,
@@ -150,15 +151,17 @@ def _facts(config: ModelConfig) -> ModelFacts:
     return facts
 
 
-def _models(config: Config) -> tuple[Policy, Reference | None]:
+def _models(config: Config, empty: bool) -> tuple[Policy, Reference | None]:
     """Load the policy, and what a KL penalty keeps to: with adapters the policy without them."""
-    policy = load_policy(config.model, config.trainer.gradient_checkpointing)
+    policy = load_policy(config.model, config.trainer.gradient_checkpointing, empty)
     if config.model.lora.rank:
         from sapo_rl.policy.lora import LoraPolicy
 
         adapted = LoraPolicy(policy, config.model.lora, config.seed, config.model.path)
         return adapted, adapted.without_adapters if config.loss.kl.coef else None
-    return policy, load_policy(config.model).to(DTYPES[config.model.dtype]) if config.loss.kl.coef else None
+    if not config.loss.kl.coef:
+        return policy, None
+    return policy, load_policy(config.model, empty=empty).to(DTYPES[config.model.dtype])
 
 
 def _prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[Prompt], int]:

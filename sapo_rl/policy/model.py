@@ -8,11 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.fx.experimental import _config as symbolic
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sapo_rl.config import ModelConfig
@@ -111,20 +119,31 @@ def reshard(policy: Policy) -> None:
             module.reshard()
 
 
-def load_policy(config: ModelConfig, gradient_checkpointing: bool = False) -> Policy:
+def load_policy(config: ModelConfig, gradient_checkpointing: bool = False, empty: bool = False) -> Policy:
     """Load the model with float32 weights, or those that adapters will leave frozen in the compute dtype.
+
+    Args:
+        config: names the model.
+        gradient_checkpointing: recompute activations in the backward pass.
+        empty: read no weights and take no memory for them: parameters are on the device `meta`.
 
     Raises:
         UserError: the model cannot be found or read, or has a head that the packed log-probabilities do not cover.
     """
+    source: dict[str, Any] = {"revision": config.revision or "main", "trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {
+        "dtype": DTYPES[config.dtype] if config.lora.rank else torch.float32,
+        "attn_implementation": attention.NAME,
+        "trust_remote_code": config.trust_remote_code,
+    }
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.path,
-            revision=config.revision or "main",
-            dtype=DTYPES[config.dtype] if config.lora.rank else torch.float32,
-            attn_implementation=attention.NAME,
-            trust_remote_code=config.trust_remote_code,
-        )
+        if empty:
+            described = AutoConfig.from_pretrained(config.path, **source)
+            with init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(described, **options)
+            model.tie_weights()  # the context has made two of a shared one
+        else:
+            model = AutoModelForCausalLM.from_pretrained(config.path, **source | options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model.path: cannot load '{config.path}': {_first_line(error)}") from error
     head = model.get_output_embeddings()

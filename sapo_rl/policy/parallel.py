@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils import swap_tensors
 
 from sapo_rl.config import TrainerConfig
 from sapo_rl.errors import UserError
@@ -56,11 +57,13 @@ class Parallel:
         self.module, self.optimizer = self._spread()
 
     def _spread(self) -> tuple[nn.Module, torch.optim.Optimizer]:
-        return self._accelerator.prepare(self.policy), adamw(self.policy, self._config, self._fused)
+        policy = self.reference(self.policy)
+        return self._accelerator.prepare(policy), adamw(policy, self._config, self._fused)
 
     def reference(self, policy: Policy) -> Policy:
         """Bring a frozen policy to the device, or to the devices."""
-        return policy.to(self._accelerator.device)
+        take_from_rank_0([*policy.parameters(), *policy.buffers()], self._accelerator.device)
+        return policy
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Return the context of a forward and backward pass; the ranks' gradients meet in the `last` of an update."""
@@ -122,18 +125,19 @@ class FullySharded(Parallel):
     def reference(self, policy: Policy) -> Policy:
         """Shard a policy in place."""
         ranks, device = self._accelerator.num_processes, self._accelerator.device
-        vectors = {parameter for parameter in policy.parameters() if parameter.dim() < 2}
-        for vector in vectors:
-            vector.data = vector.data.to(device)
+        vectors = [parameter for parameter in policy.parameters() if parameter.dim() < 2]
+        take_from_rank_0([*vectors, *policy.buffers()], device)
         options: dict[str, Any] = {
             "mesh": init_device_mesh(device.type, (ranks,)),
             # Layers pass on the compute dtype by themselves; positions and temperatures must stay as they are.
             "mp_policy": MixedPrecisionPolicy(policy.dtype, torch.float32, cast_forward_inputs=False),
-            "ignored_params": vectors,
+            "ignored_params": set(vectors),
         }
-        for layer in policy.layers():
+        for layer in policy.layers():  # one is whole on the device at a time
+            take_from_rank_0(_matrices(layer), device)
             fully_shard(layer, reshard_after_forward=self._reshard_after_forward, **options)
         # The rest is gathered when the policy is called: it uses embedding and head outside their own modules.
+        take_from_rank_0(_matrices(policy), device)
         fully_shard(policy, **options)
         return policy
 
@@ -157,6 +161,32 @@ class FullySharded(Parallel):
         total = squares([gradient for gradient in gradients if isinstance(gradient, DTensor)])
         torch.distributed.all_reduce(total)
         return (total + squares([gradient for gradient in gradients if not isinstance(gradient, DTensor)])).sqrt()
+
+
+def loads_weights(accelerator: Accelerator) -> bool:
+    """Return whether this rank reads the model's weights; else it gets them from rank 0, see `load_policy`'s `empty`.
+
+    One copy in the memory of one host is all that it takes. DeepSpeed wants them everywhere.
+    """
+    return accelerator.is_main_process or _asked_for("DEEPSPEED")
+
+
+@torch.no_grad()
+def take_from_rank_0(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Bring rank 0's parameters and buffers to every rank's device, in place, also where they are on `meta`."""
+    for tensor in tensors:
+        own = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.data.to(device)
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast(own, 0)
+        if tensor.is_meta:  # all modules that share it see the change
+            swap_tensors(tensor, nn.Parameter(own, requires_grad=tensor.requires_grad))
+        else:
+            tensor.data = own
+
+
+def _matrices(module: nn.Module) -> list[Tensor]:
+    """The parameters that are to be sharded and are not yet."""
+    return [weight for weight in module.parameters() if weight.dim() >= 2 and not isinstance(weight, DTensor)]
 
 
 def squares(tensors: Sequence[Tensor]) -> Tensor:

@@ -7,12 +7,14 @@ is resumed: they must come first.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,12 +22,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sapo_rl.config import Config, LoraConfig, ModelConfig, RolloutConfig, TrainerConfig
 from sapo_rl.policy import attention, checkpoint
 from sapo_rl.policy.lora import LoraPolicy
-from sapo_rl.policy.model import Policy
+from sapo_rl.policy.model import DTYPES, Policy, load_policy
+from sapo_rl.policy.parallel import loads_weights
 from sapo_rl.policy.trainer import PolicyTrainer
 from sapo_rl.types import Group, Prompt, Sample
 
@@ -56,6 +60,16 @@ def make_policy(dtype: torch.dtype = torch.float32, seed: int = 0) -> Policy:
         if parameter.dim() == 1:  # norms are ones at first, which all dtypes hold exactly
             parameter.data += 0.3 * torch.rand_like(parameter)
     return Policy(model, dtype)
+
+
+def load(accelerator: Accelerator, config: ModelConfig, seed: int = 0, recompute: bool = False) -> Policy:
+    """The policy of `make_policy` as a run loads it, on some ranks without its weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_policy(DTYPES[config.dtype], seed).model
+        model.config.save_pretrained(folder)
+        save_model(model, f"{folder}/model.safetensors", {"format": "pt"})  # save_pretrained writes on rank 0 alone
+        described = dataclasses.replace(config, path=folder)
+        return load_policy(described, recompute, empty=not loads_weights(accelerator))
 
 
 def make_groups(seed: int) -> list[Group]:
@@ -103,14 +117,15 @@ def make_trainer(accelerator: Accelerator, way: str, kind: str = "whole") -> Pol
     rollout = RolloutConfig(batch_size=32, group_size=4, max_completion_tokens=7)
     with launched(way):
         config = Config(model=ModelConfig(path="none"), rollout=rollout, trainer=settings)
+        single, half = ModelConfig(dtype="float32"), ModelConfig(dtype="bfloat16")
         if kind == "lora":
-            policy = LoraPolicy(make_policy(), LoraConfig(rank=3), seed=0, base="none")
-            return PolicyTrainer(policy, None, config, accelerator)
+            adapters = LoraConfig(rank=3)
+            base = load(accelerator, dataclasses.replace(single, lora=adapters))
+            return PolicyTrainer(LoraPolicy(base, adapters, seed=0, base="none"), None, config, accelerator)
         if kind == "whole":
-            return PolicyTrainer(make_policy(), None, config, accelerator)
+            return PolicyTrainer(load(accelerator, single), None, config, accelerator)
         config.loss.kl.coef = 0.1
-        policy, reference = make_policy(torch.bfloat16), make_policy(torch.bfloat16, seed=1)
-        policy.model.gradient_checkpointing_enable()
+        policy, reference = load(accelerator, half, recompute=True), load(accelerator, half, seed=1)
         return PolicyTrainer(policy, reference, config, accelerator)
 
 
