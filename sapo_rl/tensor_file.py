@@ -15,8 +15,8 @@ HEADER_BYTES = 4 << 20
 DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
-def write_tensors(path: Path, named_tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> None:
-    """Write float32 or bfloat16 tensors, as `dtype` if given, into a file that appears complete or not at all.
+def write_tensors(path: Path, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write float32 or bfloat16 tensors into a file that appears complete or not at all.
 
     Raises:
         ValueError: more names than the header has room for.
@@ -28,7 +28,7 @@ def write_tensors(path: Path, named_tensors: Iterable[tuple[str, Tensor]], dtype
     with open(partial, "wb", buffering=0) as file:
         file.seek(8 + HEADER_BYTES)
         for name, tensor in named_tensors:
-            data = tensor.detach().to(dtype or tensor.dtype).cpu().contiguous()
+            data = tensor.detach().cpu().contiguous()
             start, end = end, end + data.nbytes
             header[name] = {"dtype": DTYPE_NAMES[data.dtype], "shape": list(data.shape), "data_offsets": [start, end]}
             _write_all(file.fileno(), data.reshape(-1).view(torch.uint8).numpy().data)

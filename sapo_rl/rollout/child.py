@@ -100,19 +100,11 @@ class Server:
             self.llm.llm_engine.abort_request(list(self.running))
             self.running.clear()
 
-    def load_weights(self, path: str) -> None:
-        """See `Engine.load_weights`."""
-        self._replace_weights("receive_file", path)
-
-    def load_shared(self, layout: str) -> None:
-        """See `Engine.load_shared`."""
-        self._replace_weights("receive_shared", layout)
-
-    def _replace_weights(self, method: str, source: str) -> None:
-        """Wake up as far as needed; what the prefix cache holds belongs to the old weights."""
+    def load_weights(self, layout: str) -> None:
+        """See `Engine.load_weights`. Wakes up as far as needed; the prefix cache belongs to the old weights."""
         if self.asleep:
             self.llm.wake_up(["weights"])
-        self.llm.collective_rpc(method, args=(source,))
+        self.llm.collective_rpc("receive_shared", args=(layout,))
         if self.asleep:
             self.llm.wake_up(["kv_cache"])
             self.asleep = False

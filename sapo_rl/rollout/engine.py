@@ -153,10 +153,6 @@ class Engine(Protocol):
 class LoadingEngine(Engine, Protocol):
     """An engine on this machine, which can be told where to load weights from."""
 
-    def load_weights(self, path: Path, version: int) -> None:
-        """Replace the weights by those of a safetensors file, which stays readable until the next is loaded."""
-        ...
-
-    def load_shared(self, layout: str, version: int) -> None:
-        """Replace the weights by those in GPU memory that `layout` describes, unchanged until the next are loaded."""
+    def load_weights(self, layout: str, version: int) -> None:
+        """Replace the weights by those in memory that `layout` describes, unchanged until the next are loaded."""
         ...

@@ -112,7 +112,7 @@ class LocalEngine:
         self.weight_version = 0
         self.restarts = 0
         self.asleep = False
-        self._weights: tuple[str, str] | None = None
+        self._weights: str | None = None
         self._calls = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
@@ -225,13 +225,11 @@ class LocalEngine:
         answers = dict(self.stream(lambda: next(left, None), window, sampling))
         return [answers[number] for number in range(len(requests))]
 
-    def load_weights(self, path: Path, version: int) -> None:
-        """See `Engine.load_weights`. A restart loads the same file again."""
-        self._load(("load_weights", str(path)), version)
-
-    def load_shared(self, layout: str, version: int) -> None:
-        """See `Engine.load_shared`. A restart loads from the same memory again."""
-        self._load(("load_shared", layout), version)
+    def load_weights(self, layout: str, version: int) -> None:
+        """See `Engine.load_weights`. A restart loads from the same memory again."""
+        self._weights = layout
+        self._call("load_weights", layout)
+        self.weight_version, self.asleep = version, False
 
     def score(self, token_ids: list[int]) -> list[float]:
         """See `Engine.score`."""
@@ -254,17 +252,12 @@ class LocalEngine:
                 self._process.wait(CLOSE_SECONDS)
         self._kill()
 
-    def _load(self, weights: tuple[str, str], version: int) -> None:
-        self._weights = weights
-        self._call(*weights)
-        self.weight_version, self.asleep = version, False
-
     def _wake_up(self) -> None:
         """Load the weights last loaded once more: sleep may have discarded them."""
         if self.asleep:
             if self._weights is None:
                 raise EngineError("the engine sleeps and never got weights to wake up with")
-            self._load(self._weights, self.weight_version)
+            self.load_weights(self._weights, self.weight_version)
 
     def _call(self, method: str, *arguments: Any) -> Any:
         while True:
@@ -329,7 +322,7 @@ class LocalEngine:
                 self.wait_ready()
                 self.asleep = False
                 if self._weights is not None:
-                    self._exchange(*self._weights)
+                    self._exchange("load_weights", self._weights)
                 return
             except (_Lost, EngineError, UserError) as error:
                 lost = _Lost(str(error).splitlines()[0])

@@ -10,7 +10,7 @@ import torch
 
 from sapo_rl.rollout.lifeline import die_with_parent
 from sapo_rl.rollout.weights.group import Group, Meeting, join, receive_tensors
-from sapo_rl.rollout.weights.ipc import open_layout
+from sapo_rl.rollout.weights.shared import open_layout
 
 # A push need not bring every weight; vLLM would warn of every layer that it leaves as it is, each time.
 logging.getLogger("vllm.model_executor.model_loader.reload").setLevel(logging.ERROR)
@@ -28,17 +28,8 @@ class WeightReceiver:
     shared_layout = ""
     shared_weights: tuple[tuple[str, torch.Tensor], ...] = ()
 
-    def receive_file(self, path: str) -> None:
-        """Replace the model's weights by those of the safetensors file `path`, named as in the model's own checkpoint.
-
-        The loading is vLLM's checkpoint loading: the CPU build repacks weights after it, so that copying into the
-        parameters is not enough there. Layers of which the file has nothing stay as they are; one that fuses several
-        weights needs all of them.
-        """
-        self._load(_tensors(path, self.device))
-
     def receive_shared(self, layout: str) -> None:
-        """Replace the model's weights by those in GPU memory of the trainer; return once they have been read."""
+        """Replace the model's weights by those in memory of the trainer; return once they have been read."""
         if layout != self.shared_layout:
             self.shared_weights, self.shared_layout = tuple(open_layout(layout)), layout
         self._load(iter(self.shared_weights))
@@ -65,7 +56,12 @@ class WeightReceiver:
                 pass
 
     def _load(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """Have the model load tensors that are named as in its checkpoint; return once they have been read."""
+        """Have the model load tensors that are named as in its checkpoint; return once they have been read.
+
+        The general way is vLLM's loading of a checkpoint: its CPU build repacks weights after it, so that copying into
+        the parameters is not enough there. Layers that get nothing stay as they are; one that fuses several weights
+        needs all of them.
+        """
         model = self.model_runner.get_model()
         if self.device.type != "cpu" and keeps_checkpoint_format(model):
             model.load_weights(tensors)  # several times as fast as the general way
@@ -103,11 +99,3 @@ def _repack_heads(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)
-
-
-def _tensors(path: str, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-            yield name, file.get_tensor(name)

@@ -151,8 +151,8 @@ def measure_pushes(args: argparse.Namespace, model: Path, count: int, folder: Pa
         if args.device != "cpu":
             found["ipc"] = pushes(memory, trainer, engines, 12)
             found["copy"] = [timed(lambda: memory.fill(trainer.model.named_parameters())) for _ in range(5)]
-            empty = json.dumps({"dtype": args.dtype, "blocks": [], "tensors": []})
-            found["round trip"] = [timed(lambda: engines[0].load_shared(empty, 0)) for _ in range(10)]
+            empty = json.dumps({"kind": "gpu", "dtype": args.dtype, "blocks": [], "tensors": []})
+            found["round trip"] = [timed(lambda: engines[0].load_weights(empty, 0)) for _ in range(10)]
         file = FileTransport(weights_folder(size), dtype)
         stack.callback(file.close)
         found["file"] = pushes(file, trainer, engines, 4)

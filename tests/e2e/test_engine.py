@@ -221,6 +221,9 @@ def test_pushed_weights_are_the_ones_that_generate(
     with pytest.raises(EngineError, match=r"version 3.*disagree"):
         verify(engine, prompt, logps_of(policy, prompt), "float32")
 
+    transport.fill(policy.named_parameters())  # what the next push begins with: it reaches no engine by itself
+    assert verify(engine, prompt, logps_of(trained, prompt), "float32") < 1e-5
+
 
 def test_a_killed_engine_comes_back_with_the_pushed_weights_and_repeats_the_call(
     engine: LocalEngine, transport: FileTransport, trained: PreTrainedModel

@@ -173,7 +173,7 @@ def test_every_path_takes_the_key_and_the_key_is_nowhere_to_be_seen(
     with httpx.Client(base_url=f"http://{servers[0].address}", headers={"Authorization": f"Bearer {key}"}) as client:
         assert client.get("/health").status_code == 200
         assert client.get("/v1/models").status_code == 200
-        assert client.post("/collective_rpc", json={"method": "receive_file", "args": ["x"]}).status_code == 404
+        assert client.post("/collective_rpc", json={"method": "receive_shared", "args": ["x"]}).status_code == 404
     for server in servers:
         process = psutil.Process(server.process.pid)
         listens = [one.laddr for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]

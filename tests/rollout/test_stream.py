@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -55,10 +54,7 @@ class Echo:
             number, r = waiting.popleft()
             yield number, [Completion([*r.token_ids, self.eos], i % 2 == 1, logps) for i in range(r.n)]
 
-    def load_weights(self, path: Path, version: int) -> None:
-        self.weight_version = version
-
-    def load_shared(self, layout: str, version: int) -> None:
+    def load_weights(self, layout: str, version: int) -> None:
         self.weight_version = version
 
     def sleep(self) -> None:

@@ -1,8 +1,8 @@
 """The one thing a weight transport does: bring the trainer's weights into every engine.
 
-`file` (safetensors in shared memory) works on every device; `ipc` hands handles of GPU memory to engines on the same
-GPU; `nccl` broadcasts to servers on other GPUs and hosts. All read `named_tensors` lazily, in its order, so that a
-sharded trainer can gather one tensor at a time.
+`file` (files in shared memory) and `ipc` (memory of a GPU) are mapped by trainer and engines; `nccl` broadcasts to
+servers on other GPUs and hosts. All read `named_tensors` lazily, in its order, so that a sharded trainer can gather one
+tensor at a time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Weights by way of a safetensors file in shared memory: on every device, and without anything set up beforehand."""
+"""Weights by way of files in shared memory, which trainer and engines map: on every device, or on several."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ import os
 import shutil
 import tempfile
 import time
-from collections import deque
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from sapo_rl.errors import UserError
-from sapo_rl.rollout.engine import LoadingEngine
-from sapo_rl.rollout.weights.base import WeightTransport, make_room
-from sapo_rl.tensor_file import HEADER_BYTES, write_tensors
+from sapo_rl.rollout.weights.blocks import BLOCK_BYTES
+from sapo_rl.rollout.weights.shared import SharedTransport, map_file
 
 PREFIX = "sapo-weights-"
 ABANDONED_AFTER = 60.0
@@ -27,18 +23,19 @@ ABANDONED_AFTER = 60.0
 def weights_folder(size: int, shared: Path = Path("/dev/shm")) -> Path:
     """Make a new folder for `FileTransport` in `shared` memory, or where that has no room, among the temporary files.
 
-    Two copies of `size` bytes must fit. Folders that a killed run left there are deleted first.
+    `size` bytes must fit, cut into blocks. Folders that a killed run left there are deleted first.
 
     Raises:
         UserError: they fit in neither.
     """
+    needed = size + 2 * BLOCK_BYTES
     for parent in (shared, Path(tempfile.gettempdir())):
         if parent.is_dir() and os.access(parent, os.W_OK):
             _sweep(parent)
-            if shutil.disk_usage(parent).free > 2 * (size + HEADER_BYTES):
+            if shutil.disk_usage(parent).free > needed:
                 return Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     folders = f"{shared} or {tempfile.gettempdir()}"
-    raise UserError(f"no room for {2 * size / 2**30:.1f} GiB of weights in {folders}; free some, or set TMPDIR")
+    raise UserError(f"no room for {needed / 2**30:.1f} GiB of weights in {folders}; free some, or set TMPDIR")
 
 
 def _sweep(parent: Path) -> None:
@@ -58,37 +55,41 @@ def _sweep(parent: Path) -> None:
             os.close(lock)
 
 
-class FileTransport(WeightTransport[LoadingEngine]):
-    """Writes one file a version, which the engines read in parallel; the newest stays, for an engine that is restarted.
+class FileTransport(SharedTransport):
+    """Keeps the weights in files that the engines map, of which it needs no more than shared memory.
 
     Takes possession of `folder`: see `weights_folder`.
     """
 
+    kind = "host"
+
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
         self.folder = folder
-        self.dtype = dtype
-        self._newest: Path | None = None
+        self._files: list[Path] = []
         self._lock = os.open(folder, os.O_RDONLY)
         fcntl.flock(self._lock, fcntl.LOCK_SH)
 
-    def push(
-        self, named_tensors: Iterable[tuple[str, torch.Tensor]], engines: Sequence[LoadingEngine], version: int
-    ) -> None:
-        """See `WeightTransport.push`. Raises what an engine raised."""
-        if not engines:  # another rank's engine has this device; but all ranks gather the weights together
-            deque(named_tensors, maxlen=0)
-            return
-        path = self.folder / f"{version}.safetensors"
-        write_tensors(path, named_tensors, self.dtype)
-        make_room(engines)
-        with ThreadPoolExecutor(len(engines)) as pool:
-            list(pool.map(lambda engine: engine.load_weights(path, version), engines))
-        if self._newest not in (None, path):
-            self._newest.unlink()
-        self._newest = path
+    def allocate(self, size: int) -> torch.Tensor:
+        """See `SharedTransport.allocate`. Raises UserError where there is no room any more."""
+        path = self.folder / str(len(self._files))
+        self._files.append(path)
+        with path.open("wb") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)  # to write to a mapped page without room kills a process
+            except OSError as error:
+                raise UserError(
+                    f"no room for another {size / 2**20:.0f} MiB of weights in {self.folder}: {error}"
+                ) from error
+        return map_file(path, size)
+
+    def handles(self) -> list[str]:
+        """See `SharedTransport.handles`."""
+        return [str(path) for path in self._files]
 
     def close(self) -> None:
         """Delete the folder."""
+        super().close()
         if self._lock >= 0:
             shutil.rmtree(self.folder, ignore_errors=True)
             os.close(self._lock)
