@@ -11,6 +11,7 @@ import hmac
 import json
 import logging
 import os
+import time
 import traceback
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -29,6 +30,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 WRONG_KEY, NOT_THOSE_WEIGHTS, FAILED, DEAD = 401, 409, 500, 503
+OWNED_SECONDS = 10.0
+"""A run that was not heard of for so long is over: the next one may have the server. Trainers ask every second."""
 
 
 class TrainerApi:
@@ -36,7 +39,7 @@ class TrainerApi:
 
     Weights are known by a label that the trainer chooses. A request names the label that it wants completions from, and
     is refused where the server holds other weights: a server that was restarted, or that another run took over, can
-    give no wrong answer.
+    give no wrong answer. What comes before a label's last `/` names the run; a server works for one at a time.
     """
 
     def __init__(self, app: App) -> None:
@@ -48,11 +51,15 @@ class TrainerApi:
         """Whether any weights are not those of the model's folder."""
         self.meeting: str | None = None
         """Name of the group with the trainer."""
+        self.owner = ""
+        """The run that the server works for; empty is none."""
+        self.heard = 0.0
+        """When its trainer last asked for something."""
         self.running = 0
         self.idle = asyncio.Condition()
         self.methods = {
             f"/sapo/{method.__name__}": method
-            for method in (self.info, self.generate, self.score, self.join, self.load)
+            for method in (self.info, self.generate, self.score, self.join, self.load, self.leave)
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,8 +109,10 @@ class TrainerApi:
             logger.exception("a trainer's call failed")
             return FAILED, {"error": traceback.format_exc(limit=-4)}
 
-    async def info(self, engine: Any) -> dict[str, Any]:
-        """Say which weights are held, and what does not change."""
+    async def info(self, engine: Any, run: str) -> dict[str, Any]:
+        """Say which weights are held, and what does not change; the run that asks is still there."""
+        if run == self.owner:
+            self.heard = time.monotonic()
         settings = engine.vllm_config
         return {
             "label": self.label,
@@ -152,6 +161,10 @@ class TrainerApi:
 
     async def join(self, engine: Any, name: str, meeting: str) -> dict[str, Any]:
         """Have the workers come together with the trainer, and go back to the weights of the model's folder."""
+        run, now = run_of(name), time.monotonic()
+        if self.owner not in ("", run) and now - self.heard < OWNED_SECONDS:
+            raise _OtherWeights("is in use by another run")
+        self.owner, self.heard = run, now
         await self._quiet()
         if self.changed:
             await engine.collective_rpc("restore")
@@ -173,6 +186,12 @@ class TrainerApi:
         self.label = label
         return {}
 
+    async def leave(self, engine: Any, run: str) -> dict[str, Any]:
+        """Be free for the next run."""
+        if run == self.owner:
+            self.owner = ""
+        return {}
+
     async def _quiet(self) -> None:
         """Refuse new requests until weights are loaded, and return when those that run are finished."""
         self.label = None
@@ -181,7 +200,12 @@ class TrainerApi:
 
 
 class _OtherWeights(Exception):
-    """The server does not hold the weights, or is not in the group, that the request names."""
+    """The server does not hold the weights, is not in the group, or works for another run, than the request names."""
+
+
+def run_of(name: str) -> str:
+    """Return the run that a label or a meeting belongs to."""
+    return name.rpartition("/")[0]
 
 
 async def _gone(receive: Receive) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 
 from sapo_rl.errors import UserError
-from sapo_rl.rollout.api import DEAD, NOT_THOSE_WEIGHTS, WRONG_KEY
+from sapo_rl.rollout.api import DEAD, NOT_THOSE_WEIGHTS, WRONG_KEY, run_of
 from sapo_rl.rollout.engine import Completion, EngineError, EngineLost, Numbered, Request, Sampling
 from sapo_rl.rollout.key import VARIABLE
 from sapo_rl.rollout.weights.group import Meeting, address_towards
@@ -101,7 +101,7 @@ class ServerEngine:
 
     def info(self) -> dict[str, Any]:
         """Return what `TrainerApi.info` says. Raises EngineLost where the server does not answer."""
-        return self._call("info", {}, QUIET_SECONDS)
+        return self._call("info", {"run": run_of(self.label)}, QUIET_SECONDS)
 
     def expect(self, label: str, version: int) -> None:
         """Take completions only from the weights of this label from now on, which are the trainer's `version`."""
@@ -115,6 +115,10 @@ class ServerEngine:
         """Have the server receive the weights that are expected of it, from the group that it joined."""
         body = {"meeting": meeting.name, "label": self.label, "layout": layout}
         self._call("load", body, self.settings.timeout)
+
+    def leave(self) -> None:
+        """Let the server work for other runs. Raises EngineLost where it does not answer."""
+        self._call("leave", {"run": run_of(self.label)}, QUIET_SECONDS)
 
     def tell(self, trouble: str) -> None:
         """Log what keeps the server away, once until it is back."""

@@ -222,6 +222,25 @@ def test_a_run_that_sends_some_weights_gets_the_others_from_the_models_folder(
     assert len(verify_all(fleet, tokens, logps_of(mixed, tokens), "float32")) == 2
 
 
+def test_a_server_works_for_one_run_at_a_time(
+    fleet: list[ServerEngine], transport: NcclTransport, policy: PreTrainedModel, tiny_model: Path
+) -> None:
+    """The second run waits; it gets the server when the first one ends."""
+    tokens, newer = list(range(5, 60)), noisy(tiny_model, 3)
+    transport.push(policy.named_parameters(), fleet[:1], 1)
+    late = ServerEngine(fleet[0].settings)
+    waiting = NcclTransport(torch.float32, "cpu", "late", sends=True, seconds=120.0)
+    waiting.push(newer.named_parameters(), [late], 1)
+    time.sleep(3)  # it asks every second
+    with pytest.raises(EngineLost, match="does not have the current weights"):
+        answers(late, [Request([2, 30], 1)], WARM)
+    assert verify(fleet[0], tokens, logps_of(policy, tokens), "float32") < 1e-5
+    transport.close()
+    wait_until(lambda: late.restarts == 1, 60)
+    assert verify(late, tokens, logps_of(newer, tokens), "float32") < 1e-5
+    waiting.close()
+
+
 def test_one_of_two_dies_in_mid_batch_and_is_taken_back_with_current_weights(
     servers: list[Server],
     fleet: list[ServerEngine],

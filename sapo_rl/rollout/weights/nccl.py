@@ -6,6 +6,7 @@ exactly the version that the others have, whatever the trainer does meanwhile.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
@@ -82,12 +83,14 @@ class NcclTransport(WeightTransport[ServerEngine]):
         _wait_for_all_ranks()
 
     def close(self) -> None:
-        """Leave the groups and free the copy."""
+        """Leave the groups, let the servers work for others, and free the copy."""
         self._closed.set()
         if self._watch is not None:
             self._watch.join()
-        for _, group in self._groups.values():
+        for engine, (_, group) in self._groups.items():
             group.abort()
+            with contextlib.suppress(EngineLost):
+                engine.leave()
         self._groups.clear()
         self._hosts.clear()
         self._blocks.free()
