@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin, broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -172,10 +172,12 @@ def loads_weights(accelerator: Accelerator) -> bool:
 
 
 @torch.no_grad()
-def take_from_rank_0(tensors: Iterable[Tensor], device: torch.device) -> None:
+def take_from_rank_0(tensors: Sequence[Tensor], device: torch.device) -> None:
     """Bring rank 0's parameters and buffers to every rank's device, in place, also where they are on `meta`."""
-    for tensor in tensors:
-        own = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.data.to(device)
+    # A model that was not loaded may not know which of its weights its checkpoint keeps in another dtype.
+    (dtypes,) = broadcast_object_list([[tensor.dtype for tensor in tensors]])
+    for tensor, dtype in zip(tensors, dtypes, strict=True):
+        own = torch.empty_like(tensor, dtype=dtype, device=device) if tensor.is_meta else tensor.data.to(device, dtype)
         if torch.distributed.is_initialized():
             torch.distributed.broadcast(own, 0)
         if tensor.is_meta:  # all modules that share it see the change

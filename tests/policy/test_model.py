@@ -28,7 +28,7 @@ def test_empty_policy_is_the_model_without_its_weights(dtype: torch.dtype, tmp_p
     for (name, own), (other, expected) in zip(empty.named_buffers(), loaded.named_buffers(), strict=True):
         assert name == other
         torch.testing.assert_close(own, expected)
-    take_from_rank_0(empty.parameters(), torch.device("cpu"))
+    take_from_rank_0(list(empty.parameters()), torch.device("cpu"))
     head, embedding = empty.model.get_output_embeddings(), empty.model.get_input_embeddings()
     assert (head.weight is embedding.weight) == (dtype == torch.float32)
     assert shapes(empty) == shapes(loaded)

@@ -56,7 +56,7 @@ def _sweep(parent: Path) -> None:
 
 
 class FileTransport(SharedTransport):
-    """Keeps the weights in files that the engines map, of which it needs no more than shared memory.
+    """Keeps the weights in files that the engines map; nothing is ever read from or written to them but by memory.
 
     Takes possession of `folder`: see `weights_folder`.
     """
