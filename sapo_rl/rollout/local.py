@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -40,6 +41,7 @@ OUT_OF_MEMORY = (
     "can't allocate memory",
 )
 CLOSE_SECONDS = 10.0
+GROUP_SECONDS = 2.0
 
 
 class _Lost(Exception):
@@ -328,13 +330,13 @@ class LocalEngine:
                 lost = _Lost(str(error).splitlines()[0])
 
     def _kill(self) -> None:
-        """Kill the child's process group, reap the child and drop the connection."""
+        """Kill the child and what it started, and drop the connection."""
         process, connection, self._process, self._connection = self._process, self._connection, None, None
         self._idle = False
         if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             process.wait()
+            _end_group(process.pid)
         if connection is not None:
             connection.close()
         self._ended.set()
@@ -347,3 +349,16 @@ class LocalEngine:
 
     def _told(self, tail: list[str]) -> str:
         return f"the end of {self.settings.log_path}:\n" + "\n".join(tail)
+
+
+def _end_group(group: int) -> None:
+    """Kill what is left of a dead child's process group, but not before it had time to end by itself.
+
+    Python's resource tracker is in it, which deletes the shared memory that vLLM's workers leave behind.
+    """
+    deadline = time.monotonic() + GROUP_SECONDS
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)
+            time.sleep(0.02)
+        os.killpg(group, signal.SIGKILL)

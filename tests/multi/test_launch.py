@@ -111,13 +111,14 @@ def test_stop_saves_once_for_all_ranks_and_exits_with_130(interrupted: SimpleNam
 
 @pytest.mark.multi
 def test_sharded_ranks_share_an_engine_that_spans_them(workspace: Path, interrupted: SimpleNamespace) -> None:
-    before = folders(workspace)
+    before, shared = folders(workspace), set(Path("/dev/shm").glob("psm_*"))
     spread = ("launch=fsdp2", "launch.num_processes=2", "rollout.tensor_parallel=2", "rollout.verify_every=1")
     brief = (*SHORT, "trainer.steps=2", "checkpoint.every=0")
     code, out, err = Machine(workspace).run("config=tiny.yaml", *spread, *brief)
     assert code == 0, out + err
     (folder,) = folders(workspace) - before
     assert [path.name for path in (folder / "logs").iterdir()] == ["vllm_rank0.log"]
+    assert not set(Path("/dev/shm").glob("psm_*")) - shared  # what vLLM's workers talk to each other by
     for own, copied in zip(steps_of(folder), steps_of(interrupted.folder), strict=False):
         for name in ("policy/loss", "policy/grad_norm", "reward/mean", "perf/completion_tokens"):
             assert own[name] == pytest.approx(copied[name], rel=1e-4), name
