@@ -10,11 +10,11 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sapo_rl.config import LoraConfig, ModelConfig
 from sapo_rl.errors import UserError, did_you_mean
-from sapo_rl.policy.model import Policy, reshard
+from sapo_rl.policy.model import Policy, load_policy, reshard
 from sapo_rl.policy.packing import PackedBatch
 
 ALL = "all-linear"
@@ -132,11 +132,7 @@ def check_targets(config: ModelConfig) -> None:
     Raises:
         UserError: as `targets` does.
     """
-    options = {"revision": config.revision or "main", "trust_remote_code": config.trust_remote_code}
-    whole = AutoConfig.from_pretrained(config.path, **options)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(whole, trust_remote_code=config.trust_remote_code)
-    targets(model, config.lora.target_modules)
+    targets(load_policy(config, empty=True).model, config.lora.target_modules)
 
 
 def _is_adapter(name: str) -> bool:

@@ -131,19 +131,18 @@ def load_policy(config: ModelConfig, gradient_checkpointing: bool = False, empty
         UserError: the model cannot be found or read, or has a head that the packed log-probabilities do not cover.
     """
     source: dict[str, Any] = {"revision": config.revision or "main", "trust_remote_code": config.trust_remote_code}
-    options: dict[str, Any] = {
-        "dtype": DTYPES[config.dtype] if config.lora.rank else torch.float32,
-        "attn_implementation": attention.NAME,
-        "trust_remote_code": config.trust_remote_code,
-    }
+    dtype = DTYPES[config.dtype] if config.lora.rank else torch.float32
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention.NAME}
     try:
         if empty:
             described = AutoConfig.from_pretrained(config.path, **source)
             with init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(described, **options)
+                model = AutoModelForCausalLM.from_config(
+                    described, trust_remote_code=config.trust_remote_code, **options
+                )
             model.tie_weights()  # the context has made two of a shared one
         else:
-            model = AutoModelForCausalLM.from_pretrained(config.path, **source | options)
+            model = AutoModelForCausalLM.from_pretrained(config.path, **source, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model.path: cannot load '{config.path}': {_first_line(error)}") from error
     head = model.get_output_embeddings()

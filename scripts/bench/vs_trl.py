@@ -30,7 +30,6 @@ from workloads import MODEL, ROOT, SHAPES, WORKLOADS, Workload, chat_rows, make_
 HERE = Path(__file__).resolve().parent
 PHASES = ("rollout", "sync", "reward", "old_logps", "update", "other")
 PEER, OURS, OVERLAPPED = "TRL", "sapo-train", "sapo-train with overlap"
-MODE = {OURS: ["rollout.mode=sync"], OVERLAPPED: ["rollout.mode=overlap"]}
 PROBE = "mismatch/probe_logp_diff"
 TAU_POS, TAU_NEG = 1.0, 1.05
 MEAN_LENGTH = 500.0
@@ -295,7 +294,8 @@ def main() -> None:
             if program == PEER:
                 found = run_peer(task, batches, peer_overrides)
             else:
-                found = run_ours(task, args.engines, args.set + MODE[program])
+                mode = ["rollout.mode=overlap"] if program == OVERLAPPED else []
+                found = run_ours(task, args.engines, args.set + mode)
             result["programs"][program] = found | {"summary": summary(found["cycles"], args.warm_up)}
             result["table"] = table(result["programs"], note)
             report.write(args.out, result)
