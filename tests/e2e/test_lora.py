@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import torch
+from command import new_run, run, steps_of, timeless
 from safetensors.torch import load_file
 from tiny import engine_settings, make_workspace
 from transformers import AutoModelForCausalLM
@@ -25,7 +21,6 @@ from sapo_rl.rollout.local import LocalEngine
 from sapo_rl.rollout.stream import verify
 from sapo_rl.rollout.weights.file import FileTransport, weights_folder
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.e2e
 
 PARTS = ["q_proj", "up_proj"]
@@ -47,35 +42,15 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pat
     )
 
 
-def run(workspace: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "sapo_rl", *arguments],
-        cwd=workspace, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def newest(workspace: Path) -> Path:
-    return max(path for path in workspace.glob("runs/tiny/*") if path.is_dir() and not path.is_symlink())
-
-
 @pytest.fixture(scope="module")
 def whole(workspace: Path) -> Path:
-    run(workspace, "config=tiny.yaml")
-    return newest(workspace)
-
-
-def timeless(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    clocks = ("time", "perf/tokens_per_second")
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith(clocks)} for line in lines]
+    return new_run(workspace)
 
 
 def test_vllm_runs_the_adapted_model_at_every_step(whole: Path) -> None:
     probes = [record["mismatch/probe_logp_diff"] for record in timeless(whole) if "mismatch/probe_logp_diff" in record]
     assert len(probes) == 4 and max(probes) < 1e-5
-    steps = [record for record in timeless(whole) if "policy/loss" in record]
+    steps = steps_of(whole)
     assert len(steps) == 3 and steps[-1]["policy/kl_ref"] > 1e-4  # it has moved away from the model without adapters
     saved = load_file(whole / "checkpoints/step_000003/trainer_00000.safetensors")
     assert saved and all("lora_" in name for name in saved)
@@ -102,10 +77,10 @@ def test_final_model_is_the_trained_one_for_transformers_and_vllm(whole: Path, t
 
 
 def test_two_steps_a_resume_and_one_more_equal_three_to_the_last_bit(workspace: Path, whole: Path) -> None:
-    run(workspace, "config=tiny.yaml", "trainer.steps=2")
-    folder = newest(workspace)
+    folder = new_run(workspace, "trainer.steps=2")
     assert folder != whole
-    run(workspace, f"resume={folder.relative_to(workspace)}", "trainer.steps=3")
+    code, out, err = run(workspace, f"resume={folder.relative_to(workspace)}", "trainer.steps=3")
+    assert code == 0, out + err
     assert timeless(folder) == timeless(whole)
     ours, theirs = (load_file(f / "checkpoints/step_000003/trainer_00000.safetensors") for f in (folder, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

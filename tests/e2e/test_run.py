@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from command import MODULE, ROOT, finish, folders, new_run, records, run, start, steps_of, timeless, wait_for_step
 from safetensors.torch import load_file
-from tiny import make_workspace
+from tiny import engine_settings, make_workspace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).parents[2]
+from sapo_rl.rollout.engine import Request, Sampling
+from sapo_rl.rollout.local import LocalEngine
+
 pytestmark = pytest.mark.e2e
 
 REWARDS = """
@@ -49,56 +50,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pat
     )
 
 
-def start(workspace: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "sapo_rl", *arguments],
-        cwd=workspace,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def run(workspace: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> tuple[int, str, str]:
-    process = start(workspace, *arguments, launcher=launcher)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
-def folders(workspace: Path, recipe: str = "tiny") -> set[Path]:
-    return {path for path in workspace.glob(f"runs/{recipe}/*") if path.is_dir() and not path.is_symlink()}
-
-
-def new_run(workspace: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> Path:
-    """Run to the end and return the one folder that it made."""
-    before = folders(workspace)
-    code, out, err = run(workspace, "config=tiny.yaml", *arguments, launcher=launcher)
-    assert code == 0, out + err
-    (folder,) = folders(workspace) - before
-    return folder
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def timeless(folder: Path) -> list[dict[str, Any]]:
-    """The metrics without what depends on the clock."""
-    return [
-        {k: v for k, v in record.items() if k != "time" and not k.startswith(("time/", "perf/tokens_per_second"))}
-        for record in records(folder)
-    ]
-
-
 def checkpointed(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint of one process."""
     tensors = load_file(checkpoint / "trainer_00000.safetensors")
     return {key.removeprefix("weight/"): tensor for key, tensor in tensors.items() if key.startswith("weight/")}
-
-
-def steps_of(folder: Path) -> list[dict[str, Any]]:
-    return [record for record in records(folder) if "policy/loss" in record]
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +95,6 @@ def test_completions_agree_with_the_metrics(whole: Path) -> None:
 
 
 def test_final_model_is_the_trained_one_for_transformers_and_vllm(whole: Path, tiny_model: Path) -> None:
-    from sapo_rl.rollout.engine import Request, Sampling
-    from sapo_rl.rollout.local import LocalEngine
-
     model = AutoModelForCausalLM.from_pretrained(whole / "final", dtype=torch.float32)
     trained = checkpointed(whole / "checkpoints/step_000006")
     for name, weight in model.named_parameters():
@@ -152,7 +104,7 @@ def test_final_model_is_the_trained_one_for_transformers_and_vllm(whole: Path, t
 
     ids = AutoTokenizer.from_pretrained(whole / "final")("What is 1 + 1?")["input_ids"]
     expected = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=8)[0, len(ids) :].tolist()
-    engine = LocalEngine(engine_settings(whole))
+    engine = LocalEngine(engine_settings(whole / "final", whole / "logs" / "final.log"))
     try:
         engine.start()
         engine.wait_ready()
@@ -161,29 +113,6 @@ def test_final_model_is_the_trained_one_for_transformers_and_vllm(whole: Path, t
     finally:
         engine.close()
     assert found.token_ids == expected
-
-
-def engine_settings(folder: Path) -> Any:
-    from sapo_rl.rollout.engine import EngineSettings
-
-    return EngineSettings(
-        model=str(folder / "final"),
-        dtype="float32",
-        max_model_len=72,
-        max_num_seqs=8,
-        gpu_memory_utilization=0.3,
-        cpu_kv_cache_gb=0.1,
-        enforce_eager=True,
-        stop_token_ids=[3],
-        seed=0,
-        device="cpu",
-        trust_remote_code=False,
-        revision=None,
-        start_timeout=120,
-        timeout=60,
-        max_restarts=0,
-        log_path=folder / "logs" / "final.log",
-    )
 
 
 def test_wandb_offline_shows_what_metrics_jsonl_holds(whole: Path) -> None:
@@ -209,11 +138,12 @@ def test_three_steps_a_resume_and_three_more_equal_six_to_the_last_bit(workspace
 def test_engine_that_dies_is_replaced_and_nothing_changes(workspace: Path, whole: Path) -> None:
     before = folders(workspace)
     process = start(workspace, "config=tiny.yaml", "checkpoint.every=0")
-    killed = kill_engine_after(process, workspace, before, step=2)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, out + err
-    assert not killed.is_running()
-    (folder,) = folders(workspace) - before
+    folder = wait_for_step(process, workspace, before, 2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    (engine,) = [child for child in children if "sapo_rl.rollout.child" in child.cmdline()]
+    engine.kill()
+    code, out, err = finish(process)
+    assert code == 0, out + err
     assert steps_of(folder)[-1]["rollout/engine_restarts"] == 1
 
     def without_count(folder: Path) -> list[dict[str, Any]]:
@@ -222,52 +152,28 @@ def test_engine_that_dies_is_replaced_and_nothing_changes(workspace: Path, whole
     assert without_count(folder) == without_count(whole)
 
 
-def kill_engine_after(process: subprocess.Popen[str], workspace: Path, before: set[Path], step: int) -> psutil.Process:
-    """Kill the run's vLLM process once `step` is recorded."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        time.sleep(0.05)
-        logs = [folder / "metrics.jsonl" for folder in folders(workspace) - before]
-        if logs and logs[0].is_file() and f'"step": {step}' in logs[0].read_text():
-            children = psutil.Process(process.pid).children(recursive=True)
-            (engine,) = [child for child in children if "sapo_rl.rollout.child" in child.cmdline()]
-            engine.send_signal(signal.SIGKILL)
-            return engine
-    raise AssertionError("the step never came")
-
-
 def test_interrupt_saves_and_tells_how_to_go_on(workspace: Path) -> None:
     before = folders(workspace)
     process = start(workspace, "config=tiny.yaml", "trainer.steps=500", "checkpoint.every=400")
-    wait_for_step(workspace, before, 2)
+    folder = wait_for_step(process, workspace, before, 2)
     rank = next(c for c in psutil.Process(process.pid).children() if "sapo_rl.rank" in c.cmdline())
     family = [process.pid, *(child.pid for child in rank.children(recursive=True))]
     rank.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, out + err
-    (folder,) = folders(workspace) - before
+    code, out, err = finish(process)
+    assert code == 130, out + err
+    assert folders(workspace) - before == {folder}
     assert f"vLLM is starting; it writes to {folder.relative_to(workspace)}/logs\n" in out
     assert f"resume={folder.relative_to(workspace)}" in out
     assert len(list((folder / "checkpoints").glob("step_*"))) == 1
     assert not any(psutil.pid_exists(pid) for pid in family)
 
 
-def wait_for_step(workspace: Path, before: set[Path], step: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        time.sleep(0.05)
-        logs = [folder / "metrics.jsonl" for folder in folders(workspace) - before]
-        if logs and logs[0].is_file() and f'"step": {step}' in logs[0].read_text():
-            return
-    raise AssertionError("the step never came")
-
-
 @pytest.mark.multi
 def test_two_ranks_make_one_folder_and_the_loss_of_one(workspace: Path, whole: Path) -> None:
     profile = ROOT / "configs" / "accelerate" / "ddp.yaml"
     options = ("--num_processes", "2", "--main_process_port", "0")
-    accelerate = ("-m", "accelerate.commands.launch", "--config_file", str(profile), *options)
-    folder = new_run(workspace, "trainer.steps=2", "checkpoint.every=0", launcher=accelerate)
+    accelerate = ("-m", "accelerate.commands.launch", "--config_file", str(profile), *options, *MODULE)
+    folder = new_run(workspace, "trainer.steps=2", "checkpoint.every=0", module=accelerate)
     assert json.loads((folder / "environment.json").read_text())["device"]["processes"] == 2
     for ours, theirs in zip(steps_of(folder), steps_of(whole), strict=False):
         for name in ("policy/loss", "policy/grad_norm", "reward/mean", "policy/entropy", "completions/mean_length"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -22,6 +21,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from command import folders, records, steps_of
 from tiny import logps_of, make_workspace
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -306,12 +306,11 @@ def test_a_run_of_two_ranks_goes_on_when_a_server_dies(
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, "".join(shown) + out + err
     assert f"{servers[1].address} does not answer" in err
-    (folder,) = (path for path in workspace.glob("runs/tiny/*") if not path.is_symlink())
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [record for record in records if "policy/loss" in record]
+    (folder,) = folders(workspace)
+    steps = steps_of(folder)
     assert [record["rollout/staleness"] for record in steps] == [0, 1, 1]  # ahead of the training, but for the first
     assert all(0 <= record["rollout/idle_fraction"] < 1 for record in steps)
-    assert len([record for record in records if "mismatch/probe_logp_diff" in record]) == 4
+    assert len([record for record in records(folder) if "mismatch/probe_logp_diff" in record]) == 4
     for path in sorted((folder / "completions").glob("*.parquet")):
         table = pq.read_table(path)
         assert table.num_rows == 128

@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 import psutil
 import pytest
+from command import finish, folders, run, start, steps_of, wait_for_step
 from tiny import make_workspace
 
 from sapo_rl import launch
@@ -22,8 +24,8 @@ from sapo_rl.checks import ConfigError, check
 from sapo_rl.compose import CONFIGS, loads
 from sapo_rl.config import LaunchConfig
 
-ROOT = Path(__file__).parents[2]
 SHORT = ("eval.prompts=0", "logging.wandb=off", "checkpoint.save_final=false")
+Machine: TypeAlias = Callable[..., "subprocess.Popen[str]"]
 TWO = ("launch=ddp", "launch.num_processes=2")
 
 
@@ -32,52 +34,6 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pat
     return make_workspace(
         tmp_path_factory.mktemp("workspace"), tiny_model, trainer={"steps": 500}, checkpoint={"every": 2}
     )
-
-
-class Machine:
-    """Starts the command line in a folder, in a network namespace where one is given."""
-
-    def __init__(self, folder: Path, *prefix: str) -> None:
-        self.folder, self.prefix = folder, prefix
-
-    def start(self, *arguments: str, module: tuple[str, ...] = ("-m", "sapo_rl")) -> subprocess.Popen[str]:
-        environment = {key: value for key, value in os.environ.items() if key != "GLOO_SOCKET_IFNAME"}
-        return subprocess.Popen(
-            [*self.prefix, sys.executable, *module, *arguments],
-            cwd=self.folder,
-            env={**environment, "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, *arguments: str, module: tuple[str, ...] = ("-m", "sapo_rl")) -> tuple[int, str, str]:
-        return finish(self.start(*arguments, module=module))
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=240)
-    return process.returncode, out, err
-
-
-def folders(workspace: Path) -> set[Path]:
-    return {path for path in workspace.glob("runs/tiny/*") if path.is_dir() and not path.is_symlink()}
-
-
-def steps_of(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [record for line in lines if "policy/loss" in (record := json.loads(line))]
-
-
-def wait_for_step(process: subprocess.Popen[str], workspace: Path, before: set[Path], step: int) -> Path:
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-        for folder in folders(workspace) - before:
-            if (folder / "metrics.jsonl").is_file() and len(steps_of(folder)) >= step:
-                return folder
-    process.kill()
-    raise AssertionError("the step never came:\n" + "".join(process.communicate()))
 
 
 def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -89,7 +45,7 @@ def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 def interrupted(workspace: Path) -> SimpleNamespace:
     """Two ranks on one machine, stopped by SIGTERM after eight steps at least."""
     before = folders(workspace)
-    process = Machine(workspace).start("config=tiny.yaml", *TWO, *SHORT)
+    process = start(workspace, "config=tiny.yaml", *TWO, *SHORT)
     folder = wait_for_step(process, workspace, before, 8)
     ranks = ranks_of(process)
     process.send_signal(signal.SIGTERM)
@@ -114,7 +70,7 @@ def test_sharded_ranks_share_an_engine_that_spans_them(workspace: Path, interrup
     before, shared = folders(workspace), set(Path("/dev/shm").glob("psm_*"))
     spread = ("launch=fsdp2", "launch.num_processes=2", "rollout.tensor_parallel=2", "rollout.verify_every=1")
     brief = (*SHORT, "trainer.steps=2", "checkpoint.every=0")
-    code, out, err = Machine(workspace).run("config=tiny.yaml", *spread, *brief)
+    code, out, err = run(workspace, "config=tiny.yaml", *spread, *brief)
     assert code == 0, out + err
     (folder,) = folders(workspace) - before
     assert [path.name for path in (folder / "logs").iterdir()] == ["vllm_rank0.log"]
@@ -127,7 +83,7 @@ def test_sharded_ranks_share_an_engine_that_spans_them(workspace: Path, interrup
 @pytest.mark.multi
 def test_killed_rank_ends_the_run_and_is_named(workspace: Path) -> None:
     before = folders(workspace)
-    process = Machine(workspace).start("config=tiny.yaml", *TWO, *SHORT, "checkpoint.every=0")
+    process = start(workspace, "config=tiny.yaml", *TWO, *SHORT, "checkpoint.every=0")
     wait_for_step(process, workspace, before, 2)
     ranks = ranks_of(process)
     everything = psutil.Process(process.pid).children(recursive=True)
@@ -141,7 +97,7 @@ def test_killed_rank_ends_the_run_and_is_named(workspace: Path) -> None:
 
 @pytest.mark.multi
 def test_mistake_that_all_ranks_find_is_told_once_with_code_2(workspace: Path) -> None:
-    code, _, err = Machine(workspace).run("config=tiny.yaml", *TWO, "data.max_prompt_tokens=2")
+    code, _, err = run(workspace, "config=tiny.yaml", *TWO, "data.max_prompt_tokens=2")
     assert code == 2
     assert err.count("data.max_prompt_tokens") == 1 and len(err.splitlines()) == 1, err
 
@@ -149,7 +105,7 @@ def test_mistake_that_all_ranks_find_is_told_once_with_code_2(workspace: Path) -
 @pytest.mark.multi
 def test_other_number_of_ranks_than_asked_for_is_refused(workspace: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "sapo_rl")
-    code, _, err = Machine(workspace).run("config=tiny.yaml", "launch.num_processes=4", module=torchrun)
+    code, _, err = run(workspace, "config=tiny.yaml", "launch.num_processes=4", module=torchrun)
     assert code != 0
     (line,) = [line for line in err.splitlines() if line.startswith("sapo-train:")]
     assert "launch.num_processes: is 4, but the launcher started 2" in line
@@ -159,13 +115,13 @@ def test_other_number_of_ranks_than_asked_for_is_refused(workspace: Path) -> Non
 def test_accelerate_that_would_start_one_process_instead_of_two_is_refused(workspace: Path) -> None:
     accelerate = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "sapo_rl")
     before = folders(workspace)
-    code, _, err = Machine(workspace).run("config=tiny.yaml", module=accelerate)
+    code, _, err = run(workspace, "config=tiny.yaml", module=accelerate)
     assert code != 0 and "ignores --num_processes" in err
     assert folders(workspace) == before
 
 
 @pytest.fixture(scope="module")
-def machines(workspace: Path) -> Iterator[tuple[Machine, Machine]]:
+def machines(workspace: Path) -> Iterator[tuple[Machine, ...]]:
     """Two network namespaces joined by a cable: two machines with one disk."""
     names = [f"sapo{os.getpid()}{side}" for side in "ab"]
 
@@ -180,7 +136,7 @@ def machines(workspace: Path) -> Iterator[tuple[Machine, Machine]]:
             ip("-n", name, "address", "add", f"10.77.0.{number}/24", "dev", name[-9:])
             ip("-n", name, "link", "set", name[-9:], "up")
             ip("-n", name, "link", "set", "lo", "up")
-        yield Machine(workspace, "ip", "netns", "exec", names[0]), Machine(workspace, "ip", "netns", "exec", names[1])
+        yield tuple(partial(start, workspace, prefix=("ip", "netns", "exec", name)) for name in names)
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
         pytest.skip(f"network namespaces are not allowed here: {error}")
     finally:
@@ -190,13 +146,13 @@ def machines(workspace: Path) -> Iterator[tuple[Machine, Machine]]:
 
 @pytest.mark.multi
 def test_two_machines_equal_two_ranks_through_a_death_and_a_resume(
-    machines: tuple[Machine, Machine], workspace: Path, interrupted: SimpleNamespace
+    machines: tuple[Machine, ...], workspace: Path, interrupted: SimpleNamespace
 ) -> None:
     first, second = machines
     before = folders(workspace)
     options = ("launch=multinode", "launch.num_processes=2", "launch.main_process_ip=10.77.0.1", "launch.timeout=30")
-    other = second.start("config=tiny.yaml", *options, "launch.machine_rank=1", *SHORT)
-    main = first.start("config=tiny.yaml", *options, *SHORT)
+    other = second("config=tiny.yaml", *options, "launch.machine_rank=1", *SHORT)
+    main = first("config=tiny.yaml", *options, *SHORT)
     folder = wait_for_step(main, workspace, before, 3)
     killed = time.monotonic()
     for process in [*psutil.Process(other.pid).children(recursive=True), psutil.Process(other.pid)]:
@@ -207,8 +163,8 @@ def test_two_machines_equal_two_ranks_through_a_death_and_a_resume(
     assert "rank 0 lost another rank" in err and "another machine" in err and "Traceback" not in err
 
     again = (f"resume={folder.relative_to(workspace)}", "trainer.steps=8", *SHORT)
-    other = second.start(*again, "launch.machine_rank=1")
-    code, out, err = first.run(*again)
+    other = second(*again, "launch.machine_rank=1")
+    code, out, err = finish(first(*again))
     assert (code, finish(other)[0]) == (0, 0), out + err
     assert folders(workspace) - before == {folder}
     assert {path.name for path in (folder / "logs").iterdir()} == {"vllm_rank0.log", "vllm_rank1.log"}
