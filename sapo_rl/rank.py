@@ -16,7 +16,6 @@ from types import FrameType
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import torch
@@ -78,7 +77,7 @@ def main(folder: Path | None) -> None:
 
 
 def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
-    """Build the parts, cheapest first, so that a mistake costs seconds; `stack` closes them in reverse."""
+    """Build the parts, vLLM beside the others; a mistake that they find ends it. `stack` closes them in reverse."""
     folder, frozen, token = world.share(folder)
     config = compose.loads(frozen)
     accelerator = stack.enter_context(world.join(config, folder))
@@ -87,10 +86,6 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
         run_folder.add_device(folder, _device_facts(accelerator))
 
     tokenizer = load_tokenizer(config.model)
-    prompts, held_out, dropped = _prompts(config, tokenizer)
-    sampler = PromptSampler(
-        len(prompts), config.rollout.batch_size // config.rollout.group_size, config.seed, config.data.shuffle
-    )
     rewards = stack.enter_context(RewardPool(config.reward))
     resumed = checkpoint.latest(folder / run_folder.CHECKPOINTS) if config.resume else None
     device, facts = device_of(accelerator.local_process_index), _facts(config.model)
@@ -101,8 +96,12 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     engines = build_engines(config, facts, device, folder / "logs", stops, stream)
     stack.callback(close_all, engines)  # before the transport: they may have its memory mapped
     for engine in engines:
-        engine.start()  # while this process loads its own copy of the model
+        engine.start()  # takes longest: prompts and the trainer's copy of the model are made meanwhile
 
+    prompts, held_out, dropped = _prompts(config, tokenizer)
+    sampler = PromptSampler(
+        len(prompts), config.rollout.batch_size // config.rollout.group_size, config.seed, config.data.shuffle
+    )
     trainer = PolicyTrainer(*_models(config, not loads_weights(accelerator)), config, accelerator)
     step, state = checkpoint.load(resumed, trainer) if resumed else (0, {})
     telemetry = Telemetry(
