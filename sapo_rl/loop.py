@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from accelerate.utils import gather_object
 
@@ -25,7 +25,7 @@ from sapo_rl.rollout.engine import Engine
 from sapo_rl.rollout.spread import Usage, idle_fraction
 from sapo_rl.rollout.stream import Rollouts, verify_all
 from sapo_rl.rollout.weights.base import WeightTransport
-from sapo_rl.telemetry import Telemetry, Timers, sample_metrics
+from sapo_rl.telemetry import Row, Telemetry, Timers, rows, sample_metrics
 from sapo_rl.types import Group, Messages, Prompt
 
 T = TypeVar("T")
@@ -41,6 +41,19 @@ class Batch:
     """Where the order of prompts stands after it."""
     usage: Usage
     """How long the engines wrote on it."""
+
+
+class Told(NamedTuple):
+    """What a rank tells the others of its step."""
+
+    groups: list[list[Row]]
+    errors: dict[str, int]
+    """Samples that a reward function could not score, by its name."""
+    usage: Usage
+    restarts: int
+    """Of its engines, so far."""
+    peak: float
+    """Its trainer's peak memory in GiB."""
 
 
 @dataclass
@@ -184,24 +197,23 @@ def verify_weights(run: Run) -> None:
 def report(run: Run, batch: Batch, stats: dict[str, float]) -> None:
     """Write the step's numbers and completions, of all ranks together."""
     scoring = batch.scoring
-    everyone: list[Group] = gather_object(batch.groups)
-    errors: list[dict[str, int]] = gather_object([scoring.errors])
-    restarts: list[int] = gather_object([engine.restarts for engine in run.engines])
-    usages: list[Usage] = gather_object([batch.usage])
+    own_groups = [rows(run.step, group) for group in batch.groups]
+    restarts, peak = sum(engine.restarts for engine in run.engines), run.trainer.take_peak_memory()
+    everyone: list[Told] = gather_object([Told(own_groups, scoring.errors, batch.usage, restarts, peak)])
+    groups = [group for rank in everyone for group in rank.groups]
     for name, text in scoring.failures.items():
         run.telemetry.warn(f"{text} (reward {name}: {scoring.errors[name]} samples scored 0)")
     phases = run.timers.take()
-    peaks: list[float] = gather_object([run.trainer.take_peak_memory()])
-    tokens = sum(len(sample.token_ids) for group in everyone for sample in group.samples)
+    tokens = sum(row["tokens"] for group in groups for row in group)
     own = {
         "perf/tokens_per_second": tokens / phases["time/step"],
         "perf/completion_tokens": float(tokens),
-        "perf/peak_memory_gib": max(peaks),
-        "rollout/engine_restarts": float(sum(restarts)),
-        "rollout/idle_fraction": idle_fraction(usages),
-        "rollout/staleness": run.step - 1.0 - min(sample.weight_version for g in everyone for sample in g.samples),
-    } | {f"rewards/{name}/errors": float(sum(count[name] for count in errors)) for name in errors[0]}
-    run.telemetry.log_step(run.step, {**sample_metrics(everyone), **own, **stats, **phases}, everyone)
+        "perf/peak_memory_gib": max(rank.peak for rank in everyone),
+        "rollout/engine_restarts": float(sum(rank.restarts for rank in everyone)),
+        "rollout/idle_fraction": idle_fraction([rank.usage for rank in everyone]),
+        "rollout/staleness": run.step - 1.0 - min(row["weight_version"] for group in groups for row in group),
+    } | {f"rewards/{name}/errors": float(sum(rank.errors[name] for rank in everyone)) for name in scoring.errors}
+    run.telemetry.log_step(run.step, {**sample_metrics(groups), **own, **stats, **phases}, groups)
 
 
 def evaluate(run: Run) -> None:

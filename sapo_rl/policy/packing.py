@@ -120,17 +120,30 @@ def join(batches: Sequence[PackedBatch]) -> PackedBatch:
     )
 
 
-def spread(costs: Sequence[int], ranks: int) -> tuple[list[int], list[int]]:
-    """Spread units over ranks, the costliest first and each to the rank with the least so far.
+def spread(costs: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
+    """Even out the ranks' loads by moving few units: each time the one that brings busiest and idlest closest.
+
+    Args:
+        costs: of the units that each rank has.
 
     Returns:
-        The rank of each unit, and the sum of costs on each rank.
+        The new rank of each of them, and the sum of costs on each rank.
     """
-    owners, loads = [0] * len(costs), [0] * ranks
-    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        owners[index] = min(range(ranks), key=loads.__getitem__)
-        loads[owners[index]] += costs[index]
-    return owners, loads
+    owners = [[rank] * len(own) for rank, own in enumerate(costs)]
+    held = [[(cost, rank, place) for place, cost in enumerate(own)] for rank, own in enumerate(costs)]
+    loads = [sum(own) for own in costs]
+    while True:
+        busiest, idlest = loads.index(max(loads)), loads.index(min(loads))
+        gap = loads[busiest] - loads[idlest]
+        unit = max(held[busiest], key=lambda unit: min(unit[0], gap - unit[0]), default=(0, 0, 0))
+        cost, rank, place = unit
+        if not 0 < cost < gap:
+            return owners, loads
+        held[busiest].remove(unit)
+        held[idlest].append(unit)
+        owners[rank][place] = idlest
+        loads[busiest] -= cost
+        loads[idlest] += cost
 
 
 def _fill(units: Sequence[list[Item]], capacity: int) -> list[list[list[Item]]]:

@@ -132,10 +132,12 @@ class PolicyTrainer:
         items = [[_item(group, i, next(weights)) for i in range(len(group.samples))] for group in groups]
         if self.config.advantage.skip_zero_spread and self._reference is None:
             items = [group for group in items if any(item.advantage for item in group)]
-        everyone: list[list[Item]] = gather_object(items)
-        owners, loads = spread([stream_tokens(group) for group in everyone], self.accelerator.num_processes)
+        costs: list[list[int]] = gather_object([[stream_tokens(group) for group in items]])
+        owners, loads = spread(costs)
         rank = self.accelerator.process_index
-        return [group for group, owner in zip(everyone, owners, strict=True) if owner == rank], loads
+        placed = list(zip(owners[rank], items, strict=True))
+        moved: list[tuple[int, list[Item]]] = gather_object([one for one in placed if one[0] != rank])
+        return [group for owner, group in [*placed, *moved] if owner == rank], loads
 
     def _micro_batches(self, items: Sequence[Sequence[Item]]) -> list[_MicroBatch]:
         """Pack this rank's share; as many micro-batches on every rank, so that no collective is missed."""

@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, SupportsFloat, TypeAlias
+from typing import SupportsFloat, TypeAlias
 
 from rich.text import Text
 
 from sapo_rl.config import Config
 from sapo_rl.run_folder import METRICS
-from sapo_rl.telemetry.completions import rows, write_completions
+from sapo_rl.telemetry.completions import Row, rows, write_completions
 from sapo_rl.telemetry.console import Display, open_display
 from sapo_rl.telemetry.metrics import MetricsLog, Record, read_metrics, sample_metrics
 from sapo_rl.telemetry.progress import Progress
 from sapo_rl.telemetry.summary import summary
 from sapo_rl.telemetry.timers import Timers
 from sapo_rl.telemetry.wandb import WandbSink, open_wandb
-from sapo_rl.types import Group
 
-__all__ = ["Record", "Telemetry", "Timers", "read_metrics", "sample_metrics"]
+__all__ = ["Record", "Row", "Telemetry", "Timers", "read_metrics", "rows", "sample_metrics"]
 
 Metrics: TypeAlias = Mapping[str, SupportsFloat | None]
 
@@ -73,18 +72,18 @@ class Telemetry:
         if self._open:
             self._record(step, metrics)
 
-    def log_step(self, step: int, metrics: Metrics, groups: list[Group]) -> None:
+    def log_step(self, step: int, metrics: Metrics, groups: list[list[Row]]) -> None:
         """Record a step.
 
         Args:
             step: its number, from 1.
             metrics: numbers by name: `sample_metrics(groups)`, the updates' statistics, `Timers.take()`.
-            groups: the step's samples of all ranks; all are written to the run folder.
+            groups: the step's samples of all ranks, by prompt; all are written to the run folder.
         """
         if not self._open:
             return
-        write_completions(self._folder, step, groups)
-        samples = rows(step, groups)
+        samples = [row for group in groups for row in group]
+        write_completions(self._folder, step, samples)
         self._progress.sample = samples[-1] if samples else None
         self._record(step, metrics, samples)
         self._display.step(self._progress)
@@ -140,7 +139,7 @@ class Telemetry:
         self._display.close()
         self._log.close()
 
-    def _record(self, step: int, metrics: Metrics, samples: list[dict[str, Any]] | None = None) -> None:
+    def _record(self, step: int, metrics: Metrics, samples: list[Row] | None = None) -> None:
         record = self._log.append(step, metrics)
         self._progress.add(record)
         if self._wandb:

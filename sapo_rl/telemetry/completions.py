@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +24,9 @@ COLUMNS = {
 }
 """Columns of `step_*.parquet`; each reward function adds `rewards/<name>`."""
 
+Row: TypeAlias = dict[str, Any]
+"""What is told of a sample: the keys of `COLUMNS` and `rewards/<name>`. Without its tokens, it travels light."""
+
 
 def prompt_text(content: str | Messages) -> str:
     """Return a prompt for human eyes: the text itself, or the messages, a paragraph each."""
@@ -32,13 +35,14 @@ def prompt_text(content: str | Messages) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in content)
 
 
-def rows(step: int, groups: list[Group]) -> list[dict[str, Any]]:
-    """Return a dictionary a sample, with the keys of `COLUMNS` and `rewards/<name>`."""
+def rows(step: int, group: Group) -> list[Row]:
+    """Return what is told of the samples of a prompt."""
+    prompt = prompt_text(group.prompt.content)
     return [
         {
             "step": step,
             "prompt_index": group.prompt.index,
-            "prompt": prompt_text(group.prompt.content),
+            "prompt": prompt,
             "completion": sample.text,
             "reward": sample.reward,
             "advantage": sample.advantage,
@@ -47,18 +51,17 @@ def rows(step: int, groups: list[Group]) -> list[dict[str, Any]]:
             "weight_version": sample.weight_version,
             **{f"rewards/{name}": value for name, value in sample.rewards.items()},
         }
-        for group in groups
         for sample in group.samples
     ]
 
 
-def write_completions(folder: Path, step: int, groups: list[Group]) -> Path:
-    """Write a step's samples, a row each, to `completions/step_<step>.parquet` of a run folder; return the path."""
-    names = dict.fromkeys(name for group in groups for sample in group.samples for name in sample.rewards)
-    schema = pa.schema({**COLUMNS, **{f"rewards/{name}": pa.float64() for name in names}})
+def write_completions(folder: Path, step: int, samples: list[Row]) -> Path:
+    """Write a step's samples to `completions/step_<step>.parquet` of a run folder; return the path."""
+    rewards = dict.fromkeys(name for row in samples for name in row if name not in COLUMNS)
+    schema = pa.schema({**COLUMNS, **{name: pa.float64() for name in rewards}})
     path = folder / COMPLETIONS / f"step_{step:05d}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    pq.write_table(pa.Table.from_pylist(rows(step, groups), schema), part, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(samples, schema), part, compression="zstd")
     part.replace(path)
     return path

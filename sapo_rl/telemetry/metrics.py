@@ -13,7 +13,7 @@ from typing import Any, SupportsFloat, TypeAlias
 from sapo_rl.advantages import zero_spread
 from sapo_rl.errors import UserError
 from sapo_rl.run_folder import write_atomic
-from sapo_rl.types import Group
+from sapo_rl.telemetry.completions import Row
 
 Record: TypeAlias = dict[str, Any]
 """`step` (int), `time` (seconds of the run so far), and metrics by name: finite numbers, None, or a warning's text."""
@@ -74,26 +74,27 @@ def read_metrics(path: Path) -> list[Record]:
     return records
 
 
-def sample_metrics(groups: list[Group]) -> dict[str, float]:
-    """Return a step's `reward/*`, `rewards/<fn>/*`, `group/*` and `completions/*`.
+def sample_metrics(groups: list[list[Row]]) -> dict[str, float]:
+    """Return a step's `reward/*`, `rewards/<fn>/*`, `group/*` and `completions/*`, from its samples by prompt.
 
     Rewards that are None are left out; a mean of none is left out of the result. Standard deviations are over the
     samples, Bessel-corrected, 0 for a single one. Lengths are in tokens.
     """
-    samples = [sample for group in groups for sample in group.samples]
+    samples = [sample for group in groups for sample in group]
     if not samples:
         return {}
-    found = _spread("reward", [sample.reward for sample in samples])
-    for name in dict.fromkeys(name for sample in samples for name in sample.rewards):
-        found |= _spread(f"rewards/{name}", [sample.rewards.get(name) for sample in samples])
-    flat = zero_spread([[sample.reward for sample in group.samples] for group in groups])
-    lengths = [len(sample.token_ids) for sample in samples]
+    names = dict.fromkeys(name for sample in samples for name in sample if name.startswith("rewards/"))
+    found: dict[str, float] = {}
+    for name in ("reward", *names):
+        found |= _spread(name, [sample.get(name) for sample in samples])
+    flat = zero_spread([[sample["reward"] for sample in group] for group in groups])
+    lengths = [sample["tokens"] for sample in samples]
     return found | {
         "group/zero_spread_fraction": sum(flat) / len(groups),
         "completions/mean_length": statistics.fmean(lengths),
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": sum(sample.truncated for sample in samples) / len(samples),
+        "completions/clipped_ratio": sum(sample["truncated"] for sample in samples) / len(samples),
     }
 
 

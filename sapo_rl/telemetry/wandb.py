@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from sapo_rl.config import Config
 from sapo_rl.run_folder import WANDB, redact
-from sapo_rl.telemetry.completions import COLUMNS
+from sapo_rl.telemetry.completions import COLUMNS, Row
 from sapo_rl.telemetry.metrics import Record
 
 INIT_SECONDS = 20
@@ -86,7 +86,7 @@ class WandbSink:
         """Where to look at the run: its address, or the folder of its files; empty where W&B did not start."""
         return self._where
 
-    def log(self, record: Record, rows: list[dict[str, Any]] | None = None) -> None:
+    def log(self, record: Record, rows: list[Row] | None = None) -> None:
         """Send one record under its own names, and now and then a table of some of its `rows` of completions.
 
         W&B's own step counter is left alone: `step` in the record is the axis of every curve, so that evaluations and

@@ -137,12 +137,19 @@ def test_nothing_packs_to_nothing_and_the_filler_weighs_nothing(model: PreTraine
 
 def test_work_is_spread_evenly_over_ranks() -> None:
     rng = random.Random(5)
-    costs = [rng.randint(1, 100) for _ in range(40)]
-    for ranks in (1, 3, 4):
-        owners, loads = spread(costs, ranks)
-        assert loads == [
-            sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == r) for r in range(ranks)
-        ]
-        assert sum(loads) == sum(costs) and max(loads) - min(loads) <= 10
-    assert spread([7, 1, 1, 1], 2) == ([0, 1, 1, 1], [7, 3])
-    assert spread([], 2) == ([], [0, 0])
+    for counts in ((40,), (0, 40, 10), (12, 9, 14, 11)):
+        costs = [[rng.randint(1, 100) for _ in range(count)] for count in counts]
+        owners, loads = spread(costs)
+        pairs = [pair for own, new in zip(costs, owners, strict=True) for pair in zip(own, new, strict=True)]
+        assert loads == [sum(cost for cost, owner in pairs if owner == rank) for rank in range(len(counts))]
+        assert max(loads) - min(loads) <= 20
+    assert spread([[7, 1], [1, 1]]) == ([[0, 1], [1, 1]], [7, 3])
+    assert spread([[], []]) == ([[], []], [0, 0])
+
+
+def test_balanced_work_stays_where_it_is() -> None:
+    rng = random.Random(6)
+    costs = [[rng.randint(90, 110) for _ in range(64)] for _ in range(8)]
+    owners, loads = spread(costs)
+    moved = sum(owner != rank for rank, own in enumerate(owners) for owner in own)
+    assert moved <= 8 and max(loads) - min(loads) <= 100

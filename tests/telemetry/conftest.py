@@ -7,16 +7,17 @@ from collections.abc import Callable
 import pytest
 
 from sapo_rl.config import Config, RewardFunctionConfig
+from sapo_rl.telemetry import Row, rows
 from sapo_rl.types import Group, Prompt, Sample
 
-MakeGroup = Callable[..., Group]
+MakeGroup = Callable[..., list[Row]]
 
 
 @pytest.fixture
 def make_group() -> MakeGroup:
-    """`make_group(index, rewards)`: a group whose sample i has i + 1 tokens; the last one is truncated."""
+    """`make_group(index, rewards)`: the rows of a group whose sample i has i + 1 tokens; the last one is truncated."""
 
-    def make(index: int, rewards: list[float | None], name: str = "match", step: int = 1) -> Group:
+    def make(index: int, rewards: list[float | None], name: str = "match", step: int = 1) -> list[Row]:
         samples = [
             Sample(
                 token_ids=[7] * (place + 1),
@@ -29,7 +30,8 @@ def make_group() -> MakeGroup:
             )
             for place, reward in enumerate(rewards)
         ]
-        return Group(Prompt(index, [1, 2], f"What is {index} - 8? [bold]", {"answer": str(index - 8)}), samples)
+        prompt = Prompt(index, [1, 2], f"What is {index} - 8? [bold]", {"answer": str(index - 8)})
+        return rows(step, Group(prompt, samples))
 
     return make
 

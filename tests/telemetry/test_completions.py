@@ -10,8 +10,8 @@ from sapo_rl.telemetry.completions import prompt_text, write_completions
 
 
 def test_every_sample_is_a_row(tmp_path: Path, make_group) -> None:
-    groups = [make_group(4, [1.0, None], step=12), make_group(9, [0.0, 0.5], step=12)]
-    path = write_completions(tmp_path, 12, groups)
+    samples = [*make_group(4, [1.0, None], step=12), *make_group(9, [0.0, 0.5], step=12)]
+    path = write_completions(tmp_path, 12, samples)
     assert path == tmp_path / "completions" / "step_00012.parquet"
     rows = pq.read_table(path).to_pylist()
     assert [row["prompt_index"] for row in rows] == [4, 4, 9, 9]
@@ -31,14 +31,14 @@ def test_every_sample_is_a_row(tmp_path: Path, make_group) -> None:
 
 
 def test_types_do_not_depend_on_the_values(tmp_path: Path, make_group) -> None:
-    empty = pq.read_schema(write_completions(tmp_path, 1, [make_group(0, [None, None])]))
-    full = pq.read_schema(write_completions(tmp_path, 2, [make_group(0, [1.0, 0.0])]))
+    empty = pq.read_schema(write_completions(tmp_path, 1, make_group(0, [None, None])))
+    full = pq.read_schema(write_completions(tmp_path, 2, make_group(0, [1.0, 0.0])))
     assert empty.equals(full)
 
 
 def test_a_step_written_again_is_replaced(tmp_path: Path, make_group) -> None:
-    write_completions(tmp_path, 1, [make_group(0, [1.0, 0.0])])
-    path = write_completions(tmp_path, 1, [make_group(5, [1.0, 0.0, 1.0])])
+    write_completions(tmp_path, 1, make_group(0, [1.0, 0.0]))
+    path = write_completions(tmp_path, 1, make_group(5, [1.0, 0.0, 1.0]))
     assert pq.read_table(path)["prompt_index"].to_pylist() == [5, 5, 5]
 
 

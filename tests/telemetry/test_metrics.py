@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sapo_rl.errors import UserError
+from sapo_rl.telemetry import rows
 from sapo_rl.telemetry.metrics import MetricsLog, read_metrics, sample_metrics
 from sapo_rl.types import Group, Prompt, Sample
 
@@ -92,7 +93,10 @@ def test_rewards_are_told_apart_by_name_and_missing_ones_left_out(make_group) ->
 @given(st.lists(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=5), min_size=1, max_size=5))
 def test_sample_metrics_do_not_depend_on_the_order_of_groups(rewards_PG: list[list[float]]) -> None:
     groups = [
-        Group(Prompt(index, [1], "p", {}), [Sample([1], False, 0, rewards={"f": r}, reward=r) for r in rewards_G])
+        rows(
+            1,
+            Group(Prompt(index, [1], "p", {}), [Sample([1], False, 0, rewards={"f": r}, reward=r) for r in rewards_G]),
+        )
         for index, rewards_G in enumerate(rewards_PG)
     ]
     found = sample_metrics(groups)

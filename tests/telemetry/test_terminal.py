@@ -17,7 +17,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from sapo_rl.config import Config
-from sapo_rl.telemetry import Telemetry
+from sapo_rl.telemetry import Telemetry, rows
 from sapo_rl.types import Group, Prompt, Sample
 
 config = Config()
@@ -27,7 +27,7 @@ sample = Sample([1, 2], False, 0, text="minus seven", rewards={"match": 1.0}, re
 with Telemetry(config, Path(sys.argv[1])) as telemetry:
     for step in range(1, 4):
         metrics = {"reward/mean": step / 4, "time/rollout": 1.0, "time/step": 1.5}
-        telemetry.log_step(step, metrics, [Group(Prompt(0, [1], "What is 1 - 8?", {}), [sample])])
+        telemetry.log_step(step, metrics, [rows(step, Group(Prompt(0, [1], "What is 1 - 8?", {}), [sample]))])
     print("a library prints")
     telemetry.warn("look here")
     if len(sys.argv) > 3:

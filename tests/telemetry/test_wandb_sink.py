@@ -18,7 +18,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from sapo_rl.config import Config, RewardFunctionConfig
-from sapo_rl.telemetry import Telemetry, sample_metrics
+from sapo_rl.telemetry import Telemetry, rows, sample_metrics
 from sapo_rl.types import Group, Prompt, Sample
 
 folder, mode, first, wandb_id = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] or None
@@ -27,9 +27,10 @@ config.model.path, config.trainer.steps = "/models/tiny", 4
 config.logging.wandb, config.logging.console, config.logging.completions = mode, "plain", 2
 config.reward.functions = {"judge": RewardFunctionConfig(function="a.b", args={"api_key": "SECRET", "scale": 3})}
 samples = [Sample([1], False, 0, text=f"reply {r}", rewards={"judge": r}, reward=r) for r in (0.5, 1.0, 0.0)]
-groups = [Group(Prompt(0, [1], "prompt", {}), samples)]
+group = Group(Prompt(0, [1], "prompt", {}), samples)
 with Telemetry(config, folder, resume_step=first - 1 if first > 1 else None, wandb_id=wandb_id) as telemetry:
     for step in range(first, first + 2):
+        groups = [rows(step, group)]
         telemetry.log_step(step, sample_metrics(groups) | {"policy/loss": float("nan"), "time/step": 1.0}, groups)
         telemetry.log_eval(step, {"eval/accuracy": step / 8}, [])
     print(json.dumps({"id": telemetry.wandb_id, "imported": "wandb" in sys.modules}))
