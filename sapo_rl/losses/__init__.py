@@ -13,7 +13,7 @@ from sapo_rl.losses.divergence import KLPenalty, kl_estimate
 from sapo_rl.losses.gates import GATES, gate_value, gate_weight, half_weight_distance, temperatures
 from sapo_rl.losses.grpo import GRPOPolicyLossFn, clipped_token_losses
 from sapo_rl.losses.gspo import GSPOPolicyLossFn
-from sapo_rl.losses.metrics import inert_temperature_warning, policy_metrics
+from sapo_rl.losses.metrics import Across, inert_temperature_warning, policy_metrics
 from sapo_rl.losses.ratio import bounded_ratio, log_ratio
 from sapo_rl.losses.reinforce import ReinforcePolicyLossFn, reinforce_token_losses
 from sapo_rl.losses.sapo import SAPOPolicyLossFn, sapo_token_losses
@@ -22,6 +22,7 @@ __all__ = [
     "AGGREGATION_MODES",
     "GATES",
     "POLICY_LOSS_FN",
+    "Across",
     "CISPOPolicyLossFn",
     "GRPOPolicyLossFn",
     "GSPOPolicyLossFn",

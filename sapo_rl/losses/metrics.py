@@ -1,11 +1,23 @@
 """What a step shows of its policy update: is the gate doing anything, and has the policy run away?
 
+* `policy/weight_mean_pos`, `_neg`: mean gradient weight where A > 0, where A < 0 (NaN where there is no such
+  token); `policy/weight_below_half`: fraction of tokens whose weight is under 1/2; `policy/weighted_ratio_max`:
+  max of weight * r.
+* `policy/ratio_mean`, `_min`, `_max`, `_p99`; `policy/outside_clip_fraction`: fraction with |r - 1| > 0.2.
+* `policy/kl_old_k1`, `_k3`: KL(old || now). With `rollout_logps` also `policy/kl_rollout_k1`, `_k3`: KL(vLLM ||
+  now), drift and mismatch together, and `mismatch/kl_k1`, `_k3`: KL(vLLM || old), the mismatch of engine and
+  trainer alone.
+* `policy/log_ratio_var_mean`, `_max`: variance of log r inside a sequence; `policy/sequence_gate_bound`: mean of
+  tau^2 / 4 * variance, the paper's bound (equation 21) on how far SAPO is from a gate on whole sequences.
+
 Everything stays on the device as 0-d tensors; nothing here waits for it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +36,22 @@ LOW_TEMPERATURE = 2.0
 """Temperatures below this count as low: the weight halves no sooner than at |r - 1| = 0.88."""
 
 
+def _unchanged(values: Tensor) -> Tensor:
+    return values
+
+
+class Across(NamedTuple):
+    """How the numbers of several ranks become one; every rank must go through the same of them. Alone, nothing does."""
+
+    total: Callable[[Tensor], Tensor] = _unchanged
+    """(n,) to the sums over the ranks, (n,)."""
+    joined: Callable[[Tensor], Tensor] = _unchanged
+    """(n,), as long on every rank, to all ranks' values, (ranks * n,)."""
+
+
+ALONE = Across()
+
+
 @torch.no_grad()
 def policy_metrics(
     *,
@@ -36,18 +64,12 @@ def policy_metrics(
     tau_pos: float,
     tau_neg: float,
     rollout_logps: Tensor | None = None,
+    num_tokens: int | None = None,
+    across: Across = ALONE,
 ) -> dict[str, Tensor]:
-    """Return a step's metrics from the packed tokens `(T,)` of all its updates together, each a 0-d tensor.
+    """Return a step's metrics from the packed tokens `(T,)` of all its updates together, each a 0-d float64 tensor.
 
-    * `policy/weight_mean_pos`, `_neg`: mean gradient weight where A > 0, where A < 0 (NaN where there is no such
-      token); `policy/weight_below_half`: fraction of tokens whose weight is under 1/2; `policy/weighted_ratio_max`:
-      max of weight * r.
-    * `policy/ratio_mean`, `_min`, `_max`, `_p99`; `policy/outside_clip_fraction`: fraction with |r - 1| > 0.2.
-    * `policy/kl_old_k1`, `_k3`: KL(old || now). With `rollout_logps` also `policy/kl_rollout_k1`, `_k3`: KL(vLLM ||
-      now), drift and mismatch together, and `mismatch/kl_k1`, `_k3`: KL(vLLM || old), the mismatch of engine and
-      trainer alone.
-    * `policy/log_ratio_var_mean`, `_max`: variance of log r inside a sequence; `policy/sequence_gate_bound`: mean of
-      tau^2 / 4 * variance, the paper's bound (equation 21) on how far SAPO is from a gate on whole sequences.
+    They are described at the top of this module.
 
     Args:
         logps: log-probabilities at the update that used the token.
@@ -59,43 +81,69 @@ def policy_metrics(
         tau_pos: temperature where A > 0.
         tau_neg: temperature elsewhere.
         rollout_logps: vLLM's log-probabilities.
+        num_tokens: T of all ranks together, where `across` joins several.
+        across: how.
 
     Returns:
         The metrics; none where there is no token.
     """
-    if logps.numel() == 0:
+    num_tokens = logps.numel() if num_tokens is None else num_tokens
+    if not num_tokens:
         return {}
     ratio, _ = bounded_ratio(logps - old_logps, RATIO_BOUND)
-    positive, negative = (advantages > 0).to(ratio.dtype), (advantages < 0).to(ratio.dtype)
-    tau = temperatures(sequence_mean(advantages, sequence_ids, num_sequences), tau_pos, tau_neg)
     variance = _variance_inside_sequences(logps - old_logps, sequence_ids, num_sequences)
-    metrics = {
-        "policy/weight_mean_pos": (gradient_weight * positive).sum() / positive.sum(),
-        "policy/weight_mean_neg": (gradient_weight * negative).sum() / negative.sum(),
-        "policy/weight_below_half": (gradient_weight < 0.5).to(ratio.dtype).mean(),
-        "policy/weighted_ratio_max": (gradient_weight * ratio).max(),
-        "policy/log_ratio_var_mean": variance.mean(),
-        "policy/log_ratio_var_max": variance.max(),
-        "policy/sequence_gate_bound": (tau**2 / 4 * variance).mean(),
-        **_ratio_statistics(ratio),
+    tau = temperatures(sequence_mean(advantages, sequence_ids, num_sequences), tau_pos, tau_neg)
+    over_tokens = _divergences(logps, old_logps, rollout_logps) | {
+        "policy/weight_below_half": gradient_weight < 0.5,
+        "policy/ratio_mean": ratio,
+        "policy/outside_clip_fraction": (ratio - 1).abs() > CLIP_RANGE,
     }
-    for kind in ("k1", "k3"):
-        metrics[f"policy/kl_old_{kind}"] = kl_estimate(old_logps, logps, kind).mean()
-        if rollout_logps is not None:
-            metrics[f"policy/kl_rollout_{kind}"] = kl_estimate(rollout_logps, logps, kind).mean()
-            metrics[f"mismatch/kl_{kind}"] = kl_estimate(rollout_logps, old_logps, kind).mean()
-    return metrics
+    means = {name: (values, torch.ones_like(ratio)) for name, values in over_tokens.items()} | {
+        "policy/weight_mean_pos": (gradient_weight, advantages > 0),
+        "policy/weight_mean_neg": (gradient_weight, advantages < 0),
+        "policy/log_ratio_var_mean": (variance, torch.ones_like(variance)),
+        "policy/sequence_gate_bound": (tau**2 / 4 * variance, torch.ones_like(variance)),
+    }
+    highest = {
+        "policy/weighted_ratio_max": gradient_weight * ratio,
+        "policy/log_ratio_var_max": variance,
+        "policy/ratio_max": ratio,
+    }
+    lowest = {"policy/ratio_min": ratio}
+    p99 = {"policy/ratio_p99": _percentile_99(ratio, num_tokens, across)}
+    return _mean(means, across) | _extreme(highest, 1, across) | _extreme(lowest, -1, across) | p99
 
 
-def _ratio_statistics(ratio: Tensor) -> dict[str, Tensor]:
-    rank_p99 = math.ceil(0.99 * ratio.numel())  # kthvalue, since quantile refuses more than 2^24 values
-    return {
-        "policy/ratio_mean": ratio.mean(),
-        "policy/ratio_min": ratio.min(),
-        "policy/ratio_max": ratio.max(),
-        "policy/ratio_p99": ratio.kthvalue(rank_p99).values,
-        "policy/outside_clip_fraction": ((ratio - 1).abs() > CLIP_RANGE).to(ratio.dtype).mean(),
-    }
+def _mean(columns: Mapping[str, tuple[Tensor, Tensor]], across: Across) -> dict[str, Tensor]:
+    """The mean of each column's values over those that it counts."""
+    sums = [(values * counted).sum(dtype=torch.float64) for values, counted in columns.values()]
+    counts = [counted.sum(dtype=torch.float64) for _, counted in columns.values()]
+    sums, counts = across.total(torch.stack(sums + counts)).chunk(2)
+    return dict(zip(columns, sums / counts, strict=True))
+
+
+def _extreme(columns: Mapping[str, Tensor], sign: int, across: Across) -> dict[str, Tensor]:
+    """The largest of each column's values where `sign` is 1, the smallest where it is -1."""
+    bound = {"value": -math.inf, "pad": (0, 1)}  # a rank may have none
+    own = [torch.nn.functional.pad(sign * values.double(), **bound).amax() for values in columns.values()]
+    everyone = across.joined(torch.stack(own)).view(-1, len(own))
+    return dict(zip(columns, sign * everyone.amax(0), strict=True))
+
+
+def _divergences(logps: Tensor, old_logps: Tensor, rollout_logps: Tensor | None) -> dict[str, Tensor]:
+    """The estimate of each KL divergence at each token."""
+    pairs = {"policy/kl_old": (old_logps, logps)}
+    if rollout_logps is not None:
+        pairs |= {"policy/kl_rollout": (rollout_logps, logps), "mismatch/kl": (rollout_logps, old_logps)}
+    return {f"{name}_{kind}": kl_estimate(*pair, kind) for name, pair in pairs.items() for kind in ("k1", "k3")}
+
+
+def _percentile_99(values: Tensor, count: int, across: Across) -> Tensor:
+    """The value below or at which 99% of all ranks' `count` values are; only their largest ones leave a rank."""
+    above = count - math.ceil(0.99 * count) + 1
+    own = values.double().topk(min(above, len(values)), sorted=False).values
+    own = torch.nn.functional.pad(own, (0, above - len(own)), value=-math.inf)
+    return across.joined(own).topk(above).values[-1]
 
 
 def _variance_inside_sequences(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from itertools import accumulate
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from sapo_rl.config import Config
-from sapo_rl.losses import LossInputs, LossOutputs, build_loss, policy_metrics, token_weights
+from sapo_rl.losses import Across, LossInputs, LossOutputs, build_loss, policy_metrics, token_weights
 from sapo_rl.policy.model import Policy
 from sapo_rl.policy.packing import Item, PackedBatch, empty_batch, join, pack, spread, stream_tokens
 from sapo_rl.policy.parallel import parallel
@@ -37,8 +38,18 @@ Reference: TypeAlias = Callable[[PackedBatch, float], tuple[Tensor, Tensor]]
 _AT_ONCE = 4
 """Micro-batches in a pass without gradients, which keeps one layer's activations where a pass with them keeps all."""
 
-Trace: TypeAlias = dict[str, Tensor]
-"""What one micro-batch leaves for the step's metrics: (T,) tensors by name, on the device."""
+_MEANS = {"policy/entropy": "entropy", "policy/kl_ref": "kl", "mismatch/correction_mean": "correction"}
+"""Metrics that are the mean of a column of the traces."""
+
+
+class _Trace(NamedTuple):
+    """What one micro-batch leaves for the step's metrics, on the device."""
+
+    columns: dict[str, Tensor]
+    """(T,) by name."""
+    sequence_ids: Tensor
+    """(T,) int64 in 0..num_sequences-1"""
+    num_sequences: int
 
 
 class PolicyTrainer:
@@ -85,7 +96,7 @@ class PolicyTrainer:
         parts = [self._micro_batches(items) for items, _ in shares]
         with timer("old_logps"):
             self._remember_logps(parts)
-        traces: list[Trace] = []
+        traces: list[_Trace] = []
         losses: list[Tensor] = []
         norms: list[Tensor] = []
         with timer("update"):
@@ -175,7 +186,7 @@ class PolicyTrainer:
             logps, _ = model(join(batches), self.config.rollout.temperature)
             yield from logps.split([len(batch.targets) for batch in batches])
 
-    def _update(self, part: Sequence[_MicroBatch], traces: list[Trace]) -> tuple[Tensor, Tensor]:
+    def _update(self, part: Sequence[_MicroBatch], traces: list[_Trace]) -> tuple[Tensor, Tensor]:
         """Accumulate the gradient of one mini-batch and step; returns loss (all ranks) and gradient norm, 0-d."""
         total = torch.zeros((), device=self.accelerator.device)
         for number, micro in enumerate(part, start=1):
@@ -186,7 +197,7 @@ class PolicyTrainer:
         self.updates += 1
         return self._sum(total), norm
 
-    def _backward(self, micro: _MicroBatch, traces: list[Trace]) -> Tensor:
+    def _backward(self, micro: _MicroBatch, traces: list[_Trace]) -> Tensor:
         batch = micro.batch
         logps, entropy = self._module(batch, self.config.rollout.temperature)
         old_logps = logps.detach() if micro.old_logps is None else micro.old_logps
@@ -208,62 +219,57 @@ class PolicyTrainer:
             traces.append(_trace(micro, logps.detach(), old_logps, entropy, outputs))
         return outputs.loss.detach()
 
-    def _metrics(self, traces: Sequence[Trace], losses: Sequence[Tensor], norms: Sequence[Tensor]) -> dict[str, float]:
-        """Gather the tokens of all updates and ranks and reduce them once; one transfer from the device."""
+    def _metrics(self, traces: Sequence[_Trace], losses: Sequence[Tensor], norms: Sequence[Tensor]) -> dict[str, float]:
+        """Reduce the tokens of all updates and ranks once; one transfer from the device."""
         found: dict[str, Tensor] = {
             "policy/loss": torch.stack(list(losses)).mean(),
             "policy/grad_norm": torch.stack(list(norms)).mean(),
             "policy/grad_norm_max": torch.stack(list(norms)).max(),
         }
-        tokens = self._gather_tokens(traces)
-        if tokens:
-            found["policy/entropy"] = tokens.pop("entropy").mean()
-            if "kl" in tokens:
-                found["policy/kl_ref"] = tokens.pop("kl").mean()
-            if "correction" in tokens:
-                found["mismatch/correction_mean"] = tokens.pop("correction").mean()
-            sequence_ids = tokens.pop("sequence_ids").long()
+        names, num_tokens = self._extent(traces)
+        if num_tokens:
+            columns = {name: self._column(traces, name) for name in names}
+            for name, column in _MEANS.items():
+                if column in columns:
+                    found[name] = self._sum(columns.pop(column).sum()) / num_tokens
             found |= policy_metrics(
-                **tokens,
-                sequence_ids=sequence_ids,
-                num_sequences=int(sequence_ids[-1]) + 1,
+                **columns,
+                sequence_ids=self._sequence_ids(traces),
+                num_sequences=sum(trace.num_sequences for trace in traces),
                 tau_pos=self.config.loss.tau_pos,
                 tau_neg=self.config.loss.tau_neg,
+                num_tokens=num_tokens,
+                across=Across(self._sum, self._joined),
             )
         values = torch.stack([value.double() for value in found.values()]).tolist()
         return dict(zip(found, values, strict=True)) | {"policy/learning_rate": float(self.schedule.get_last_lr()[0])}
 
-    def _gather_tokens(self, traces: Sequence[Trace]) -> Trace:
-        """Join the traces of all micro-batches and ranks; empty where no rank trained on a token."""
-        names = self._names(traces)
-        if not names:
-            return {}
-        offset, rows = 0, []
-        for trace in traces:
-            ids = trace["sequence_ids"] + offset
-            offset += trace["num_sequences"]
-            rows.append(torch.stack([(ids if n == "sequence_ids" else trace[n]).double() for n in names], dim=1))
-        empty = torch.empty(0, len(names), dtype=torch.float64, device=self.accelerator.device)
-        matrix = torch.cat([*rows, empty])  # (T, names)
-        ranks = torch.full_like(matrix[:, :1], self.accelerator.process_index)
-        matrix = self.accelerator.pad_across_processes(torch.cat([ranks, matrix], dim=1), pad_index=-1)
-        matrix = self.accelerator.gather(matrix)
-        assert isinstance(matrix, Tensor)
-        matrix = matrix[matrix[:, 0] >= 0]
-        tokens = dict(zip(names, matrix[:, 1:].unbind(1), strict=True))
-        owners = torch.stack([matrix[:, 0], tokens["sequence_ids"]], dim=1)
-        tokens["sequence_ids"] = torch.unique_consecutive(owners, dim=0, return_inverse=True)[1]
-        return tokens
+    def _extent(self, traces: Sequence[_Trace]) -> tuple[list[str], int]:
+        """The columns of the ranks' traces, of which some may have none, and how many tokens all have together."""
+        own = (list(traces[0].columns) if traces else [], sum(len(trace.sequence_ids) for trace in traces))
+        everyone: list[tuple[list[str], int]] = gather_object([own])
+        return next((names for names, _ in everyone if names), []), sum(count for _, count in everyone)
 
-    def _names(self, traces: Sequence[Trace]) -> list[str]:
-        """The columns of a trace, agreed on by all ranks, of which some may have trained on nothing."""
-        mine = [name for name in traces[0] if name != "num_sequences"] if traces else []
-        return next((names for names in gather_object([mine]) if names), [])
+    def _column(self, traces: Sequence[_Trace], name: str) -> Tensor:
+        """One column of this rank's traces, (T,) float64."""
+        none = torch.empty(0, dtype=torch.float64, device=self.accelerator.device)
+        return torch.cat([none, *(trace.columns[name].double() for trace in traces)])
+
+    def _sequence_ids(self, traces: Sequence[_Trace]) -> Tensor:
+        """The sequence of each token, (T,) int64, counted over all of this rank's traces."""
+        starts = accumulate((trace.num_sequences for trace in traces), initial=0)
+        none = torch.empty(0, dtype=torch.int64, device=self.accelerator.device)
+        return torch.cat([none, *(trace.sequence_ids + start for trace, start in zip(traces, starts, strict=False))])
 
     def _sum(self, value: Tensor) -> Tensor:
         reduced = self.accelerator.reduce(value.to(self.accelerator.device), "sum")
         assert isinstance(reduced, Tensor)
         return reduced
+
+    def _joined(self, values: Tensor) -> Tensor:
+        gathered = self.accelerator.gather(values)
+        assert isinstance(gathered, Tensor)
+        return gathered
 
     def _max(self, value: int) -> int:
         return max(gather_object([value]))
@@ -274,15 +280,16 @@ def _item(group: Group, index: int, weight: float) -> Item:
     return Item(group.prompt.token_ids, sample.token_ids, sample.advantage, weight, sample.rollout_logps)
 
 
-def _trace(micro: _MicroBatch, logps: Tensor, old_logps: Tensor, entropy: Tensor, outputs: LossOutputs) -> Trace:
+def _trace(micro: _MicroBatch, logps: Tensor, old_logps: Tensor, entropy: Tensor, outputs: LossOutputs) -> _Trace:
     columns = {
         "logps": logps,
         "old_logps": old_logps,
         "entropy": entropy,
         "advantages": micro.batch.advantages,
         "gradient_weight": outputs.gradient_weight,
-        "sequence_ids": micro.batch.sequence_ids,
-        "num_sequences": torch.full((), micro.batch.num_sequences, device=logps.device),  # torch.tensor would wait
+        "rollout_logps": micro.batch.rollout_logps,
+        "kl": outputs.kl,
+        "correction": outputs.correction,
     }
-    optional = {"rollout_logps": micro.batch.rollout_logps, "kl": outputs.kl, "correction": outputs.correction}
-    return columns | {name: column for name, column in optional.items() if column is not None}
+    kept = {name: column for name, column in columns.items() if column is not None}
+    return _Trace(kept, micro.batch.sequence_ids, micro.batch.num_sequences)

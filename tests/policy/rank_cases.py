@@ -110,10 +110,15 @@ def launched(way: str) -> Iterator[None]:
 
 
 def make_trainer(accelerator: Accelerator, way: str, kind: str = "whole") -> PolicyTrainer:
-    """In float32, the whole or adapters alone (`lora`), or in bfloat16 with recomputation and a reference (`half`)."""
+    """In float32, the whole or adapters alone (`lora`), or in bfloat16 with recomputation and a reference (`half`).
+
+    `often` takes four updates on the same samples, so that ratios are not 1.
+    """
     settings = TrainerConfig(steps=4, learning_rate=1e-2, schedule="cosine", max_grad_norm=0.1)
     settings.adam_eps = 1e-5  # a gradient of nearly zero is the noise of its rounding
     settings.tokens_per_micro_batch, settings.updates_per_rollout = 20, 1
+    if kind == "often":
+        settings.updates_per_rollout, settings.mini_batches = 4, 1
     rollout = RolloutConfig(batch_size=32, group_size=4, max_completion_tokens=7)
     with launched(way):
         config = Config(model=ModelConfig(path="none"), rollout=rollout, trainer=settings)
@@ -122,7 +127,7 @@ def make_trainer(accelerator: Accelerator, way: str, kind: str = "whole") -> Pol
             adapters = LoraConfig(rank=3)
             base = load(accelerator, dataclasses.replace(single, lora=adapters))
             return PolicyTrainer(LoraPolicy(base, adapters, seed=0, base="none"), None, config, accelerator)
-        if kind == "whole":
+        if kind != "half":
             return PolicyTrainer(load(accelerator, single), None, config, accelerator)
         config.loss.kl.coef = 0.1
         policy, reference = load(accelerator, half, recompute=True), load(accelerator, half, seed=1)
@@ -151,6 +156,7 @@ def run(accelerator: Accelerator, way: str, folder: Path) -> dict[str, Any]:
     trainer.policy.export(folder / "final", accelerator.is_main_process)
     found["weights"] = weights_of(trainer)
     found["updates"] += [train(trainer, 2), train(trainer, 3)]
+    found["often"] = train(make_trainer(accelerator, way, "often"), 0)
     found["half"] = train(make_trainer(accelerator, way, "half"), 0)
     adapted = make_trainer(accelerator, way, "lora")
     found["lora"] = train(adapted, 0)

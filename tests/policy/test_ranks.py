@@ -60,6 +60,17 @@ def test_ranks_together_do_what_one_process_does(ranks: int, way: str, found: di
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("ranks", RANKS)
+def test_metrics_are_those_of_all_ranks_tokens_together(
+    ranks: int, way: str, found: dict[int, Found], alone: Found
+) -> None:
+    own, expected = found[ranks][way]["often"], alone["often"]
+    assert expected["policy/ratio_min"] < expected["policy/ratio_p99"] < expected["policy/ratio_max"]
+    for name, value in expected.items():
+        assert own[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("ranks", RANKS)
 def test_weights_for_vllm_and_the_export_are_the_whole_model(
     ranks: int, way: str, found: dict[int, Found], folder: Path
 ) -> None:
