@@ -15,6 +15,8 @@ from sapo_rl.telemetry.timers import ASIDE
 WINDOW = 20
 """Steps over which the speed is averaged."""
 BARS = "▁▂▃▄▅▆▇█"
+BESIDE = ("rollout", "reward")
+"""Phases of a batch that may be made while the one before is trained on."""
 
 
 @dataclass
@@ -73,14 +75,25 @@ def numbers(records: Iterable[Record], name: str) -> list[float]:
 
 
 def phases(record: Record) -> dict[str, float]:
-    """Return seconds by phase of one step; `other` is what `time/step` holds beyond its phases."""
+    """Return seconds by phase of one step; `other` is what `time/step` holds beyond its phases.
+
+    Where completions were written beside the training, the phases are the trainer's; `beside` has the others.
+    """
+    apart = ("step", *ASIDE, *beside(record))
     found = {
         name.removeprefix("time/"): seconds
         for name, seconds in record.items()
-        if name.startswith("time/") and name.removeprefix("time/") not in ("step", *ASIDE) and seconds is not None
+        if name.startswith("time/") and name.removeprefix("time/") not in apart and seconds is not None
     }
     other = step_seconds(record) - sum(found.values())
     return found | {"other": other} if other > 0 else found
+
+
+def beside(record: Record) -> dict[str, float]:
+    """Return seconds of what went on while the step trained: the next batch was written and scored."""
+    if not record.get("rollout/staleness"):
+        return {}
+    return {phase: seconds for phase in BESIDE if (seconds := record.get(f"time/{phase}")) is not None}
 
 
 def step_seconds(record: Record) -> float:

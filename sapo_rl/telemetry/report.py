@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from rich.table import Table
 from sapo_rl.errors import UserError
 from sapo_rl.run_folder import METRICS
 from sapo_rl.telemetry.metrics import read_metrics
-from sapo_rl.telemetry.progress import Progress, duration, numbers, phases, short, step_seconds
+from sapo_rl.telemetry.progress import Progress, Record, beside, duration, numbers, phases, short, step_seconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +27,10 @@ PANELS = (
     ("largest ratio now / at rollout", "policy/ratio_max"),
 )
 """The small curves: title and metric."""
+SEEN = 0.005
+"""Share of a step below which a phase has no line in the table."""
+LOG_FROM = 100.0
+"""Ratio above which its curve is drawn on a logarithmic scale."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,15 +93,20 @@ def table(runs: Sequence[Progress]) -> Table:
     splits = [mean_phases(run) for run in runs]
     for phase in dict.fromkeys(phase for split in splits for phase in split):
         cells = [f"{split[phase]:.2f}s {_share(split, phase):.0%}" if phase in split else "-" for split in splits]
-        found.add_row(f"  {phase}", *cells)
+        if max(_share(split, phase) for split in splits) >= SEEN:
+            found.add_row(f"  {phase}", *cells)
+    meanwhile = [mean_phases(run, beside) for run in runs]
+    for phase in dict.fromkeys(phase for split in meanwhile for phase in split):
+        cells = [f"{split[phase]:.2f}s" if phase in split else "-" for split in meanwhile]
+        found.add_row(f"  {phase}, beside", *cells)
     return found
 
 
-def mean_phases(run: Progress) -> dict[str, float]:
+def mean_phases(run: Progress, of: Callable[[Record], dict[str, float]] = phases) -> dict[str, float]:
     """Return the mean seconds of each phase over the run's steps."""
     sums: dict[str, float] = {}
     for record in run.steps:
-        for phase, seconds in phases(record).items():
+        for phase, seconds in of(record).items():
             sums[phase] = sums.get(phase, 0.0) + seconds
     return {phase: total / len(run.steps) for phase, total in sums.items()}
 
@@ -149,6 +158,8 @@ def _curve(axes: Axes, run: Progress, metric: str, colour: str, label: str | Non
     axes.plot(steps, values, color=colour, label=label, linewidth=1.6, marker=marker, markersize=3)
     axes.grid(axis="y", alpha=0.25, linewidth=0.6)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    if metric == "policy/ratio_max" and values and max(values) > LOG_FROM:
+        axes.set_yscale("log")  # one step that ran away would flatten all others
 
 
 def _bars(axes: Axes, runs: Sequence[Progress], names: Sequence[str]) -> None:
@@ -173,7 +184,7 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def _share(split: dict[str, float], phase: str) -> float:
-    return split[phase] / (sum(split.values()) or 1.0)
+    return split.get(phase, 0.0) / (sum(split.values()) or 1.0)
 
 
 if __name__ == "__main__":

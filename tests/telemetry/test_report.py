@@ -10,14 +10,14 @@ import pytest
 from sapo_rl.telemetry.report import labels, load, main, mean_phases
 
 
-def write_run(folder: Path, accuracies: list[float]) -> Path:
+def write_run(folder: Path, accuracies: list[float], **more: float) -> Path:
     """A run with an evaluation after every step; its step k has reward k / 10 and takes 2 s."""
     folder.mkdir(parents=True)
     records: list[dict[str, float]] = []
     for step, accuracy in enumerate(accuracies):
         if step:
             times = {"time/rollout": 1.5, "time/update": 0.5, "time/step": 2.0}
-            records.append({"step": step, "time": 2.0 * step, "reward/mean": step / 10, **times})
+            records.append({"step": step, "time": 2.0 * step, "reward/mean": step / 10, **times, **more})
         records.append({"step": step, "time": 2.0 * step, "eval/accuracy": accuracy})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
@@ -45,6 +45,16 @@ def test_several_runs_share_a_picture(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_phases_are_means_over_steps(tmp_path: Path) -> None:
     assert mean_phases(load(write_run(tmp_path / "a", [0.1, 0.2, 0.3]))) == {"rollout": 1.5, "update": 0.5}
+
+
+def test_overlap_is_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overlap = {"rollout/staleness": 1.0, "policy/ratio_max": 1e6, "time/step": 0.75}
+    folder = write_run(tmp_path / "a", [0.1, 0.2, 0.3], **overlap)
+    assert mean_phases(load(folder)) == {"update": 0.5, "other": 0.25}
+    assert main([str(folder)]) == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines() if "beside" in line] == [
+        ["rollout,", "beside", "1.50s"]
+    ]
 
 
 def test_runs_are_named_as_shortly_as_tells_them_apart(tmp_path: Path) -> None:
