@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 MODULE = ("-m", "sapo_rl")
-CLOCKS = ("time", "perf/tokens_per_second")
+CLOCKS = ("time/", "perf/tokens_per_second")
 
 
 def start(
@@ -30,9 +30,9 @@ def start(
     )
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, str, str]:
     """Wait for the end; return the exit code and what was printed on stdout and stderr."""
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=seconds)
     return process.returncode, out, err
 
 
@@ -67,12 +67,17 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
 
 def timeless(folder: Path) -> list[dict[str, Any]]:
     """Every line without what depends on the clock."""
-    return [{key: value for key, value in record.items() if not key.startswith(CLOCKS)} for record in records(folder)]
+    return [
+        {key: value for key, value in record.items() if key != "time" and not key.startswith(CLOCKS)}
+        for record in records(folder)
+    ]
 
 
-def wait_for_step(process: subprocess.Popen[str], workspace: Path, before: set[Path], step: int) -> Path:
+def wait_for_step(
+    process: subprocess.Popen[str], workspace: Path, before: set[Path], step: int, seconds: float = 120
+) -> Path:
     """Wait until `process` has made `step` steps in a folder that is not in `before`; return the folder."""
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
         for folder in folders(workspace) - before:

@@ -93,16 +93,16 @@ def policy_metrics(
     ratio, _ = bounded_ratio(logps - old_logps, RATIO_BOUND)
     variance = _variance_inside_sequences(logps - old_logps, sequence_ids, num_sequences)
     tau = temperatures(sequence_mean(advantages, sequence_ids, num_sequences), tau_pos, tau_neg)
-    over_tokens = _divergences(logps, old_logps, rollout_logps) | {
-        "policy/weight_below_half": gradient_weight < 0.5,
-        "policy/ratio_mean": ratio,
-        "policy/outside_clip_fraction": (ratio - 1).abs() > CLIP_RANGE,
-    }
-    means = {name: (values, torch.ones_like(ratio)) for name, values in over_tokens.items()} | {
-        "policy/weight_mean_pos": (gradient_weight, advantages > 0),
-        "policy/weight_mean_neg": (gradient_weight, advantages < 0),
-        "policy/log_ratio_var_mean": (variance, torch.ones_like(variance)),
-        "policy/sequence_gate_bound": (tau**2 / 4 * variance, torch.ones_like(variance)),
+    positive, negative = advantages > 0, advantages < 0
+    tokens, sequences = _count(len(ratio), ratio), _count(num_sequences, ratio)
+    means = {name: (_sum(values), tokens) for name, values in _divergences(logps, old_logps, rollout_logps).items()} | {
+        "policy/weight_mean_pos": (_sum(gradient_weight * positive), _sum(positive)),
+        "policy/weight_mean_neg": (_sum(gradient_weight * negative), _sum(negative)),
+        "policy/weight_below_half": (_sum(gradient_weight < 0.5), tokens),
+        "policy/ratio_mean": (_sum(ratio), tokens),
+        "policy/outside_clip_fraction": (_sum((ratio - 1).abs() > CLIP_RANGE), tokens),
+        "policy/log_ratio_var_mean": (_sum(variance), sequences),
+        "policy/sequence_gate_bound": (_sum(tau**2 / 4 * variance), sequences),
     }
     highest = {
         "policy/weighted_ratio_max": gradient_weight * ratio,
@@ -114,12 +114,19 @@ def policy_metrics(
     return _mean(means, across) | _extreme(highest, 1, across) | _extreme(lowest, -1, across) | p99
 
 
-def _mean(columns: Mapping[str, tuple[Tensor, Tensor]], across: Across) -> dict[str, Tensor]:
-    """The mean of each column's values over those that it counts."""
-    sums = [(values * counted).sum(dtype=torch.float64) for values, counted in columns.values()]
-    counts = [counted.sum(dtype=torch.float64) for _, counted in columns.values()]
-    sums, counts = across.total(torch.stack(sums + counts)).chunk(2)
-    return dict(zip(columns, sums / counts, strict=True))
+def _sum(values: Tensor) -> Tensor:
+    return values.sum(dtype=torch.float64)
+
+
+def _count(number: int, like: Tensor) -> Tensor:
+    return like.new_full((), number, dtype=torch.float64)  # torch.tensor would wait for the device
+
+
+def _mean(pairs: Mapping[str, tuple[Tensor, Tensor]], across: Across) -> dict[str, Tensor]:
+    """The means that the ranks' sums and counts, 0-d each, come to."""
+    sums, counts = zip(*pairs.values(), strict=True)
+    sums, counts = across.total(torch.stack([*sums, *counts])).chunk(2)
+    return dict(zip(pairs, sums / counts, strict=True))
 
 
 def _extreme(columns: Mapping[str, Tensor], sign: int, across: Across) -> dict[str, Tensor]:

@@ -121,7 +121,7 @@ def join(batches: Sequence[PackedBatch]) -> PackedBatch:
 
 
 def spread(costs: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
-    """Even out the ranks' loads by moving few units: each time the one that brings busiest and idlest closest.
+    """Spread units over ranks, the costliest first: each stays where that fits into a fair share, or fills the idlest.
 
     Args:
         costs: of the units that each rank has.
@@ -130,20 +130,15 @@ def spread(costs: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
         The new rank of each of them, and the sum of costs on each rank.
     """
     owners = [[rank] * len(own) for rank, own in enumerate(costs)]
-    held = [[(cost, rank, place) for place, cost in enumerate(own)] for rank, own in enumerate(costs)]
-    loads = [sum(own) for own in costs]
-    while True:
-        busiest, idlest = loads.index(max(loads)), loads.index(min(loads))
-        gap = loads[busiest] - loads[idlest]
-        unit = max(held[busiest], key=lambda unit: min(unit[0], gap - unit[0]), default=(0, 0, 0))
-        cost, rank, place = unit
-        if not 0 < cost < gap:
-            return owners, loads
-        held[busiest].remove(unit)
-        held[idlest].append(unit)
-        owners[rank][place] = idlest
-        loads[busiest] -= cost
-        loads[idlest] += cost
+    loads = [0] * len(costs)
+    units = [(cost, rank, place) for rank, own in enumerate(costs) for place, cost in enumerate(own)]
+    slack = min(units, default=(0, 0, 0))[0] / 2  # what the smallest unit could not even out is no reason to move one
+    fair = sum(map(sum, costs)) / len(costs) + slack
+    for cost, rank, place in sorted(units, key=lambda unit: -unit[0]):
+        owner = rank if loads[rank] + cost <= fair else loads.index(min(loads))
+        owners[rank][place] = owner
+        loads[owner] += cost
+    return owners, loads
 
 
 def _fill(units: Sequence[list[Item]], capacity: int) -> list[list[list[Item]]]:

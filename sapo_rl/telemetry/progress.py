@@ -91,7 +91,7 @@ def phases(record: Record) -> dict[str, float]:
 
 def beside(record: Record) -> dict[str, float]:
     """Return seconds of what went on while the step trained: the next batch was written and scored."""
-    if not record.get("rollout/staleness"):
+    if not record.get("time/wait"):  # nothing was written by another thread, for which the trainer had to wait
         return {}
     return {phase: seconds for phase in BESIDE if (seconds := record.get(f"time/{phase}")) is not None}
 

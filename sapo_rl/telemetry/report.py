@@ -27,8 +27,6 @@ PANELS = (
     ("largest ratio now / at rollout", "policy/ratio_max"),
 )
 """The small curves: title and metric."""
-SEEN = 0.005
-"""Share of a step below which a phase has no line in the table."""
 LOG_FROM = 100.0
 """Ratio above which its curve is drawn on a logarithmic scale."""
 
@@ -93,8 +91,7 @@ def table(runs: Sequence[Progress]) -> Table:
     splits = [mean_phases(run) for run in runs]
     for phase in dict.fromkeys(phase for split in splits for phase in split):
         cells = [f"{split[phase]:.2f}s {_share(split, phase):.0%}" if phase in split else "-" for split in splits]
-        if max(_share(split, phase) for split in splits) >= SEEN:
-            found.add_row(f"  {phase}", *cells)
+        found.add_row(f"  {phase}", *cells)
     meanwhile = [mean_phases(run, beside) for run in runs]
     for phase in dict.fromkeys(phase for split in meanwhile for phase in split):
         cells = [f"{split[phase]:.2f}s" if phase in split else "-" for split in meanwhile]
@@ -184,7 +181,7 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def _share(split: dict[str, float], phase: str) -> float:
-    return split.get(phase, 0.0) / (sum(split.values()) or 1.0)
+    return split[phase] / (sum(split.values()) or 1.0)
 
 
 if __name__ == "__main__":

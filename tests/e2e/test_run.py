@@ -104,7 +104,7 @@ def test_final_model_is_the_trained_one_for_transformers_and_vllm(whole: Path, t
 
     ids = AutoTokenizer.from_pretrained(whole / "final")("What is 1 + 1?")["input_ids"]
     expected = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=8)[0, len(ids) :].tolist()
-    engine = LocalEngine(engine_settings(whole / "final", whole / "logs" / "final.log"))
+    engine = LocalEngine(engine_settings(whole / "final", whole / "logs" / "final.log", max_restarts=0))
     try:
         engine.start()
         engine.wait_ready()
@@ -144,6 +144,7 @@ def test_engine_that_dies_is_replaced_and_nothing_changes(workspace: Path, whole
     engine.kill()
     code, out, err = finish(process)
     assert code == 0, out + err
+    assert not engine.is_running()
     assert steps_of(folder)[-1]["rollout/engine_restarts"] == 1
 
     def without_count(folder: Path) -> list[dict[str, Any]]:
@@ -159,7 +160,7 @@ def test_interrupt_saves_and_tells_how_to_go_on(workspace: Path) -> None:
     rank = next(c for c in psutil.Process(process.pid).children() if "sapo_rl.rank" in c.cmdline())
     family = [process.pid, *(child.pid for child in rank.children(recursive=True))]
     rank.send_signal(signal.SIGTERM)
-    code, out, err = finish(process)
+    code, out, err = finish(process, seconds=120)
     assert code == 130, out + err
     assert folders(workspace) - before == {folder}
     assert f"vLLM is starting; it writes to {folder.relative_to(workspace)}/logs\n" in out

@@ -47,7 +47,7 @@ def interrupted(workspace: Path) -> SimpleNamespace:
     """Two ranks on one machine, stopped by SIGTERM after eight steps at least."""
     before = folders(workspace)
     process = start(workspace, "config=tiny.yaml", *TWO, *SHORT)
-    folder = wait_for_step(process, workspace, before, 8)
+    folder = wait_for_step(process, workspace, before, 8, seconds=180)
     ranks = ranks_of(process)
     process.send_signal(signal.SIGTERM)
     code, out, err = finish(process)
@@ -94,7 +94,7 @@ def test_sharded_ranks_share_an_engine_that_spans_them(workspace: Path, interrup
 def test_killed_rank_ends_the_run_and_is_named(workspace: Path) -> None:
     before = folders(workspace)
     process = start(workspace, "config=tiny.yaml", *TWO, *SHORT, "checkpoint.every=0")
-    wait_for_step(process, workspace, before, 2)
+    wait_for_step(process, workspace, before, 2, seconds=180)
     ranks = ranks_of(process)
     everything = psutil.Process(process.pid).children(recursive=True)
     ranks[1].kill()
@@ -163,7 +163,7 @@ def test_two_machines_equal_two_ranks_through_a_death_and_a_resume(
     options = ("launch=multinode", "launch.num_processes=2", "launch.main_process_ip=10.77.0.1", "launch.timeout=30")
     other = second("config=tiny.yaml", *options, "launch.machine_rank=1", *SHORT)
     main = first("config=tiny.yaml", *options, *SHORT)
-    folder = wait_for_step(main, workspace, before, 3)
+    folder = wait_for_step(main, workspace, before, 3, seconds=180)
     killed = time.monotonic()
     for process in [*psutil.Process(other.pid).children(recursive=True), psutil.Process(other.pid)]:
         process.kill()

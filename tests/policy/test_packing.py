@@ -137,12 +137,13 @@ def test_nothing_packs_to_nothing_and_the_filler_weighs_nothing(model: PreTraine
 
 def test_work_is_spread_evenly_over_ranks() -> None:
     rng = random.Random(5)
-    for counts in ((40,), (0, 40, 10), (12, 9, 14, 11)):
+    for counts in ((40,), (40, 0, 0), (40, 0, 0, 0), (0, 40, 10), (12, 9, 14, 11)):
         costs = [[rng.randint(1, 100) for _ in range(count)] for count in counts]
         owners, loads = spread(costs)
         pairs = [pair for own, new in zip(costs, owners, strict=True) for pair in zip(own, new, strict=True)]
         assert loads == [sum(cost for cost, owner in pairs if owner == rank) for rank in range(len(counts))]
-        assert max(loads) - min(loads) <= 20
+        assert sum(loads) == sum(map(sum, costs)) and max(loads) - min(loads) <= 10
+    assert spread([[7, 1, 1, 1], []]) == ([[0, 1, 1, 1], []], [7, 3])
     assert spread([[7, 1], [1, 1]]) == ([[0, 1], [1, 1]], [7, 3])
     assert spread([[], []]) == ([[], []], [0, 0])
 

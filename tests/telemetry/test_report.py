@@ -48,9 +48,9 @@ def test_phases_are_means_over_steps(tmp_path: Path) -> None:
 
 
 def test_overlap_is_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    overlap = {"rollout/staleness": 1.0, "policy/ratio_max": 1e6, "time/step": 0.75}
+    overlap = {"policy/ratio_max": 1e6, "time/wait": 0.125, "time/step": 0.75}
     folder = write_run(tmp_path / "a", [0.1, 0.2, 0.3], **overlap)
-    assert mean_phases(load(folder)) == {"update": 0.5, "other": 0.25}
+    assert mean_phases(load(folder)) == {"update": 0.5, "wait": 0.125, "other": 0.125}
     assert main([str(folder)]) == 0
     assert [line.split() for line in capsys.readouterr().out.splitlines() if "beside" in line] == [
         ["rollout,", "beside", "1.50s"]
