@@ -20,10 +20,11 @@ def start(
 ) -> subprocess.Popen[str]:
     """Start the command line; `prefix` goes before Python, and `module` may start it through a launcher."""
     environment = {key: value for key, value in os.environ.items() if key != "GLOO_SOCKET_IFNAME"}
+    path = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
     return subprocess.Popen(
         [*prefix, sys.executable, *module, *arguments],
         cwd=workspace,
-        env={**environment, "PYTHONPATH": str(ROOT)},
+        env={**environment, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +25,10 @@ from transformers import PreTrainedTokenizerBase
 from workloads import MODEL, ROOT, WORKLOADS, chat_rows
 
 sys.path.insert(0, str(ROOT))
-from sapo_rl.config import DataConfig, ModelConfig, RolloutConfig
+from sapo_rl.config import Config, DataConfig, ModelConfig, RolloutConfig
 from sapo_rl.data import build_prompts
 from sapo_rl.policy.model import load_tokenizer, stop_tokens
-from sapo_rl.rollout.engine import EngineSettings
-from sapo_rl.rollout.local import LocalEngine
+from sapo_rl.rollout.build import build_engines, close_all, device_of, model_facts
 from sapo_rl.rollout.stream import Rollouts
 from sapo_rl.types import Prompt
 
@@ -62,26 +62,22 @@ def parse_set(text: str) -> Set:
     return Set(int(sequences), mode == "graphs", int(engines))
 
 
-def settings(args: argparse.Namespace, wanted: Set, index: int, stops: list[int], log: Path) -> EngineSettings:
-    """Return the settings of one engine of a set."""
+def config_of(args: argparse.Namespace, wanted: Set) -> Config:
+    """Return what a run on that many engines would be asked for."""
     workload = WORKLOADS[args.workload]
-    return EngineSettings(
-        model=str(args.model),
-        dtype=args.dtype,
-        max_model_len=workload.max_prompt_tokens + workload.max_completion_tokens,
-        max_num_seqs=wanted.sequences,
-        gpu_memory_utilization=args.memory / wanted.engines,
-        cpu_kv_cache_gb=0.2,
-        enforce_eager=not wanted.graphs,
-        stop_token_ids=stops,
-        seed=index,
-        device=args.device,
-        trust_remote_code=False,
-        revision=None,
-        start_timeout=300.0,
-        timeout=300.0,
-        max_restarts=0,
-        log_path=log,
+    return Config(
+        model=ModelConfig(path=str(args.model), dtype=args.dtype),
+        data=DataConfig(max_prompt_tokens=workload.max_prompt_tokens),
+        rollout=RolloutConfig(
+            group_size=workload.group_size,
+            max_completion_tokens=workload.max_completion_tokens,
+            max_num_seqs=wanted.sequences,
+            engines_per_gpu=str(wanted.engines),
+            gpu_memory_utilization=args.memory,
+            enforce_eager=not wanted.graphs,
+            sleep="0",
+            max_restarts=0,
+        ),
     )
 
 
@@ -94,29 +90,19 @@ def measure(rollouts: Rollouts, prompts: Sequence[Prompt], step: int) -> tuple[f
 
 
 def run_set(args: argparse.Namespace, wanted: Set, inputs: Inputs, found: list[Any]) -> None:
-    """Measure one set into `found`, the better of two runs each, and write what there is so far.
-
-    Engines start one after the other: while two of them load at once, each takes the other's memory for its own.
-    """
-    workload = WORKLOADS[args.workload]
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
-        engines: list[LocalEngine] = []
-        for index in range(wanted.engines):
-            engine = LocalEngine(settings(args, wanted, index, inputs.stops, folder / f"vllm_{index}.log"))
-            stack.callback(engine.close)
+    """Measure one set into `found`, the better of two runs each, and write what there is so far."""
+    config, facts, device = config_of(args, wanted), model_facts(ModelConfig(path=str(args.model))), device_of(0)
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder, contextlib.ExitStack() as stack:
+        engines = build_engines(config, facts, device, Path(folder), inputs.stops, "bench")
+        stack.callback(close_all, engines)
+        for engine in engines:
             engine.start()
+        for engine in engines:
             engine.wait_ready()
-            engines.append(engine)
         for count in range(1, wanted.engines + 1):
             for logprobs in (False, True):
-                config = RolloutConfig(
-                    group_size=workload.group_size,
-                    max_completion_tokens=workload.max_completion_tokens,
-                    max_num_seqs=wanted.sequences,
-                    logprobs=logprobs,
-                )
-                rollouts = Rollouts(engines[:count], config, inputs.tokenizer, seed=0, reproducible=False)
+                asked = replace(config.rollout, logprobs=logprobs)
+                rollouts = Rollouts(engines[:count], asked, inputs.tokenizer, seed=0, reproducible=False)
                 if not logprobs:
                     measure(rollouts, inputs.prompts[: len(inputs.prompts) // 4], 0)  # warms the engine that is new
                 runs = [measure(rollouts, inputs.prompts, step) for step in (1, 2)]
@@ -162,7 +148,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--sets", type=parse_set, nargs="+", default=[parse_set(text) for text in SETS])
     parser.add_argument("--memory", type=float, default=0.8, help="share of the GPU's memory for all engines")
-    parser.add_argument("--device", help="default: cuda:0, or cpu where there is no GPU")
     parser.add_argument("--limit", type=float, default=480, help="seconds after which no further set is begun")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
@@ -171,9 +156,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure all sets."""
     args = arguments()
-    gpu = not report.facts()["device"].startswith("CPU")
-    args.device = args.device or ("cuda:0" if gpu else "cpu")
-    args.dtype = "float32" if args.device == "cpu" else "bfloat16"
+    args.dtype = "float32" if report.facts()["device"].startswith("CPU") else "bfloat16"
     workload, model = WORKLOADS[args.workload], ModelConfig(path=str(args.model))
     tokenizer = load_tokenizer(model)
     data = DataConfig(source="file", answer_column=None, max_prompt_tokens=workload.max_prompt_tokens)
