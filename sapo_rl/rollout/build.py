@@ -226,6 +226,7 @@ def engine_settings(
             tensor_parallel=rollout.tensor_parallel,
             kv_cache_bytes=cache_bytes(config, facts, device.memory, count) if on_gpu else None,
             sleep_level=sleep_level(config, facts, device),
+            core_process=on_gpu and count == 1,  # several fill each other's pauses without, and start sooner
         )
         for index in range(count)
     ]

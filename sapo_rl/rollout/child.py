@@ -3,7 +3,7 @@
 It receives `EngineSettings`, builds the engine, sends `(0, "ready", None)`, and then answers each message `(call,
 method, arguments)` with `(call, "done", result)` or `(call, "failed", traceback)`. Messages `add` with the same number
 belong to one call, answered by `(call, "part", completions)` whenever requests are finished. A new call ends what is
-left of the one before. A dead vLLM core ends this process, for its parent to restart.
+left of the one before. A vLLM that fails while it decodes ends this process, for its parent to restart.
 """
 
 from __future__ import annotations
@@ -67,12 +67,26 @@ def llm_arguments(settings: EngineSettings) -> dict[str, Any]:
     }
 
 
+def register(settings: EngineSettings) -> None:
+    """Give vLLM the model's class: it would look for it in a process of its own, which imports vLLM once more."""
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+
+    config = AutoConfig.from_pretrained(
+        settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+    )
+    for name in config.architectures or ():
+        if known := ModelRegistry.models.get(name):
+            ModelRegistry.register_model(name, known.load_model_cls())
+
+
 class Server:
     """The methods that the parent may call, on one `vllm.LLM`."""
 
     def __init__(self, settings: EngineSettings) -> None:
         from vllm import LLM
 
+        register(settings)
         self.settings = settings
         self.running: dict[str, int] = {}
         """vLLM's names of the requests under way, and the parent's numbers."""
@@ -90,8 +104,13 @@ class Server:
             self.running[name.partition("-")[0]] = number  # outputs do not carry the random part of the name
 
     def step(self) -> list[tuple[int, list[Completion]]]:
-        """Decode one token of each completion; return the requests that this finished."""
-        outputs = [output for output in self.llm.llm_engine.step() if output.finished]
+        """Decode one token of each completion; return the requests that this finished. A failure leaves vLLM dead."""
+        try:
+            outputs = [output for output in self.llm.llm_engine.step() if output.finished]
+        except Exception as error:
+            from vllm.v1.engine.exceptions import EngineDeadError
+
+            raise EngineDeadError from error
         return [(self.running.pop(output.request_id), completions_of(output)) for output in outputs]  # type: ignore[arg-type]
 
     def abort(self) -> None:
@@ -169,7 +188,7 @@ def serve(connection: Connection) -> None:
 
 def _die_with_core(closing: threading.Event) -> None:
     """End this process when vLLM's core process ends unasked: vLLM would wait for an answer of it for ever."""
-    if cores := multiprocessing.active_children():  # none on the CPU, where the core is part of this process
+    if cores := multiprocessing.active_children():  # none where the core is part of this process
         wait([core.sentinel for core in cores])
         if not closing.is_set():
             os._exit(1)

@@ -93,6 +93,8 @@ class EngineSettings:
     process may then take or free memory of that GPU during the start."""
     sleep_level: int = 0
     """What `Engine.sleep` frees: 0 nothing, 1 the cache (the weights move to the host), 2 cache and weights."""
+    core_process: bool = False
+    """Whether vLLM's core gets a process of its own, beside the one that passes requests in and completions out."""
 
 
 Numbered = tuple[int, Request]

@@ -32,6 +32,7 @@ LAUNCHER_VARIABLES = (
 )  # fmt: skip
 LAUNCHER_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_", "WANDB_")
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+PYTHON = {"PYTHONUNBUFFERED": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 OUT_OF_MEMORY = (
     "No available memory for the cache blocks",
     "To serve at least one request",
@@ -54,21 +55,22 @@ def require_vllm() -> None:
         raise UserError("vLLM is not installed: pip install 'sapo-train[gpu]', or without a GPU 'sapo-train[cpu]'")
 
 
-def child_environment(device: str, environ: Mapping[str, str], cpus: int, devices: int = 1) -> dict[str, str]:
+def child_environment(
+    device: str, environ: Mapping[str, str], cpus: int, devices: int = 1, core_process: bool = False
+) -> dict[str, str]:
     """Return the environment of the child: `environ` without the trainer's launcher, its own devices, no telemetry.
 
     `device` is `cpu` or `cuda:<index>`, the index among the devices that `environ` leaves visible, and `devices` how
-    many from there on. On the CPU the ranks of this machine share its `cpus` cores; a user's own OMP_NUM_THREADS counts
-    where one rank runs (with more, launchers set it to 1).
+    many from there on; `core_process` is that of `EngineSettings`. On the CPU the ranks of this machine share its
+    `cpus` cores; a user's own OMP_NUM_THREADS counts where one rank runs (with more, launchers set it to 1).
     """
-    env = _bare(environ)
+    env = _bare(environ) | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(core_process))}
     if device != "cpu":
         first = int(device.removeprefix("cuda:"))
         visible = environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(index) for index in range(first + devices)]
         chosen = ",".join(name.strip() for name in names[first : first + devices])
-        core = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-        return env | core | {"CUDA_VISIBLE_DEVICES": chosen}
+        return env | {"CUDA_VISIBLE_DEVICES": chosen}
     ranks = int(environ.get("LOCAL_WORLD_SIZE", "1"))
     if ranks > 1 or "OMP_NUM_THREADS" not in env:
         env["OMP_NUM_THREADS"] = str(max(1, cpus // ranks))
@@ -79,7 +81,7 @@ def child_environment(device: str, environ: Mapping[str, str], cpus: int, device
 
 def server_environment(environ: Mapping[str, str], on_gpu: bool) -> dict[str, str]:
     """Return the environment of a server: `environ` without a launcher, with all its devices, no telemetry."""
-    env = _bare(environ) | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    env = _bare(environ)
     return env if on_gpu else _on_cpu(env)
 
 
@@ -91,14 +93,14 @@ def _bare(environ: Mapping[str, str]) -> dict[str, str]:
     }
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
-    return env | QUIET | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    return env | QUIET | PYTHON | {"PYTHONPATH": path}
 
 
 def _on_cpu(env: dict[str, str]) -> dict[str, str]:
     # Waiting threads that spin took nine tenths of the speed of two engines on two cores.
     env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Small functions of vLLM are compiled even in eager mode: 17 s at the first call, and it takes a C++ compiler.
-    return env | {"TORCHDYNAMO_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    return env | {"TORCHDYNAMO_DISABLE": "1"}
 
 
 class LocalEngine:
@@ -149,8 +151,8 @@ class LocalEngine:
         born: Future[subprocess.Popen[bytes]] = Future()
         self._ended = ended = threading.Event()
         command = [sys.executable, "-m", "sapo_rl.rollout.child", str(fd), str(os.getpid())]
-        cpus, devices = len(os.sched_getaffinity(0)), self.settings.tensor_parallel
-        env = child_environment(self.settings.device, os.environ, cpus, devices)
+        settings, cpus = self.settings, len(os.sched_getaffinity(0))
+        env = child_environment(settings.device, os.environ, cpus, settings.tensor_parallel, settings.core_process)
 
         def keep() -> None:
             try:

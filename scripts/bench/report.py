@@ -1,7 +1,7 @@
 """Writes a bench's result as JSON with a table, and the tables of docs/bench/*.json into docs/performance.md.
 
 `python scripts/bench/report.py` fills in what stands between `<!-- bench: NAME -->` and `<!-- end -->`; `NAME#kernels`
-is where the time of the trainer's update goes.
+is where the time of the trainer's update goes, `NAME#heads` its table of heads.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def fill(page: str, results: Path) -> str:
             result = json.loads(file.read_text())
             versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
             source = f"{result['date']}, {result['device']}, commit {result['commit']}, {versions}"
-            table = kernel_kinds(result) if part == "kernels" else result["table"]
+            table = kernel_kinds(result) if part == "kernels" else result[part or "table"]
             body = f"{markdown(table)}\n\nMeasured {source}."
         return f"<!-- bench: {found[1]} -->\n{body}\n<!-- end -->"
 

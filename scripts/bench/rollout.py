@@ -32,8 +32,8 @@ from sapo_rl.rollout.build import build_engines, close_all, device_of, model_fac
 from sapo_rl.rollout.stream import Rollouts
 from sapo_rl.types import Prompt
 
-SETS = ("512:graphs:4", "1024:graphs:2", "512:eager:1", "256:graphs:2")
-COLUMNS = ["sequences", "graphs", "engines", "log-probs", "tok/s", "seconds", "tokens"]
+SETS = ("512:graphs:1", "512:graphs:4", "1024:graphs:2", "256:graphs:2", "512:eager:1")
+COLUMNS = ["sequences", "graphs", "engines", "log-probs", "tok/s", "seconds", "tokens", "start s"]
 
 
 class Set(NamedTuple):
@@ -95,10 +95,12 @@ def run_set(args: argparse.Namespace, wanted: Set, inputs: Inputs, found: list[A
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, contextlib.ExitStack() as stack:
         engines = build_engines(config, facts, device, Path(folder), inputs.stops, "bench")
         stack.callback(close_all, engines)
+        begun = time.perf_counter()
         for engine in engines:
             engine.start()
         for engine in engines:
             engine.wait_ready()
+        about = {**wanted._asdict(), "started": wanted.engines, "start_seconds": time.perf_counter() - begun}
         for count in range(1, wanted.engines + 1):
             for logprobs in (False, True):
                 asked = replace(config.rollout, logprobs=logprobs)
@@ -107,7 +109,7 @@ def run_set(args: argparse.Namespace, wanted: Set, inputs: Inputs, found: list[A
                     measure(rollouts, inputs.prompts[: len(inputs.prompts) // 4], 0)  # warms the engine that is new
                 runs = [measure(rollouts, inputs.prompts, step) for step in (1, 2)]
                 seconds, tokens = max(runs, key=lambda run: run[1] / run[0])
-                found.append({**wanted._asdict(), "engines": count, "logprobs": logprobs} | measured(seconds, tokens))
+                found.append(about | {"engines": count, "logprobs": logprobs} | measured(seconds, tokens))
                 write(args, found)
                 print(found[-1], flush=True)
 
@@ -124,11 +126,12 @@ def write(args: argparse.Namespace, found: list[Any]) -> None:
         [
             str(one["sequences"]),
             "yes" if one["graphs"] else "no",
-            str(one["engines"]),
+            f"{one['engines']} of {one['started']}",
             "yes" if one["logprobs"] else "no",
             f"{one['tokens_per_second']:.0f}",
             f"{one['seconds']:.2f}",
             str(one["tokens"]),
+            f"{one['start_seconds']:.0f}",
         ]
         for one in found
         if "error" not in one

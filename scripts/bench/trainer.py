@@ -134,6 +134,7 @@ PARTS = (
 )
 NOTE = (__doc__ or "").split("\n\n")[-1].strip()
 COLUMNS = ["size", "variant", "tok/s", "MFU", "update", "old log-probs", "pack", "peak GiB", "graphs"]
+HEAD_COLUMNS = ["size", "head", "forward and backward", "GiB more", "gradient error"]
 
 
 def build_config(size: str) -> Any:
@@ -332,7 +333,7 @@ def row(found: dict[str, Any]) -> list[str]:
     if "error" in found:
         return [found["size"], found["variant"], found["error"][:60], *[""] * (len(COLUMNS) - 3)]
     if "ms" in found:
-        cells = ["", "", f"{found['ms']:.1f} ms", "", "", f"{found['extra_gib'] or 0:.1f}", ""]
+        cells = [f"{found['ms']:.1f} ms", f"{found['extra_gib'] or 0:.1f}", f"{found['gradient_error']:.3f}"]
         return [found["size"], found["variant"], *cells]
     seconds, mfu, peak = found["seconds"], found["mfu"], found["peak_gib"]
     return [
@@ -382,8 +383,9 @@ def main() -> None:
 def save(path: Path | None, found: list[dict[str, Any]]) -> None:
     """Write what is measured so far."""
     if path is not None:
-        table = {"columns": COLUMNS, "rows": [row(one) for one in found], "note": NOTE}
-        report.write(path, {**report.facts(), "measured": found, "table": table})
+        updates = {"columns": COLUMNS, "rows": [row(one) for one in found if "ms" not in one], "note": NOTE}
+        heads = {"columns": HEAD_COLUMNS, "rows": [row(one) for one in found if "ms" in one]}
+        report.write(path, {**report.facts(), "measured": found, "table": updates, "heads": heads})
 
 
 if __name__ == "__main__":

@@ -18,9 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from sapo_rl.config import RolloutConfig
 from sapo_rl.errors import UserError
-from sapo_rl.rollout import local
 from sapo_rl.rollout.engine import Completion, EngineError, Request, Sampling
-from sapo_rl.rollout.local import LocalEngine, child_environment
+from sapo_rl.rollout.local import LocalEngine
 from sapo_rl.rollout.stream import Rollouts, verify
 from sapo_rl.rollout.weights.file import FileTransport, weights_folder
 from sapo_rl.types import Prompt
@@ -249,12 +248,10 @@ def test_a_killed_engine_comes_back_with_the_pushed_weights_and_repeats_the_call
 
 
 def test_an_engine_whose_core_process_is_killed_in_mid_call_comes_back(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """On a GPU vLLM computes in a process of its own, and never notices that it is gone."""
-    own_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-    monkeypatch.setattr(local, "child_environment", lambda *args: child_environment(*args) | own_process)
-    engine = LocalEngine(engine_settings(tiny_model, tmp_path / "core.log"))
+    """vLLM never notices that a core in a process of its own is gone."""
+    engine = LocalEngine(engine_settings(tiny_model, tmp_path / "core.log", core_process=True))
     engine.start()
     engine.wait_ready()
     (core,) = [process for process in child_of(engine).children() if "EngineCore" in process.name()]

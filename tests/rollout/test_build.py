@@ -138,6 +138,15 @@ def test_engines_differ_in_seed_and_log_and_share_the_memory() -> None:
     assert len({one.seed for one in (first, second, *resumed, *other)}) == 6
 
 
+@pytest.mark.parametrize(
+    ("engines", "device", "expected"), [("1", H200, [True]), ("2", H200, [False, False]), ("1", CPU, [False])]
+)
+def test_an_engine_alone_on_its_gpu_has_a_core_beside_it(engines: str, device: Device, expected: list[bool]) -> None:
+    """Two engines fill each other's pauses, and start in half the time without."""
+    made = engine_settings(config(engines_per_gpu=engines), SMALL, device, Path("logs"), [0], "vllm_rank0/")
+    assert [one.core_process for one in made] == expected
+
+
 def test_the_transport_follows_the_device() -> None:
     assert isinstance(build_transport(config(), SMALL, H200, "run", True), IpcTransport)
     for made, device in ((config(), CPU), (config(transport="file"), H200)):

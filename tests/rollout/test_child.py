@@ -1,4 +1,4 @@
-"""What vLLM is started with."""
+"""What vLLM is started with, and what becomes of it when it fails."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from tiny import engine_settings
+from vllm.v1.engine.exceptions import EngineDeadError
 
-from sapo_rl.rollout.child import capture_sizes, llm_arguments
+from sapo_rl.rollout.child import Server, capture_sizes, llm_arguments
 from sapo_rl.rollout.engine import EngineSettings
 
 
@@ -48,3 +49,17 @@ def test_log_probabilities_are_those_of_the_sampling_distribution(device: str) -
     assert arguments["logprobs_mode"] == "processed_logprobs"
     assert arguments["generation_config"] == "vllm"
     assert arguments["trust_remote_code"] is False
+
+
+def test_a_failure_in_the_midst_of_decoding_is_the_end_of_the_engine() -> None:
+    class Failing:
+        class llm_engine:
+            @staticmethod
+            def step() -> list[object]:
+                raise RuntimeError("an illegal memory access")
+
+    server = Server.__new__(Server)
+    server.llm = Failing  # type: ignore[assignment]
+    with pytest.raises(EngineDeadError) as raised:
+        server.step()
+    assert "illegal memory access" in str(raised.value.__cause__)
