@@ -196,6 +196,9 @@ class AdvantageConfig:
     """Added to the standard deviation."""
     skip_zero_spread: bool = True
     """Leave groups whose rewards are all equal out of the update. The gradient is the same, the time is saved."""
+    mask_truncated: bool = False
+    """Leave completions that the length limit cut out of the update: they count as having no tokens. Their rewards
+    still enter the group's mean."""
 
 
 @dataclass

@@ -18,7 +18,7 @@ from sapo_rl.losses import Across, LossInputs, LossOutputs, build_loss, policy_m
 from sapo_rl.policy.model import Policy
 from sapo_rl.policy.packing import Item, PackedBatch, empty_batch, join, pack, spread, stream_tokens
 from sapo_rl.policy.parallel import parallel
-from sapo_rl.types import Group
+from sapo_rl.types import Group, Prompt, Sample
 
 
 @dataclass(slots=True)
@@ -128,21 +128,24 @@ class PolicyTrainer:
 
         Groups change ranks: what is left of a rank's own, after those that teach nothing, may be much or little.
         """
-        lengths = [len(sample.token_ids) for group in groups for sample in group.samples]
-        counts = torch.tensor([len(lengths), sum(lengths)], dtype=torch.float64)
+        masked, skipping = self.config.advantage.mask_truncated, self.config.advantage.skip_zero_spread
+        kept = [[sample for sample in group.samples if not (masked and sample.truncated)] for group in groups]
+        lengths = [len(sample.token_ids) for samples in kept for sample in samples]
+        counts = torch.tensor([sum(len(group.samples) for group in groups), sum(lengths)], dtype=torch.float64)
         num_sequences, num_tokens = (int(x) for x in self._sum(counts).tolist())
-        weights = iter(
-            token_weights(
-                torch.tensor(lengths),
-                self.config.loss.loss_agg_mode,
-                num_sequences=num_sequences,
-                num_tokens=num_tokens,
-                normalizer=self.config.loss.loss_agg_norm or self.config.rollout.max_completion_tokens,
-            ).tolist()
+        weights = token_weights(
+            torch.tensor(lengths),
+            self.config.loss.loss_agg_mode,
+            num_sequences=num_sequences,
+            num_tokens=num_tokens,
+            normalizer=self.config.loss.loss_agg_norm or self.config.rollout.max_completion_tokens,
         )
-        items = [[_item(group, i, next(weights)) for i in range(len(group.samples))] for group in groups]
-        if self.config.advantage.skip_zero_spread and self._reference is None:
-            items = [group for group in items if any(item.advantage for item in group)]
+        weight_of = dict(zip(lengths, weights.tolist(), strict=True))
+        items = [
+            [_item(group.prompt, sample, weight_of[len(sample.token_ids)]) for sample in samples]
+            for group, samples in zip(groups, kept, strict=True)
+            if samples and (self._reference is not None or not skipping or any(sample.advantage for sample in samples))
+        ]
         costs: list[list[int]] = gather_object([[stream_tokens(group) for group in items]])
         owners, loads = spread(costs)
         rank = self.accelerator.process_index
@@ -275,9 +278,8 @@ class PolicyTrainer:
         return max(gather_object([value]))
 
 
-def _item(group: Group, index: int, weight: float) -> Item:
-    sample = group.samples[index]
-    return Item(group.prompt.token_ids, sample.token_ids, sample.advantage, weight, sample.rollout_logps)
+def _item(prompt: Prompt, sample: Sample, weight: float) -> Item:
+    return Item(prompt.token_ids, sample.token_ids, sample.advantage, weight, sample.rollout_logps)
 
 
 def _trace(micro: _MicroBatch, logps: Tensor, old_logps: Tensor, entropy: Tensor, outputs: LossOutputs) -> _Trace:

@@ -107,6 +107,26 @@ def test_skipping_groups_of_zero_spread_leaves_the_update_as_it_is(mode: str) ->
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_masked_completions_count_as_having_no_tokens(mode: str) -> None:
+    """In a mean over tokens as if they were not there, in one over sequences as if their loss were 0."""
+    config = make_config(updates_per_rollout=2, mini_batches=1, adam_eps=1e-5)
+    config.loss.loss_agg_mode = mode
+    cut, alike = make_groups(5), make_groups(5)
+    for index, (group, other) in enumerate(zip(cut, alike, strict=True)):
+        for number in range(index % 3, 4, 2) if index else range(4):  # all of the first group's
+            group.samples[number].truncated = True
+            other.samples[number].advantage = 0.0
+        if mode == "token-mean":
+            other.samples = [sample for sample in other.samples if sample.advantage]
+    expected, _ = weights_after(config, [group for group in alike if group.samples])
+    config.advantage.mask_truncated = True
+    masked, _ = weights_after(config, cut)
+    torch.testing.assert_close(masked, expected, atol=1e-6, rtol=0)
+    config.advantage.mask_truncated = False
+    assert not torch.allclose(weights_after(config, cut)[0], expected, atol=1e-3)
+
+
 def test_batch_without_spread_moves_nothing_at_first() -> None:
     before = torch.cat([weight.flatten() for _, weight in make_policy().named_weights()])
     after, metrics = weights_after(make_config(), make_groups(3, zero_spread=8))
