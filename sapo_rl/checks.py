@@ -56,6 +56,8 @@ def _fields(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 def _check_field(key: str, value: Any, metadata: Any) -> None:
     options = metadata.get("choices")
     if options and value not in options:
+        if value == "False" and "off" in options:
+            raise ConfigError(key, 'without quotes, YAML reads off as false; write "off"')
         raise ConfigError(key, f"unknown value '{value}'; {did_you_mean(str(value), options)}")
     bounds = {"above": lambda x, b: x > b, "least": lambda x, b: x >= b, "most": lambda x, b: x <= b}
     words = {"above": "above", "least": "at least", "most": "at most"}

@@ -195,15 +195,19 @@ def _match(pattern: str, text: str) -> str:
 
 
 def _nearest_key(key: str) -> str:
-    """The valid names beside the first part of `key` that is wrong."""
+    """The valid names beside the first part of `key` that is wrong, or how to add an entry that is not there."""
     node: Any = OmegaConf.structured(Config)
     for part in key.split("."):
         if not isinstance(node, DictConfig):
             return ""
-        if part not in node:
-            return did_you_mean(part, [str(option) for option in node])
-        node = node[part]
-    return ""
+        options = [str(option) for option in node]
+        if not options and key.startswith("reward.functions."):  # names of the user's own
+            node = OmegaConf.structured(RewardFunctionConfig)
+        elif part not in options:
+            return did_you_mean(part, options)
+        else:
+            node = None if OmegaConf.is_missing(node, part) else node[part]
+    return f"to add it, write +{key}=..."
 
 
 def origin(key: str, arguments: Arguments) -> str:

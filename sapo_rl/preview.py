@@ -25,7 +25,7 @@ def preview(config: Config, frozen: str) -> None:
     _grow(tree, yaml.safe_load(frozen))
     console.print(tree)
     console.print(_table("batch", batch_arithmetic(config)))
-    console.print(_table("memory (GiB, each process)", memory_estimate(config)))
+    console.print(_table("memory (GiB, a process that shards nothing)", memory_estimate(config)))
 
 
 def _grow(tree: Tree, node: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from sapo_rl.rollout.key import VARIABLE, key_file, make_key
 from sapo_rl.rollout.local import require_vllm, server_environment
 
 DESCRIPTION = """Serve rollouts to sapo-train config=... rollout.servers=[HOST:PORT,...]. Give the recipe and overrides
-that the training gets; model, precision, lengths and limits are taken from it."""
+that the training gets; model, precision, lengths and limits are taken from it, those of launch are left out."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ready = compose.register(options.overrides)
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(compose.CONFIGS)):
             # Checked as the config of a run with this server: what only engines beside a trainer must heed is left out.
-            overrides = [*ready.argv, f"rollout.servers=[{options.host}:{options.port}]"]
+            own = [one for one in ready.argv if not one.startswith(("launch=", "launch."))]
+            overrides = [*own, f"rollout.servers=[{options.host}:{options.port}]"]
             config, _ = compose.accept(hydra.compose("train", overrides=overrides), ready)
         settings = engine_settings(config, options)
         environment = server_environment(os.environ, settings.device != "cpu") | {VARIABLE: make_key()}

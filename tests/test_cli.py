@@ -112,6 +112,8 @@ BAD = {
     "unknown loss": (["loss.name=sappo"], ["loss.name", "sapo"]),
     "unknown loss group": (["loss=sappo"], ["loss", "sappo", "sapo"]),
     "unknown reward": (["reward.functions.correct.function=numeric_anser"], ["numeric_anser", "numeric_answer"]),
+    "new reward without plus": (["reward.functions.mine.function=a.b"], ["functions.mine", "+reward.functions.mine"]),
+    "misspelt key of a reward": (["reward.functions.correct.weigth=2"], ["correct.weigth", "weight"]),
     "unknown reward module": (["reward.functions.correct.function=no_such_module.f"], ["no_such_module"]),
     "unknown source": (["data.source=arithmetics"], ["data.source", "arithmetic"]),
     "missing file": (["data.source=file", "data.path=none.jsonl"], ["none.jsonl"]),
@@ -129,6 +131,13 @@ BAD = {
     "unknown flag": (["--multi-run"], ["--multi-run", "--hydra-help"]),
     "negative steps": (["trainer.steps=-1"], ["trainer.steps", "at least 1"]),
 }
+
+
+def test_off_without_quotes_is_told_from_false(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("defaults: [quickstart]\nlogging: {wandb: off}\n")
+    result = sapo_train("config=mine.yaml", "dry_run=true", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("sapo-train: logging.wandb") and 'write "off"' in result.stderr
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -46,3 +46,14 @@ def test_a_mistake_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> No
     told = capsys.readouterr().err
     assert told.startswith("sapo-serve: rollout.max_num_seq (command line): no such key; did you mean 'max_num_seqs'?")
     assert len(told.splitlines()) == 1
+
+
+def test_the_trainers_launch_is_none_of_the_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(serve.os, "execve", lambda program, arguments, environment: started.append(arguments))
+    monkeypatch.setenv("SAPO_API_KEY", "a key of forty characters or thereabouts")
+    (tmp_path / "config.json").write_text("{}")
+    for launch in ([], ["launch=fsdp2", "launch.num_processes=16", "launch.num_machines=2"]):
+        serve.main(["config=quickstart", f"model.path={tmp_path}", *launch])
+    assert started[0] == started[1]
+    assert "--model" in started[0]

@@ -31,8 +31,8 @@ class PolicyLossFn(ABC):
     """A policy loss with its settings: `token_losses` on packed tokens, and a call on padded tensors around it.
 
     Subclasses are dataclasses that declare their settings as fields and implement `token_losses`; registered with
-    `POLICY_LOSS_FN.register_module(name)`, they can be named in a config. `build_loss` passes each of them the settings
-    that its constructor names.
+    `POLICY_LOSS_FN.register_module(name)`, they are found by `build_loss`, which passes each of them the settings that
+    its constructor names.
 
     Raises:
         ValueError: a setting out of its range.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +13,7 @@ from typing import SupportsFloat, TypeAlias
 from rich.text import Text
 
 from sapo_rl.config import Config
-from sapo_rl.run_folder import METRICS
+from sapo_rl.run_folder import CHECKPOINTS, METRICS
 from sapo_rl.telemetry.completions import Row, rows, write_completions
 from sapo_rl.telemetry.console import Display, open_display
 from sapo_rl.telemetry.metrics import MetricsLog, Record, read_metrics, sample_metrics
@@ -117,14 +120,16 @@ class Telemetry:
         """End the run and show before and after, where everything lies, and a command to try next.
 
         Args:
-            complete: whether all steps are done; if not, the command is the one that continues.
+            complete: whether all steps are done; if not, and there is a checkpoint, the command continues the run.
             before: (prompt, greedy completion) pairs of the first evaluation.
         """
         if not self._open:
             return
         wandb = self._wandb.where if self._wandb else ""
+        saved = any(self._folder.glob(f"{CHECKPOINTS}/*"))
+        goes_on = saved and not complete
         command = (
-            f"python -m sapo_rl.telemetry.report {self._folder}" if complete else f"sapo-train resume={self._folder}"
+            f"{_python()} -m " + ("sapo_rl resume=" if goes_on else "sapo_rl.telemetry.report ") + str(self._folder)
         )
         self.close(failed=not complete)
         self._display.show(summary(self._progress, before, self._examples, wandb, command))
@@ -152,3 +157,10 @@ class Telemetry:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close(failed=kind is not None)
+
+
+def _python() -> str:
+    """Return what calls this Python from the terminal, whether its environment is activated or not."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    return os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -75,16 +76,21 @@ def test_the_end_shows_before_and_after_and_what_was_saved(
     assert f"  {tmp_path / METRICS}\n" in end
     assert str(tmp_path / "checkpoints") not in end
     assert f"python -m sapo_rl.telemetry.report {tmp_path}\n" in end
+    program = re.search(r"next: (\S+) -m", end)
+    assert program and shutil.which(program[1])
 
 
 def test_a_stopped_run_says_how_to_go_on(
     config: Config, tmp_path: Path, make_group, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config.logging.console = "plain"
-    with Telemetry(config, tmp_path) as telemetry:
-        run_steps(telemetry, range(1, 3), make_group)
-        telemetry.finish(complete=False, before=[])
-    assert f"sapo-train resume={tmp_path}" in capsys.readouterr().out
+    for saved in (False, True):
+        if saved:
+            (tmp_path / "checkpoints/step_2").mkdir(parents=True)
+        with Telemetry(config, tmp_path) as telemetry:
+            run_steps(telemetry, range(1, 3), make_group)
+            telemetry.finish(complete=False, before=[])
+        assert (f"python -m sapo_rl resume={tmp_path}" in capsys.readouterr().out) is saved
 
 
 def test_resuming_leaves_no_step_twice(config: Config, tmp_path: Path, make_group) -> None:
