@@ -4,7 +4,7 @@
     python scripts/bench/sync.py --models tiny --engines 1 --out /tmp/sync.json     # on a CPU: transport `file` only
 
 Every push carries other weights; afterwards vLLM's log-probabilities must agree with the trainer's. `round trip` is a
-push without a weight: two messages to vLLM's core process. `copy` is the cast into shared memory on the GPU. `sleep` is
+push without a weight: two messages to vLLM. `copy` is the cast into shared memory on the GPU. `sleep` is
 an engine that frees cache and weights (level 2), and the push that wakes it up. `in place` and `general` are vLLM's two
 ways of loading the same tensors, without a message. The JSON is renewed after each measurement; what fails is in it
 with its error, what `--limit` leaves no time for is missing.
@@ -51,8 +51,8 @@ def make_folder(name: str, parent: Path, device: str) -> Path:
     return parent / name
 
 
-def settings(args: argparse.Namespace, model: Path, log: Path, sleep_level: int = 0) -> EngineSettings:
-    """Return the settings of an engine that starts quickly: no graphs, a small cache."""
+def settings(args: argparse.Namespace, model: Path, log: Path, engines: int, sleep_level: int = 0) -> EngineSettings:
+    """Return the settings of an engine that starts quickly: no graphs, a small cache; a core process as in a run."""
     return EngineSettings(
         model=str(model),
         dtype=args.dtype,
@@ -72,6 +72,7 @@ def settings(args: argparse.Namespace, model: Path, log: Path, sleep_level: int 
         log_path=log,
         kv_cache_bytes=2**30,
         sleep_level=sleep_level,
+        core_process=args.device != "cpu" and engines == 1,
     )
 
 
@@ -147,7 +148,7 @@ def measure_pushes(args: argparse.Namespace, model: Path, count: int, folder: Pa
         memory = IpcTransport(dtype)
         stack.callback(memory.close)
         logs = [folder / f"{model.name}_{count}_{i}.log" for i in range(count)]
-        engines = stack.enter_context(started([settings(args, model, log) for log in logs]))
+        engines = stack.enter_context(started([settings(args, model, log, count) for log in logs]))
         if args.device != "cpu":
             found["ipc"] = pushes(memory, trainer, engines, 12)
             found["copy"] = [timed(lambda: memory.fill(trainer.model.named_parameters())) for _ in range(5)]
@@ -164,7 +165,7 @@ def measure_sleep(args: argparse.Namespace, model: Path, folder: Path, found: di
     with contextlib.ExitStack() as stack:
         transport = IpcTransport(getattr(torch, args.dtype))
         stack.callback(transport.close)
-        (engine,) = stack.enter_context(started([settings(args, model, folder / f"{model.name}_sleep.log", 2)]))
+        (engine,) = stack.enter_context(started([settings(args, model, folder / f"{model.name}_sleep.log", 1, 2)]))
         for _ in range(3):
             before = torch.cuda.mem_get_info()[0]
             found.setdefault("sleep", []).append(timed(engine.sleep))
