@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -59,6 +60,8 @@ def _check_field(key: str, value: Any, metadata: Any) -> None:
         if value == "False" and "off" in options:
             raise ConfigError(key, 'without quotes, YAML reads off as false; write "off"')
         raise ConfigError(key, f"unknown value '{value}'; {did_you_mean(str(value), options)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(key, f"is {value}; must be a finite number")
     bounds = {"above": lambda x, b: x > b, "least": lambda x, b: x >= b, "most": lambda x, b: x <= b}
     words = {"above": "above", "least": "at least", "most": "at most"}
     for name, holds in bounds.items():

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -134,16 +134,25 @@ def run(config: Config, frozen: str, recipe: str, typed: list[str], files: dict[
     if config.launch.machine_rank > 0 and "RANK" not in os.environ:  # machine 0 makes the folder
         _spawn(config.launch, None)
         return None
-    if config.resume:
-        folder = Path(config.resume).expanduser()
-        run_folder.refreeze(folder, frozen, typed)
-    else:
-        folder = run_folder.unused(Path("runs") / recipe / time.strftime("%Y-%m-%d_%H-%M-%S"))
-        run_folder.create(folder, frozen, typed, files.get(recipe))
+    undo: Callable[[], None] = lambda: None  # noqa: E731
+    try:
+        if config.resume:
+            folder = Path(config.resume).expanduser()
+            undo = run_folder.refreeze(folder, frozen, typed)
+        else:
+            folder = run_folder.unused(Path("runs") / recipe / time.strftime("%Y-%m-%d_%H-%M-%S"))
+            run_folder.create(folder, frozen, typed, files.get(recipe))
+    except OSError as error:
+        raise UserError(f"the run folder cannot be written: {error}") from error
     if "RANK" in os.environ:
         _run_rank(folder)
     else:
-        _spawn(config.launch, folder)
+        try:
+            _spawn(config.launch, folder)
+        except subprocess.CalledProcessError as error:
+            if error.returncode == 2:
+                undo()
+            raise
     return run_folder.last_accuracy(folder)
 
 

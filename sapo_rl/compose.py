@@ -119,6 +119,7 @@ def accept(composed: DictConfig, arguments: Arguments) -> tuple[Config, str]:
 
     Raises:
         ConfigError: naming the key.
+        OmegaConfBaseException: a key that does not exist.
     """
     OmegaConf.set_struct(composed, False)
     functions = composed.reward.functions
@@ -133,8 +134,10 @@ def accept(composed: DictConfig, arguments: Arguments) -> tuple[Config, str]:
         key = _match(r"full_key: (\S+)", str(error)) or _match(r"value: (\S+)", str(error))
         raise ConfigError(key, "must be given") from error
     assert isinstance(config, Config)
+    text = yaml.safe_dump(frozen, sort_keys=False, allow_unicode=True)
+    loads(text)  # as every rank will: it refuses keys that a + has added where there are none
     check(config)
-    return config, yaml.safe_dump(frozen, sort_keys=False, allow_unicode=True)
+    return config, text
 
 
 def _refuse_secrets(node: Any, prefix: str = "") -> None:

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -101,19 +101,35 @@ def create(folder: Path, config_yaml: str, overrides: list[str], user_file: Path
     _link_latest(folder)
 
 
-def refreeze(folder: Path, config_yaml: str, overrides: list[str]) -> None:
+def refreeze(folder: Path, config_yaml: str, overrides: list[str]) -> Callable[[], None]:
     """Replace the config and overrides of a run that is resumed, and add the present environment to its record.
+
+    Returns:
+        What puts the former config and overrides back, unless the run has gone on since: for a resume that is refused.
 
     Raises:
         UserError: the folder holds no run.
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"resume: '{folder}' is no run folder (no {CONFIG} in it)")
+    former = {path: path.read_text() for path in (folder / CONFIG, folder / OVERRIDES) if path.is_file()}
+    told = _size(folder / METRICS)
+
+    def undo() -> None:
+        if _size(folder / METRICS) == told:
+            for path, text in former.items():
+                write_atomic(path, text)
+
     record = _read_environment(folder)
     record.setdefault("resumes", []).append(environment())
     _write_environment(folder, record)
     _write_overrides(folder, overrides)
     write_atomic(folder / CONFIG, redact_yaml(config_yaml))
+    return undo
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def add_device(folder: Path, device: dict[str, Any]) -> None:

@@ -82,6 +82,19 @@ def test_device_is_entered_into_the_start_and_then_into_the_resume(tmp_path: Pat
     assert (folder / run_folder.CONFIG).read_text() == "seed: 2\n"
 
 
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_refused_resume_leaves_the_config_as_it_was(tmp_path: Path, goes_on: bool) -> None:
+    folder = tmp_path / "a"
+    run_folder.create(folder, "seed: 1\n", ["config=a"], None)
+    (folder / run_folder.METRICS).write_text("{}\n")
+    undo = run_folder.refreeze(folder, "seed: 2\n", ["resume=a", "seed=2"])
+    if goes_on:
+        (folder / run_folder.METRICS).write_text("{}\n{}\n")
+    undo()
+    assert (folder / run_folder.CONFIG).read_text() == ("seed: 2\n" if goes_on else "seed: 1\n")
+    assert ("seed=2" in (folder / run_folder.OVERRIDES).read_text()) is goes_on
+
+
 def test_refreeze_refuses_a_folder_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run folder"):
         run_folder.refreeze(tmp_path, "seed: 2\n", [])

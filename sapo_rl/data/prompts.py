@@ -59,8 +59,7 @@ def build_prompts(
     check_wording(cfg)
     if not rows:
         return [], 0
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    _check_columns(cfg, names)
+    names = check_columns(cfg, rows)
     contents = [_content(row, number, cfg) for number, row in enumerate(rows)]
     texts = [
         _render(content, number, cfg, tokenizer) + _fill(cfg.response_prefix, row, number, cfg)
@@ -83,7 +82,9 @@ def build_prompts(
     return prompts, len(rows) - len(prompts)
 
 
-def _check_columns(cfg: DataConfig, names: list[str]) -> None:
+def check_columns(cfg: DataConfig, rows: list[dict[str, Any]]) -> list[str]:
+    """Return the names of all columns. Raises UserError where the prompt's wording or the answer is not among them."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
     for column in wording_columns(cfg):
         if column not in names:
             key = "data.template" if column in _named(cfg.template, cfg) else "data.response_prefix"
@@ -92,6 +93,7 @@ def _check_columns(cfg: DataConfig, names: list[str]) -> None:
     if cfg.answer_column is not None and cfg.answer_column not in names:
         hint = did_you_mean(cfg.answer_column, names)
         raise UserError(f"data.answer_column: the data has no column '{cfg.answer_column}'; {hint} (null for none)")
+    return names
 
 
 def _columns(row: dict[str, Any], names: list[str], cfg: DataConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sapo_rl.config import DataConfig
 from sapo_rl.data import arithmetic, gym, tables
-from sapo_rl.data.prompts import check_wording, wording_columns
+from sapo_rl.data.prompts import check_columns, check_wording, wording_columns
 from sapo_rl.errors import UserError
 
 Rows = list[dict[str, Any]]
@@ -53,6 +53,7 @@ def load_rows(cfg: DataConfig, eval_prompts: int, seed: int) -> tuple[Rows, Rows
             )
         return train, held_out
     train = _read(cfg, "data.path", cfg.path, cfg.split)
+    check_columns(cfg, train)
     if eval_prompts == 0:
         return train, []
     rng = random.Random(f"held-out/{seed}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +54,7 @@ def save(folder: Path, step: int, trainer: PolicyTrainer, state: dict[str, Any],
         _sync(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        for old in sorted(folder.glob("step_*"))[:-keep_last]:
+        for old in _all(folder)[:-keep_last]:
             shutil.rmtree(old)
 
 
@@ -76,10 +77,20 @@ def latest(folder: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    found = sorted(folder.glob("step_*"))
+    found = _all(folder)
     if not found:
         raise UserError(f"resume: no checkpoint in '{folder}': the run ended before its first; start it anew")
     return found[-1]
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the last step that a checkpoint contains."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def _all(folder: Path) -> list[Path]:
+    """The checkpoints, oldest first; what else lies beside them is somebody's own."""
+    return sorted((path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)), key=step_of)
 
 
 def load(checkpoint: Path, trainer: PolicyTrainer) -> tuple[int, dict[str, Any]]:
@@ -93,6 +104,7 @@ def load(checkpoint: Path, trainer: PolicyTrainer) -> tuple[int, dict[str, Any]]
     """
     try:
         record = json.loads((checkpoint / "state.json").read_text())
+        schedule, updates, step, loop = (record[name] for name in ("schedule", "updates", "step", "state"))
         found = _open_tensors(checkpoint)
         for name, parameter in trainer.policy.trainable_weights():
             kinds = found.get(name, {})
@@ -100,16 +112,19 @@ def load(checkpoint: Path, trainer: PolicyTrainer) -> tuple[int, dict[str, Any]]
             if "weight" not in state or state["weight"].shape != trainer.parallel.shape_of(parameter):
                 raise UserError(f"resume: checkpoint '{checkpoint}' is of another model: weight '{name}' differs")
             trainer.parallel.restore(parameter, state)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"resume: checkpoint '{checkpoint}' cannot be read: {error}") from error
-    trainer.schedule.load_state_dict(record["schedule"])
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"resume: checkpoint '{checkpoint}' cannot be read: {error!r}; an older one is taken once this "
+            "folder is moved away"
+        ) from error
+    trainer.schedule.load_state_dict(schedule)
     for group, rate in zip(trainer.parallel.optimizer.param_groups, trainer.schedule.get_last_lr(), strict=True):
         group["lr"] = rate
-    trainer.updates = record["updates"]
+    trainer.updates = updates
     own = checkpoint / f"random_{trainer.accelerator.process_index}.pt"
     if own.is_file():  # a rank that did not exist then keeps its fresh seed
         _restore_random_state(torch.load(own, weights_only=True))
-    return record["step"], record["state"]
+    return step, loop
 
 
 def _open_tensors(checkpoint: Path) -> dict[str, dict[str, Any]]:

@@ -12,6 +12,9 @@ from typing import Any
 from sapo_rl.rewards.registry import RewardFunction
 from sapo_rl.types import Group
 
+LARGEST = 1e100
+"""Sums and squares of larger rewards could overflow."""
+
 
 class ScoreError(Exception):
     """A call that gave no usable scores; the message is the cause, with file and line where they are known."""
@@ -52,7 +55,10 @@ def evaluate(function: RewardFunction, arguments: dict[str, list[Any]], settings
     expected = len(arguments["completions"])
     if isinstance(result, str | bytes | dict) or not hasattr(result, "__iter__"):
         raise ScoreError(f"returned a {type(result).__name__}, must be a list of {expected}{_line(function)}")
-    values = list(result)
+    try:
+        values = list(result)
+    except Exception as error:  # such as a tensor without dimensions
+        raise ScoreError(f"returned a {type(result).__name__}: {error}{_line(function)}") from error
     if len(values) != expected:
         raise ScoreError(f"returned {len(values)} values for {expected} completions{_line(function)}")
     return [_number(value, function) for value in values]
@@ -73,11 +79,13 @@ def _number(value: Any, function: RewardFunction) -> float | None:
         return None
     try:
         number = math.nan if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= LARGEST:
         shown = repr(value)[:60]
-        raise ScoreError(f"returned {shown} for a sample, must be a finite number or None{_line(function)}")
+        raise ScoreError(
+            f"returned {shown} for a sample, must be a finite number of at most {LARGEST:g} or None{_line(function)}"
+        )
     return number
 
 

@@ -21,6 +21,7 @@ from sapo_rl.rewards.registry import PACKAGES, RewardFunction
 from sapo_rl.rewards.scoring import ScoreError, evaluate
 
 _PR_SET_PDEATHSIG = 1
+_OWN = os.getpid()
 
 
 def main() -> None:
@@ -55,6 +56,8 @@ def _serve(connection: Connection) -> None:
 
 
 def _reply(connection: Connection, scores: list[float | None] | None = None, failed: str | None = None) -> None:
+    if os.getpid() != _OWN:  # a function has forked, and both return
+        os._exit(0)
     connection.send_bytes(json.dumps({"scores": scores, "failed": failed}).encode())
 
 

@@ -66,7 +66,7 @@ def test_jsonl_and_parquet_rows_are_read_in_order(tmp_path: Path, jsonl: str) ->
 def test_blank_lines_and_unicode_line_separators_are_no_rows(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text('\ufeff{"prompt": "a\u2028b"}\n\n{"prompt": "c"}\r\n', encoding="utf-8")
-    rows, _ = load_rows(DataConfig(source="file", path=str(path)), 0, seed=0)
+    rows, _ = load_rows(DataConfig(source="file", path=str(path), answer_column=None), 0, seed=0)
     assert rows == [{"prompt": "a\u2028b"}, {"prompt": "c"}]
 
 
@@ -127,6 +127,11 @@ def test_files_that_are_not_what_they_end_in(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):
         load_rows(DataConfig(source="file", path=str(tmp_path / "rows.jsonl")), 0, seed=0)
+
+
+def test_a_missing_prompt_column_is_named_before_rows_are_held_out(jsonl: str) -> None:
+    with pytest.raises(UserError, match=r"data\.prompt_column: the data has no column 'query'; .*prompt"):
+        load_rows(DataConfig(source="file", path=jsonl, prompt_column="query"), 4, seed=0)
 
 
 def test_too_few_rows_to_hold_out(jsonl: str) -> None:

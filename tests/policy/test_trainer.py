@@ -239,3 +239,13 @@ def test_checkpoint_continues_to_the_last_bit(tmp_path: Path, interrupted: int) 
     assert torch.equal(torch.rand(3), draw)
     assert [second.train_on(make_groups(step), no_timer) for step in range(interrupted, 4)] == expected
     assert len(list(tmp_path.glob("step_*"))) == min(2, interrupted)
+
+
+def test_checkpoints_are_ordered_by_step_and_what_lies_beside_them_is_left_alone(tmp_path: Path) -> None:
+    for name in ("step_999999", "step_1000000", "step_old", "step_1000000.bak", "step_2x"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.latest(tmp_path).name == "step_1000000"
+    trainer = PolicyTrainer(make_policy(), None, make_config(), Accelerator(cpu=True))
+    checkpoint.save(tmp_path, 1000001, trainer, {}, keep_last=2)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"step_1000000", "step_1000001", "step_old", "step_1000000.bak", "step_2x"}

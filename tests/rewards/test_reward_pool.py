@@ -49,6 +49,10 @@ def moody(completions, **columns):
 def short(completions, **columns):
     return [1.0]
 
+def forks(completions, **columns):
+    child = os.fork() == 0
+    return [99.0 if child else float(len(text)) for text in completions]
+
 def slow(completions, **columns):
     time.sleep(0.3 * len(completions))
     return [float(len(completions)) for _ in completions]
@@ -202,6 +206,14 @@ def test_a_slow_group_is_no_hang_and_is_still_scored_as_a_group(here: Path) -> N
     with RewardPool(config(slow={"function": "pool_rewards.slow", "timeout": 1.0})) as pool:
         assert pool.score(groups).errors == {"slow": 0}
     assert rewards(groups, "slow") == [[4.0] * 4, [4.0] * 4]
+
+
+def test_a_function_that_forks_and_returns_twice_scores_once(here: Path) -> None:
+    cfg = config(workers=1, forks={"function": "pool_rewards.forks"})
+    groups = [group(i, ["a" * (i + 1), "b"]) for i in range(6)]
+    with RewardPool(cfg) as pool:
+        pool.score(groups)
+    assert rewards(groups, "forks") == [[i + 1.0, 1.0] for i in range(6)]
 
 
 def test_a_worker_that_dies_between_batches_is_replaced(here: Path) -> None:

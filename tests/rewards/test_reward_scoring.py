@@ -71,6 +71,10 @@ def test_coroutines_and_other_numbers_are_understood() -> None:
         ([1.0, math.inf], "returned inf for a sample"),
         ([1.0, "1.0"], "returned '1.0' for a sample"),
         ([1.0, [2.0]], r"returned \[2.0\] for a sample"),
+        ([1.0, 1e308], r"returned 1e\+308 for a sample"),
+        ([1.0, 10**400], "returned 1000000000"),
+        (torch.tensor(1.0), "returned a Tensor: iteration over a 0-d tensor"),
+        ((1.0 / n for n in (1, 0)), "returned a generator: float division by zero"),
     ],
 )
 def test_unusable_results_are_refused(result: Any, message: str) -> None:
