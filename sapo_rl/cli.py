@@ -138,6 +138,7 @@ def run(config: Config, frozen: str, recipe: str, typed: list[str], files: dict[
     try:
         if config.resume:
             folder = Path(config.resume).expanduser()
+            run_folder.refuse_finished(folder, config.trainer.steps)
             undo = run_folder.refreeze(folder, frozen, typed)
         else:
             folder = run_folder.unused(Path("runs") / recipe / time.strftime("%Y-%m-%d_%H-%M-%S"))

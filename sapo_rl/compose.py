@@ -129,13 +129,11 @@ def accept(composed: DictConfig, arguments: Arguments) -> tuple[Config, str]:
     _refuse_secrets(raw)
     try:
         frozen = _with_references(OmegaConf.to_container(composed, resolve=True), raw)
-        config = OmegaConf.to_object(composed)
+        text = yaml.safe_dump(frozen, sort_keys=False, allow_unicode=True)
+        config = loads(text)  # as every rank will: it refuses keys that a + has added where there are none
     except MissingMandatoryValue as error:
         key = _match(r"full_key: (\S+)", str(error)) or _match(r"value: (\S+)", str(error))
         raise ConfigError(key, "must be given") from error
-    assert isinstance(config, Config)
-    text = yaml.safe_dump(frozen, sort_keys=False, allow_unicode=True)
-    loads(text)  # as every rank will: it refuses keys that a + has added where there are none
     check(config)
     return config, text
 

@@ -92,8 +92,6 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     tokenizer = load_tokenizer(config.model)
     rewards = stack.enter_context(RewardPool(config.reward))
     resumed = checkpoint.latest(folder / run_folder.CHECKPOINTS) if config.resume else None
-    if resumed:
-        _refuse_finished(folder, checkpoint.step_of(resumed), config.trainer.steps)
     device, facts = device_of(accelerator.local_process_index), _facts(config.model)
     transport = build_transport(config, facts, device, token, accelerator.is_main_process)
     stack.callback(transport.close)
@@ -135,12 +133,6 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     if resumed or config.rollout.servers:  # which may still hold those of an earlier run
         publish_weights(run)
     return run
-
-
-def _refuse_finished(folder: Path, done: int, steps: int) -> None:
-    """Raise where a resumed run has nothing left to do."""
-    if done > steps or (done == steps and (folder / run_folder.FINAL).exists()):
-        raise UserError(f"resume: the run has made {done} steps of trainer.steps={steps}; for more, set trainer.steps")
 
 
 def _wait_for(engines: Sequence[Engine], config: Config, folder: Path, telemetry: Telemetry) -> None:

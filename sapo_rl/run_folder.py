@@ -128,6 +128,25 @@ def refreeze(folder: Path, config_yaml: str, overrides: list[str]) -> Callable[[
     return undo
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the checkpoints in a run's folder of them, oldest first; what else lies there is somebody's own."""
+    return sorted((path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)), key=_step_of)
+
+
+def refuse_finished(folder: Path, steps: int) -> None:
+    """Raise UserError where a run has a checkpoint of its last step, the `steps`-th or one beyond, and is complete."""
+    for last in checkpoints_in(folder / CHECKPOINTS)[-1:]:
+        done = _step_of(last)
+        if done > steps or (done == steps and (folder / FINAL).exists()):
+            raise UserError(
+                f"resume: the run has made {done} steps of trainer.steps={steps}; for more, set trainer.steps"
+            )
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 

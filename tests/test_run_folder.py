@@ -95,6 +95,18 @@ def test_a_refused_resume_leaves_the_config_as_it_was(tmp_path: Path, goes_on: b
     assert ("seed=2" in (folder / run_folder.OVERRIDES).read_text()) is goes_on
 
 
+def test_a_run_with_nothing_left_is_refused(tmp_path: Path) -> None:
+    run_folder.refuse_finished(tmp_path, 8)
+    (tmp_path / "checkpoints/step_000008").mkdir(parents=True)
+    run_folder.refuse_finished(tmp_path, 9)
+    run_folder.refuse_finished(tmp_path, 8)  # it was stopped before the final model
+    with pytest.raises(UserError, match=r"8 steps of trainer\.steps=5; for more, set trainer\.steps"):
+        run_folder.refuse_finished(tmp_path, 5)
+    (tmp_path / "final").mkdir()
+    with pytest.raises(UserError, match="8 steps of trainer"):
+        run_folder.refuse_finished(tmp_path, 8)
+
+
 def test_refreeze_refuses_a_folder_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run folder"):
         run_folder.refreeze(tmp_path, "seed: 2\n", [])

@@ -53,7 +53,6 @@ def load_rows(cfg: DataConfig, eval_prompts: int, seed: int) -> tuple[Rows, Rows
             )
         return train, held_out
     train = _read(cfg, "data.path", cfg.path, cfg.split)
-    check_columns(cfg, train)
     if eval_prompts == 0:
         return train, []
     rng = random.Random(f"held-out/{seed}")
@@ -61,6 +60,7 @@ def load_rows(cfg: DataConfig, eval_prompts: int, seed: int) -> tuple[Rows, Rows
         return train, _choose(_read(cfg, "data.eval_path", cfg.eval_path, ""), eval_prompts, rng)
     if cfg.source == "huggingface" and cfg.eval_split is not None:
         return train, _choose(_read(cfg, "data.path", cfg.path, cfg.eval_split), eval_prompts, rng)
+    check_columns(cfg, train)
     return _hold_out(train, eval_prompts, wording_columns(cfg), rng)
 
 

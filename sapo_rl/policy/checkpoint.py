@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from sapo_rl.errors import UserError
 from sapo_rl.policy.trainer import PolicyTrainer
+from sapo_rl.run_folder import checkpoints_in
 from sapo_rl.tensor_file import write_tensors
 
 PATTERN = "step_{:06d}"
@@ -54,7 +54,7 @@ def save(folder: Path, step: int, trainer: PolicyTrainer, state: dict[str, Any],
         _sync(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        for old in _all(folder)[:-keep_last]:
+        for old in checkpoints_in(folder)[:-keep_last]:
             shutil.rmtree(old)
 
 
@@ -77,20 +77,10 @@ def latest(folder: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    found = _all(folder)
+    found = checkpoints_in(folder)
     if not found:
         raise UserError(f"resume: no checkpoint in '{folder}': the run ended before its first; start it anew")
     return found[-1]
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the last step that a checkpoint contains."""
-    return int(checkpoint.name.removeprefix("step_"))
-
-
-def _all(folder: Path) -> list[Path]:
-    """The checkpoints, oldest first; what else lies beside them is somebody's own."""
-    return sorted((path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)), key=step_of)
 
 
 def load(checkpoint: Path, trainer: PolicyTrainer) -> tuple[int, dict[str, Any]]:

@@ -32,7 +32,6 @@ LAUNCHER_VARIABLES = (
 )  # fmt: skip
 LAUNCHER_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_", "WANDB_")
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-PYTHON = {"PYTHONUNBUFFERED": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 OUT_OF_MEMORY = (
     "No available memory for the cache blocks",
     "To serve at least one request",
@@ -93,7 +92,7 @@ def _bare(environ: Mapping[str, str]) -> dict[str, str]:
     }
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
-    return env | QUIET | PYTHON | {"PYTHONPATH": path}
+    return env | QUIET | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 
 
 def _on_cpu(env: dict[str, str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import SupportsFloat, TypeAlias
 from rich.text import Text
 
 from sapo_rl.config import Config
-from sapo_rl.run_folder import CHECKPOINTS, METRICS
+from sapo_rl.run_folder import CHECKPOINTS, METRICS, checkpoints_in
 from sapo_rl.telemetry.completions import Row, rows, write_completions
 from sapo_rl.telemetry.console import Display, open_display
 from sapo_rl.telemetry.metrics import MetricsLog, Record, read_metrics, sample_metrics
@@ -126,8 +126,7 @@ class Telemetry:
         if not self._open:
             return
         wandb = self._wandb.where if self._wandb else ""
-        saved = any(self._folder.glob(f"{CHECKPOINTS}/*"))
-        goes_on = saved and not complete
+        goes_on = not complete and checkpoints_in(self._folder / CHECKPOINTS)
         command = (
             f"{_python()} -m " + ("sapo_rl resume=" if goes_on else "sapo_rl.telemetry.report ") + str(self._folder)
         )

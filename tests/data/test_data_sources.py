@@ -66,7 +66,7 @@ def test_jsonl_and_parquet_rows_are_read_in_order(tmp_path: Path, jsonl: str) ->
 def test_blank_lines_and_unicode_line_separators_are_no_rows(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text('\ufeff{"prompt": "a\u2028b"}\n\n{"prompt": "c"}\r\n', encoding="utf-8")
-    rows, _ = load_rows(DataConfig(source="file", path=str(path), answer_column=None), 0, seed=0)
+    rows, _ = load_rows(DataConfig(source="file", path=str(path)), 0, seed=0)
     assert rows == [{"prompt": "a\u2028b"}, {"prompt": "c"}]
 
 
