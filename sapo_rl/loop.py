@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,7 @@ from sapo_rl import run_folder
 from sapo_rl.advantages import advantages
 from sapo_rl.config import Config
 from sapo_rl.data import PromptSampler
+from sapo_rl.errors import UserError
 from sapo_rl.losses import inert_temperature_warning
 from sapo_rl.policy import checkpoint
 from sapo_rl.policy.model import Policy
@@ -96,6 +98,7 @@ def train(run: Run) -> None:
         run.rollouts.sleep()  # gives the trainer vLLM's memory, where both do not fit; the push wakes it
         stats = run.trainer.train_on(batch.groups, run.timers)
         producer.wait()
+        stop_if_diverged(run, batch, stats)
         publish_weights(run)
         run.sampler_state = batch.sampler_state
         report(run, batch, stats | {"time/wait": producer.take_waited()})
@@ -172,6 +175,23 @@ def assign_advantages(run: Run, groups: list[Group]) -> None:
     for group, rewards_G, advantages_G in zip(groups, rewards_PG, advantages_PG, strict=True):
         for sample, reward, advantage in zip(group.samples, rewards_G, advantages_G, strict=True):
             sample.reward, sample.advantage = reward, advantage
+
+
+def stop_if_diverged(run: Run, batch: Batch, stats: dict[str, float]) -> None:
+    """End the run, on all ranks, where the step's loss or gradient is not finite: its weights are of no use.
+
+    Raises:
+        UserError: naming the step, the number and what to change.
+    """
+    settings = run.config.trainer
+    for name, value in (("loss", stats["policy/loss"]), ("gradient norm", stats["policy/grad_norm"])):
+        if not math.isfinite(value):
+            report(run, batch, stats)
+            raise UserError(
+                f"step {run.step}: the {name} is {value}; nothing is saved of it, earlier checkpoints are as they were\n"
+                f"  lower trainer.learning_rate (is {settings.learning_rate:g}) or trainer.max_grad_norm "
+                f"(is {settings.max_grad_norm:g}), or raise trainer.warmup_updates (is {settings.warmup_updates})"
+            )
 
 
 def publish_weights(run: Run) -> None:

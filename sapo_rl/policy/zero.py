@@ -70,7 +70,8 @@ class ZeroParallel(Parallel):
         """See `Parallel.step`."""
         self._engine.step()
         self._has_moments = True
-        return torch.as_tensor(self._engine.get_global_grad_norm(), device=self._accelerator.device)
+        norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self._accelerator.device)
+        return norm.masked_fill(norm < 0, torch.nan)  # the engine writes -1 for one that is not finite
 
     def shape_of(self, parameter: nn.Parameter) -> torch.Size:
         """See `Parallel.shape_of`."""

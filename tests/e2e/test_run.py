@@ -193,6 +193,25 @@ def test_overlap_trains_on_batches_one_version_old(workspace: Path) -> None:
     assert state["sampler"]["position"] == 3 * 4  # of the batch that was trained on, not of the one ahead
 
 
+@pytest.mark.parametrize("mode", ["sync", "overlap"])
+def test_gradient_that_is_not_finite_ends_the_run_and_saves_nothing(workspace: Path, mode: str) -> None:
+    before = folders(workspace)
+    steep = ("trainer.learning_rate=1e30", "checkpoint.every=1", f"rollout.mode={mode}", "logging.wandb=off")
+    code, out, err = run(workspace, "config=tiny.yaml", *steep)
+    assert code == 2, out + err
+    for words in (
+        "step 1: the gradient norm is nan",
+        "trainer.learning_rate (is 1e+30)",
+        "trainer.max_grad_norm (is 1)",
+    ):
+        assert words in err
+    assert "Traceback" not in err
+    (folder,) = folders(workspace) - before
+    (record,) = steps_of(folder)
+    assert record["step"] == 1 and record["policy/grad_norm"] is None
+    assert not (folder / "checkpoints").exists() and not (folder / "final").exists()
+
+
 def test_sweep_makes_a_run_for_each_value(workspace: Path) -> None:
     before = folders(workspace)
     short = ("trainer.steps=1", "eval.prompts=0", "checkpoint.save_final=false", "logging.wandb=off")

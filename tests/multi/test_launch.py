@@ -113,6 +113,13 @@ def test_mistake_that_all_ranks_find_is_told_once_with_code_2(workspace: Path) -
 
 
 @pytest.mark.multi
+def test_training_that_diverges_ends_all_ranks_and_is_told_once(workspace: Path) -> None:
+    code, out, err = run(workspace, "config=tiny.yaml", *TWO, *SHORT, "trainer.learning_rate=1e30")
+    assert code == 2, out + err
+    assert err.count("step 1: the gradient norm is nan") == 1 and "Traceback" not in err
+
+
+@pytest.mark.multi
 def test_other_number_of_ranks_than_asked_for_is_refused(workspace: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "sapo_rl")
     code, _, err = run(workspace, "config=tiny.yaml", "launch.num_processes=4", module=torchrun)
