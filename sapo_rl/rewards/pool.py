@@ -29,6 +29,8 @@ from sapo_rl.rewards.scoring import call_arguments
 from sapo_rl.types import Group
 
 _START_TIMEOUT = 300.0  # seconds for a worker to import the user's modules
+_CHUNK = 1 << 20  # bytes read at once, more than most answers have
+_FOREIGN = "it wrote to a file descriptor that is not its own, or closed it"
 
 
 @dataclass(slots=True)
@@ -163,13 +165,11 @@ class RewardPool:
         patience = None if soonest == math.inf else max(0.0, soonest - time.monotonic())
         answered = wait([*(worker.connection for worker in busy), *([inbox.connection] if inbox else [])], patience)
         for worker in busy:
-            if worker.connection in answered:
-                outcome = worker.receive()
-            elif time.monotonic() >= worker.deadline:
+            outcome = worker.receive() if worker.connection in answered else None
+            if outcome is None and time.monotonic() >= worker.deadline:
                 outcome = _Outcome(None, "took too long", dead=True, late=True)
-            else:
-                continue
-            self._settle(worker, outcome)
+            if outcome is not None:
+                self._settle(worker, outcome)
         return answered
 
     def _give(self, worker: _Worker, task: _Task) -> None:
@@ -268,6 +268,9 @@ class _Worker:
         self.ready = False
         self.task: _Task | None = None
         self.deadline = time.monotonic() + _START_TIMEOUT
+        self._call = 0
+        """Number of the call that is answered next; loading the functions is the first."""
+        self._read = b""
         ours, theirs = multiprocessing.Pipe()
         self.connection: Connection = ours
         with theirs:
@@ -293,18 +296,39 @@ class _Worker:
         Raises:
             OSError: the process is dead.
         """
-        self.connection.send((task.name, call_arguments(task.group, task.positions)))
+        self._call += 1
+        self.connection.send((self._call, task.name, call_arguments(task.group, task.positions)))
         self.task, self.deadline = task, time.monotonic() + limit
 
-    def receive(self) -> _Outcome:
-        """Read the answer that is waiting, or learn how the process died."""
+    def receive(self) -> _Outcome | None:
+        """Read what is waiting: the answer, how the process died, or None where it is only a part of the answer."""
         try:
-            answer = json.loads(self.connection.recv_bytes())
-        except (EOFError, OSError):
-            code = self._process.wait()
-            how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-            return _Outcome(None, f"its process ended {how}", dead=True)
-        return _Outcome(answer["scores"], answer["failed"] or "")
+            found = os.read(self.connection.fileno(), _CHUNK)
+        except OSError:
+            found = b""
+        if not found:
+            return _Outcome(None, self._end(), dead=True)
+        self._read += found
+        if not self._read.endswith(b"\n"):
+            return None
+        line, self._read = self._read, b""
+        try:
+            answer = json.loads(line)
+            if answer["call"] == self._call:
+                return _Outcome(answer["scores"], answer["failed"] or "")
+        except (ValueError, TypeError, KeyError, RecursionError):
+            pass
+        return _Outcome(None, _FOREIGN, dead=True)
+
+    def _end(self) -> str:
+        """Say how the process ended; one that has closed the connection may live on."""
+        try:
+            code = self._process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            code = os.EX_PROTOCOL
+        if code == os.EX_PROTOCOL:  # the worker's own for a connection that is gone
+            return _FOREIGN
+        return f"its process ended {f'by signal {-code}' if code < 0 else f'with exit code {code}'}"
 
     def kill(self) -> None:
         """End the process and all that it started."""

@@ -1,7 +1,8 @@
 """The process in which reward functions run: `python -m sapo_rl.rewards.worker <socket> <parent's process id>`.
 
 It is handed its functions once, then answers one call after the other until the other end closes. The parent sends
-pickles; the answers are JSON, so that code which evaluates a model's words here cannot make the parent run any.
+pickles; an answer is a line of JSON with the number of its call, so that code which evaluates a model's words here
+cannot make the parent run any, and what a function writes to descriptors that are not its own is no answer.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ def main() -> None:
     connection = Connection(descriptor)
     try:
         _serve(connection)
-    except (EOFError, ConnectionError):
+    except EOFError:
         return
+    except OSError:  # a function has closed or replaced the descriptor
+        sys.exit(os.EX_PROTOCOL)
 
 
 def _serve(connection: Connection) -> None:
@@ -43,22 +46,25 @@ def _serve(connection: Connection) -> None:
                 importlib.import_module(PACKAGES[path][0])  # now, for a sample's time limit must not pay for it
             functions[name] = resolve(path), settings
     except (UserError, ImportError) as error:
-        _reply(connection, failed=str(error))
+        _reply(connection, 0, failed=str(error))
         return
-    _reply(connection)
+    _reply(connection, 0)
     while True:
-        name, arguments = connection.recv()
+        call, name, arguments = connection.recv()
         function, settings = functions[name]
         try:
-            _reply(connection, scores=evaluate(function, arguments, settings))
+            _reply(connection, call, scores=evaluate(function, arguments, settings))
         except ScoreError as error:
-            _reply(connection, failed=str(error))
+            _reply(connection, call, failed=str(error))
 
 
-def _reply(connection: Connection, scores: list[float | None] | None = None, failed: str | None = None) -> None:
+def _reply(
+    connection: Connection, call: int, scores: list[float | None] | None = None, failed: str | None = None
+) -> None:
     if os.getpid() != _OWN:  # a function has forked, and both return
         os._exit(0)
-    connection.send_bytes(json.dumps({"scores": scores, "failed": failed}).encode())
+    with open(connection.fileno(), "wb", closefd=False) as stream:
+        stream.write(json.dumps({"call": call, "scores": scores, "failed": failed}).encode() + b"\n")
 
 
 def _die_with(parent: int) -> None:

@@ -20,7 +20,7 @@ from sapo_rl.rewards import Inbox, RewardPool
 from sapo_rl.types import Group, Prompt, Sample
 
 MODULE = '''
-import math, os, signal, sys, time
+import contextlib, math, os, signal, sys, time
 from pathlib import Path
 
 def length(completions, **columns):
@@ -52,6 +52,28 @@ def short(completions, **columns):
 def forks(completions, **columns):
     child = os.fork() == 0
     return [99.0 if child else float(len(text)) for text in completions]
+
+def everywhere(completions, **columns):
+    """Writes what a text holds to all descriptors beyond stderr, or closes them."""
+    for text in completions:
+        for fd in [int(name) for name in os.listdir("/proc/self/fd") if int(name) > 2]:
+            with contextlib.suppress(OSError):
+                if text.startswith("write "):
+                    os.write(fd, eval(text[6:]))
+                if text == "close":
+                    os.close(fd)
+                if text == "replace":
+                    os.dup2(os.open("mine.txt", os.O_RDWR | os.O_CREAT), fd)
+    if "close" in completions:
+        time.sleep(100)
+    return [1.0 for _ in completions]
+
+def drip(completions, **columns):
+    while True:
+        for fd in [int(name) for name in os.listdir("/proc/self/fd") if int(name) > 2]:
+            with contextlib.suppress(OSError):
+                os.write(fd, b"[" * 100)
+        time.sleep(0.001)
 
 def slow(completions, **columns):
     time.sleep(0.3 * len(completions))
@@ -214,6 +236,41 @@ def test_a_function_that_forks_and_returns_twice_scores_once(here: Path) -> None
     with RewardPool(cfg) as pool:
         pool.score(groups)
     assert rewards(groups, "forks") == [[i + 1.0, 1.0] for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "write b'garbage'",
+        "write b'garbage\\n'",
+        "write b'7\\n'",
+        "write b'{}\\n'",
+        """write b'{"call": 0, "scores": [9.0], "failed": null}\\n'""",
+        "write bytes([0, 0, 0, 200])",
+        "close",
+        "replace",
+    ],
+)
+def test_a_function_that_writes_to_or_closes_what_is_not_its_own_fails_by_name(here: Path, text: str) -> None:
+    cfg = config(
+        everywhere={"function": "pool_rewards.everywhere", "on_error": "zero"},
+        length={"function": "pool_rewards.length"},
+    )
+    groups = [group(0, ["fine", text, "fine"]), group(1, ["a", "bb"])]
+    start = time.monotonic()
+    with RewardPool(cfg) as pool:
+        stats = pool.score(groups)
+    assert time.monotonic() - start < 25
+    assert rewards(groups, "everywhere") == [[1.0, 0.0, 1.0], [1.0, 1.0]]
+    assert rewards(groups, "length") == [[4.0, float(len(text)), 4.0], [1.0, 2.0]]
+    assert stats.errors == {"everywhere": 1, "length": 0}
+    assert "wrote to a file descriptor that is not its own, or closed it" in stats.failures["everywhere"]
+
+
+def test_half_an_answer_does_not_hold_the_pool_beyond_the_time_limit(here: Path) -> None:
+    cfg = config(drip={"function": "pool_rewards.drip", "timeout": 1.0})
+    with RewardPool(cfg) as pool, pytest.raises(UserError, match="took longer than 1 s"):
+        pool.score([group(0, ["a"])])
 
 
 def test_a_worker_that_dies_between_batches_is_replaced(here: Path) -> None:
