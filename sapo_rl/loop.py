@@ -188,7 +188,7 @@ def stop_if_diverged(run: Run, batch: Batch, stats: dict[str, float]) -> None:
         if not math.isfinite(value):
             report(run, batch, stats)
             raise UserError(
-                f"step {run.step}: the {name} is {value}; nothing is saved of it, earlier checkpoints are as they were\n"
+                f"step {run.step}: the {name} is {value}; it is not saved, and checkpoints before it are untouched\n"
                 f"  lower trainer.learning_rate (is {settings.learning_rate:g}) or trainer.max_grad_norm "
                 f"(is {settings.max_grad_norm:g}), or raise trainer.warmup_updates (is {settings.warmup_updates})"
             )
