@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sapo_rl.config import DataConfig
 from sapo_rl.errors import UserError, did_you_mean
@@ -12,12 +13,19 @@ from sapo_rl.types import Messages, Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FIELD = re.compile(r"\{(\w+)\}")
+Rows: TypeAlias = dict[int, dict[str, Any]]
+"""Rows by their number in the file or dataset, from 0."""
+
+_FIELD = re.compile(r"\{([^{}]+)\}")
+_WORD = re.compile(r"\w+")
 _NO_WORDING = "{prompt}"
 
 
 def wording_columns(cfg: DataConfig) -> list[str]:
-    """Return the columns that the wording of a prompt is made of; `{prompt}` stands for `prompt_column`."""
+    """Return the columns that the wording of a prompt is made of; `{prompt}` stands for `prompt_column`.
+
+    Braces around more than a word, as in `x^{n-1}`, may be the user's own: they name a column where the data has it.
+    """
     return list(dict.fromkeys([*_named(cfg.template, cfg), *_named(cfg.response_prefix, cfg)]))
 
 
@@ -45,13 +53,11 @@ def _named(wording: str, cfg: DataConfig) -> list[str]:
     return [cfg.prompt_column if name == "prompt" else name for name in _FIELD.findall(wording)]
 
 
-def build_prompts(
-    rows: list[dict[str, Any]], cfg: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Prompt], int]:
+def build_prompts(rows: Rows, cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], int]:
     """Return the prompts of `rows`, and how many were dropped for being longer than `cfg.max_prompt_tokens`.
 
-    `Prompt.index` is the row's number, dropped rows counted. `columns` has every column but the prompt's, the answer
-    also under `answer`; None where a row lacks a column. A chat that ends in an assistant message is left open there.
+    `Prompt.index` is the row's number. `columns` has every column but the prompt's, the answer also under `answer`;
+    None where a row lacks a column. A chat that ends in an assistant message is left open there.
 
     Raises:
         UserError: a missing column, an unusable prompt, a tokenizer without a chat template, or no prompt left.
@@ -59,20 +65,21 @@ def build_prompts(
     check_wording(cfg)
     if not rows:
         return [], 0
-    names = check_columns(cfg, rows)
-    contents = [_content(row, number, cfg) for number, row in enumerate(rows)]
+    names = check_columns(cfg, rows.values())
+    rows = {number: {name: row.get(name) for name in names} for number, row in rows.items()}
+    contents = {number: _content(row, number, cfg) for number, row in rows.items()}
     texts = [
-        _render(content, number, cfg, tokenizer) + _fill(cfg.response_prefix, row, number, cfg)
-        for number, (row, content) in enumerate(zip(rows, contents, strict=True))
+        _render(content, number, cfg, tokenizer) + _fill(cfg.response_prefix, rows[number], number, cfg)
+        for number, content in contents.items()
     ]
     # A chat template writes the special tokens itself.
     token_ids: list[list[int]] = tokenizer(texts, add_special_tokens=not cfg.chat_template)["input_ids"]  # pyright: ignore[reportAssignmentType]
     prompts = []
-    for number, (row, content, ids) in enumerate(zip(rows, contents, token_ids, strict=True)):
+    for (number, content), ids in zip(contents.items(), token_ids, strict=True):
         if not ids:
             raise UserError(f"row {number}: its prompt is empty")
         if len(ids) <= cfg.max_prompt_tokens:
-            prompts.append(Prompt(number, list(ids), content, _columns(row, names, cfg)))
+            prompts.append(Prompt(number, list(ids), content, _columns(rows[number], cfg)))
     if not prompts:
         shortest = min(map(len, token_ids))
         raise UserError(
@@ -82,12 +89,14 @@ def build_prompts(
     return prompts, len(rows) - len(prompts)
 
 
-def check_columns(cfg: DataConfig, rows: list[dict[str, Any]]) -> list[str]:
+def check_columns(cfg: DataConfig, rows: Iterable[dict[str, Any]]) -> list[str]:
     """Return the names of all columns. Raises UserError where the prompt's wording or the answer is not among them."""
     names = list(dict.fromkeys(name for row in rows for name in row))
+    in_template = _named(cfg.template, cfg)
     for column in wording_columns(cfg):
-        if column not in names:
-            key = "data.template" if column in _named(cfg.template, cfg) else "data.response_prefix"
+        meant = column == cfg.prompt_column or _WORD.fullmatch(column) or not set(in_template) & set(names)
+        if column not in names and meant:
+            key = "data.template" if column in in_template else "data.response_prefix"
             key = "data.prompt_column" if column == cfg.prompt_column else key
             raise UserError(f"{key}: the data has no column '{column}'; {did_you_mean(column, names)}")
     if cfg.answer_column is not None and cfg.answer_column not in names:
@@ -96,10 +105,10 @@ def check_columns(cfg: DataConfig, rows: list[dict[str, Any]]) -> list[str]:
     return names
 
 
-def _columns(row: dict[str, Any], names: list[str], cfg: DataConfig) -> dict[str, Any]:
-    columns = {name: row.get(name) for name in names if name != cfg.prompt_column}
+def _columns(row: dict[str, Any], cfg: DataConfig) -> dict[str, Any]:
+    columns = {name: value for name, value in row.items() if name != cfg.prompt_column}
     if cfg.answer_column is not None:
-        columns["answer"] = row.get(cfg.answer_column)
+        columns["answer"] = row[cfg.answer_column]
     return columns
 
 
@@ -111,7 +120,9 @@ def _content(row: dict[str, Any], number: int, cfg: DataConfig) -> str | Message
 def _fill(wording: str, row: dict[str, Any], number: int, cfg: DataConfig) -> str:
     def fill(field: re.Match[str]) -> str:
         column = cfg.prompt_column if field[1] == "prompt" else field[1]
-        value = row.get(column)
+        if column not in row:  # `check_columns` has seen to what must be one
+            return field[0]
+        value = row[column]
         if value is None or isinstance(value, list | dict) or (field[1] == "prompt" and not isinstance(value, str)):
             raise UserError(f"row {number}: '{column}' is {_kind(value)}, must be text")
         return str(value)

@@ -8,10 +8,8 @@ from typing import Any
 
 from sapo_rl.config import DataConfig
 from sapo_rl.data import arithmetic, gym, tables
-from sapo_rl.data.prompts import check_columns, check_wording, wording_columns
+from sapo_rl.data.prompts import Rows, check_columns, check_wording, wording_columns
 from sapo_rl.errors import UserError
-
-Rows = list[dict[str, Any]]
 
 
 def check_source(cfg: DataConfig) -> None:
@@ -38,14 +36,15 @@ def load_rows(cfg: DataConfig, eval_prompts: int, seed: int) -> tuple[Rows, Rows
 
     Generators make `cfg.size` training rows, or as many as there are different questions once the held-out rows are
     taken. Of `eval_path` or `eval_split` a seeded choice is taken, all rows where there are fewer; with neither, a
-    seeded choice is held out of the training rows, and rows with the same wording leave them too.
+    seeded choice is held out of the training rows, and rows with the same wording leave them too. Rows that were read
+    keep their number.
 
     Raises:
         UserError: the source is missing, empty, or too small to hold out `eval_prompts` and train on the rest.
     """
     if cfg.source in ("arithmetic", "reasoning_gym"):
         rows = _generate(cfg, cfg.size + eval_prompts, seed)
-        held_out, train = rows[:eval_prompts], rows[eval_prompts:]
+        held_out, train = dict(enumerate(rows[:eval_prompts])), dict(enumerate(rows[eval_prompts:]))
         if not train:
             raise UserError(
                 f"data.args: there are only {len(rows)} different questions, eval.prompts={eval_prompts} leaves none "
@@ -54,17 +53,17 @@ def load_rows(cfg: DataConfig, eval_prompts: int, seed: int) -> tuple[Rows, Rows
         return train, held_out
     train = _read(cfg, "data.path", cfg.path, cfg.split)
     if eval_prompts == 0:
-        return train, []
+        return train, {}
     rng = random.Random(f"held-out/{seed}")
     if cfg.source == "file" and cfg.eval_path is not None:
         return train, _choose(_read(cfg, "data.eval_path", cfg.eval_path, ""), eval_prompts, rng)
     if cfg.source == "huggingface" and cfg.eval_split is not None:
         return train, _choose(_read(cfg, "data.path", cfg.path, cfg.eval_split), eval_prompts, rng)
-    check_columns(cfg, train)
+    check_columns(cfg, train.values())
     return _hold_out(train, eval_prompts, wording_columns(cfg), rng)
 
 
-def _generate(cfg: DataConfig, count: int, seed: int) -> Rows:
+def _generate(cfg: DataConfig, count: int, seed: int) -> list[dict[str, Any]]:
     if cfg.source == "arithmetic":
         return arithmetic.generate(cfg.args, count, seed)
     return gym.generate(_path(cfg), cfg.args, count, seed)
@@ -74,11 +73,11 @@ def _read(cfg: DataConfig, key: str, path: str | None, split: str) -> Rows:
     rows = tables.read_file(key, path) if cfg.source == "file" else tables.read_hub(_path(cfg), cfg.subset, split)
     if not rows:
         raise UserError(f"{key}: '{path}'{f', split {split!r},' if cfg.source == 'huggingface' else ''} has no rows")
-    return rows
+    return dict(enumerate(rows))
 
 
 def _choose(rows: Rows, count: int, rng: random.Random) -> Rows:
-    return [rows[position] for position in sorted(rng.sample(range(len(rows)), min(count, len(rows))))]
+    return {number: rows[number] for number in sorted(rng.sample(range(len(rows)), min(count, len(rows))))}
 
 
 def _hold_out(rows: Rows, count: int, columns: list[str], rng: random.Random) -> tuple[Rows, Rows]:
@@ -86,8 +85,8 @@ def _hold_out(rows: Rows, count: int, columns: list[str], rng: random.Random) ->
         return json.dumps([row.get(column) for column in columns], sort_keys=True, default=str)
 
     held_out = _choose(rows, count, rng)
-    kept = {wording(row) for row in held_out}
-    train = [row for row in rows if wording(row) not in kept]
+    kept = {wording(row) for row in held_out.values()}
+    train = {number: row for number, row in rows.items() if wording(row) not in kept}
     if not train:
         raise UserError(
             f"data.path: eval.prompts={count} of {len(rows)} rows are held out, which leaves none to train on; "

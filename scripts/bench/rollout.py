@@ -163,7 +163,7 @@ def main() -> None:
     workload, model = WORKLOADS[args.workload], ModelConfig(path=str(args.model))
     tokenizer = load_tokenizer(model)
     data = DataConfig(source="file", answer_column=None, max_prompt_tokens=workload.max_prompt_tokens)
-    prompts, _ = build_prompts(chat_rows(workload.prompts), data, tokenizer)
+    prompts, _ = build_prompts(dict(enumerate(chat_rows(workload.prompts))), data, tokenizer)
     inputs = Inputs(prompts, tokenizer, stop_tokens(model, tokenizer))
     started, found = time.monotonic(), []
     for wanted in args.sets:

@@ -9,8 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from sapo_rl.config import DataConfig
-from sapo_rl.data import build_prompts
+from sapo_rl.data import build_prompts as build_numbered
 from sapo_rl.errors import UserError
+from sapo_rl.types import Prompt
 
 WORDS = ["<s>", "<unk>", "system", "user", "assistant", "Q", "A", "be", "brief", "one", "two", "three", ":", "|"]
 TEMPLATE = (
@@ -38,6 +39,12 @@ def ids(text: str) -> list[int]:
 
 def row(prompt: Any = "one two", **columns: Any) -> dict[str, Any]:
     return {"prompt": prompt, "answer": "three", **columns}
+
+
+def build_prompts(
+    rows: list[dict[str, Any]], cfg: DataConfig, tokenizer: PreTrainedTokenizerFast
+) -> tuple[list[Prompt], int]:
+    return build_numbered(dict(enumerate(rows)), cfg, tokenizer)
 
 
 def test_text_becomes_one_user_message(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -74,6 +81,21 @@ def test_other_braces_of_the_template_stay(tokenizer: PreTrainedTokenizerFast) -
     cfg = DataConfig(template="{prompt} \\boxed{} {}{ x }")
     (prompt,), _ = build_prompts([row("{hint}", hint="no")], cfg, tokenizer)
     assert prompt.content == "{hint} \\boxed{} {}{ x }"
+
+
+def test_columns_whose_name_is_no_word_stand_in_braces(tokenizer: PreTrainedTokenizerFast) -> None:
+    cfg = DataConfig(template="Q : {my-col} {n-1} {two words} : {prompt}", prompt_column="my.text")
+    (prompt,), _ = build_prompts([{"my.text": "A", "my-col": "one", "two words": "two", "answer": 3}], cfg, tokenizer)
+    assert prompt.content == "Q : one {n-1} two : A"
+    assert prompt.columns == {"my-col": "one", "two words": "two", "answer": 3}
+
+
+def test_rows_and_prompts_are_known_by_the_number_they_come_with(tokenizer: PreTrainedTokenizerFast) -> None:
+    prompts, _ = build_numbered({4: row("one"), 9: row("two")}, DataConfig(), tokenizer)
+    assert [(prompt.index, prompt.content) for prompt in prompts] == [(4, "one"), (9, "two")]
+    for bad in (None, []):
+        with pytest.raises(UserError, match="row 9"):
+            build_numbered({4: row("one"), 9: row(bad)}, DataConfig(), tokenizer)
 
 
 def test_plain_text_gets_the_tokenizers_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -127,6 +149,13 @@ CHAT = [{"role": "user", "content": "one"}]
         ([row()], {"prompt_column": "promt"}, r"data\.prompt_column: .*no column 'promt'; did you mean 'prompt'"),
         ([row()], {"answer_column": "answers"}, r"data\.answer_column: .*'answers'; did you mean 'answer'"),
         ([row()], {"template": "{prompt} {hint}"}, r"data\.template: .*no column 'hint'"),
+        (
+            [row(**{"my-col": 1})],
+            {"template": "{my-cl}"},
+            r"data\.template: .*no column 'my-cl'; did you mean 'my-c",
+        ),
+        ([row()], {"template": "{prompt}", "prompt_column": "a-b"}, r"data\.prompt_column: .*no column 'a-b'"),
+        ([row(**{"a-b": 1}), row(**{"a-b": None})], {"template": "{prompt} {a-b}"}, "row 1: 'a-b' is missing"),
         ([row()], {"response_prefix": "{hint}"}, r"data\.response_prefix: .*no column 'hint'"),
         (
             [row([*CHAT, {"role": "assistant", "content": "A"}])],

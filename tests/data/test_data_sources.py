@@ -32,8 +32,12 @@ def jsonl(tmp_path: Path) -> str:
     return write_jsonl(tmp_path / "train.jsonl", ROWS)
 
 
-def by_prompt(rows: list[dict[str, Any]]) -> set[str]:
-    return {row["prompt"] for row in rows}
+def by_prompt(rows: dict[int, dict[str, Any]]) -> set[str]:
+    return {row["prompt"] for row in rows.values()}
+
+
+def numbered(rows: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    return dict(enumerate(rows))
 
 
 @pytest.mark.parametrize(
@@ -58,16 +62,16 @@ def test_a_small_space_gives_fewer_training_rows_and_all_held_out_rows() -> None
 
 
 def test_jsonl_and_parquet_rows_are_read_in_order(tmp_path: Path, jsonl: str) -> None:
-    assert load_rows(DataConfig(source="file", path=jsonl), 0, seed=0) == (ROWS, [])
+    assert load_rows(DataConfig(source="file", path=jsonl), 0, seed=0) == (numbered(ROWS), {})
     parquet = write_parquet(tmp_path / "train.parquet", ROWS)
-    assert load_rows(DataConfig(source="file", path=parquet), 0, seed=0) == (ROWS, [])
+    assert load_rows(DataConfig(source="file", path=parquet), 0, seed=0) == (numbered(ROWS), {})
 
 
 def test_blank_lines_and_unicode_line_separators_are_no_rows(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text('\ufeff{"prompt": "a\u2028b"}\n\n{"prompt": "c"}\r\n', encoding="utf-8")
     rows, _ = load_rows(DataConfig(source="file", path=str(path)), 0, seed=0)
-    assert rows == [{"prompt": "a\u2028b"}, {"prompt": "c"}]
+    assert rows == numbered([{"prompt": "a\u2028b"}, {"prompt": "c"}])
 
 
 def test_rows_are_held_out_by_seed_and_their_copies_leave_the_training_rows(tmp_path: Path) -> None:
@@ -76,9 +80,15 @@ def test_rows_are_held_out_by_seed_and_their_copies_leave_the_training_rows(tmp_
     train, held_out = load_rows(cfg, 5, seed=3)
     assert len(held_out) == 5
     assert not by_prompt(train) & by_prompt(held_out)
-    assert by_prompt(train) | by_prompt(held_out) == by_prompt(ROWS)
+    assert by_prompt(train) | by_prompt(held_out) == by_prompt(numbered(ROWS))
     assert load_rows(cfg, 5, seed=3) == (train, held_out)
     assert load_rows(cfg, 5, seed=4)[1] != held_out
+
+
+def test_rows_keep_their_number_where_others_are_held_out(jsonl: str) -> None:
+    train, held_out = load_rows(DataConfig(source="file", path=jsonl), 5, seed=3)
+    assert train | held_out == numbered(ROWS)
+    assert len(train) == 15 and len(held_out) == 5
 
 
 def test_an_evaluation_file_is_used_instead(tmp_path: Path, jsonl: str) -> None:
@@ -86,9 +96,9 @@ def test_an_evaluation_file_is_used_instead(tmp_path: Path, jsonl: str) -> None:
     cfg = DataConfig(source="file", path=jsonl, eval_path=write_parquet(tmp_path / "test.parquet", other))
     check_source(cfg)
     train, held_out = load_rows(cfg, 5, seed=0)
-    assert train == ROWS
-    assert len(held_out) == 5 and all(row in other for row in held_out)
-    assert load_rows(cfg, 50, seed=0)[1] == other
+    assert train == numbered(ROWS)
+    assert len(held_out) == 5 and all(row == other[number] for number, row in held_out.items())
+    assert load_rows(cfg, 50, seed=0)[1] == numbered(other)
 
 
 def test_hub_datasets_by_folder_with_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +108,7 @@ def test_hub_datasets_by_folder_with_splits(tmp_path: Path, monkeypatch: pytest.
     write_jsonl(folder / "train.jsonl", ROWS)
     write_jsonl(folder / "test.jsonl", ROWS[:4])
     cfg = DataConfig(source="huggingface", path=str(folder), eval_split="test")
-    assert load_rows(cfg, 9, seed=0) == (ROWS, ROWS[:4])
+    assert load_rows(cfg, 9, seed=0) == (numbered(ROWS), numbered(ROWS[:4]))
     with pytest.raises(UserError, match=r"cannot load the dataset.*split 'dev'"):
         load_rows(DataConfig(source="huggingface", path=str(folder), split="dev"), 0, seed=0)
     with pytest.raises(UserError, match=r"cannot load the dataset '.*absent'"):
@@ -152,6 +162,7 @@ def test_too_few_rows_to_hold_out(jsonl: str) -> None:
         ({"template": "Hello"}, r"data\.template: 'Hello' holds no column"),
         ({"template": "{prompt} \\boxed{answer}"}, "would show the model the answer"),
         ({"template": "{prompt} {key}", "answer_column": "key"}, "would show the model the answer"),
+        ({"template": "{prompt} {the key}", "answer_column": "the key"}, "would show the model the answer"),
         ({"response_prefix": "{answer}"}, r"data\.response_prefix: .*would show the model the answer"),
         ({"system_prompt": "Hi", "chat_template": False}, r"needs data\.chat_template"),
         ({"response_prefix": "A", "chat_template": False}, r"data\.response_prefix: needs data\.chat_template"),
