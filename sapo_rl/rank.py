@@ -102,7 +102,7 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     for engine in engines:
         engine.start()  # takes longest: prompts and the trainer's copy of the model are made meanwhile
 
-    prompts, held_out, dropped = _prompts(config, tokenizer)
+    prompts, held_out, dropped = _prompts(config, tokenizer, rewards)
     sampler = PromptSampler(
         len(prompts), config.rollout.batch_size // config.rollout.group_size, config.seed, config.data.shuffle
     )
@@ -167,10 +167,15 @@ def _models(config: Config, empty: bool) -> tuple[Policy, Reference | None]:
     return policy, load_policy(config.model, empty=empty).to(DTYPES[config.model.dtype])
 
 
-def _prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[Prompt], int]:
+def _prompts(
+    config: Config, tokenizer: PreTrainedTokenizerBase, rewards: RewardPool
+) -> tuple[list[Prompt], list[Prompt], int]:
     rows, held_out_rows = load_rows(config.data, config.eval.prompts, config.seed)
     prompts, dropped = build_prompts(rows, config.data, tokenizer)
     held_out, also_dropped = build_prompts(held_out_rows, config.data, tokenizer) if held_out_rows else ([], 0)
+    for some, source in ((prompts[:1], "the data"), (held_out[:1], "the held-out data")):
+        for prompt in some:  # all have the same columns
+            rewards.check_columns(prompt.columns, source)
     return prompts, held_out, dropped + also_dropped
 
 

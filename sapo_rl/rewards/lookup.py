@@ -16,8 +16,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from sapo_rl.config import RewardFunctionConfig
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.rewards.registry import PACKAGES, REWARD_FUNCTIONS, RewardFunction
-
-_RESERVED = ("completions", "prompts", "completion_ids")
+from sapo_rl.rewards.scoring import GIVEN
 
 
 def resolve(function: str) -> RewardFunction:
@@ -60,7 +59,7 @@ def check_function(name: str, cfg: RewardFunctionConfig) -> None:
             function, or `args` that a built-in does not take.
     """
     where = f"reward.functions.{name}"
-    taken = [key for key in cfg.args if key in _RESERVED]
+    taken = [key for key in cfg.args if key in GIVEN]
     if taken:
         raise UserError(f"{where}.args: '{taken[0]}' is filled in at every call and cannot be set")
     if "." in cfg.function:

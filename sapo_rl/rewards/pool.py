@@ -16,16 +16,16 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
 
 from sapo_rl.config import RewardConfig
-from sapo_rl.errors import UserError
+from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.rewards.inbox import Inbox
-from sapo_rl.rewards.scoring import call_arguments
+from sapo_rl.rewards.scoring import GIVEN, call_arguments
 from sapo_rl.types import Group
 
 _START_TIMEOUT = 300.0  # seconds for a worker to import the user's modules
@@ -67,6 +67,7 @@ class _Outcome:
     cause: str
     dead: bool = False
     late: bool = False
+    needs: dict[str, list[str]] = field(default_factory=dict)
 
 
 class RewardPool:
@@ -89,6 +90,8 @@ class RewardPool:
         self._groups: list[Group] = []
         self._stats = self._new_stats()
         self._slow: set[str] = set()
+        self._needs: dict[str, list[str]] = {}
+        """Columns without which a function cannot be called, by its name."""
 
     def __enter__(self) -> RewardPool:
         """Start the workers and wait until they have imported the functions.
@@ -110,6 +113,30 @@ class RewardPool:
     ) -> None:
         """End the workers."""
         self._close()
+
+    def check_columns(self, columns: Collection[str], source: str) -> None:
+        """Refuse columns with which the functions cannot be called; the pool has been entered.
+
+        Args:
+            columns: what prompts bring along.
+            source: whose prompts, for the message.
+
+        Raises:
+            UserError: a column has the name of something else that functions are given, or one of theirs is missing.
+        """
+        for column in GIVEN:
+            if column in columns:
+                raise UserError(
+                    f"{source} has a column '{column}', but under that name reward functions get what the model was "
+                    "asked and wrote; rename the column"
+                )
+        for name, needed in self._needs.items():
+            for column in needed:
+                if column not in columns:
+                    raise UserError(
+                        f"reward function '{name}' ({self._functions[name].function}) needs '{column}', which is no "
+                        f"column of {source} and not in reward.functions.{name}.args; {did_you_mean(column, columns)}"
+                    )
 
     def score(self, groups: Sequence[Group]) -> RewardStats:
         """Set `sample.rewards[name]` of every sample in `groups` for every function of the config.
@@ -185,7 +212,7 @@ class RewardPool:
         if not worker.ready:
             if outcome.cause:
                 raise UserError(f"reward functions cannot be loaded: {outcome.cause}")
-            worker.ready, worker.deadline = True, math.inf
+            worker.ready, worker.deadline, self._needs = True, math.inf, outcome.needs
             return
         task, worker.task, worker.deadline = worker.task, None, math.inf
         assert task is not None
@@ -315,7 +342,7 @@ class _Worker:
         try:
             answer = json.loads(line)
             if answer["call"] == self._call:
-                return _Outcome(answer["scores"], answer["failed"] or "")
+                return _Outcome(answer.get("scores"), answer.get("failed", ""), needs=answer.get("needs", {}))
         except (ValueError, TypeError, KeyError, RecursionError):
             pass
         return _Outcome(None, _FOREIGN, dead=True)

@@ -12,6 +12,9 @@ from typing import Any
 from sapo_rl.rewards.registry import RewardFunction
 from sapo_rl.types import Group
 
+GIVEN = ("completions", "prompts", "completion_ids")
+"""What every call is given beside the data's columns and the function's settings."""
+
 LARGEST = 1e100
 """Sums and squares of larger rewards could overflow."""
 
@@ -35,6 +38,16 @@ def call_arguments(group: Group, chosen: list[int]) -> dict[str, list[Any]]:
         "completions": [[{"role": "assistant", "content": s.text}] if chat else s.text for s in samples],
         "completion_ids": [s.token_ids for s in samples],
     }
+
+
+def needed_columns(function: RewardFunction, settings: dict[str, Any]) -> list[str]:
+    """Return the columns without which `function` cannot be called."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some callables written in C have none
+        return []
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty]
+    return [p.name for p in named if p.name not in GIVEN and p.name not in settings]
 
 
 def evaluate(function: RewardFunction, arguments: dict[str, list[Any]], settings: dict[str, Any]) -> list[float | None]:

@@ -19,7 +19,7 @@ from typing import Any
 from sapo_rl.errors import UserError
 from sapo_rl.rewards.lookup import resolve
 from sapo_rl.rewards.registry import PACKAGES, RewardFunction
-from sapo_rl.rewards.scoring import ScoreError, evaluate
+from sapo_rl.rewards.scoring import ScoreError, evaluate, needed_columns
 
 _PR_SET_PDEATHSIG = 1
 _OWN = os.getpid()
@@ -48,7 +48,7 @@ def _serve(connection: Connection) -> None:
     except (UserError, ImportError) as error:
         _reply(connection, 0, failed=str(error))
         return
-    _reply(connection, 0)
+    _reply(connection, 0, needs={name: needed_columns(*function) for name, function in functions.items()})
     while True:
         call, name, arguments = connection.recv()
         function, settings = functions[name]
@@ -58,13 +58,11 @@ def _serve(connection: Connection) -> None:
             _reply(connection, call, failed=str(error))
 
 
-def _reply(
-    connection: Connection, call: int, scores: list[float | None] | None = None, failed: str | None = None
-) -> None:
+def _reply(connection: Connection, call: int, **answer: Any) -> None:
     if os.getpid() != _OWN:  # a function has forked, and both return
         os._exit(0)
     with open(connection.fileno(), "wb", closefd=False) as stream:
-        stream.write(json.dumps({"call": call, "scores": scores, "failed": failed}).encode() + b"\n")
+        stream.write(json.dumps({"call": call, **answer}).encode() + b"\n")
 
 
 def _die_with(parent: int) -> None:

@@ -30,6 +30,12 @@ import time
 def hangs(completions, **columns):
     time.sleep(1000)
 
+def mute(completions, **columns):
+    return [None for _ in completions]
+
+def judges(completions, solution, **columns):
+    return [float(text == solution) for text in completions]
+
 def picky(completions, prompts, **columns):
     if any("+" in prompt for prompt in prompts):
         raise ValueError("no sums please")
@@ -224,6 +230,14 @@ def test_sweep_makes_a_run_for_each_value(workspace: Path) -> None:
     assert all(len(steps_of(folder)) == 1 for folder in made)
 
 
+def test_reward_that_needs_a_column_is_refused_without_waiting_for_vllm(workspace: Path) -> None:
+    function = "+reward.functions.judge.function=my_rewards.judges"
+    code, out, err = run(workspace, "config=tiny.yaml", function, "logging.wandb=off")
+    assert code == 2, out + err
+    assert "'judge' (my_rewards.judges) needs 'solution', which is no column of the data" in err
+    assert "vLLM is starting" not in out
+
+
 def test_reward_that_hangs_is_named_with_its_sample(workspace: Path) -> None:
     function = ("+reward.functions.slow.function=my_rewards.hangs", "+reward.functions.slow.timeout=1")
     code, _, err = run(workspace, "config=tiny.yaml", *function, "trainer.steps=1", "logging.wandb=off")
@@ -233,10 +247,13 @@ def test_reward_that_hangs_is_named_with_its_sample(workspace: Path) -> None:
         assert words in err
 
 
-def test_reward_that_raises_counts_as_zero_where_so_configured(workspace: Path) -> None:
+def test_reward_that_raises_counts_as_zero_and_one_that_never_applies_is_told_once(workspace: Path) -> None:
     function = ("+reward.functions.picky.function=my_rewards.picky", "+reward.functions.picky.on_error=zero")
     off = ("eval.prompts=0", "logging.wandb=off", "checkpoint.every=0")
-    folder = new_run(workspace, *function, "trainer.steps=2", *off)
+    mute = "+reward.functions.mute.function=my_rewards.mute"
+    folder = new_run(workspace, *function, mute, "trainer.steps=2", *off)
+    (warning,) = [record["warning"] for record in records(folder) if "mute" in record.get("warning", "")]
+    assert warning == "reward mute applied to no completion of step 1: it returned None for all"
     for record in steps_of(folder):
         table = pq.read_table(folder / "completions" / f"step_{record['step']:05d}.parquet").to_pydict()
         sums = sum("+" in prompt for prompt in table["prompt"])

@@ -46,6 +46,9 @@ def moody(completions, **columns):
             sys.exit("bye")
     return [math.nan if text == "nan" else None if text == "none" else 1.0 for text in completions]
 
+def judge(completions, solution, level=1, *, scale, **columns):
+    return [scale for _ in completions]
+
 def short(completions, **columns):
     return [1.0]
 
@@ -296,6 +299,20 @@ def test_functions_that_cannot_be_loaded_end_the_start(here: Path, text: str, me
     (here / "pool_import.py").write_text(text)
     with pytest.raises(UserError, match=message), RewardPool(config(f={"function": "pool_import.f"})):
         pass
+
+
+def test_columns_that_functions_cannot_do_with_are_refused(here: Path) -> None:
+    judge = {"function": "pool_rewards.judge", "args": {"scale": 2.0}}
+    with RewardPool(config(judge=judge, length={"function": "pool_rewards.length"})) as pool:
+        pool.check_columns(["answer", "solution"], "the data")
+        missing = (
+            r"'judge' \(pool_rewards\.judge\) needs 'solution', which is no column of the data .*valid: answer, level"
+        )
+        with pytest.raises(UserError, match=missing):
+            pool.check_columns(["answer", "level"], "the data")
+        for column in ("prompts", "completions", "completion_ids"):
+            with pytest.raises(UserError, match=f"the held-out data has a column '{column}', .* rename"):
+                pool.check_columns(["solution", column], "the held-out data")
 
 
 def test_leaving_the_pool_ends_its_workers(here: Path) -> None:
