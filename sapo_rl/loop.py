@@ -80,6 +80,8 @@ class Run:
     """Where the order of prompts stands after the last step done; the sampler itself may be one step ahead."""
     stop_asked: bool = False
     """Set by a signal: finish the step, save, leave."""
+    mute: set[str] = field(default_factory=set)
+    """Reward functions of which it has been said that they applied to nothing."""
     before: list[tuple[str, str]] = field(default_factory=list)
     """Held-out prompts with their first greedy completions, for the table at the end."""
 
@@ -223,6 +225,10 @@ def report(run: Run, batch: Batch, stats: dict[str, float]) -> None:
     groups = [group for rank in everyone for group in rank.groups]
     for name, text in scoring.failures.items():
         run.telemetry.warn(f"{text} (reward {name}: {scoring.errors[name]} samples scored 0)")
+    metrics = sample_metrics(groups)
+    for name in [name for name in scoring.errors if f"rewards/{name}/mean" not in metrics and name not in run.mute]:
+        run.mute.add(name)
+        run.telemetry.warn(f"reward {name} applied to no completion of step {run.step}: it returned None for all")
     phases = run.timers.take()
     tokens = sum(row["tokens"] for group in groups for row in group)
     own = {
@@ -233,7 +239,7 @@ def report(run: Run, batch: Batch, stats: dict[str, float]) -> None:
         "rollout/idle_fraction": idle_fraction([rank.usage for rank in everyone]),
         "rollout/staleness": run.step - 1.0 - min(row["weight_version"] for group in groups for row in group),
     } | {f"rewards/{name}/errors": float(sum(rank.errors[name] for rank in everyone)) for name in scoring.errors}
-    run.telemetry.log_step(run.step, {**sample_metrics(groups), **own, **stats, **phases}, groups)
+    run.telemetry.log_step(run.step, {**metrics, **own, **stats, **phases}, groups)
 
 
 def evaluate(run: Run) -> None:
