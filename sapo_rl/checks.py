@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sapo_rl import dotted
 from sapo_rl.config import Config, LaunchConfig
 from sapo_rl.errors import UserError, did_you_mean
 
@@ -55,11 +56,17 @@ def _fields(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 
 def _check_field(key: str, value: Any, metadata: Any) -> None:
-    options = metadata.get("choices")
-    if options and value not in options:
+    options, own = metadata.get("choices"), metadata.get("own")
+    if own and "." in value:
+        try:
+            dotted.check(own, value)
+        except UserError as error:
+            raise ConfigError(key, str(error)) from error
+    elif options and value not in options:
         if value == "False" and "off" in options:
             raise ConfigError(key, 'without quotes, YAML reads off as false; write "off"')
-        raise ConfigError(key, f"unknown value '{value}'; {did_you_mean(str(value), options)}")
+        path = "\n  your own is a dotted path such as my_module.MyClass" if own else ""
+        raise ConfigError(key, f"unknown value '{value}'; {did_you_mean(str(value), options)}{path}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(key, f"is {value}; must be a finite number")
     bounds = {"above": lambda x, b: x > b, "least": lambda x, b: x >= b, "most": lambda x, b: x <= b}

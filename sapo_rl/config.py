@@ -13,9 +13,9 @@ MISSING: Any = "???"
 """OmegaConf's marker for a value that the user must give."""
 
 
-def choice(default: str, *options: str) -> Any:
-    """A text field that admits `options` only."""
-    return field(default=default, metadata={"choices": options})
+def choice(default: str, *options: str, own: str = "") -> Any:
+    """A text field that admits `options` only, or also the dotted path of the user's `own`: the word for messages."""
+    return field(default=default, metadata={"choices": options, "own": own})
 
 
 def number(default: Any, *, above: float | None = None, least: float | None = None, most: float | None = None) -> Any:
@@ -229,8 +229,8 @@ class CorrectionConfig:
 class LossConfig:
     """The objective of an update."""
 
-    name: str = choice("sapo", "sapo", "grpo", "gspo", "cispo", "reinforce")
-    """Policy loss."""
+    name: str = choice("sapo", "sapo", "grpo", "gspo", "cispo", "reinforce", own="policy loss")
+    """Policy loss, or the dotted path of a class of your own: `package.module.Name`; docs/sapo.md."""
     tau_pos: float = number(1.0, above=0)
     """SAPO's temperature where the advantage is positive. The gradient's weight halves at |ratio - 1| = 1.763 / tau."""
     tau_neg: float = number(1.05, above=0)

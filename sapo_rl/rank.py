@@ -32,7 +32,7 @@ from sapo_rl.loop import Run, publish_weights, train
 from sapo_rl.policy import checkpoint
 from sapo_rl.policy.model import DTYPES, Policy, load_policy, load_tokenizer, stop_tokens
 from sapo_rl.policy.parallel import loads_weights
-from sapo_rl.policy.trainer import PolicyTrainer, Reference
+from sapo_rl.policy.trainer import PolicyTrainer, Reference, objective
 from sapo_rl.rewards import RewardPool
 from sapo_rl.rollout.build import (
     ModelFacts,
@@ -89,6 +89,7 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     if accelerator.is_main_process:
         run_folder.add_device(folder, _device_facts(accelerator))
 
+    objective(config.loss)  # one of the user's own is imported before anything is started
     tokenizer = load_tokenizer(config.model)
     rewards = stack.enter_context(RewardPool(config.reward))
     resumed = checkpoint.latest(folder / run_folder.CHECKPOINTS) if config.resume else None

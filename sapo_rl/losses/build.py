@@ -50,11 +50,11 @@ class LossOutputs:
     """`(T,)` detached factor on the policy term, where a correction is set."""
 
 
-def build_loss(name: str, **settings: Any) -> Callable[[LossInputs], LossOutputs]:
+def build_loss(name: str | type[PolicyLossFn], **settings: Any) -> Callable[[LossInputs], LossOutputs]:
     """Return the loss called `name` as a pure function of a packed micro-batch.
 
     Args:
-        name: a name in `POLICY_LOSS_FN`.
+        name: a name in `POLICY_LOSS_FN`, or a class such as those in it.
         settings: the fields of the config's group `loss`, with `kl` and `correction` as dictionaries. What this loss
             does not use is accepted and has no effect; what is left out takes the class's default, not the recipes'.
 
@@ -62,7 +62,7 @@ def build_loss(name: str, **settings: Any) -> Callable[[LossInputs], LossOutputs
         UnknownNameError: no such loss.
         ValueError: a setting out of its range, or one that no loss knows.
     """
-    loss_class = POLICY_LOSS_FN.get(name)
+    loss_class = POLICY_LOSS_FN.get(name) if isinstance(name, str) else name
     penalty = KLPenalty(**settings.pop("kl", {}))
     correction = MismatchCorrection(**settings.pop("correction", {}))
     own = _settings_of(loss_class)

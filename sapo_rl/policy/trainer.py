@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from inspect import isabstract
 from itertools import accumulate
 from typing import Any, NamedTuple, TypeAlias
 
@@ -13,8 +14,10 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import get_scheduler
 
-from sapo_rl.config import Config
-from sapo_rl.losses import Across, LossInputs, LossOutputs, build_loss, policy_metrics, token_weights
+from sapo_rl import dotted
+from sapo_rl.config import Config, LossConfig
+from sapo_rl.errors import UserError
+from sapo_rl.losses import Across, LossInputs, LossOutputs, PolicyLossFn, build_loss, policy_metrics, token_weights
 from sapo_rl.policy.model import Policy
 from sapo_rl.policy.packing import Item, PackedBatch, empty_batch, join, pack, spread, stream_tokens
 from sapo_rl.policy.parallel import parallel
@@ -52,6 +55,26 @@ class _Trace(NamedTuple):
     num_sequences: int
 
 
+def objective(config: LossConfig) -> Callable[[LossInputs], LossOutputs]:
+    """Return the loss that the config describes.
+
+    Raises:
+        UserError: a loss of the user's own that cannot be imported, is none, or refuses its settings.
+    """
+    settings = asdict(config)
+    del settings["old_logps"]
+    if "." not in config.name:
+        return build_loss(**settings)
+    try:
+        settings["name"] = found = dotted.find("policy loss", config.name)
+        if not (isinstance(found, type) and issubclass(found, PolicyLossFn)) or isabstract(found):
+            raise UserError(f"policy loss '{config.name}' is no subclass of PolicyLossFn that has token_losses")
+        return build_loss(**settings)
+    except (UserError, TypeError, ValueError) as error:
+        refusal = "" if isinstance(error, UserError) else f"'{config.name}' refuses its settings: "
+        raise UserError(f"loss.name: {refusal}{error}") from error
+
+
 class PolicyTrainer:
     """Holds the policy, the optimiser and the schedule, on every rank."""
 
@@ -61,9 +84,8 @@ class PolicyTrainer:
         self.accelerator = accelerator
         self.policy = policy
         self.updates = 0
-        objective = asdict(config.loss)
-        self._old_logps: str = objective.pop("old_logps")
-        self._loss: Callable[[LossInputs], LossOutputs] = build_loss(**objective)
+        self._old_logps = config.loss.old_logps
+        self._loss = objective(config.loss)
         second = [reference] if isinstance(reference, Policy) else []
         if settings.compile and accelerator.device.type == "cuda" and policy.dtype == torch.bfloat16:
             for model in (policy, *second):

@@ -259,3 +259,27 @@ def test_reward_that_raises_counts_as_zero_and_one_that_never_applies_is_told_on
         sums = sum("+" in prompt for prompt in table["prompt"])
         assert record["rewards/picky/errors"] == sums
         assert record["rewards/picky/mean"] == pytest.approx((16 - sums) / 16)
+
+
+LOSSES = """
+from sapo_rl.losses import PolicyLossFn, TokenLosses
+
+class Seven(PolicyLossFn):
+    def token_losses(self, logps, log_ratios, advantages):
+        return TokenLosses(logps * 0 + 7, logps.detach() * 0)
+
+class Seventh: ...
+"""
+
+
+def test_a_loss_of_ones_own_trains_and_one_that_is_none_is_refused_before_vllm_starts(workspace: Path) -> None:
+    (workspace / "my_losses.py").write_text(LOSSES)
+    short = ("trainer.steps=1", "eval.prompts=0", "checkpoint.save_final=false", "logging.wandb=off")
+    folder = new_run(workspace, "loss.name=my_losses.Seven", "advantage.skip_zero_spread=false", *short)
+    assert steps_of(folder)[0]["policy/loss"] == pytest.approx(7)
+    before = folders(workspace)
+    code, _, err = run(workspace, "config=tiny.yaml", "loss.name=my_losses.Seventh", *short)
+    assert code == 2 and len(err.splitlines()) == 1
+    assert err.startswith("sapo-train: loss.name: policy loss 'my_losses.Seventh' is no subclass of PolicyLossFn")
+    (refused,) = folders(workspace) - before
+    assert not (refused / "logs").exists()

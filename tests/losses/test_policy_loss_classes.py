@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from sapo_rl.config import LossConfig
+from sapo_rl.errors import UserError
 from sapo_rl.losses import (
     POLICY_LOSS_FN,
+    LossInputs,
     PolicyLossFn,
     SAPOPolicyLossFn,
     TokenLosses,
@@ -18,6 +23,7 @@ from sapo_rl.losses import (
     build_loss,
     masked_mean,
 )
+from sapo_rl.policy.trainer import objective
 
 
 def example() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -177,3 +183,62 @@ def test_a_loss_of_ones_own_is_built_by_its_name() -> None:
     assert loss.item() == pytest.approx(2 * POLICY_LOSS_FN.get("reinforce")()(logp, old, mask, advantages)[0].item())
     assert metrics["policy_loss"] == loss.item()
     assert callable(build_loss("twice"))
+
+
+OWN = """
+from dataclasses import dataclass
+from sapo_rl.losses import PolicyLossFn, TokenLosses
+
+@dataclass
+class Scaled(PolicyLossFn):
+    tau_pos: float = 1.0
+    scale: float = 3.0
+    def token_losses(self, logps, log_ratios, advantages):
+        return TokenLosses(logps * 0 + self.scale * self.tau_pos, logps.detach() * 0)
+
+class Fussy(Scaled):
+    def __post_init__(self):
+        raise ValueError("tau_pos must be even")
+
+class Unfinished(PolicyLossFn): ...
+
+def function(logps): ...
+"""
+
+
+def test_a_loss_of_ones_own_is_found_by_its_dotted_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets the config's values for the settings that it has, and keeps its defaults for others."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "own_losses.py").write_text(OWN)
+    two = torch.zeros(2)
+    loss = objective(LossConfig(name="own_losses.Scaled", tau_pos=2.0))
+    inputs = LossInputs(
+        logps=two,
+        old_logps=two,
+        advantages=two,
+        sequence_ids=torch.zeros(2, dtype=torch.int64),
+        num_sequences=1,
+        token_weights=torch.full((2,), 0.5),
+    )
+    assert loss(inputs).loss.item() == 6.0
+    for name, words in {
+        "Fussy": "refuses its settings: tau_pos must be even",
+        "Unfinished": "is no subclass of PolicyLossFn that has token_losses",
+        "function": "is no subclass of PolicyLossFn",
+        "Scald": "did you mean 'Scaled'",
+    }.items():
+        with pytest.raises(UserError, match=rf"^loss\.name: .*own_losses\.{name}'.*{words}"):
+            objective(LossConfig(name=f"own_losses.{name}"))
+
+
+@pytest.mark.parametrize("text", ["import sys; sys.exit(3)", "1 / 0", "import absent_package", "x = ("])
+def test_a_module_of_losses_that_does_not_import_is_told_with_its_line(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    name = f"bad_losses_{len(text)}"
+    (tmp_path / f"{name}.py").write_text(text)
+    with pytest.raises(UserError, match=rf"loss\.name: .*importing '{name}' failed: .*{name}\.py:1"):
+        objective(LossConfig(name=f"{name}.Loss"))

@@ -1,0 +1,103 @@
+"""What users name by dotted path, `package.module.name`: looked for without an import, then imported."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import sys
+import traceback
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+from sapo_rl.errors import UserError, did_you_mean
+
+
+def find(kind: str, path: str) -> Any:
+    """Import and return what the dotted `path` names; the current directory is importable.
+
+    `kind` is the word used in messages.
+
+    Raises:
+        UserError: no such module or attribute, or a module that fails to import.
+    """
+    module_name, attribute = _split(kind, path)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
+            raise UserError(_no_module(kind, path, module_name)) from error
+        raise UserError(_import_failed(kind, path, module_name, error)) from error
+    except (Exception, SystemExit) as error:  # the user's module may raise anything
+        raise UserError(_import_failed(kind, path, module_name, error)) from error
+    if not hasattr(module, attribute):
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module_name]
+        raise UserError(_no_attribute(kind, path, module_name, attribute, own))
+    return getattr(module, attribute)
+
+
+def check(kind: str, path: str) -> None:
+    """Refuse early most of what `find` would refuse, without importing the user's module.
+
+    Raises:
+        UserError: a missing module, a file that does not parse or never mentions the name.
+    """
+    module_name, attribute = _split(kind, path)
+    spec = find_spec(module_name)
+    if spec is None:
+        raise UserError(_no_module(kind, path, module_name))
+    if spec.origin is None or not spec.origin.endswith(".py"):
+        return
+    source = Path(spec.origin).read_bytes()
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None) or 1
+        raise UserError(f"{spec.origin}:{line}: syntax error: {getattr(error, 'msg', error)}") from error
+    text = source.decode(errors="replace")
+    if not re.search(rf"\b{re.escape(attribute)}\b", text) and "import *" not in text:
+        known = [x.name for x in tree.body if isinstance(x, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+        raise UserError(_no_attribute(kind, path, spec.origin, attribute, known))
+
+
+def find_spec(module: str) -> ModuleSpec | None:
+    """Like `importlib.util.find_spec`, which would import the parent packages."""
+    path, spec, parts = None, None, module.split(".")
+    for depth in range(1, len(parts) + 1):
+        name = ".".join(parts[:depth])
+        spec = next((s for finder in sys.meta_path if (s := finder.find_spec(name, path)) is not None), None)
+        if spec is None:
+            return None
+        path = spec.submodule_search_locations
+        if path is None and depth < len(parts):
+            return None
+    return spec
+
+
+def _split(kind: str, path: str) -> tuple[str, str]:
+    """The module and the name in it; from here on the current directory is importable."""
+    if not all(path.split(".")):
+        raise UserError(f"{kind} '{path}' is no dotted path; valid: package.module.name")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    module, _, attribute = path.rpartition(".")
+    return module, attribute
+
+
+def _no_module(kind: str, path: str, module: str) -> str:
+    return f"{kind} '{path}': there is no module '{module}' (searched in {os.getcwd()} and sys.path)"
+
+
+def _no_attribute(kind: str, path: str, module: str, attribute: str, known: list[str]) -> str:
+    hint = did_you_mean(attribute, [name for name in known if not name.startswith("_")])
+    return f"{kind} '{path}': '{module}' has no '{attribute}'{'; ' if hint else ''}{hint}"
+
+
+def _import_failed(kind: str, path: str, module: str, error: BaseException) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    line = error.lineno if isinstance(error, SyntaxError) else last.lineno
+    file = error.filename if isinstance(error, SyntaxError) else last.filename
+    cause = f"{type(error).__name__}: {error} ({file}:{line})"
+    return f"{kind} '{path}': importing '{module}' failed: {cause}"
