@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
@@ -65,9 +66,11 @@ def register(argv: list[str]) -> Arguments:
         if key != "config" or not equals:
             rewritten.append(argument)
             continue
-        names = [_register_one(item.strip(), known, files) for item in value.strip("[]").split(",")]
+        items = [value] if Path(value).is_file() else value.strip("[]").split(",")
+        names = [_register_one(item.strip(), known, files) for item in items]
         joined = ",".join(names)
-        rewritten.append(f"config=[{joined}]" if value.startswith("[") else f"config={joined}")
+        listed = value.startswith("[") and items != [value]
+        rewritten.append(f"config=[{joined}]" if listed else f"config={joined}")
     return Arguments(rewritten, files, added)
 
 
@@ -80,7 +83,13 @@ def _with_resumed(argv: list[str]) -> list[str]:
     frozen = Path(folders[-1]).expanduser() / "config.yaml"
     if not frozen.is_file():
         raise UserError(f"resume: '{folders[-1]}' is no run folder (no config.yaml in it)")
-    return [f"config={frozen}", *argv]
+    # Quoted: Hydra would stumble over some characters of a path.
+    quoted = [re.sub(r"^resume=(.*)", lambda found: f"resume={_quoted(found[1])}", one) for one in argv]
+    return [f"config={frozen}", *quoted]
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "\\'") + "'"
 
 
 def _register_one(value: str, known: dict[str, str], files: dict[str, Path]) -> str:
@@ -93,15 +102,25 @@ def _register_one(value: str, known: dict[str, str], files: dict[str, Path]) -> 
         raise UserError(f"config: no file '{value}'")
     try:
         node = OmegaConf.load(path)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"config: {value} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(node, DictConfig):
         raise UserError(f"config: {value} must hold a mapping of keys to values")
     stem = path.parent.name if path.name == "config.yaml" else path.stem
+    if not _reads_as_text(stem):
+        stem = "_" + re.sub(r"[^\w.-]", "_", stem, flags=re.ASCII)
     name = next(name for name in _candidates(stem) if name not in known and name not in files)
     files[name] = path
     ConfigStore.instance().store(group="config", name=name, node=node, package="_global_")
     return name
+
+
+def _reads_as_text(name: str) -> bool:
+    """Whether Hydra takes `name` for the text that it is, not for a number or a mistake."""
+    try:
+        return OverridesParser.create().parse_overrides([f"config={name}"])[0].value() == name
+    except OverrideParseException:
+        return False
 
 
 def _candidates(stem: str) -> Iterator[str]:

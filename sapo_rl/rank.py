@@ -92,7 +92,7 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     objective(config.loss)  # one of the user's own is imported before anything is started
     tokenizer = load_tokenizer(config.model)
     rewards = stack.enter_context(RewardPool(config.reward))
-    resumed = checkpoint.latest(folder / run_folder.CHECKPOINTS) if config.resume else None
+    resumed = _last_checkpoint(config, folder) if config.resume else None
     device, facts = device_of(accelerator.local_process_index), _facts(config.model)
     transport = build_transport(config, facts, device, token, accelerator.is_main_process)
     stack.callback(transport.close)
@@ -109,6 +109,8 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     )
     trainer = PolicyTrainer(*_models(config, not loads_weights(accelerator)), config, accelerator)
     step, state = checkpoint.load(resumed, trainer) if resumed else (0, {})
+    if resumed:
+        sampler.load_state_dict(state["sampler"])
     telemetry = Telemetry(
         config,
         folder,
@@ -130,7 +132,6 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     if resumed:
         run.step, run.sampler_state = step, state["sampler"]
         run.before = [(prompt, text) for prompt, text in state["before"]]
-        sampler.load_state_dict(state["sampler"])
     if resumed or config.rollout.servers:  # which may still hold those of an earlier run
         publish_weights(run)
     return run
@@ -153,6 +154,14 @@ def _facts(config: ModelConfig) -> ModelFacts:
 
         check_targets(config)
     return facts
+
+
+def _last_checkpoint(config: Config, folder: Path) -> Path:
+    """Find what to go on from, and look it through before anything is started."""
+    found = checkpoint.latest(folder / run_folder.CHECKPOINTS)
+    policy, _ = _models(config, empty=True)
+    checkpoint.check(found, {name: weight.shape for name, weight in policy.trainable_weights()})
+    return found
 
 
 def _models(config: Config, empty: bool) -> tuple[Policy, Reference | None]:

@@ -252,7 +252,10 @@ def _write_overrides(folder: Path, overrides: list[str]) -> None:
 
 def _read_environment(folder: Path) -> dict[str, Any]:
     path = folder / ENVIRONMENT
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"'{path}' cannot be read: {error}; without it a resume makes a new one") from error
 
 
 def _write_environment(folder: Path, record: dict[str, Any]) -> None:

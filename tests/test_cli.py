@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sapo_rl.compose import register
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -78,6 +80,44 @@ def test_user_file_by_path(tmp_path: Path, absolute: bool, with_defaults: bool) 
 def test_user_file_with_the_name_of_a_recipe_is_the_users(tmp_path: Path) -> None:
     (tmp_path / "quickstart.yaml").write_text("trainer: {steps: 77}\n")
     assert composed("config=./quickstart.yaml", cwd=tmp_path)["trainer"]["steps"] == 77
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("2024.yaml", "_2024"),
+        ("null.yaml", "_null"),
+        ("t\u00efny.yaml", "_t_ny"),
+        ("a=b.yaml", "_a_b"),
+        ("a,b.yaml", "_a_b"),
+        ("it's mine.yaml", "_it_s_mine"),
+        ("two words.yaml", "two words"),
+        ("a =dir/7b.v2.yaml", "7b.v2"),
+    ],
+)
+def test_files_and_folders_may_have_any_name(tmp_path: Path, name: str, recipe: str) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("trainer: {steps: 7}\n")
+    ready = register([f"config={file}"])
+    assert ready.files == {recipe: file} and ready.argv == [f"config={recipe}"]
+    assert sapo_train(f"config={name}", "--cfg", "job", cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["t\u00efny", "a=b", "it's, [mine]"])
+def test_a_run_folder_of_any_name_is_resumed(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.yaml").write_text("trainer: {steps: 7}\n")
+    config = composed(f"resume={name}", cwd=tmp_path)
+    assert (config["resume"], config["trainer"]["steps"]) == (name, 7)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"a: [1", b"7", b"- 1"])
+def test_a_file_that_is_no_config_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    result = sapo_train(f"resume={tmp_path}", "--cfg", "job", cwd=tmp_path)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert f"{tmp_path}/config.yaml" in result.stderr
 
 
 def test_composing_imports_no_torch(tmp_path: Path) -> None:

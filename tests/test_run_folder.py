@@ -112,6 +112,14 @@ def test_refreeze_refuses_a_folder_without_a_run(tmp_path: Path) -> None:
         run_folder.refreeze(tmp_path, "seed: 2\n", [])
 
 
+def test_a_garbled_record_of_environments_is_named(tmp_path: Path) -> None:
+    run_folder.create(tmp_path / "a", "seed: 1\n", [], None)
+    (tmp_path / "a" / run_folder.ENVIRONMENT).write_bytes(b"{\xff")
+    with pytest.raises(UserError, match=r"environment\.json' cannot be read"):
+        run_folder.refreeze(tmp_path / "a", "seed: 2\n", [])
+    assert (tmp_path / "a" / run_folder.CONFIG).read_text() == "seed: 1\n"
+
+
 def test_last_accuracy(tmp_path: Path) -> None:
     assert run_folder.last_accuracy(tmp_path) is None
     lines = ['{"step": 0, "eval/accuracy": 0.25}', '{"step": 1}', '{"step": 1, "eval/accuracy": 0.5}', '{"st']

@@ -7,12 +7,14 @@ number of ranks, or another way of sharding, can read it. No rank has more than 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -83,6 +85,25 @@ def latest(folder: Path) -> Path:
     return found[-1]
 
 
+def check(checkpoint: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Refuse what `load` could not put into weights of these names and shapes; reads no tensor.
+
+    Raises:
+        UserError: the checkpoint is damaged, or belongs to another model.
+    """
+    _read_record(checkpoint)
+    found = _open_tensors(checkpoint)
+    for name in [*shapes, *found]:
+        file = found.get(name, {}).get("weight")
+        saved = file.get_slice(f"weight/{name}").get_shape() if file else "not there"
+        wanted = list(shapes[name]) if name in shapes else "not trained"
+        if saved != wanted:
+            raise UserError(
+                f"resume: checkpoint '{checkpoint}' is of another model or other adapters: weight '{name}' is {saved} "
+                f"in it, now {wanted}; leave model.path and model.lora as they were"
+            )
+
+
 def load(checkpoint: Path, trainer: PolicyTrainer) -> tuple[int, dict[str, Any]]:
     """Put a checkpoint into the trainer and the random generators; called on every rank.
 
@@ -90,42 +111,55 @@ def load(checkpoint: Path, trainer: PolicyTrainer) -> tuple[int, dict[str, Any]]
         The step that the checkpoint contains, and the loop's state.
 
     Raises:
-        UserError: the checkpoint is damaged or belongs to another model.
+        UserError: as `check` does.
     """
-    try:
-        record = json.loads((checkpoint / "state.json").read_text())
-        schedule, updates, step, loop = (record[name] for name in ("schedule", "updates", "step", "state"))
-        found = _open_tensors(checkpoint)
-        for name, parameter in trainer.policy.trainable_weights():
-            kinds = found.get(name, {})
-            state = {kind: file.get_tensor(f"{kind}/{name}") for kind, file in kinds.items()}
-            if "weight" not in state or state["weight"].shape != trainer.parallel.shape_of(parameter):
-                raise UserError(f"resume: checkpoint '{checkpoint}' is of another model: weight '{name}' differs")
-            trainer.parallel.restore(parameter, state)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"resume: checkpoint '{checkpoint}' cannot be read: {error!r}; an older one is taken once this "
-            "folder is moved away"
-        ) from error
-    trainer.schedule.load_state_dict(schedule)
-    for group, rate in zip(trainer.parallel.optimizer.param_groups, trainer.schedule.get_last_lr(), strict=True):
+    parallel, weights = trainer.parallel, dict(trainer.policy.trainable_weights())
+    check(checkpoint, {name: parallel.shape_of(parameter) for name, parameter in weights.items()})
+    record, found = _read_record(checkpoint), _open_tensors(checkpoint)
+    for name, parameter in weights.items():
+        parallel.restore(parameter, {kind: file.get_tensor(f"{kind}/{name}") for kind, file in found[name].items()})
+    trainer.schedule.load_state_dict(record["schedule"])
+    for group, rate in zip(parallel.optimizer.param_groups, trainer.schedule.get_last_lr(), strict=True):
         group["lr"] = rate
-    trainer.updates = updates
+    trainer.updates = record["updates"]
     own = checkpoint / f"random_{trainer.accelerator.process_index}.pt"
     if own.is_file():  # a rank that did not exist then keeps its fresh seed
-        _restore_random_state(torch.load(own, weights_only=True))
-    return step, loop
+        with _reading(own):
+            _restore_random_state(torch.load(own, weights_only=True))
+    return record["step"], record["state"]
+
+
+def _read_record(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / "state.json"
+    with _reading(path):
+        record = json.loads(path.read_bytes())
+        return {name: record[name] for name in ("step", "updates", "schedule", "state")}
 
 
 def _open_tensors(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """Return by weight name, then by kind, the file that a tensor is in."""
     found: dict[str, dict[str, Any]] = {}
-    for path in sorted(checkpoint.glob("trainer_*.safetensors")):
-        file = safe_open(path, framework="pt")
-        for key in file.keys():  # noqa: SIM118 (no mapping)
-            kind, name = key.split("/", 1)
-            found.setdefault(name, {})[kind] = file
+    ranks = {int(path.stem.rpartition("_")[2]) for path in checkpoint.glob("*_*[0-9].*")}
+    for rank in range(max(ranks, default=0) + 1):
+        path = checkpoint / f"trainer_{rank:05d}.safetensors"
+        with _reading(path):
+            file = safe_open(path, framework="pt")
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                kind, name = key.split("/", 1)
+                found.setdefault(name, {})[kind] = file
     return found
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Tell which file is damaged, and what is left to resume from."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, UnpicklingError, SafetensorError) as error:
+        step = path.parent
+        older = [other.name for other in checkpoints_in(step.parent) if other != step][-1:]
+        way = f"move '{step}' away to resume from {older[0]}" if older else "it is the only one: start the run anew"
+        raise UserError(f"resume: '{path}' cannot be read: {error!r}; {way}") from error
 
 
 def _random_state() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,6 +140,24 @@ def test_three_steps_a_resume_and_three_more_equal_six_to_the_last_bit(workspace
     assert timeless(folder) == timeless(whole)
     ours, theirs = (checkpointed(run / "checkpoints/step_000006") for run in (folder, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_what_cannot_be_resumed_is_refused_before_vllm_starts(workspace: Path, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(whole, folder, symlinks=True)
+    file = folder / "checkpoints/step_000006/trainer_00000.safetensors"
+    told = (folder / "logs/vllm_rank0.log").read_bytes()
+
+    def refused(*arguments: str) -> str:
+        code, _, err = run(workspace, f"resume={folder}", "trainer.steps=8", *arguments)
+        assert code == 2 and len(err.splitlines()) == 1, err
+        assert (folder / "logs/vllm_rank0.log").read_bytes() == told
+        return err
+
+    assert "another model or other adapters: weight 'model" in refused("model.lora.rank=4")
+    file.write_bytes(file.read_bytes()[:-1000])
+    err = refused()
+    assert f"'{file}' cannot be read" in err and f"move '{file.parent}' away to resume from step_000003" in err
 
 
 def test_engine_that_dies_is_replaced_and_nothing_changes(workspace: Path, whole: Path) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ from sapo_rl.config import (
     RolloutConfig,
     TrainerConfig,
 )
+from sapo_rl.errors import UserError
 from sapo_rl.policy import attention, checkpoint
 from sapo_rl.policy.model import Policy
 from sapo_rl.policy.trainer import PolicyTrainer
@@ -249,3 +253,54 @@ def test_checkpoints_are_ordered_by_step_and_what_lies_beside_them_is_left_alone
     checkpoint.save(tmp_path, 1000001, trainer, {}, keep_last=2)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"step_1000000", "step_1000001", "step_old", "step_1000000.bak", "step_2x"}
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("state.json", Path.unlink),
+        ("state.json", truncate),
+        ("state.json", lambda path: path.write_text("{}")),
+        ("state.json", lambda path: path.write_bytes(b"\xff\xfe\x00")),
+        ("trainer_00000.safetensors", Path.unlink),
+        ("trainer_00000.safetensors", truncate),
+        ("trainer_00000.safetensors", lambda path: path.write_bytes(b"")),
+        ("random_0.pt", lambda path: path.write_text("nothing")),
+        ("random_0.pt", truncate),
+        ("trainer_00001.safetensors", lambda path: path.with_name("random_1.pt").write_text("of a second rank")),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_by_its_file_and_what_is_left(tmp_path: Path, name: str, damage: Any) -> None:
+    trainer = PolicyTrainer(make_policy(), None, make_config(), Accelerator(cpu=True))
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, trainer, {}, keep_last=2)
+    shapes = {name: weight.shape for name, weight in trainer.policy.trainable_weights()}
+    second = tmp_path / "step_000002"
+    checkpoint.check(second, shapes)
+    damage(second / name)
+    file = re.escape(str(second / name))
+    with pytest.raises(
+        UserError, match=rf"^resume: '{file}' cannot be read: .*move '.*' away to resume from step_000001"
+    ):
+        checkpoint.load(second, trainer)
+    shutil.rmtree(tmp_path / "step_000001")
+    with pytest.raises(UserError, match="it is the only one: start the run anew"):
+        checkpoint.load(second, trainer)
+
+
+def test_a_checkpoint_of_other_weights_is_refused(tmp_path: Path) -> None:
+    trainer = PolicyTrainer(make_policy(), None, make_config(), Accelerator(cpu=True))
+    checkpoint.save(tmp_path, 1, trainer, {}, keep_last=2)
+    shapes: dict[str, Any] = {name: weight.shape for name, weight in trainer.policy.trainable_weights()}
+    name, *others = shapes
+    for changed, words in (
+        (shapes | {name: [3, 5]}, rf"another model or other adapters: weight '{name}' is \[.*\] in it, now \[3, 5\]"),
+        (shapes | {"more": [7]}, r"weight 'more' is not there in it, now \[7\]"),
+        ({key: shapes[key] for key in others}, rf"weight '{name}' is \[.*\] in it, now not trained"),
+    ):
+        with pytest.raises(UserError, match=words):
+            checkpoint.check(tmp_path / "step_000001", changed)
