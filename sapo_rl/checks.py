@@ -15,6 +15,9 @@ from sapo_rl import dotted
 from sapo_rl.config import Config, LaunchConfig
 from sapo_rl.errors import UserError, did_you_mean
 
+LARGEST = 2**31 - 1
+"""Bound on integers without one of their own: libraries hold counts in 32 bits."""
+
 
 class ConfigError(UserError):
     """A value that cannot be; `key` is its dotted name, so that the command line can say where it was set."""
@@ -73,6 +76,8 @@ def _check_field(key: str, value: Any, metadata: Any) -> None:
     words = {"above": "above", "least": "at least", "most": "at most"}
     for name, holds in bounds.items():
         bound = metadata.get(name)
+        if bound is None and name == "most" and isinstance(value, int):
+            bound = LARGEST
         if bound is not None and value is not None and not holds(value, bound):
             raise ConfigError(key, f"is {value}; must be {words[name]} {bound}")
 

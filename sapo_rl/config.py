@@ -11,6 +11,10 @@ from typing import Any, Optional
 
 MISSING: Any = "???"
 """OmegaConf's marker for a value that the user must give."""
+MOST_SAMPLES = 16384
+"""Completions that vLLM writes of one prompt."""
+LONGEST_WAIT = 1e6
+"""Seconds; the kernel's waits end at 24 days."""
 
 
 def choice(default: str, *options: str, own: str = "") -> Any:
@@ -101,7 +105,7 @@ class RewardFunctionConfig:
     """Factor in the weighted sum of rewards; 0 logs the reward without training on it."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments passed to the function at every call."""
-    timeout: float = number(30.0, above=0)
+    timeout: float = number(30.0, above=0, most=LONGEST_WAIT)
     """Seconds that one sample may take; then the worker is killed and the sample counts as failed."""
     on_error: str = choice("raise", "raise", "zero")
     """A failed sample ends the run with its text (`raise`), or scores 0 and is counted (`zero`)."""
@@ -123,12 +127,12 @@ class RolloutConfig:
 
     batch_size: int = number(64, least=2)
     """Completions in one step, all ranks together; a multiple of `group_size`."""
-    group_size: int = number(8, least=2)
+    group_size: int = number(8, least=2, most=MOST_SAMPLES)
     """Completions of one prompt, normalised together."""
     max_completion_tokens: int = number(256, least=1)
     """A completion is cut there and marked truncated."""
-    temperature: float = number(1.0, above=0)
-    """Sampling temperature; log-probabilities are taken at the same temperature."""
+    temperature: float = number(1.0, least=0.01, most=2)
+    """Sampling temperature, in the range that vLLM takes; log-probabilities are taken at the same temperature."""
     top_p: float = number(1.0, above=0, most=1)
     """Nucleus sampling; 1 is off."""
     top_k: int = number(0, least=0)
@@ -167,9 +171,9 @@ class RolloutConfig:
     """Memory for the key-value cache where vLLM runs on the CPU, in GiB."""
     enforce_eager: bool = False
     """Run vLLM without CUDA graphs: starts sooner, decodes slower. Always so on the CPU."""
-    start_timeout: float = number(600.0, above=0)
+    start_timeout: float = number(600.0, above=0, most=LONGEST_WAIT)
     """Seconds that vLLM may take to start; also, how long a run waits when none of its `servers` answers."""
-    timeout: float = number(1800.0, above=0)
+    timeout: float = number(1800.0, above=0, most=LONGEST_WAIT)
     """Seconds that one batch of rollouts, or one push of weights, may take before the engine counts as hung."""
     max_restarts: int = number(2, least=0)
     """How often in a run a dead engine is started anew before the run gives up."""
@@ -305,7 +309,7 @@ class EvalConfig:
     """Steps between two evaluations; 0 evaluates before the first step and at the end only."""
     prompts: int = number(64, least=0)
     """Held-out prompts; 0 evaluates never."""
-    samples: int = number(0, least=0)
+    samples: int = number(0, least=0, most=MOST_SAMPLES)
     """Also the mean reward of this many samples a prompt at the training temperature; 0 is greedy only."""
     reward: Optional[str] = None
     """Name of the reward function whose greedy mean is `eval/accuracy`; null takes the first."""
@@ -358,7 +362,7 @@ class LaunchConfig:
     """Address of machine 0, where there are several machines."""
     main_process_port: int = number(29500, least=1, most=65535)
     """Port of machine 0 at which the machines meet."""
-    timeout: float = number(1800.0, above=0)
+    timeout: float = number(1800.0, above=0, most=LONGEST_WAIT)
     """Seconds that processes wait for each other, at the start and in the middle, before the run counts as broken."""
 
 
@@ -379,7 +383,7 @@ class Config:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     description: str = ""
     """One line about the recipe, shown by a bare `sapo-train`."""
-    seed: int = number(0, least=0)
+    seed: int = number(0, least=0, most=2**32 - 1)
     """Seeds data order, sampling and initialisation."""
     reproducible: bool = False
     """Deterministic kernels and a seed for every completion: the same run twice gives the same numbers. Slower."""

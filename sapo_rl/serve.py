@@ -74,7 +74,7 @@ def engine_settings(config: Config, options: argparse.Namespace) -> EngineSettin
         cpu_kv_cache_gb=rollout.cpu_kv_cache_gb,
         enforce_eager=rollout.enforce_eager,
         stop_token_ids=[],
-        seed=config.seed + options.port,
+        seed=(config.seed + options.port) % 2**32,
         device="cuda:0" if torch.cuda.is_available() else "cpu",
         trust_remote_code=model.trust_remote_code,
         revision=model.revision,

@@ -19,6 +19,7 @@ Rows: TypeAlias = dict[int, dict[str, Any]]
 _FIELD = re.compile(r"\{([^{}]+)\}")
 _WORD = re.compile(r"\w+")
 _NO_WORDING = "{prompt}"
+_FILLED_IN = ("messages", "conversation", "tokenize", "add_generation_prompt", "continue_final_message")
 
 
 def wording_columns(cfg: DataConfig) -> list[str]:
@@ -33,13 +34,17 @@ def check_wording(cfg: DataConfig) -> None:
     """Refuse a wording that cannot work.
 
     Raises:
-        UserError: a template without a field, the answer in the wording, or what only a chat template has without one.
+        UserError: a template without a field, the answer in the wording, what only a chat template has without one, or
+            an argument of the chat template that is not the user's to give.
     """
     if not _named(cfg.template, cfg):
         raise UserError(f"data.template: {cfg.template!r} holds no column; valid: {{prompt}}, or any column in braces")
     for key, wording in (("template", cfg.template), ("response_prefix", cfg.response_prefix)):
         if {"answer", cfg.answer_column} & set(_named(wording, cfg)):
             raise UserError(f"data.{key}: {wording!r} would show the model the answer")
+    for name in _FILLED_IN:
+        if name in cfg.chat_template_args:
+            raise UserError(f"data.chat_template_args: '{name}' is filled in for every prompt and cannot be set")
     if cfg.system_prompt is not None and not cfg.chat_template:
         raise UserError("data.system_prompt: needs data.chat_template=true")
     if cfg.response_prefix and not cfg.chat_template:
@@ -172,8 +177,9 @@ def _render(content: str | Messages, number: int, cfg: DataConfig, tokenizer: Pr
             continue_final_message=unfinished,
             **cfg.chat_template_args,
         )
-    except TemplateError as error:
-        raise UserError(f"row {number}: the chat template refuses the prompt: {error}") from error
+    except (TemplateError, TypeError, ValueError) as error:
+        given = " or data.chat_template_args" if cfg.chat_template_args else ""
+        raise UserError(f"row {number}: the chat template refuses the prompt{given}: {error}") from error
 
 
 def _kind(value: Any) -> str:

@@ -48,6 +48,10 @@ class _Lost(Exception):
     """The child died, or did not answer in time."""
 
 
+class _Late(_Lost):
+    """It did not answer in time."""
+
+
 def require_vllm() -> None:
     """Raise UserError where vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
@@ -178,13 +182,19 @@ class LocalEngine:
         """Wait until the engine can be called.
 
         Raises:
-            UserError: the model or its key-value cache does not fit into memory.
-            EngineError: it died, or took longer than `settings.start_timeout`.
+            UserError: the model or its key-value cache does not fit into memory, or it took longer than
+                `settings.start_timeout`.
+            EngineError: it died.
         """
         try:
             self._receive(self.settings.start_timeout)
         except _Lost as lost:
             self._kill()
+            if isinstance(lost, _Late):
+                raise UserError(
+                    f"rollout.start_timeout: vLLM was not ready within {self.settings.start_timeout:g} s; raise it, or "
+                    f"see in {self.settings.log_path} what it waited for"
+                ) from None
             tail = self._log_tail(200)
             reason = next((line for line in reversed(tail) if any(mark in line for mark in OUT_OF_MEMORY)), None)
             if reason is None:
@@ -307,7 +317,7 @@ class LocalEngine:
                 return self._connection.recv()
         except (OSError, EOFError) as error:
             raise _Lost("its process died") from error
-        raise _Lost(f"no answer within {timeout:g} s")
+        raise _Late(f"no answer within {timeout:g} s")
 
     def _restart(self, lost: _Lost) -> None:
         """Start a new child with the weights last loaded, as often as the settings allow."""

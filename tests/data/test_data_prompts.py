@@ -167,6 +167,13 @@ CHAT = [{"role": "user", "content": "one"}]
         ([row([{"role": "user"}])], {}, "row 0: 'prompt' must hold messages"),
         ([row([{"role": "user", "content": [{"type": "text"}]}])], {}, "row 0: 'prompt' must hold messages"),
         ([row([])], {}, "row 0: its prompt is empty"),
+        ([row()], {"chat_template_args": {"tokenize": True}}, r"data\.chat_template_args: 'tokenize' is filled in"),
+        ([row()], {"chat_template_args": {"messages": []}}, r"data\.chat_template_args: 'messages' is filled in"),
+        (
+            [row()],
+            {"chat_template_args": {"tools": 3}},
+            r"row 0: .*or data\.chat_template_args: 'int'",
+        ),
         ([row(CHAT)], {"chat_template": False}, r"row 0.*need data\.chat_template=true"),
         ([row(CHAT)], {"template": "Q {prompt}"}, r"data\.template: is for text prompts"),
         ([row([{"role": "system", "content": "A"}])], {"system_prompt": "be"}, "row 0 has a system message of its own"),

@@ -59,3 +59,11 @@ def test_an_engine_that_is_not_running_says_so_and_closes(tmp_path: Path) -> Non
         engine.generate([Request([1], 1)], Sampling(1.0, 1.0, 0, 0.0, 1.0, 4, False))
     engine.close()
     engine.close()
+
+
+def test_a_start_that_takes_too_long_names_the_setting(tmp_path: Path) -> None:
+    engine = LocalEngine(engine_settings(tmp_path, tmp_path / "engine.log", start_timeout=0.01))
+    engine.start()
+    with pytest.raises(UserError, match=r"^rollout\.start_timeout: vLLM was not ready within 0\.01 s; raise it, .*log"):
+        engine.wait_ready()
+    engine.close()
