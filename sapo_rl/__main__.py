@@ -1,8 +1,25 @@
-"""`python -m sapo_rl` is `sapo-train`."""
+"""`sapo-train`, also as `python -m sapo_rl`. Ctrl-C, or a reader of its output that goes away, ends it quietly."""
 
 from __future__ import annotations
 
-from sapo_rl.cli import main
+import os
+import signal
+import sys
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        from sapo_rl.cli import main as command_line  # here: Ctrl-C may come before the imports are done
+
+        command_line()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
+        sys.exit(128 + signal.SIGPIPE)
+
 
 if __name__ == "__main__":
     main()

@@ -37,8 +37,13 @@ recipes:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of the console script and of `python -m sapo_rl`. Exit code 2 means: mend your input."""
+    """Do what the arguments say. Exit code 2 means: mend your input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        launch.check_variables(os.environ)
+    except UserError as error:
+        print(f"sapo-train: {error}", file=sys.stderr)
+        sys.exit(2)
     if int(os.environ.get("RANK", "0")) > 0:  # started by torchrun or accelerate: rank 0 composes for all
         _run_rank(None)
         return

@@ -32,6 +32,18 @@ PEER_LOST = 69
 """Exit code of a rank that ended because another did."""
 
 
+def check_variables(environ: Mapping[str, str]) -> None:
+    """Raise UserError where the variables by which ranks find each other are not as a launcher sets them."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        if not (text := environ.get(name, "0")).isdecimal():
+            raise UserError(f"the environment variable {name} is '{text}', must be a whole number; unset it")
+    rank, size = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
+    if rank >= size:
+        raise UserError(f"the environment variable RANK is {rank}, but WORLD_SIZE is {size}; unset both")
+    if size > 1 and "RANK" not in environ:
+        raise UserError(f"the environment variable WORLD_SIZE is {size}, without RANK; unset it")
+
+
 def profile_path(name: str) -> Path:
     """Return the Accelerate config that `launch.profile` names, shipped or the user's own.
 

@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
+if __name__ == "__main__":  # Ctrl-C ends it quietly while the imports below take their seconds; `main` says otherwise
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
@@ -58,6 +60,7 @@ TWICE = 1.0
 
 def main(folder: Path | None) -> None:
     """Run this rank to its end; `folder` is None on ranks that learn it from rank 0. A user's mistake exits with 2."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     die_with_parent()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

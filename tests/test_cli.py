@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +177,25 @@ BAD = {
     "resume of nothing": (["resume=runs/none"], ["resume", "runs/none"]),
     "bad syntax": (["trainer.steps=[1"], ["trainer.steps"]),
     "unknown flag": (["--multi-run"], ["--multi-run", "--hydra-help"]),
+    "temperature that vLLM refuses": (["rollout.temperature=2.5"], ["rollout.temperature", "at most 2"]),
+    "temperature that vLLM raises": (["rollout.temperature=0.001"], ["rollout.temperature", "at least 0.01"]),
+    "group that vLLM refuses": (
+        ["rollout.group_size=16400", "rollout.batch_size=131200"],
+        ["rollout.group_size", "at most 16384"],
+    ),
+    "more samples than vLLM writes": (["eval.samples=20000"], ["eval.samples", "at most 16384"]),
+    "negative top_k": (["rollout.top_k=-1"], ["rollout.top_k", "at least 0"]),
+    "top_p above 1": (["rollout.top_p=1.5"], ["rollout.top_p", "at most 1"]),
+    "negative min_p": (["rollout.min_p=-0.1"], ["rollout.min_p", "at least 0"]),
+    "no repetition penalty": (["rollout.repetition_penalty=0"], ["rollout.repetition_penalty", "above 0"]),
+    "negative seed": (["seed=-1"], ["seed", "at least 0"]),
+    "seed that NumPy refuses": (["seed=4294967296"], ["seed", "at most 4294967295"]),
+    "absurd count": (["rollout.top_k=99999999999999999999"], ["rollout.top_k", "at most 2147483647"]),
+    "wait without end": (["rollout.timeout=1e12"], ["rollout.timeout", "at most"]),
+    "argument that is filled in": (
+        ["+data.chat_template_args.add_generation_prompt=false"],
+        ["data.chat_template_args", "add_generation_prompt"],
+    ),
     "negative steps": (["trainer.steps=-1"], ["trainer.steps", "at least 1"]),
 }
 
@@ -229,6 +249,46 @@ def test_completion_offers_recipes(tmp_path: Path) -> None:
     environment = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_CWORD": "1"}
     result = sapo_train("-sc", "query=bash", cwd=tmp_path, **environment)
     assert "config=quickstart" in result.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "abc"}, ["RANK is 'abc'", "whole number"]),
+        ({"WORLD_SIZE": "x"}, ["WORLD_SIZE is 'x'"]),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "-1"}, ["LOCAL_WORLD_SIZE is '-1'"]),
+        ({"RANK": "1"}, ["RANK is 1", "WORLD_SIZE is 1"]),
+        ({"WORLD_SIZE": "2"}, ["WORLD_SIZE is 2", "without RANK"]),
+    ],
+)
+def test_variables_that_no_launcher_has_set_are_named(
+    tmp_path: Path, model: Path, variables: dict[str, str], words: list[str]
+) -> None:
+    result = sapo_train("config=quickstart", f"model.path={model}", cwd=tmp_path, **variables)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert all(word in result.stderr for word in [*words, "unset"])
+
+
+@pytest.mark.parametrize(
+    ("imported", "module", "code"), [("hydra", "sapo_rl", 130), ("torch", "sapo_rl.rank", -signal.SIGINT)]
+)
+def test_ctrl_c_in_the_first_seconds_is_quiet(tmp_path: Path, imported: str, module: str, code: int) -> None:
+    (tmp_path / f"{imported}.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", module, "config=quickstart"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (code, "", "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["config=quickstart", "--cfg", "job"]])
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "sapo_rl", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environment, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize("argument", ["dry_run=true", "-m"])
