@@ -142,7 +142,11 @@ def main(arguments: list[str]) -> int:
         print(f"{mistake}\n{USAGE}", file=sys.stderr)
         return 2
     print(report(settings))
-    draw(settings, settings.out)
+    try:
+        draw(settings, settings.out)
+    except OSError as mistake:
+        print(f"out: '{settings.out}' cannot be written: {mistake}", file=sys.stderr)
+        return 2
     print(f"drawn to {settings.out}")
     return 0
 

@@ -32,18 +32,18 @@ LOG_FROM = 100.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw and print the runs named on the command line; return 2 where one has no metrics."""
+    """Draw and print the runs named on the command line; return 2 for a mistake in it."""
     parser = argparse.ArgumentParser(prog="python -m sapo_rl.telemetry.report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
     parser.add_argument("--out", type=Path, help="the picture; default: report.png in the first run folder")
     arguments = parser.parse_args(argv)
+    out = arguments.out or arguments.runs[0] / "report.png"
     try:
         runs = [load(folder) for folder in arguments.runs]
+        draw(runs, out)
     except UserError as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
-    out = arguments.out or arguments.runs[0] / "report.png"
-    draw(runs, out)
     Console(highlight=False).print(table(runs))
     print(f"picture: {out}")
     return 0
@@ -109,7 +109,11 @@ def mean_phases(run: Progress, of: Callable[[Record], dict[str, float]] = phases
 
 
 def draw(runs: Sequence[Progress], out: Path) -> None:
-    """Write the picture: accuracy over steps, small curves below it, and where the time of a step goes."""
+    """Write the picture: accuracy over steps, small curves below it, and where the time of a step goes.
+
+    Raises:
+        UserError: it cannot be written to `out`.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -140,9 +144,13 @@ def draw(runs: Sequence[Progress], out: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.title.set_fontsize(10)
         axes.tick_params(labelsize=9)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
-    pyplot.close(figure)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out)
+    except (OSError, ValueError) as error:  # the latter for an ending that stands for no format
+        raise UserError(f"--out: '{out}' cannot be written: {error}") from error
+    finally:
+        pyplot.close(figure)
 
 
 def _curve(axes: Axes, run: Progress, metric: str, colour: str, label: str | None) -> None:

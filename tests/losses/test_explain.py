@@ -42,3 +42,12 @@ def test_a_narrow_gate_halves_on_both_sides() -> None:
 def test_mistakes_are_told_without_a_traceback(argument: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([argument]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["", "absent/gate.png"])
+def test_a_picture_that_cannot_be_written_is_named(
+    out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([f"out={tmp_path / out}"]) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"out: '{tmp_path / out}' cannot be written: ")

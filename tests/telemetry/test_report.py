@@ -69,3 +69,25 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "metrics.jsonl").write_text("")
     assert main([str(tmp_path)]) == 2
     assert "no step" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["file/two.png", "folder.png", "picture.xyz"])
+def test_a_picture_that_cannot_be_written_is_named(
+    tmp_path: Path, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(tmp_path / "a", [0.1, 0.2])
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    assert main([str(folder), "--out", str(tmp_path / out)]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith(f"report: --out: '{tmp_path / out}' cannot be written: ") and told.out == ""
+    assert len(told.err.splitlines()) == 1
+
+
+def test_a_file_in_place_of_a_run_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_run(tmp_path / "a", [0.1]) / "metrics.jsonl"
+    assert main([str(file)]) == 2
+    assert f"report: no file {file}/metrics.jsonl" in capsys.readouterr().err
+    file.write_bytes(b"\xff\xfe{}\n")
+    assert main([str(file.parent)]) == 2
+    assert f"{file}:1 is no record of a run" in capsys.readouterr().err
