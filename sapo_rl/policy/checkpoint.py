@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -92,6 +93,9 @@ def check(checkpoint: Path, shapes: Mapping[str, Sequence[int]]) -> None:
         UserError: the checkpoint is damaged, or belongs to another model.
     """
     _read_record(checkpoint)
+    for path in checkpoint.glob("random_*.pt"):
+        with _reading(path):
+            torch.load(path, weights_only=True)
     found = _open_tensors(checkpoint)
     for name in [*shapes, *found]:
         file = found.get(name, {}).get("weight")
@@ -124,8 +128,7 @@ def load(checkpoint: Path, trainer: PolicyTrainer) -> tuple[int, dict[str, Any]]
     trainer.updates = record["updates"]
     own = checkpoint / f"random_{trainer.accelerator.process_index}.pt"
     if own.is_file():  # a rank that did not exist then keeps its fresh seed
-        with _reading(own):
-            _restore_random_state(torch.load(own, weights_only=True))
+        _restore_random_state(torch.load(own, weights_only=True))
     return record["step"], record["state"]
 
 
@@ -139,7 +142,8 @@ def _read_record(checkpoint: Path) -> dict[str, Any]:
 def _open_tensors(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """Return by weight name, then by kind, the file that a tensor is in."""
     found: dict[str, dict[str, Any]] = {}
-    ranks = {int(path.stem.rpartition("_")[2]) for path in checkpoint.glob("*_*[0-9].*")}
+    names = [re.fullmatch(r"(?:random|trainer)_(\d+)\.(?:pt|safetensors)", path.name) for path in checkpoint.iterdir()]
+    ranks = [int(name[1]) for name in names if name]
     for rank in range(max(ranks, default=0) + 1):
         path = checkpoint / f"trainer_{rank:05d}.safetensors"
         with _reading(path):
@@ -155,7 +159,16 @@ def _reading(path: Path) -> Iterator[None]:
     """Tell which file is damaged, and what is left to resume from."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, UnpicklingError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        UnpicklingError,
+        EOFError,
+        SafetensorError,
+    ) as error:
         step = path.parent
         older = [other.name for other in checkpoints_in(step.parent) if other != step][-1:]
         way = f"move '{step}' away to resume from {older[0]}" if older else "it is the only one: start the run anew"

@@ -259,6 +259,11 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def second_rank(path: Path) -> None:
+    """One that has left its random state alone."""
+    shutil.copy(path.with_name("random_0.pt"), path.with_name("random_1.pt"))
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
@@ -271,7 +276,8 @@ def truncate(path: Path) -> None:
         ("trainer_00000.safetensors", lambda path: path.write_bytes(b"")),
         ("random_0.pt", lambda path: path.write_text("nothing")),
         ("random_0.pt", truncate),
-        ("trainer_00001.safetensors", lambda path: path.with_name("random_1.pt").write_text("of a second rank")),
+        ("random_0.pt", lambda path: path.write_bytes(b"")),
+        ("trainer_00001.safetensors", second_rank),
     ],
 )
 def test_a_damaged_checkpoint_is_told_by_its_file_and_what_is_left(tmp_path: Path, name: str, damage: Any) -> None:
@@ -280,6 +286,7 @@ def test_a_damaged_checkpoint_is_told_by_its_file_and_what_is_left(tmp_path: Pat
         checkpoint.save(tmp_path, step, trainer, {}, keep_last=2)
     shapes = {name: weight.shape for name, weight in trainer.policy.trainable_weights()}
     second = tmp_path / "step_000002"
+    (second / "trainer_00000.safetensors.bak").write_text("somebody's own")
     checkpoint.check(second, shapes)
     damage(second / name)
     file = re.escape(str(second / name))
