@@ -144,8 +144,9 @@ class RolloutConfig:
     mode: str = choice("auto", "auto", "sync", "overlap")
     """Write and train in turns, or write the next batch while this one trains; `auto` takes `overlap` with `servers`,
     else `sync`."""
-    max_staleness: int = number(1, least=0, most=1)
-    """With `overlap`, versions by which the weights that wrote a batch may be old; 0 is `sync`."""
+    max_staleness: int = number(1, least=0, most=8)
+    """With `overlap`, versions by which the weights that wrote a batch may be old, so many batches are written ahead; 0
+    is `sync`. With `servers`, or where `reproducible`, one batch at a time is written, one ahead at most."""
     logprobs: bool = False
     """Keep vLLM's own log-probabilities of the sampled tokens (costs a third of its speed)."""
     servers: list[str] = field(default_factory=list)
@@ -391,3 +392,8 @@ class Config:
     """A run folder to continue from its last checkpoint."""
     dry_run: bool = False
     """Print what would happen and stop."""
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether rollouts go on while weights are replaced, so that batches overlap with each other too."""
+        return self.rollout.overlaps and not self.rollout.servers and not self.reproducible

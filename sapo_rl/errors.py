@@ -14,6 +14,10 @@ class UserError(Exception):
     """
 
 
+class SharedError(UserError):
+    """A mistake that shows on every rank at the same moment, so that one of them can be trusted to tell it."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `did you mean 'x'? valid: a, b, c` for an unknown `name`; the first half only where one is near."""
     options = sorted(known)

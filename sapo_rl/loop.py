@@ -16,7 +16,7 @@ from sapo_rl import run_folder
 from sapo_rl.advantages import advantages
 from sapo_rl.config import Config
 from sapo_rl.data import PromptSampler
-from sapo_rl.errors import UserError
+from sapo_rl.errors import SharedError
 from sapo_rl.losses import inert_temperature_warning
 from sapo_rl.policy import checkpoint
 from sapo_rl.policy.model import Policy
@@ -25,12 +25,21 @@ from sapo_rl.rewards import Inbox, RewardPool, RewardStats
 from sapo_rl.rollout.ahead import Producer
 from sapo_rl.rollout.engine import Engine
 from sapo_rl.rollout.spread import Usage, idle_fraction
-from sapo_rl.rollout.stream import Rollouts, verify_all
+from sapo_rl.rollout.stream import Rollouts, Written, verify_all
 from sapo_rl.rollout.weights.base import WeightTransport
 from sapo_rl.telemetry import Row, Telemetry, Timers, rows, sample_metrics
 from sapo_rl.types import Group, Messages, Prompt
 
 T = TypeVar("T")
+
+
+class Begun(NamedTuple):
+    """A batch that is being written."""
+
+    writing: Future[Written]
+    finished: Inbox
+    """Gets its groups one by one."""
+    sampler_state: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -92,14 +101,14 @@ def train(run: Run) -> None:
         verify_weights(run)
         evaluate(run)
     warn_of_inert_temperatures(run)
-    producer = Producer(lambda step: make_batch(run, step), run.config.trainer.steps, run.config.rollout.overlaps)
+    producer = make_producer(run)
     while run.step < run.config.trainer.steps and not stopping(run):
         run.step += 1
         batch = producer.take(run.step)
         assign_advantages(run, batch.groups)
         run.rollouts.sleep()  # gives the trainer vLLM's memory, where both do not fit; the push wakes it
         stats = run.trainer.train_on(batch.groups, run.timers)
-        producer.wait()
+        producer.make_way()
         stop_if_diverged(run, batch, stats)
         publish_weights(run)
         run.sampler_state = batch.sampler_state
@@ -107,6 +116,7 @@ def train(run: Run) -> None:
         if due(run, run.config.rollout.verify_every):
             verify_weights(run)
         if due(run, run.config.eval.every) or run.step == run.config.trainer.steps:
+            producer.wait()
             evaluate(run)
         if due(run, run.config.checkpoint.every):
             save(run)
@@ -114,16 +124,33 @@ def train(run: Run) -> None:
     finish(run)
 
 
-def make_batch(run: Run, step: int) -> Batch:
-    """Draw prompts, have them completed, score the completions; with overlap, while the step before is trained on."""
+def make_producer(run: Run) -> Producer[Begun, Batch]:
+    """Return what makes the batches; with overlap, while those before are trained on."""
+    rollout = run.config.rollout
+    return Producer(
+        lambda step: begin_batch(run, step),
+        lambda begun: finish_batch(run, begun),
+        last=run.config.trainer.steps,
+        ahead=rollout.max_staleness if rollout.overlaps else 0,
+        in_flight=run.config.in_flight,
+    )
+
+
+def begin_batch(run: Run, step: int) -> Begun:
+    """Draw prompts and have them completed."""
     prompts, finished = next_prompts(run), Inbox()
+    writing = in_thread(lambda: run.rollouts.write(prompts, step, on_group=finished.put), finished.close)
+    return Begun(writing, finished, run.sampler.state_dict())
+
+
+def finish_batch(run: Run, begun: Begun) -> Batch:
+    """Score the groups of a batch, while others of it are being written."""
     with run.timers("rollout"):
-        writing = in_thread(lambda: run.rollouts.generate(prompts, step, on_group=finished.put), finished.close)
-        run.rewards.follow(finished)  # scores groups while others are being written
-        groups = writing.result()
+        run.rewards.follow(begun.finished)
+        written = begun.writing.result()
     with run.timers("reward"):
         scoring = run.rewards.finish()
-    return Batch(groups, scoring, run.sampler.state_dict(), run.rollouts.usage)
+    return Batch(written.groups, scoring, begun.sampler_state, written.usage)
 
 
 def in_thread(work: Callable[[], T], at_end: Callable[[], None]) -> Future[T]:
@@ -183,13 +210,13 @@ def stop_if_diverged(run: Run, batch: Batch, stats: dict[str, float]) -> None:
     """End the run, on all ranks, where the step's loss or gradient is not finite: its weights are of no use.
 
     Raises:
-        UserError: naming the step, the number and what to change.
+        SharedError: naming the step, the number and what to change.
     """
     settings = run.config.trainer
     for name, value in (("loss", stats["policy/loss"]), ("gradient norm", stats["policy/grad_norm"])):
         if not math.isfinite(value):
             report(run, batch, stats)
-            raise UserError(
+            raise SharedError(
                 f"step {run.step}: the {name} is {value}; it is not saved, and checkpoints before it are untouched\n"
                 f"  lower trainer.learning_rate (is {settings.learning_rate:g}) or trainer.max_grad_norm "
                 f"(is {settings.max_grad_norm:g}), or raise trainer.warmup_updates (is {settings.warmup_updates})"
@@ -236,9 +263,10 @@ def report(run: Run, batch: Batch, stats: dict[str, float]) -> None:
         "perf/completion_tokens": float(tokens),
         "perf/peak_memory_gib": max(rank.peak for rank in everyone),
         "rollout/engine_restarts": float(sum(rank.restarts for rank in everyone)),
-        "rollout/idle_fraction": idle_fraction([rank.usage for rank in everyone]),
         "rollout/staleness": run.step - 1.0 - min(row["weight_version"] for group in groups for row in group),
     } | {f"rewards/{name}/errors": float(sum(rank.errors[name] for rank in everyone)) for name in scoring.errors}
+    if not run.config.in_flight:  # else an engine without work for this batch has work for the next
+        own["rollout/idle_fraction"] = idle_fraction([rank.usage for rank in everyone])
     run.telemetry.log_step(run.step, {**metrics, **own, **stats, **phases}, groups)
 
 

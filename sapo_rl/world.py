@@ -27,13 +27,15 @@ from torch.distributed.rendezvous import rendezvous
 
 from sapo_rl import run_folder
 from sapo_rl.config import Config
-from sapo_rl.errors import UserError
+from sapo_rl.errors import SharedError, UserError
 from sapo_rl.launch import PEER_LOST
 
 MEET = 600.0
 """Seconds that ranks wait for the first, which may have to compose the config."""
 GRACE = 3.0
 """Seconds in which a rank's error is taken for that of all ranks, which the first rank of the machine tells."""
+LONG_GRACE = 30.0
+"""The same where it surely is: the first rank may have much to close before it speaks."""
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "gloo")
 """What gloo says where a peer is gone or does not answer."""
 
@@ -129,7 +131,7 @@ def fail(error: Exception) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         name = f"rank {rank}: "
         if isinstance(error, UserError):
-            time.sleep(GRACE)
+            time.sleep(LONG_GRACE if isinstance(error, SharedError) else GRACE)
     if isinstance(error, UserError):
         print(f"sapo-train: {name}{error}", file=sys.stderr)
         code = 2

@@ -69,7 +69,8 @@ def test_cycles_of_a_run_folder_account_for_all_of_the_time() -> None:
     assert (found["tokens"], found["peak_memory_gib"], found["parity"]) == (70.0, 1.5, 0.25)
 
 
-def test_overlapped_cycles_count_their_wait_and_end_before_the_last_which_writes_nothing() -> None:
+@pytest.mark.parametrize("ahead", [1, 2])
+def test_overlapped_cycles_count_their_wait_and_end_before_those_that_write_less(ahead: int) -> None:
     records = [
         {
             "step": step,
@@ -77,14 +78,14 @@ def test_overlapped_cycles_count_their_wait_and_end_before_the_last_which_writes
             "time/rollout": 4.0,
             "time/reward": 0.25,
             "time/update": 3.0,
-            "rollout/staleness": float(step > 1),
+            "rollout/staleness": float(min(ahead, step - 1)),
             "perf/completion_tokens": 70.0,
         }
         for step in (1, 2, 3)
     ]
     cycles = vs_trl.our_cycles(records)
-    assert len(cycles) == 2
-    assert cycles[1]["phases"]["other"] == pytest.approx(2.0)
+    assert len(cycles) == 3 - ahead
+    assert cycles[0]["phases"]["other"] == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("name", list(workloads.WORKLOADS))

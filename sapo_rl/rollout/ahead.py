@@ -1,44 +1,53 @@
-"""Batches for the training loop, one after the other or one ahead of it."""
+"""Batches for the training loop, one after the other or some ahead of it."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
+Begun = TypeVar("Begun")
 T = TypeVar("T")
 
 
-class Producer(Generic[T]):
-    """Calls `make(step)` for the loop.
+class Producer(Generic[Begun, T]):
+    """Has batches made for the loop, which calls `take`, trains, calls `make_way`, brings new weights, and so on.
 
-    Without overlap `take` makes the batch there and then. With it, `take` hands out the batch that is ready and has the
-    next one made in a thread, with the weights that the engines hold at that moment, while the caller trains: that
-    batch will be one version of the weights old when it is trained on. The caller may touch the engines between
-    `wait` and the next `take`.
+    A batch is begun at the earliest when the weights are `ahead` versions older than those that it will be trained on.
 
     Args:
-        make: makes the batch of a step.
-        last: the last step; nothing is made beyond it.
-        overlap: one ahead.
+        begin: starts the batch of a step and returns at once; called in the loop's thread.
+        finish: waits for what `begin` returned and makes the batch of it; where some are ahead, in a thread that
+            finishes them one after the other.
+        last: the last step; nothing is begun beyond it.
+        ahead: batches that may be begun beyond the one that is trained on; 0 makes each when it is taken.
+        in_flight: a batch may be under way while the weights change, and beside another; else each is begun when the
+            one before it is finished, and `make_way` waits for it.
     """
 
-    def __init__(self, make: Callable[[int], T], last: int, overlap: bool) -> None:
-        self._make = make
+    def __init__(
+        self, begin: Callable[[int], Begun], finish: Callable[[Begun], T], last: int, ahead: int, in_flight: bool
+    ) -> None:
+        self._begin = begin
+        self._finish = finish
         self._last = last
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout") if overlap else None
-        self._coming: Future[T] | None = None
+        self._ahead = ahead if in_flight else min(1, ahead)
+        self._in_flight = in_flight
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout") if ahead else None
+        self._begun = 0
+        self._coming: deque[Future[T]] = deque()
         self._waited = 0.0
 
     def take(self, step: int) -> T:
         """Return the batch of `step`; steps come in order."""
         if self._thread is None:
-            return self._make(step)
-        self._coming = self._coming or self._thread.submit(self._make, step)
-        self.wait()
-        batch = self._coming.result()
-        self._coming = self._thread.submit(self._make, step + 1) if step < self._last else None
+            return self._finish(self._begin(step))
+        self._begun = max(self._begun, step - 1)  # a resumed loop starts anywhere
+        self._begin_until(step + self._ahead if self._in_flight else step)
+        batch = self._result(self._coming.popleft())
+        self._begin_until(step + self._ahead)
         return batch
 
     def take_waited(self) -> float:
@@ -46,14 +55,29 @@ class Producer(Generic[T]):
         waited, self._waited = self._waited, 0.0
         return waited
 
+    def make_way(self) -> None:
+        """Return once the weights may be replaced. Raises what making a batch raised."""
+        if not self._in_flight:
+            self.wait()
+
     def wait(self) -> None:
-        """Return once no batch is being made, so that the engines are idle. Raises what making it raised."""
-        if self._coming is not None:
-            start = time.perf_counter()
-            self._coming.result()
-            self._waited += time.perf_counter() - start
+        """Return once all that is begun is finished, so that the engines are idle. Raises what making it raised."""
+        for future in self._coming:
+            self._result(future)
 
     def close(self) -> None:
-        """Make nothing more; a batch that is being made is not waited for."""
+        """Make nothing more; what is being made is not waited for."""
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _begin_until(self, step: int) -> None:
+        assert self._thread is not None
+        while self._begun < min(step, self._last):
+            self._begun += 1
+            self._coming.append(self._thread.submit(self._finish, self._begin(self._begun)))
+
+    def _result(self, future: Future[T]) -> T:
+        start = time.perf_counter()
+        batch = future.result()
+        self._waited += time.perf_counter() - start
+        return batch

@@ -142,7 +142,7 @@ class TrainerApi:
     async def score(self, engine: Any, label: str, token_ids: list[int]) -> dict[str, Any]:
         """Return log p(token | those before it) of all tokens but the first."""
         output = await self._run(engine, label, token_ids, scoring_params())
-        return {"logps": scores_of(output, token_ids)}
+        return {"logps": scores_of(output)}
 
     async def _run(self, engine: Any, label: str, token_ids: list[int], params: Any) -> Any:
         if label != self.label:

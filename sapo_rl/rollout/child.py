@@ -2,8 +2,9 @@
 
 It receives `EngineSettings`, builds the engine, sends `(0, "ready", None)`, and then answers each message `(call,
 method, arguments)` with `(call, "done", result)` or `(call, "failed", traceback)`. Messages `add` with the same number
-belong to one call, answered by `(call, "part", completions)` whenever requests are finished. A new call ends what is
-left of the one before. A vLLM that fails while it decodes ends this process, for its parent to restart.
+belong to one call, answered by `(call, "part", completions)` whenever requests are finished, until `drop` ends what is
+left of it. Several calls may be under way; weights are replaced between two steps of decoding. A vLLM that fails while
+it decodes ends this process, for its parent to restart.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ import queue
 import sys
 import threading
 import traceback
+from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sapo_rl.rollout.engine import Completion, EngineSettings, Numbered, Sampling
 from sapo_rl.rollout.lifeline import die_with_parent, kill_group_on_hangup
 from sapo_rl.rollout.vllm_terms import completions_of, sampling_params, scores_of, scoring_params
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    from vllm import LLM, SamplingParams
 
 
 def capture_sizes(max_num_seqs: int) -> list[int]:
@@ -80,6 +82,18 @@ def register(settings: EngineSettings) -> None:
             ModelRegistry.register_model(name, known.load_model_cls())
 
 
+class Running(NamedTuple):
+    """A request under way."""
+
+    call: int
+    number: int | None
+    """The parent's; None where it is to be scored."""
+
+
+Message = tuple[int, str, Any]
+"""Call, status and result."""
+
+
 class Server:
     """The methods that the parent may call, on one `vllm.LLM`."""
 
@@ -88,58 +102,71 @@ class Server:
 
         register(settings)
         self.settings = settings
-        self.running: dict[str, int] = {}
-        """vLLM's names of the requests under way, and the parent's numbers."""
+        self.running: dict[str, Running] = {}
+        """By vLLM's name of the request."""
+        self.loads = 0
         self.asleep = False
         self.llm: LLM = LLM(**llm_arguments(settings))
 
-    def add(self, requests: list[Numbered], sampling: Sampling) -> None:
+    def add(self, call: int, requests: list[Numbered], sampling: Sampling) -> None:
         """Put requests under way; `step` returns their completions."""
-        names = self.llm.enqueue(
-            [{"prompt_token_ids": request.token_ids} for _, request in requests],
-            [sampling_params(request, sampling, self.settings.stop_token_ids) for _, request in requests],
-            use_tqdm=False,
-        )
-        for name, (number, _) in zip(names, requests, strict=True):
-            self.running[name.partition("-")[0]] = number  # outputs do not carry the random part of the name
+        params = [sampling_params(request, sampling, self.settings.stop_token_ids) for _, request in requests]
+        numbers = [number for number, _ in requests]
+        self._enqueue(call, numbers, [request.token_ids for _, request in requests], params)
 
-    def step(self) -> list[tuple[int, list[Completion]]]:
-        """Decode one token of each completion; return the requests that this finished. A failure leaves vLLM dead."""
+    def score(self, call: int, token_ids: list[int]) -> None:
+        """See `Engine.score`; `step` returns the answer."""
+        self._enqueue(call, [None], [token_ids], [scoring_params()])
+
+    def _enqueue(
+        self, call: int, numbers: Sequence[int | None], prompts: list[list[int]], params: list[SamplingParams]
+    ) -> None:
+        # What the cache holds of a prompt belongs to the weights that wrote it.
+        salted: Any = [{"prompt_token_ids": token_ids, "cache_salt": str(self.loads)} for token_ids in prompts]
+        names = self.llm.enqueue(salted, params, use_tqdm=False)
+        for name, number in zip(names, numbers, strict=True):
+            self.running[name.partition("-")[0]] = Running(call, number)  # outputs do not carry the random part
+
+    def step(self) -> list[Message]:
+        """Decode one token of each completion; return what this finished. A failure leaves vLLM dead."""
         try:
             outputs = [output for output in self.llm.llm_engine.step() if output.finished]
         except Exception as error:
             from vllm.v1.engine.exceptions import EngineDeadError
 
             raise EngineDeadError from error
-        return [(self.running.pop(output.request_id), completions_of(output)) for output in outputs]  # type: ignore[arg-type]
+        parts: dict[int, list[tuple[int, list[Completion]]]] = {}
+        messages: list[Message] = []
+        for output in outputs:
+            call, number = self.running.pop(output.request_id)
+            if number is None:
+                messages.append((call, "done", scores_of(output)))  # type: ignore[arg-type]
+            else:
+                parts.setdefault(call, []).append((number, completions_of(output)))  # type: ignore[arg-type]
+        return messages + [(call, "part", part) for call, part in parts.items()]
 
-    def abort(self) -> None:
-        """Drop what is under way."""
-        if self.running:
-            self.llm.llm_engine.abort_request(list(self.running))
-            self.running.clear()
+    def drop(self, call: int) -> None:
+        """End what is under way for a call."""
+        names = [name for name, request in self.running.items() if request.call == call]
+        if names:
+            self.llm.llm_engine.abort_request(names)
+        for name in names:
+            del self.running[name]
 
     def load_weights(self, layout: str) -> None:
-        """See `Engine.load_weights`. Wakes up as far as needed; the prefix cache belongs to the old weights."""
+        """See `Engine.load_weights`. Wakes up as far as needed."""
         if self.asleep:
             self.llm.wake_up(["weights"])
         self.llm.collective_rpc("receive_shared", args=(layout,))
         if self.asleep:
             self.llm.wake_up(["kv_cache"])
             self.asleep = False
-        if not self.llm.reset_prefix_cache():
-            raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
+        self.loads += 1
 
     def sleep(self) -> None:
         """See `Engine.sleep`."""
         self.llm.sleep(self.settings.sleep_level)
         self.asleep = True
-
-    def score(self, token_ids: list[int]) -> list[float]:
-        """See `Engine.score`."""
-        prompt: Any = {"prompt_token_ids": token_ids}
-        (output,) = self.llm.generate([prompt], scoring_params(), use_tqdm=False)
-        return scores_of(output, token_ids)
 
     def close(self) -> None:
         """Stop vLLM's core process, where it has one."""
@@ -157,33 +184,31 @@ def serve(connection: Connection) -> None:
     closing = threading.Event()
     threading.Thread(target=_die_with_core, args=(closing,), name="core", daemon=True).start()
     connection.send((0, "ready", None))
-    current = refused = 0
+    refused: set[int] = set()
     while True:
+        if server.running and inbox.empty():
+            for message in server.step():
+                connection.send(message)
+            continue
+        call, method, arguments = inbox.get()
+        if method == "close":
+            closing.set()
+            server.close()
+            return
+        if call in refused:  # more of a call that has failed
+            continue
         try:
-            if server.running and inbox.empty():
-                if finished := server.step():
-                    connection.send((current, "part", finished))
-                continue
-            call, method, arguments = inbox.get()
-            if method == "close":
-                closing.set()
-                server.close()
-                return
-            if call == refused:  # more requests of a call that has failed
-                continue
-            if call != current:
-                server.abort()
-            current = call
-            result = getattr(server, method)(*arguments)
-            if method != "add":
-                connection.send((call, "done", result))
+            if method in ("add", "score", "drop"):
+                getattr(server, method)(call, *arguments)
+            else:
+                connection.send((call, "done", getattr(server, method)(*arguments)))
         except EngineDeadError:
             raise
         except Exception:  # the same call would fail again in a new engine: tell, do not die
             traceback.print_exc()
-            refused = current
-            server.abort()
-            connection.send((current, "failed", traceback.format_exc(limit=-4)))
+            refused.add(call)
+            server.drop(call)
+            connection.send((call, "failed", traceback.format_exc(limit=-4)))
 
 
 def _die_with_core(closing: threading.Event) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Protocol
 
 
@@ -102,7 +103,7 @@ Numbered = tuple[int, Request]
 
 
 class Engine(Protocol):
-    """Generates with the weights last loaded. Calls block; one thread at a time may call."""
+    """Generates with the weights last loaded. Calls block; one thread at a time may call, but for `LoadingEngine`."""
 
     weight_version: int
     """Version given with the weights last loaded; 0 for those in the model's folder."""
@@ -153,7 +154,13 @@ class Engine(Protocol):
 
 
 class LoadingEngine(Engine, Protocol):
-    """An engine on this machine, which can be told where to load weights from."""
+    """An engine on this machine, which can be told where to load weights from.
+
+    Several threads may call it: streams go on while weights are loaded, and what they write from then on is by those.
+    """
+
+    steady: Lock
+    """Held while the memory is written to that weights are loaded from: a restart waits for it."""
 
     def load_weights(self, layout: str, version: int) -> None:
         """Replace the weights by those in memory that `layout` describes, unchanged until the next are loaded."""

@@ -23,6 +23,7 @@ from typing import Any
 
 from sapo_rl.errors import UserError
 from sapo_rl.rollout.engine import Completion, EngineError, EngineSettings, Numbered, Request, Sampling
+from sapo_rl.rollout.line import Call, Late, Line, Lost
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +43,6 @@ OUT_OF_MEMORY = (
 )
 CLOSE_SECONDS = 10.0
 GROUP_SECONDS = 2.0
-
-
-class _Lost(Exception):
-    """The child died, or did not answer in time."""
-
-
-class _Late(_Lost):
-    """It did not answer in time."""
 
 
 def require_vllm() -> None:
@@ -110,8 +103,8 @@ class LocalEngine:
     """An `Engine` in a child process. `start()` returns at once; `wait_ready()` waits until vLLM has its model.
 
     A child that dies or says nothing for `settings.timeout` is killed with all its processes and started anew with the
-    weights last loaded, and what the interrupted call has not answered yet is repeated; after `settings.max_restarts`
-    of these the call raises EngineError.
+    weights last loaded, and what the interrupted calls have not answered yet is repeated; after `settings.max_restarts`
+    of these they raise EngineError.
     """
 
     def __init__(self, settings: EngineSettings) -> None:
@@ -119,13 +112,13 @@ class LocalEngine:
         self.weight_version = 0
         self.restarts = 0
         self.asleep = False
+        self.steady = threading.Lock()
         self._weights: str | None = None
-        self._calls = 0
         self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
+        self._line: Line | None = None
+        self._mending = threading.Lock()
         self._ended = threading.Event()
         self._log_start = 0
-        self._idle = False
         self._closed = False
 
     def start(self) -> None:
@@ -140,14 +133,13 @@ class LocalEngine:
         ours, theirs = socket.socketpair()
         # A stopped child would otherwise block a large message for ever, poll() or not.
         limit = struct.pack("ll", max(1, int(self.settings.timeout)), 0)
-        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-            ours.setsockopt(socket.SOL_SOCKET, option, limit)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         with theirs:
             self._process = self._spawn(theirs.fileno())
-        self._connection = Connection(ours.detach())
+        self._line = Line(Connection(ours.detach()), self.settings.timeout)
         atexit.register(self.close)
         # Another seed after a restart: the stream must not repeat samples that were trained on already.
-        self._connection.send(replace(self.settings, seed=self.settings.seed + self.restarts))
+        self._line.send(replace(self.settings, seed=self.settings.seed + self.restarts))
 
     def _spawn(self, fd: int) -> subprocess.Popen[bytes]:
         """Start the process from a thread that lives as long as it does: the kernel's death signal goes by thread."""
@@ -186,11 +178,12 @@ class LocalEngine:
                 `settings.start_timeout`.
             EngineError: it died.
         """
+        line = self._running("wait_ready")
         try:
-            self._receive(self.settings.start_timeout)
-        except _Lost as lost:
+            line.ready.answer(self.settings.start_timeout)
+        except Lost as lost:
             self._kill()
-            if isinstance(lost, _Late):
+            if isinstance(lost, Late):
                 raise UserError(
                     f"rollout.start_timeout: vLLM was not ready within {self.settings.start_timeout:g} s; raise it, or "
                     f"see in {self.settings.log_path} what it waited for"
@@ -204,32 +197,40 @@ class LocalEngine:
                 f"vLLM does not fit into memory; change {keys} or lower rollout.max_num_seqs or the lengths.\n"
                 f"It said: {reason.strip()[-400:]}"
             ) from None
-        self._idle = True
+        line.ready.end()
 
     def stream(
         self, take: Callable[[], Numbered | None], window: int, sampling: Sampling
     ) -> Iterator[tuple[int, list[Completion]]]:
         """See `Engine.stream`. Raises EngineError where vLLM refuses a request or cannot be kept alive."""
         self._wake_up()
-        call, waiting, unsent = self._new_call(), dict[int, Request](), list[Numbered]()
-        while True:
-            while sum(one.n for one in waiting.values()) < window and (taken := take()) is not None:
-                unsent.append(taken)
-                waiting[taken[0]] = taken[1]
-            if not waiting:
-                return
-            try:
-                if unsent:
-                    self._send(call, "add", (unsent, sampling))
-                    unsent = []
-                finished = self._reply(call)
-            except _Lost as lost:
-                self._restart(lost)
-                call, unsent = self._new_call(), list(waiting.items())
-                continue
-            for number, completions in finished:
-                del waiting[number]
-                yield number, completions
+        waiting, unsent = dict[int, Request](), list[Numbered]()
+        call: Call | None = None
+        try:
+            while True:
+                while sum(one.n for one in waiting.values()) < window and (taken := take()) is not None:
+                    unsent.append(taken)
+                    waiting[taken[0]] = taken[1]
+                if not waiting:
+                    return
+                try:
+                    call = call or self._running("stream").call()
+                    if unsent:
+                        call.send("add", unsent, sampling)
+                        unsent = []
+                    finished = call.answer()
+                except Lost as lost:
+                    self._restart(lost)
+                    call, unsent = None, list(waiting.items())
+                    continue
+                for number, completions in finished:
+                    del waiting[number]
+                    yield number, completions
+        finally:
+            if call is not None:
+                call.end()
+                if waiting:
+                    self._drop(call)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """Return the completions of all requests, in their order. Raises what `stream` raises."""
@@ -259,10 +260,11 @@ class LocalEngine:
         """Stop the child and everything it started; may be called more than once, and from any thread."""
         self._closed = True
         atexit.unregister(self.close)
-        if self._process is not None and self._connection is not None and self._idle:
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                self._connection.send((0, "close", ()))
-                self._process.wait(CLOSE_SECONDS)
+        process, line = self._process, self._line
+        if process is not None and line is not None and line.idle():
+            with contextlib.suppress(Lost, subprocess.TimeoutExpired):
+                line.send((0, "close", ()))
+                process.wait(CLOSE_SECONDS)
         self._kill()
 
     def _wake_up(self) -> None:
@@ -272,84 +274,63 @@ class LocalEngine:
                 raise EngineError("the engine sleeps and never got weights to wake up with")
             self.load_weights(self._weights, self.weight_version)
 
+    def _running(self, method: str) -> Line:
+        if self._closed or self._line is None:
+            raise EngineError(f"{method} was called on an engine that is not running")
+        return self._line
+
     def _call(self, method: str, *arguments: Any) -> Any:
         while True:
             try:
                 return self._exchange(method, *arguments)
-            except _Lost as lost:
+            except Lost as lost:
                 self._restart(lost)
 
     def _exchange(self, method: str, *arguments: Any) -> Any:
-        """One message there and back. Raises _Lost where the child is gone, EngineError where it refused the call."""
-        call = self._new_call()
-        self._send(call, method, arguments)
-        return self._reply(call)
-
-    def _new_call(self) -> int:
-        self._calls += 1
-        return self._calls
-
-    def _send(self, call: int, method: str, arguments: tuple[Any, ...]) -> None:
-        if self._closed or self._connection is None:
-            raise EngineError(f"{method} was called on an engine that is not running")
-        self._idle = False
+        """One message there and back. Raises Lost where the child is gone, EngineError where it refused the call."""
+        call = self._running(method).call()
         try:
-            self._connection.send((call, method, arguments))
-        except OSError as error:
-            raise _Lost(f"it does not take messages ({error})") from error
+            call.send(method, *arguments)
+            return call.answer()
+        finally:
+            call.end()
 
-    def _reply(self, call: int) -> Any:
-        """Return the next answer to this call; those to calls that were given up are dropped."""
-        while True:
-            answered, status, result = self._receive(self.settings.timeout)
-            if answered == call:
-                break
-        self._idle = True
-        if status == "failed":
-            raise EngineError(f"vLLM refused the call:\n{result}")
-        return result
+    def _drop(self, call: Call) -> None:
+        """Have the child end what it still does for a call that nobody waits for."""
+        with contextlib.suppress(Lost):
+            call.send("drop")
 
-    def _receive(self, timeout: float) -> tuple[int, str, Any]:
-        if self._connection is None:
-            raise EngineError("the engine was not started")
-        try:
-            if self._connection.poll(timeout):
-                return self._connection.recv()
-        except (OSError, EOFError) as error:
-            raise _Lost("its process died") from error
-        raise _Late(f"no answer within {timeout:g} s")
-
-    def _restart(self, lost: _Lost) -> None:
-        """Start a new child with the weights last loaded, as often as the settings allow."""
-        while True:
-            self._kill()
-            if self._closed or self.restarts >= self.settings.max_restarts:
-                raise EngineError(
-                    f"vLLM failed after {self.restarts} restarts (rollout.max_restarts={self.settings.max_restarts}): "
-                    f"{lost}; {self._told(self._log_tail(25))}"
-                )
-            self.restarts += 1
-            logger.warning("vLLM failed (%s); restart %d of %d", lost, self.restarts, self.settings.max_restarts)
-            try:
-                self.start()
-                self.wait_ready()
-                self.asleep = False
-                if self._weights is not None:
-                    self._exchange("load_weights", self._weights)
-                return
-            except (_Lost, EngineError, UserError) as error:
-                lost = _Lost(str(error).splitlines()[0])
+    def _restart(self, lost: Lost) -> None:
+        """Start a new child with the weights last loaded, as often as the settings allow, unless another thread did."""
+        with self._mending:
+            reason = str(lost)
+            while self._line in (lost.line, None):
+                self._kill()
+                if self._closed or self.restarts >= self.settings.max_restarts:
+                    raise EngineError(
+                        f"vLLM failed after {self.restarts} restarts (rollout.max_restarts="
+                        f"{self.settings.max_restarts}): {reason}; {self._told(self._log_tail(25))}"
+                    )
+                self.restarts += 1
+                logger.warning("vLLM failed (%s); restart %d of %d", reason, self.restarts, self.settings.max_restarts)
+                try:
+                    self.start()
+                    self.wait_ready()
+                    self.asleep = False
+                    if self._weights is not None:
+                        with self.steady:
+                            self._exchange("load_weights", self._weights)
+                except (Lost, EngineError, UserError) as error:
+                    reason = str(error).splitlines()[0]
+                    self._kill()
 
     def _kill(self) -> None:
-        """Kill the child and what it started, and drop the connection."""
-        process, connection, self._process, self._connection = self._process, self._connection, None, None
-        self._idle = False
+        """Kill the child and what it started; the line ends with it."""
+        process, self._process, self._line = self._process, None, None
         if process is not None:
             process.kill()
             process.wait()
             _end_group(process.pid)
-        if connection is not None:
-            connection.close()
         self._ended.set()
 
     def _log_tail(self, lines: int) -> list[str]:

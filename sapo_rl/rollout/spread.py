@@ -44,7 +44,8 @@ class Spread:
         window: completions that each engine has under way.
         sampling: of all requests.
         patience: seconds that all engines may be lost at the same time.
-        answer: called with the engine, the number of a request and its completions; in the engine's thread.
+        answer: called with the engine, the version of the weights that it had when it took a request, the request's
+            number and its completions; in the engine's thread.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Spread:
         window: int,
         sampling: Sampling,
         patience: float,
-        answer: Callable[[Engine, int, list[Completion]], None],
+        answer: Callable[[Engine, int, int, list[Completion]], None],
     ) -> None:
         self._engines = engines
         self._window = window
@@ -68,6 +69,8 @@ class Spread:
         self._lost: dict[int, float] = {}
         """Since when an engine is lost, by its index."""
         self._until = [0.0] * len(engines)
+        self._versions = [0] * len(requests)
+        """The oldest weights that may have written a part of each answer."""
 
     def run(self) -> Usage:
         """Return when all requests are answered. Raises what an engine or `answer` raised, once all threads have ended.
@@ -105,7 +108,7 @@ class Spread:
     def _stream(self, index: int) -> None:
         engine = self._engines[index]
         for number, completions in engine.stream(lambda: self._take(index), self._window, self._sampling):
-            self._answer(engine, number, completions)
+            self._answer(engine, self._versions[number], number, completions)
             self._until[index] = time.perf_counter()
             with self._lock:
                 self._unanswered -= 1
@@ -116,7 +119,11 @@ class Spread:
         """Engines ask once they are sure to be there."""
         with self._lock:
             self._lost.pop(index, None)
-            return self._left.popleft() if self._left and not self._over.is_set() else None
+            if not self._left or self._over.is_set():
+                return None
+            taken = self._left.popleft()
+            self._versions[taken[0]] = self._engines[index].weight_version
+            return taken
 
     def _lose(self, index: int, lost: EngineLost) -> None:
         now = time.perf_counter()

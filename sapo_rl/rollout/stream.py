@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sapo_rl.config import RolloutConfig
 from sapo_rl.rollout.engine import Completion, Engine, EngineError, EngineLost, Request, Sampling
@@ -46,8 +46,17 @@ def request_seed(seed: int, step: int, index: int) -> int:
     return int.from_bytes(digest, "little") >> 2
 
 
+class Written(NamedTuple):
+    """What the engines answered to one call."""
+
+    groups: list[Group]
+    """In the prompts' order."""
+    usage: Usage
+    """How long they wrote."""
+
+
 class Rollouts:
-    """Generates groups with the weights that the engines hold when called.
+    """Generates groups with the weights that the engines hold.
 
     Args:
         engines: all with the same weights; each takes the next prompt whenever it has room, the samples of a prompt
@@ -74,17 +83,19 @@ class Rollouts:
         self.tokenizer = tokenizer
         self.seed = seed
         self.reproducible = reproducible
-        self.usage = Usage([], 0.0)
-        """Of the last call."""
 
-    def generate(
+    def generate(self, prompts: Sequence[Prompt], step: int, n: int | None = None) -> list[Group]:
+        """Sample `n` completions (default: the group size) of each prompt; groups in the prompts' order."""
+        return self.write(prompts, step, n).groups
+
+    def write(
         self,
         prompts: Sequence[Prompt],
         step: int,
         n: int | None = None,
         on_group: Callable[[Group], None] = lambda group: None,
-    ) -> list[Group]:
-        """Sample `n` completions (default: the group size) of each prompt; groups in the prompts' order.
+    ) -> Written:
+        """Do as `generate`, which may be under way in several threads where all engines are on this machine.
 
         `on_group` gets each group as soon as it is finished, in the thread of the engine that wrote it.
         """
@@ -101,7 +112,8 @@ class Rollouts:
     def greedy(self, prompts: Sequence[Prompt]) -> list[Group]:
         """Return the likeliest completion of each prompt, token by token: groups of one."""
         requests = [Request(prompt.token_ids, 1) for prompt in prompts]
-        return self._run(prompts, requests, replace(self.sampling, temperature=0.0, logprobs=False), lambda group: None)
+        sampling = replace(self.sampling, temperature=0.0, logprobs=False)
+        return self._run(prompts, requests, sampling, lambda group: None).groups
 
     def sleep(self) -> None:
         """Have the engines free the GPU's memory, as far as their settings say, until the next call or weights."""
@@ -113,21 +125,20 @@ class Rollouts:
         requests: list[Request],
         sampling: Sampling,
         on_group: Callable[[Group], None],
-    ) -> list[Group]:
+    ) -> Written:
         finished: dict[int, Group] = {}
         if not requests:
-            self.usage = Usage([], 0.0)
-            return []
+            return Written([], Usage([], 0.0))
         # Where all fit at once each engine gets an even share; else each keeps as many waiting as it decodes.
         share = math.ceil(sum(request.n for request in requests) / len(self.engines))
         window = min(share, 2 * self.capacity)
 
-        def answer(engine: Engine, i: int, completions: list[Completion]) -> None:
-            finished[i] = self._group(prompts[i], completions, engine.weight_version)
+        def answer(engine: Engine, version: int, i: int, completions: list[Completion]) -> None:
+            finished[i] = self._group(prompts[i], completions, version)
             on_group(finished[i])
 
-        self.usage = Spread(self.engines, requests, window, sampling, self.patience, answer).run()
-        return [finished[i] for i in range(len(prompts))]
+        usage = Spread(self.engines, requests, window, sampling, self.patience, answer).run()
+        return Written([finished[i] for i in range(len(prompts))], usage)
 
     def _group(self, prompt: Prompt, completions: Sequence[Completion], version: int) -> Group:
         texts = self.tokenizer.batch_decode([one.token_ids for one in completions], skip_special_tokens=True)

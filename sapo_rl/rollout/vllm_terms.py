@@ -61,9 +61,9 @@ def completions_of(output: RequestOutput) -> list[Completion]:
     ]
 
 
-def scores_of(output: RequestOutput, token_ids: list[int]) -> list[float]:
+def scores_of(output: RequestOutput) -> list[float]:
     """Return the log-probability of each token of the prompt but the first."""
-    positions = output.prompt_logprobs or []
+    token_ids, positions = output.prompt_token_ids or [], output.prompt_logprobs or []
     return [entry[token].logprob for token, entry in zip(token_ids, positions, strict=True) if entry]
 
 

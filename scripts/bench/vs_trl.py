@@ -167,10 +167,10 @@ def run_ours(task: Task, engines: int | None, overrides: list[str]) -> dict[str,
 def our_cycles(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the cycles that a metrics.jsonl tells of, in the form of `peer_trl`.
 
-    Where a batch was written while the one before trained, `other` has the wait for it, and the last cycle, which
-    had nothing written beside it, is left out.
+    Where batches were written while others trained, `other` has the wait for them, and the last cycles, which had
+    fewer written beside them, are left out.
     """
-    overlap = any(record.get("rollout/staleness", 0.0) > 0 for record in records)
+    ahead = int(max((record.get("rollout/staleness", 0.0) for record in records), default=0.0))
     probes = {record["step"]: record[PROBE] for record in records if PROBE in record}
     cycles: list[dict[str, Any]] = []
     for record in records:
@@ -178,7 +178,7 @@ def our_cycles(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         seconds = record["time/step"]
         phases = {name: record.get(f"time/{name}", 0.0) for name in PHASES[:-1]}
-        beside = phases["rollout"] + phases["reward"] if overlap else 0.0
+        beside = phases["rollout"] + phases["reward"] if ahead else 0.0
         cycle = {
             "seconds": seconds,
             "tokens": record["perf/completion_tokens"],
@@ -187,7 +187,7 @@ def our_cycles(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "parity": probes.get(record["step"]),
         }
         cycles.append({name: value for name, value in cycle.items() if value is not None})
-    return cycles[:-1] if overlap else cycles
+    return cycles[: len(cycles) - ahead]
 
 
 def ended(code: int | None, log: Path) -> dict[str, Any]:

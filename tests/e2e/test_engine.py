@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parents[2]
 GREEDY = Sampling(0.0, 1.0, 0, 0.0, 1.0, 24, False)
 RANDOM = Sampling(1.0, 1.0, 0, 0.0, 1.0, 48, False)
+LONG = Sampling(1.0, 1.0, 0, 0.0, 1.0, 240, False)
 
 
 def child_of(engine: LocalEngine) -> psutil.Process:
@@ -163,13 +165,62 @@ def test_requests_join_while_others_are_under_way(engine: LocalEngine) -> None:
         assert done >= number - 1  # two groups of four fill the window
 
 
-def test_a_call_ends_what_was_left_of_another(engine: LocalEngine) -> None:
+def test_a_stream_that_is_given_up_leaves_the_engine_to_others(engine: LocalEngine) -> None:
     expected = engine.generate(requests(), RANDOM)
     left = iter(enumerate(requests(seed=3)))
-    next(engine.stream(lambda: next(left, None), window=100, sampling=RANDOM))
+    given_up = engine.stream(lambda: next(left, None), window=100, sampling=RANDOM)
+    next(given_up)
+    given_up.close()
     assert engine.generate(requests(), RANDOM) == expected
     next(engine.stream(iter([(0, Request([2, 30], 1)), (1, Request([2, 31], 1))]).__next__, 1, RANDOM))
     assert len(engine.score([4, 5, 6])) == 2
+
+
+def test_calls_of_several_threads_each_get_their_own_answers(engine: LocalEngine, policy: PreTrainedModel) -> None:
+    prompt = list(range(4, 60))
+    seeds = (3, 5, 7)
+    expected = [engine.generate(requests(seed), LONG) for seed in seeds]
+    with ThreadPoolExecutor(len(seeds)) as pool:
+        found = [pool.submit(engine.generate, requests(seed), LONG) for seed in seeds]
+        assert engine.score(prompt) == pytest.approx(logps_of(policy, prompt), abs=1e-4)
+        with pytest.raises(EngineError, match="256"):
+            engine.generate([Request([5] * 300, 1)], GREEDY)
+        assert not any(future.done() for future in found)
+        assert [future.result() for future in found] == expected
+
+
+class Endless:
+    """A thread that always has completions under way."""
+
+    def __init__(self, engine: LocalEngine) -> None:
+        self.engine = engine
+        self.taken: list[int] = []
+        self.answered: list[int] = []
+        self.over = threading.Event()
+        self.began = threading.Event()
+        self.pool = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> Endless:
+        self.future = self.pool.submit(self.run)
+        assert self.began.wait(30)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.over.set()
+        self.future.result()
+        self.pool.shutdown()
+
+    def take(self) -> tuple[int, Request] | None:
+        if self.over.is_set():
+            return None
+        self.taken.append(len(self.taken))
+        return self.taken[-1], Request([2, 30 + len(self.taken) % 50], 4)
+
+    def run(self) -> None:
+        for number, completions in self.engine.stream(self.take, 24, LONG):
+            assert len(completions) == 4
+            self.answered.append(number)
+            self.began.set()
 
 
 def test_unseeded_samples_never_repeat(engines: tuple[LocalEngine, LocalEngine]) -> None:
@@ -224,23 +275,36 @@ def test_pushed_weights_are_the_ones_that_generate(
     assert verify(engine, prompt, logps_of(trained, prompt), "float32") < 1e-5
 
 
+def test_weights_are_replaced_under_running_completions(
+    engine: LocalEngine, transport: FileTransport, policy: PreTrainedModel, trained: PreTrainedModel
+) -> None:
+    prompt = [4 + i % 200 for i in range(200)]  # longer than a block of the key-value cache, so that it is cached
+    (eos,) = engine.settings.stop_token_ids
+    with Endless(engine) as others:
+        for version, model in enumerate((trained, policy, trained, policy), start=1):
+            done = len(others.answered)
+            transport.push(model.named_parameters(), [engine], version)
+            assert engine.weight_version == version
+            expected = likeliest(model, prompt, GREEDY.max_tokens, eos)
+            for _ in range(2):  # the second time by what the cache has
+                assert tokens(engine.generate([Request(prompt, 1)], GREEDY)) == [[expected]]
+            assert verify(engine, prompt, logps_of(model, prompt), "float32") < 1e-5
+            assert len(others.taken) > done  # they were never all done
+    assert sorted(others.answered) == others.taken
+    assert engine.restarts == 0
+
+
 def test_a_killed_engine_comes_back_with_the_pushed_weights_and_repeats_the_call(
     engine: LocalEngine, transport: FileTransport, trained: PreTrainedModel
 ) -> None:
     transport.push(trained.named_parameters(), [engine], version=4)
-    long = Sampling(1.0, 1.0, 0, 0.0, 1.0, 240, False)
-    expected = tokens(engine.generate(requests(), long))
+    expected = tokens(engine.generate(requests(), LONG))
     victim = child_of(engine)
-    killer = threading.Timer(0.2, victim.kill)
-    killer.start()
-    found = tokens(engine.generate(requests(), long))
-    for _ in range(20):  # the call may have been quicker than the killer
-        if engine.restarts:
-            break
-        found = tokens(engine.generate(requests(), long))
-    killer.join()
+    with Endless(engine) as others:
+        victim.kill()
+        assert tokens(engine.generate(requests(), LONG)) == expected
+    assert sorted(others.answered) == others.taken
     assert engine.restarts == 1
-    assert found == expected
     assert engine.weight_version == 4
     assert child_of(engine).pid != victim.pid
     prompt = list(range(4, 60))
@@ -257,9 +321,8 @@ def test_an_engine_whose_core_process_is_killed_in_mid_call_comes_back(
     (core,) = [process for process in child_of(engine).children() if "EngineCore" in process.name()]
     killer = threading.Timer(0.2, core.kill)
     killer.start()
-    long = Sampling(1.0, 1.0, 0, 0.0, 1.0, 240, False)
     while not engine.restarts:  # a call may be quicker than the killer
-        assert all(len(group) == 4 for group in engine.generate(requests(), long))
+        assert all(len(group) == 4 for group in engine.generate(requests(), LONG))
     killer.join()
     engine.close()
     assert "its process died" in caplog.text  # at once, and not for want of an answer

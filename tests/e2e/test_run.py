@@ -25,6 +25,8 @@ from sapo_rl.rollout.local import LocalEngine
 
 pytestmark = pytest.mark.e2e
 
+PROBE = "mismatch/probe_logp_diff"
+
 REWARDS = """
 import time
 
@@ -218,10 +220,31 @@ def test_overlap_trains_on_batches_one_version_old(workspace: Path) -> None:
     assert state["sampler"]["position"] == 3 * 4  # of the batch that was trained on, not of the one ahead
 
 
-@pytest.mark.parametrize("mode", ["sync", "overlap"])
-def test_gradient_that_is_not_finite_ends_the_run_and_saves_nothing(workspace: Path, mode: str) -> None:
+@pytest.mark.parametrize("ahead", [1, 2])
+def test_rollouts_that_go_on_over_new_weights_are_as_old_as_allowed(workspace: Path, ahead: int) -> None:
+    staleness = ("rollout.mode=overlap", f"rollout.max_staleness={ahead}")
+    short = ("trainer.steps=6", "eval.every=3", "checkpoint.every=3", "logging.wandb=off")
+    folder = new_run(workspace, "reproducible=false", "rollout.verify_every=1", *staleness, *short)
+    steps = steps_of(folder)
+    assert [record["rollout/staleness"] for record in steps] == [min(ahead, step) for step in range(6)]
+    for record in steps:
+        table = pq.read_table(folder / "completions" / f"step_{record['step']:05d}.parquet").to_pydict()
+        begun_by = max(0, record["step"] - 1 - ahead)
+        assert set(table["weight_version"]) <= {begun_by, begun_by + 1}  # a push may come while prompts are handed out
+        assert len(table["weight_version"]) == 16
+    assert max(record["mismatch/probe_logp_diff"] for record in records(folder) if PROBE in record) < 1e-4
+    assert [record["step"] for record in records(folder) if "eval/accuracy" in record] == [0, 3, 6]
+    state = json.loads((folder / "checkpoints/step_000003/state.json").read_text())["state"]
+    assert state["sampler"]["position"] == 3 * 4  # of the batch that was trained on, not of those ahead
+
+
+@pytest.mark.parametrize(("mode", "reproducible"), [("sync", "true"), ("overlap", "true"), ("overlap", "false")])
+def test_gradient_that_is_not_finite_ends_the_run_and_saves_nothing(
+    workspace: Path, mode: str, reproducible: str
+) -> None:
     before = folders(workspace)
-    steep = ("trainer.learning_rate=1e30", "checkpoint.every=1", f"rollout.mode={mode}", "logging.wandb=off")
+    how = (f"rollout.mode={mode}", f"reproducible={reproducible}")
+    steep = ("trainer.learning_rate=1e30", "checkpoint.every=1", "logging.wandb=off", *how)
     code, out, err = run(workspace, "config=tiny.yaml", *steep)
     assert code == 2, out + err
     for words in (

@@ -253,7 +253,7 @@ def test_one_of_two_dies_in_mid_batch_and_is_taken_back_with_current_weights(
     transport.push(policy.named_parameters(), fleet, 1)
     answered: Counter[int] = Counter()
 
-    def answer(engine: Any, number: int, completions: list[Completion]) -> None:
+    def answer(engine: Any, version: int, number: int, completions: list[Completion]) -> None:
         assert len(completions) == 4
         answered[number] += 1
         if engine is fleet[1] and servers[1].process.poll() is None:
@@ -280,9 +280,9 @@ def test_one_of_two_dies_in_mid_batch_and_is_taken_back_with_current_weights(
         seed=0,
         reproducible=False,
     )
-    groups = rollouts.generate([Prompt(i, [2, 30 + i], "", {}) for i in range(40)], step=1)
+    groups, usage = rollouts.write([Prompt(i, [2, 30 + i], "", {}) for i in range(40)], step=1)
     assert {sample.weight_version for group in groups for sample in group.samples} == {2}
-    assert all(seconds > 0 for seconds in rollouts.usage.until)
+    assert all(seconds > 0 for seconds in usage.until)
 
 
 def test_a_run_of_two_ranks_goes_on_when_a_server_dies(

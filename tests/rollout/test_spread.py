@@ -24,6 +24,7 @@ class Shaky:
 
     lasts: int
     away: int
+    weight_version: int = 0
     before: threading.Event | None = None
 
     def stream(self, take: Callable[[], Numbered | None], window: int, sampling: Sampling) -> Iterator[Any]:
@@ -53,7 +54,7 @@ def run(engines: list[Shaky], requests: int, patience: float = 30.0) -> tuple[Co
     answered: Counter[int] = Counter()
     by: list[int] = []
 
-    def answer(engine: object, number: int, completions: list[Completion]) -> None:
+    def answer(engine: object, version: int, number: int, completions: list[Completion]) -> None:
         assert completions == [DONE]
         answered[number] += 1
         by.append(engines.index(engine))  # type: ignore[arg-type]
@@ -84,6 +85,20 @@ def test_an_engine_that_was_away_takes_part_again() -> None:
     assert answered == Counter(range(9))
     assert len(by) == 9
     assert usage.until == [usage.whole]
+
+
+def test_an_answer_has_the_version_of_the_weights_that_began_it() -> None:
+    class Renewed(Shaky):
+        def stream(self, take: Callable[[], Numbered | None], window: int, sampling: Sampling) -> Iterator[Any]:
+            for answer in super().stream(take, window, sampling):
+                self.weight_version += 1
+                yield answer
+
+    versions = list[int]()
+    engines: Any = [Renewed(0, 0)]
+    asked = [Request([i], 1) for i in range(6)]
+    Spread(engines, asked, 4, SAMPLING, 30.0, lambda engine, version, *_: versions.append(version)).run()
+    assert versions == [0, 0, 0, 0, 1, 2]  # four at a time
 
 
 def test_without_any_engine_it_ends_with_the_reason() -> None:

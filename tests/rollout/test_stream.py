@@ -97,7 +97,7 @@ def test_each_group_is_handed_over_decoded_when_it_is_finished(tokenizer: PreTra
     engine = Echo(tokenizer.eos_token_id)
     seen: list[tuple[str, int]] = []
     rollouts = Rollouts([engine], RolloutConfig(group_size=2, max_num_seqs=2), tokenizer, seed=0, reproducible=False)
-    groups = rollouts.generate(
+    groups, _ = rollouts.write(
         prompts(tokenizer, list("abcdefgh")),
         step=1,
         on_group=lambda group: seen.append((group.samples[0].text, len(engine.requests))),

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -31,8 +32,10 @@ class Receiver:
     weight_version: int = 0
     layouts: list[str] = field(default_factory=list)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    steady: Lock = field(default_factory=Lock)
 
     def load_weights(self, layout: str, version: int) -> None:
+        assert not self.steady.locked()
         self.layouts.append(layout)
         self.weight_version = version
         self.tensors = {name: tensor.clone() for name, tensor in open_layout(layout)}
@@ -55,6 +58,19 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
     shapes: dict[str, tuple[int, ...]] = {"a": (3, 5), "b": (7,), "big": (BLOCK_BYTES // 4 + 1, 1), "scalar": ()}
     shapes |= {"empty": (0, 4), "half": (BLOCK_BYTES // 4, 2), "most": (BLOCK_BYTES // 2 - 4,)}
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def test_no_engine_is_restarted_from_weights_that_are_half_written(folder: Path) -> None:
+    transport, engines = FileTransport(folder, torch.float32), [Receiver(), Receiver()]
+
+    def pushed() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights(1).items():
+            assert all(engine.steady.locked() for engine in engines)
+            yield name, tensor
+
+    transport.push(pushed(), engines, 1)  # type: ignore[arg-type]
+    assert [engine.weight_version for engine in engines] == [1, 1]
+    transport.close()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -6,6 +6,7 @@ is restarted, or woken up, gets exactly the version that the others have, whatev
 
 from __future__ import annotations
 
+import contextlib
 import json
 from abc import abstractmethod
 from collections import deque
@@ -47,11 +48,14 @@ class SharedTransport(WeightTransport[LoadingEngine]):
     def push(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], engines: Sequence[LoadingEngine], version: int
     ) -> None:
-        """See `WeightTransport.push`. Raises what an engine raised; no engine may be in a call."""
+        """See `WeightTransport.push`. Raises what an engine raised."""
         if not engines:  # another rank's engine has this device; but all ranks gather the weights together
             deque(named_tensors, maxlen=0)
             return
-        self.fill(named_tensors)
+        with contextlib.ExitStack() as stack:
+            for engine in engines:
+                stack.enter_context(engine.steady)
+            self.fill(named_tensors)
         make_room(engines)
         with ThreadPoolExecutor(len(engines)) as pool:
             list(pool.map(lambda engine: engine.load_weights(self._layout, version), engines))

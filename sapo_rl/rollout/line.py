@@ -1,0 +1,132 @@
+"""One connection to a child process, shared by the threads that call it."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+from sapo_rl.rollout.engine import EngineError
+
+
+class Lost(Exception):
+    """The child died, or did not answer in time."""
+
+    def __init__(self, reason: str, line: Line) -> None:
+        super().__init__(reason)
+        self.line = line
+
+
+class Late(Lost):
+    """It did not answer in time."""
+
+
+class Line:
+    """Carries `(call, method, arguments)` out, and each `(call, status, result)` to the thread that made the call.
+
+    Args:
+        connection: to the child; closed when the child ends.
+        patience: seconds without any message of the child after which it counts as hung.
+    """
+
+    def __init__(self, connection: Connection, patience: float) -> None:
+        self._connection = connection
+        self.patience = patience
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._calls: dict[int, Call] = {}
+        self._ended = ""
+        self.heard = 0.0
+        """When the last message came, on the monotonic clock."""
+        self.ready = Call(self, 0)
+        """What the child says unasked, once it can be called."""
+        self._calls[0] = self.ready
+        threading.Thread(target=self._read, name="engine-line", daemon=True).start()
+
+    def call(self) -> Call:
+        """Begin a call. Raises Lost where the child is gone."""
+        with self._lock:
+            if self._ended:
+                raise Lost(self._ended, self)
+            call = Call(self, next(self._numbers))
+            self._calls[call.number] = call
+        return call
+
+    def send(self, message: Any) -> None:
+        """Send a message; from any thread. Raises Lost where the child does not take it."""
+        try:
+            with self._lock:
+                self._connection.send(message)
+        except OSError as error:
+            raise Lost(f"it does not take messages ({error})", self) from error
+
+    def idle(self) -> bool:
+        """Return whether the child waits for a call."""
+        return not self._calls and not self._ended
+
+    def forget(self, number: int) -> None:
+        """Drop what is still answered to this call."""
+        self._calls.pop(number, None)
+
+    def _read(self) -> None:
+        """Until the child ends: a message that waits for its reader would block what the child says to others."""
+        reason = "its process died"
+        try:
+            while True:
+                number, status, result = self._connection.recv()
+                self.heard = time.monotonic()
+                if (call := self._calls.get(number)) is not None:  # else it was given up
+                    call.answers.put((status, result))
+        except (EOFError, OSError):
+            pass
+        except Exception as error:
+            reason = f"it sent what cannot be read ({error})"
+        with self._lock:
+            self._ended = reason
+            for call in self._calls.values():
+                call.answers.put(("lost", reason))
+            self._connection.close()
+
+
+class Call:
+    """One call on a line; several messages may belong to it, both ways."""
+
+    def __init__(self, line: Line, number: int) -> None:
+        self.line = line
+        self.number = number
+        self.answers: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+
+    def send(self, method: str, *arguments: Any) -> None:
+        """Ask the child. Raises Lost where it does not take the message."""
+        self.line.send((self.number, method, arguments))
+
+    def answer(self, patience: float | None = None) -> Any:
+        """Return the next answer to this call.
+
+        Raises:
+            Lost: the child is gone.
+            Late: it has told nobody anything for `patience` seconds (default: the line's).
+            EngineError: it refused the call.
+        """
+        patience = self.line.patience if patience is None else patience
+        asked = time.monotonic()
+        while True:
+            silent = time.monotonic() - max(asked, self.line.heard)
+            try:
+                status, result = self.answers.get(timeout=max(0.0, patience - silent))
+                break
+            except queue.Empty:
+                if time.monotonic() - max(asked, self.line.heard) >= patience:
+                    raise Late(f"no answer within {patience:g} s", self.line) from None
+        if status == "lost":
+            raise Lost(result, self.line)
+        if status == "failed":
+            raise EngineError(f"vLLM refused the call:\n{result}")
+        return result
+
+    def end(self) -> None:
+        """Take no more answers."""
+        self.line.forget(self.number)
