@@ -32,6 +32,9 @@ from sapo_rl.types import Group, Messages, Prompt
 
 T = TypeVar("T")
 
+PROBE_TOKENS = 64
+"""Of the reply by which weights are verified; a longer one would cost seconds."""
+
 
 class Begun(NamedTuple):
     """A batch that is being written."""
@@ -234,7 +237,7 @@ def verify_weights(run: Run) -> None:
     if not run.config.rollout.verify_every:
         return
     prompt = run.prompts[0].token_ids
-    groups = run.rollouts.greedy(run.prompts[:1]) if run.engines else []
+    groups = run.rollouts.greedy(run.prompts[:1], PROBE_TOKENS) if run.engines else []
     reply = groups[0].samples[0].token_ids if groups else prompt  # the trainer's ranks compute together
     token_ids = [*prompt, *reply]
     expected = run.trainer.score(token_ids)

@@ -109,10 +109,11 @@ class Rollouts:
         ]
         return self._run(prompts, requests, self.sampling, on_group)
 
-    def greedy(self, prompts: Sequence[Prompt]) -> list[Group]:
-        """Return the likeliest completion of each prompt, token by token: groups of one."""
+    def greedy(self, prompts: Sequence[Prompt], most: int | None = None) -> list[Group]:
+        """Return the likeliest completion of each prompt, token by token, `most` at most: groups of one."""
         requests = [Request(prompt.token_ids, 1) for prompt in prompts]
-        sampling = replace(self.sampling, temperature=0.0, logprobs=False)
+        limit = min(self.sampling.max_tokens, most or self.sampling.max_tokens)
+        sampling = replace(self.sampling, temperature=0.0, logprobs=False, max_tokens=limit)
         return self._run(prompts, requests, sampling, lambda group: None).groups
 
     def sleep(self) -> None:

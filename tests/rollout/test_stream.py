@@ -185,6 +185,9 @@ def test_greedy_is_one_completion_without_log_probabilities(tokenizer: PreTraine
     groups = rollouts.greedy(prompts(tokenizer, ["x", "y"]))
     assert engine.sampling is not None
     assert engine.sampling.temperature == 0.0
+    assert engine.sampling.max_tokens == RolloutConfig().max_completion_tokens
+    rollouts.greedy(prompts(tokenizer, ["x"]), most=7)
+    assert engine.sampling.max_tokens == 7
     assert [[sample.text for sample in group.samples] for group in groups] == [["x"], ["y"]]
     assert groups[0].samples[0].rollout_logps is None
 
