@@ -105,26 +105,33 @@ def train(run: Run) -> None:
         evaluate(run)
     warn_of_inert_temperatures(run)
     producer = make_producer(run)
-    while run.step < run.config.trainer.steps and not stopping(run):
-        run.step += 1
-        batch = producer.take(run.step)
-        assign_advantages(run, batch.groups)
-        run.rollouts.sleep()  # gives the trainer vLLM's memory, where both do not fit; the push wakes it
-        stats = run.trainer.train_on(batch.groups, run.timers)
-        producer.make_way()
-        stop_if_diverged(run, batch, stats)
-        publish_weights(run)
-        run.sampler_state = batch.sampler_state
-        report(run, batch, stats | {"time/wait": producer.take_waited()})
-        if due(run, run.config.rollout.verify_every):
-            verify_weights(run)
-        if due(run, run.config.eval.every) or run.step == run.config.trainer.steps:
-            producer.wait()
-            evaluate(run)
-        if due(run, run.config.checkpoint.every):
-            save(run)
-    producer.close()
+    try:
+        while run.step < run.config.trainer.steps and not stopping(run):
+            take_step(run, producer)
+    finally:
+        producer.close()
     finish(run)
+
+
+def take_step(run: Run, producer: Producer[Begun, Batch]) -> None:
+    """Train on the next batch, bring the weights to vLLM, and do what is due after it."""
+    run.step += 1
+    batch = producer.take(run.step)
+    assign_advantages(run, batch.groups)
+    run.rollouts.sleep()  # gives the trainer vLLM's memory, where both do not fit; the push wakes it
+    stats = run.trainer.train_on(batch.groups, run.timers)
+    producer.make_way()
+    stop_if_diverged(run, batch, stats)
+    publish_weights(run)
+    run.sampler_state = batch.sampler_state
+    report(run, batch, stats | {"time/wait": producer.take_waited()})
+    if due(run, run.config.rollout.verify_every):
+        verify_weights(run)
+    if due(run, run.config.eval.every) or run.step == run.config.trainer.steps:
+        producer.wait()
+        evaluate(run)
+    if due(run, run.config.checkpoint.every):
+        save(run)
 
 
 def make_producer(run: Run) -> Producer[Begun, Batch]:

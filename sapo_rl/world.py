@@ -29,6 +29,7 @@ from sapo_rl import run_folder
 from sapo_rl.config import Config
 from sapo_rl.errors import SharedError, UserError
 from sapo_rl.launch import PEER_LOST
+from sapo_rl.rollout.engine import EngineError
 
 MEET = 600.0
 """Seconds that ranks wait for the first, which may have to compose the config."""
@@ -145,6 +146,8 @@ def fail(error: Exception) -> NoReturn:
 
 
 def _is_lost(error: Exception) -> bool:
+    if isinstance(error, EngineError):  # which may quote anything
+        return False
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and any(x in str(error) for x in LOST))
 
 

@@ -86,6 +86,7 @@ class RewardPool:
         self._functions = cfg.functions
         self._size = cfg.workers
         self._workers: list[_Worker] = []
+        self._closed = False
         self._queue: deque[_Task] = deque()
         self._groups: list[Group] = []
         self._stats = self._new_stats()
@@ -99,6 +100,7 @@ class RewardPool:
         Raises:
             UserError: a function that cannot be imported, named.
         """
+        self._closed = False
         try:
             self._fill()
             while not all(worker.ready for worker in self._workers):
@@ -175,7 +177,6 @@ class RewardPool:
         return done
 
     def _add(self, group: Group) -> None:
-        self._fill()
         self._groups.append(group)
         self._queue.extend(_Task(name, group, list(range(len(group.samples)))) for name in self._functions)
 
@@ -184,6 +185,7 @@ class RewardPool:
 
     def _advance(self, inbox: Inbox | None = None) -> list[Any]:
         """Hand out tasks, wait for the next event, here or in the inbox, and deal with it; return what was ready."""
+        self._fill()
         for worker in self._workers:
             if self._queue and worker.ready and worker.task is None:
                 self._give(worker, self._queue.popleft())
@@ -261,12 +263,14 @@ class RewardPool:
         self._stats.failures.setdefault(task.name, text)
 
     def _fill(self) -> None:
+        if self._closed:  # by the thread that entered it, while another scores
+            raise RuntimeError("the pool of reward functions is closed")
         while len(self._workers) < self._size:
             self._workers.append(_Worker({name: (f.function, f.args) for name, f in self._functions.items()}))
 
     def _replace(self, worker: _Worker) -> None:
         worker.kill()
-        self._workers.remove(worker)
+        self._workers = [other for other in self._workers if other is not worker]
         self._fill()
 
     @contextlib.contextmanager
@@ -283,6 +287,7 @@ class RewardPool:
             raise
 
     def _close(self) -> None:
+        self._closed = True
         for worker in self._workers:
             worker.kill()
         self._workers.clear()

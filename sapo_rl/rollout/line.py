@@ -69,7 +69,8 @@ class Line:
 
     def forget(self, number: int) -> None:
         """Drop what is still answered to this call."""
-        self._calls.pop(number, None)
+        with self._lock:
+            self._calls.pop(number, None)
 
     def _read(self) -> None:
         """Until the child ends: a message that waits for its reader would block what the child says to others."""

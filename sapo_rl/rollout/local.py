@@ -116,7 +116,8 @@ class LocalEngine:
         self._weights: str | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._line: Line | None = None
-        self._mending = threading.Lock()
+        self._mending = threading.RLock()
+        self._failure = ""
         self._ended = threading.Event()
         self._log_start = 0
         self._closed = False
@@ -275,9 +276,10 @@ class LocalEngine:
             self.load_weights(self._weights, self.weight_version)
 
     def _running(self, method: str) -> Line:
-        if self._closed or self._line is None:
-            raise EngineError(f"{method} was called on an engine that is not running")
-        return self._line
+        with self._mending:  # a new child must get the weights before anything else
+            if self._closed or self._line is None:
+                raise EngineError(self._failure or f"{method} was called on an engine that is not running")
+            return self._line
 
     def _call(self, method: str, *arguments: Any) -> Any:
         while True:
@@ -307,10 +309,11 @@ class LocalEngine:
             while self._line in (lost.line, None):
                 self._kill()
                 if self._closed or self.restarts >= self.settings.max_restarts:
-                    raise EngineError(
+                    self._failure = (
                         f"vLLM failed after {self.restarts} restarts (rollout.max_restarts="
                         f"{self.settings.max_restarts}): {reason}; {self._told(self._log_tail(25))}"
                     )
+                    raise EngineError(self._failure)
                 self.restarts += 1
                 logger.warning("vLLM failed (%s); restart %d of %d", reason, self.restarts, self.settings.max_restarts)
                 try:

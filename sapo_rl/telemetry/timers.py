@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ class Timers:
     """Adds up seconds by phase: those of the wall clock, or, in the phases `ON_DEVICE`, those that the GPU took.
 
     The clock of the steps starts with the first phase and never stops, so that a step's time holds everything, what
-    is in no phase included, except the phases in `ASIDE`.
+    is in no phase included, except the phases in `ASIDE`. Several threads may time phases; one calls `take`.
 
     Args:
         event: makes a mark in the queue of a GPU; None, without one, times every phase by the clock. The marks are read
@@ -45,6 +46,7 @@ class Timers:
         self._seconds: dict[str, float] = {}
         self._marks: list[tuple[str, Event, Event]] = []
         self._since: float | None = None
+        self._lock = threading.Lock()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -68,12 +70,13 @@ class Timers:
         for phase, begin, end in self._marks:
             end.synchronize()
             self._add(phase, begin.elapsed_time(end) / 1e3)
-        now = time.perf_counter()
-        elapsed = now - (now if self._since is None else self._since)
-        aside = sum(self._seconds.get(phase, 0.0) for phase in ASIDE)
-        taken = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
-        self._seconds, self._marks, self._since = {}, [], now
-        return taken | {"time/step": elapsed - aside}
+        with self._lock:
+            now, taken = time.perf_counter(), self._seconds
+            elapsed = now - (now if self._since is None else self._since)
+            self._seconds, self._marks, self._since = {}, [], now
+        aside = sum(taken.get(phase, 0.0) for phase in ASIDE)
+        return {f"time/{phase}": seconds for phase, seconds in taken.items()} | {"time/step": elapsed - aside}
 
     def _add(self, phase: str, seconds: float) -> None:
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+        with self._lock:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -345,3 +346,16 @@ def test_workers_die_with_their_parent(here: Path, death: signal.Signals) -> Non
         wait_for(lambda: not alive(pid))
     finally:
         parent.kill()
+
+
+def test_closing_ends_what_another_thread_scores_and_starts_nothing(here: Path) -> None:
+    pool = RewardPool(config(slow={"function": "pool_rewards.slow"}, moody={"function": "pool_rewards.moody"}))
+    pool.__enter__()
+    groups = [group(index, ["a"]) for index in range(200)]
+    with ThreadPoolExecutor(1) as thread:
+        scoring = thread.submit(pool.score, groups)
+        wait_for(lambda: groups[0].samples[0].rewards.get("slow"))
+        pool.__exit__(None, None, None)
+        with pytest.raises(RuntimeError, match="closed"):
+            scoring.result(timeout=10)
+    assert not any(alive(pid) for pid in worker_pids(here))
