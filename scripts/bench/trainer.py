@@ -69,7 +69,8 @@ class Variant:
     updates: int = 1
     """Updates a rollout batch, each on its own part of it: from the second part on the `old_logps` phase has work."""
     load: str = "1k"
-    """`1k`: sequences of 1,024 tokens, 32k an update. `long-tailed`: 128 prompts of 60 tokens, 8 completions each."""
+    """`1k`: sequences of 1,024 tokens, 32k an update. `long-tailed`: 128 prompts of 60 tokens, 8 completions each.
+    `short`: the same with completions of 8 tokens at most, which leave the chip waiting for the host."""
     change: Callable[[Policy], AbstractContextManager[Any]] = lambda policy: nullcontext()
     """Puts something in the place of the program's own parts."""
 
@@ -122,13 +123,14 @@ VARIANTS = {
     "bfloat16 weights": Variant(change=bfloat16_weights),
     "4 updates": Variant(updates=4),
     "long-tailed": Variant(updates=4, load="long-tailed"),
+    "short": Variant(updates=4, load="short"),
     "long-tailed 8k": Variant(updates=4, load="long-tailed", budget=8192),
 }
 PARTS = (
     "0.5b:shipped,16k,8k,rounded head gradient,plain head,compiled head,float32 stream,bfloat16 weights,not compiled,"
     "checkpointing,4 updates",
     "1.5b:shipped,16k,8k,checkpointing,bfloat16 weights",
-    "135m:shipped,8k,long-tailed,long-tailed 8k",
+    "135m:shipped,8k,long-tailed,long-tailed 8k,short",
     "head-0.5b",
     "head-1.5b",
 )
@@ -165,7 +167,7 @@ def make_groups(load: str, updates: int, vocabulary: int, scale: int) -> list[Gr
     if load == "1k":
         length = scale // 32
         return [Group(Prompt(i, tokens(1), "", {}), [sample(length - 1)]) for i in range(32 * updates)]
-    longest = scale // 64
+    longest = 8 if load == "short" else scale // 64
     lengths = [[min(longest, 2 + int(rng.expovariate(3 / longest))) for _ in range(8)] for _ in range(128)]
     return [Group(Prompt(i, tokens(60), "", {}), [sample(n) for n in row]) for i, row in enumerate(lengths)]
 
