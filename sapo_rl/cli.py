@@ -100,6 +100,7 @@ def _hydra(ready: compose.Arguments, typed: list[str]) -> int:
     def job(composed: DictConfig) -> float | None:
         settings = HydraConfig.get()
         try:
+            compose.check_choices(composed, settings.overrides.task)
             config, frozen = compose.accept(composed, ready)
             return run(config, frozen, settings.runtime.choices["config"], typed, ready.files)
         except (UserError, OmegaConfBaseException) as error:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from sapo_rl.checks import ConfigError, check
-from sapo_rl.config import Config, RewardConfig, RewardFunctionConfig
+from sapo_rl.config import Config, LossConfig, RewardConfig, RewardFunctionConfig
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.run_folder import is_secret
 
@@ -25,6 +26,35 @@ CONFIGS = PACKAGED if PACKAGED.is_dir() else Path(__file__).parents[1] / "config
 """The shipped configs: inside the wheel, or beside the package in a checkout."""
 
 
+ELSEWHERE = {
+    "num_generations": "rollout.group_size",
+    "n": "rollout.group_size",
+    "max_completion_length": "rollout.max_completion_tokens",
+    "max_tokens": "rollout.max_completion_tokens",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "per_device_train_batch_size": "rollout.batch_size",
+    "train_batch_size": "rollout.batch_size",
+    "gradient_accumulation_steps": "trainer.tokens_per_micro_batch",
+    "num_iterations": "trainer.updates_per_rollout",
+    "beta": "loss.kl.coef",
+    "kl_coef": "loss.kl.coef",
+    "epsilon": "loss.clip_low",
+    "epsilon_high": "loss.clip_high",
+    "loss_type": "loss.name",
+    "sapo_temperature_pos": "loss.tau_pos",
+    "sapo_temperature_neg": "loss.tau_neg",
+    "lr": "trainer.learning_rate",
+    "lr_scheduler_type": "trainer.schedule",
+    "warmup_steps": "trainer.warmup_updates",
+    "max_steps": "trainer.steps",
+    "save_steps": "checkpoint.every",
+    "eval_steps": "eval.every",
+    "report_to": "logging.wandb",
+    "scale_rewards": "advantage.scale",
+    "mask_truncated_completions": "advantage.mask_truncated",
+    "r": "model.lora.rank",
+}
+"""What other programs call some keys, and what they are called here."""
 ADDED_FUNCTION = r"\+reward\.functions\.([\w-]+)(\.(function|weight|timeout|on_error))?="
 
 
@@ -71,7 +101,46 @@ def register(argv: list[str]) -> Arguments:
         joined = ",".join(names)
         listed = value.startswith("[") and items != [value]
         rewritten.append(f"config=[{joined}]" if listed else f"config={joined}")
-    return Arguments(rewritten, files, added)
+    return Arguments(_with_choices(rewritten), files, added)
+
+
+def _with_choices(argv: list[str]) -> list[str]:
+    """Have `GROUP=CHOICE` win over a recipe that sets keys of the group by itself: Hydra lets the recipe win."""
+    typed = {argument.partition("=")[0].lstrip("+~") for argument in argv}
+    expanded = list[str]()
+    for argument in argv:
+        expanded.append(argument)
+        group, _, choice = argument.partition("=")
+        file = CONFIGS / group / f"{choice}.yaml"
+        if group != "config" and re.fullmatch(r"\w+=[\w.-]+", argument) and file.is_file():
+            leaves = _leaves(OmegaConf.to_container(OmegaConf.load(file)), group)
+            expanded += [f"{key}={_as_override(value)}" for key, value in leaves if key not in typed]
+    return expanded
+
+
+def check_choices(composed: DictConfig, overrides: Sequence[str]) -> None:
+    """Raise ConfigError where a recipe hides a part of `GROUP=CHOICE`, as it does in a sweep over choices."""
+    typed = {override.partition("=")[0].lstrip("+~") for override in overrides}
+    for override in overrides:
+        group, _, choice = override.partition("=")
+        file = CONFIGS / group / f"{choice}.yaml"
+        if group == "config" or not file.is_file():
+            continue
+        for key, value in _leaves(OmegaConf.to_container(OmegaConf.load(file)), group):
+            if key not in typed and OmegaConf.select(composed, key) != value:
+                raise ConfigError(key, f"hides what {override} sets it to, {value}; take it out there")
+
+
+def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}.{name}")
+        else:
+            yield f"{prefix}.{name}", value
+
+
+def _as_override(value: Any) -> str:
+    return _quoted(value) if isinstance(value, str) else json.dumps(value)
 
 
 def _with_resumed(argv: list[str]) -> list[str]:
@@ -106,6 +175,10 @@ def _register_one(value: str, known: dict[str, str], files: dict[str, Path]) -> 
         raise UserError(f"config: {value} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(node, DictConfig):
         raise UserError(f"config: {value} must hold a mapping of keys to values")
+    content: Any = OmegaConf.to_container(node)
+    for entry in content.get("defaults") or []:
+        if isinstance(entry, dict) and any(name.split()[-1].strip("/") == "config" for name in entry):
+            raise UserError(f"config: {value}: in `defaults`, name a recipe alone: [quickstart, _self_], not {entry}")
     stem = path.parent.name if path.name == "config.yaml" else path.stem
     if not _reads_as_text(stem):
         stem = "_" + re.sub(r"[^\w.-]", "_", stem, flags=re.ASCII)
@@ -191,8 +264,11 @@ def explain(error: Exception, arguments: Arguments) -> str:
     if isinstance(error, OverrideParseException):
         return f"'{error.override}' (command line) cannot be read as key=value: {str(error).splitlines()[0]}"
     if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}: no choice '{name}'; {did_you_mean(name, error.options)}"
+        group, _, name = str(error.missing_cfg_file).partition("/")
+        if group == "loss" and name in LossConfig.__dataclass_fields__["name"].metadata["choices"]:
+            return f"loss: no choice '{name}'; write loss.name={name}"
+        path = "; your own is model.path=..." if group == "model" else ""
+        return f"{group}: no choice '{name}'; {did_you_mean(name, error.options)}{path}"
     key = _match(r"Could not override '([^']+)'", text) or _match(r"full_key: (\S+)", text)
     if key and re.search(r"Key '[^']*' (is )?not in", text):
         return f"{key} ({origin(key, arguments)}): no such key; {_nearest_key(key)}"
@@ -224,10 +300,19 @@ def _nearest_key(key: str) -> str:
         if not options and key.startswith("reward.functions."):  # names of the user's own
             node = OmegaConf.structured(RewardFunctionConfig)
         elif part not in options:
-            return did_you_mean(part, options)
+            return _elsewhere(key) or did_you_mean(part, options)
         else:
             node = None if OmegaConf.is_missing(node, part) else node[part]
     return f"to add it, write +{key}=..."
+
+
+def _elsewhere(key: str) -> str:
+    """Point to a key that is right but for its section, or that other programs call so."""
+    name = key.rpartition(".")[2]
+    schema = _leaves(OmegaConf.to_container(OmegaConf.structured(Config)), "")
+    found = [path.lstrip(".") for path, _ in schema if path.rpartition(".")[2] == name]
+    found += [ELSEWHERE[name]] if name in ELSEWHERE else []
+    return f"did you mean {' or '.join(found)}?" if found else ""
 
 
 def origin(key: str, arguments: Arguments) -> str:

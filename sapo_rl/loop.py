@@ -94,6 +94,8 @@ class Run:
     """Set by a signal: finish the step, save, leave."""
     mute: set[str] = field(default_factory=set)
     """Reward functions of which it has been said that they applied to nothing."""
+    flat: bool = False
+    """Whether it has been said of a step that it taught nothing."""
     before: list[tuple[str, str]] = field(default_factory=list)
     """Held-out prompts with their first greedy completions, for the table at the end."""
 
@@ -266,6 +268,9 @@ def report(run: Run, batch: Batch, stats: dict[str, float]) -> None:
     for name in [name for name in scoring.errors if f"rewards/{name}/mean" not in metrics and name not in run.mute]:
         run.mute.add(name)
         run.telemetry.warn(f"reward {name} applied to no completion of step {run.step}: it returned None for all")
+    if metrics["group/zero_spread_fraction"] == 1 and not run.flat:
+        run.flat = True
+        run.telemetry.warn(f"step {run.step} teaches nothing: the samples of each group all have the same reward")
     phases = run.timers.take()
     tokens = sum(row["tokens"] for group in groups for row in group)
     own = {

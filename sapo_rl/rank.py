@@ -131,6 +131,8 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     run = Run(
         config, folder, prompts, held_out, sampler, engines, rollouts, rewards, trainer, transport, telemetry, timers
     )
+    if resumed:
+        telemetry.note(f"goes on from {resumed}, after step {step}")
     _wait_for(engines, config, folder, telemetry)
     if resumed:
         run.step, run.sampler_state = step, state["sampler"]

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
-from sapo_rl.compose import register
+from sapo_rl.compose import ELSEWHERE, register
+from sapo_rl.config import Config
 
 ROOT = Path(__file__).parents[1]
 
@@ -297,3 +299,70 @@ def test_what_needs_no_ranks_is_refused_under_a_launcher(tmp_path: Path, argumen
     assert result.returncode == 2
     assert argument.partition("=")[0] in result.stderr and "without a launcher" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+OWN_LOSS = "loss: {name: gspo, clip_low: 3e-4, tau_pos: 2.0}\n"
+
+
+def test_a_choice_on_the_command_line_beats_what_a_recipe_sets_of_its_group(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(OWN_LOSS)
+    loss = composed("config=mine.yaml", "loss=grpo", "loss.clip_high=0.28", cwd=tmp_path)["loss"]
+    assert (loss["name"], loss["clip_low"], loss["clip_high"], loss["tau_pos"]) == ("grpo", 0.2, 0.28, 2.0)
+    frozen = tmp_path / "run"
+    frozen.mkdir()
+    (frozen / "config.yaml").write_text(OWN_LOSS)
+    resumed = composed(f"resume={frozen}", "loss=grpo", "launch=ddp", cwd=tmp_path)
+    assert (resumed["loss"]["name"], resumed["launch"]["profile"]) == ("grpo", "ddp")
+
+
+def test_a_sweep_over_choices_that_the_recipe_hides_is_refused(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(OWN_LOSS)
+    own = ("config=mine.yaml", "data=arithmetic", "reward=numeric", f"model.path={model}")
+    result = sapo_train(*own, "loss=sapo,grpo", "-m", "dry_run=true", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "loss.name (mine.yaml): hides what loss=sapo sets it to, sapo" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("learning_rate=1e-6", "trainer.learning_rate"),
+        ("num_generations=8", "rollout.group_size"),
+        ("trainer.lr=1e-6", "trainer.learning_rate"),
+        ("loss.kl_coef=0.1", "loss.kl.coef"),
+        ("beta=0.04", "loss.kl.coef"),
+        ("rollout.max_tokens=64", "rollout.max_completion_tokens"),
+    ],
+)
+def test_keys_of_other_programs_and_of_other_sections_are_pointed_to_ours(
+    tmp_path: Path, typed: str, meant: str
+) -> None:
+    result = sapo_train("config=quickstart", typed, cwd=tmp_path)
+    assert result.returncode == 2
+    assert f"no such key; did you mean {meant}?" in result.stderr, result.stderr
+
+
+def test_every_key_that_is_pointed_to_exists() -> None:
+    schema = OmegaConf.structured(Config)
+    for key in ELSEWHERE.values():
+        section, _, name = key.rpartition(".")
+        assert name in OmegaConf.select(schema, section), key
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["config=quickstart", "loss=gspo"], "loss: no choice 'gspo'; write loss.name=gspo"),
+        (["config=quickstart", "model=Qwen/Qwen3-0.6B"], "model: no choice 'Qwen/Qwen3-0.6B'; valid: smollm2-135m"),
+        (["config=quickstart", "model=Qwen/Qwen3-0.6B"], "your own is model.path="),
+        (["config=again.yaml"], "config: again.yaml: in `defaults`, name a recipe alone: [quickstart, _self_]"),
+        (["config=over.yaml"], "config: over.yaml: in `defaults`, name a recipe alone: [quickstart, _self_]"),
+    ],
+)
+def test_what_is_meant_is_told(tmp_path: Path, arguments: list[str], told: str) -> None:
+    (tmp_path / "again.yaml").write_text("defaults: [{/config: quickstart}]\n")
+    (tmp_path / "over.yaml").write_text("defaults:\n- override /config: quickstart\n")
+    result = sapo_train(*arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert told in result.stderr and "Traceback" not in result.stderr, result.stderr

@@ -81,7 +81,7 @@ def _check_arguments(where: str, function: RewardFunction, args: dict[str, Any])
             raise UserError(f"{where}.args.{key}: {value!r} is a {type(value).__name__}, must be {hint}")
     missing = [k for k, p in settings.items() if p.default is inspect.Parameter.empty and k not in args]
     if missing:
-        raise UserError(f"{where}.args: '{missing[0]}' is missing; {did_you_mean(missing[0], settings)}")
+        raise UserError(f"{where}.args: '{missing[0]}' is missing")
     empty: dict[str, list[Any]] = {
         key: [] for key, p in inspect.signature(function).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD
     }

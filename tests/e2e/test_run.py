@@ -293,7 +293,9 @@ def test_reward_that_raises_counts_as_zero_and_one_that_never_applies_is_told_on
     function = ("+reward.functions.picky.function=my_rewards.picky", "+reward.functions.picky.on_error=zero")
     off = ("eval.prompts=0", "logging.wandb=off", "checkpoint.every=0")
     mute = "+reward.functions.mute.function=my_rewards.mute"
-    folder = new_run(workspace, *function, mute, "trainer.steps=2", *off)
+    folder = new_run(workspace, *function, mute, "reward.functions.odd.weight=0", "trainer.steps=2", *off)
+    (flat,) = [record["warning"] for record in records(folder) if "teaches" in record.get("warning", "")]
+    assert flat == "step 1 teaches nothing: the samples of each group all have the same reward"
     (warning,) = [record["warning"] for record in records(folder) if "mute" in record.get("warning", "")]
     assert warning == "reward mute applied to no completion of step 1: it returned None for all"
     for record in steps_of(folder):
