@@ -261,6 +261,8 @@ def explain(error: Exception, arguments: Arguments) -> str:
         return f"{error.key} ({origin(error.key, arguments)}): {error.problem}"
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, OverrideParseException) and str(error.override).endswith((".yaml", ".yml")):
+        return f"'{error.override}' (command line): write config={error.override}"
     if isinstance(error, OverrideParseException):
         return f"'{error.override}' (command line) cannot be read as key=value: {str(error).splitlines()[0]}"
     if isinstance(error, MissingConfigException) and error.options is not None:

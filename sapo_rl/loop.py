@@ -300,6 +300,8 @@ def evaluate(run: Run) -> None:
             run.rewards.score(sampled)
     greedy, sampled = gather_object(greedy), gather_object(sampled)
     metrics = {"eval/accuracy": mean_reward(greedy, judge), "eval/mean_length": mean_length(greedy)}
+    if len(functions) > 1:
+        metrics |= {f"eval/rewards/{name}": mean_reward(greedy, name) for name in functions}
     if sampled:
         metrics["eval/reward_mean"] = mean_reward(sampled, judge)
     examples = [(show(group.prompt.content), group.samples[0].text) for group in greedy[:3]]

@@ -356,6 +356,7 @@ def test_every_key_that_is_pointed_to_exists() -> None:
         (["config=quickstart", "loss=gspo"], "loss: no choice 'gspo'; write loss.name=gspo"),
         (["config=quickstart", "model=Qwen/Qwen3-0.6B"], "model: no choice 'Qwen/Qwen3-0.6B'; valid: smollm2-135m"),
         (["config=quickstart", "model=Qwen/Qwen3-0.6B"], "your own is model.path="),
+        (["again.yaml"], "'again.yaml' (command line): write config=again.yaml"),
         (["config=again.yaml"], "config: again.yaml: in `defaults`, name a recipe alone: [quickstart, _self_]"),
         (["config=over.yaml"], "config: over.yaml: in `defaults`, name a recipe alone: [quickstart, _self_]"),
     ],

@@ -60,6 +60,7 @@ class Telemetry:
         self._folder = folder
         about = {"model": Path(config.model.path).name, "loss": config.loss.name, **(header or {})}
         self._progress = Progress(folder, config.trainer.steps, {key: str(value) for key, value in about.items()})
+        self._progress.resumed_after = resume_step or 0
         self._log = MetricsLog(folder / METRICS)
         for record in self._log.keep_until(-1 if resume_step is None else resume_step):
             self._progress.add(record)

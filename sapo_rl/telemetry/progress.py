@@ -35,6 +35,8 @@ class Progress:
     """The first step record of the run."""
     evals: list[Record] = field(default_factory=list)
     """All evaluation records."""
+    resumed_after: int = 0
+    """The last step of an earlier process, whose clock tells nothing of this one's speed."""
     sample: dict[str, Any] | None = None
     """The last completion, as a row of the Parquet file."""
 
@@ -57,8 +59,8 @@ class Progress:
         return numbers(self.evals, "eval/accuracy")
 
     def seconds_per_step(self) -> float | None:
-        """Wall-clock seconds from step to step, evaluations included, over the last `WINDOW`; None before a step."""
-        recent = list(self.steps)[-WINDOW - 1 :]
+        """Wall-clock seconds from step to step, evaluations included, over the last `WINDOW` of this process."""
+        recent = [record for record in self.steps if record["step"] > self.resumed_after][-WINDOW - 1 :]
         if len(recent) > 1:
             return (recent[-1]["time"] - recent[0]["time"]) / (recent[-1]["step"] - recent[0]["step"])
         return step_seconds(recent[0]) if recent else None

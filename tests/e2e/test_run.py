@@ -224,7 +224,8 @@ def test_overlap_trains_on_batches_one_version_old(workspace: Path) -> None:
 def test_rollouts_that_go_on_over_new_weights_are_as_old_as_allowed(workspace: Path, ahead: int) -> None:
     staleness = ("rollout.mode=overlap", f"rollout.max_staleness={ahead}")
     short = ("trainer.steps=6", "eval.every=3", "checkpoint.every=3", "logging.wandb=off")
-    folder = new_run(workspace, "reproducible=false", "rollout.verify_every=1", *staleness, *short)
+    again = ("+reward.functions.again.function=my_rewards.odd", "+reward.functions.again.weight=0")
+    folder = new_run(workspace, "reproducible=false", "rollout.verify_every=1", *staleness, *short, *again)
     steps = steps_of(folder)
     assert [record["rollout/staleness"] for record in steps] == [min(ahead, step) for step in range(6)]
     for record in steps:
@@ -232,6 +233,8 @@ def test_rollouts_that_go_on_over_new_weights_are_as_old_as_allowed(workspace: P
         begun_by = max(0, record["step"] - 1 - ahead)
         assert set(table["weight_version"]) <= {begun_by, begun_by + 1}  # a push may come while prompts are handed out
         assert len(table["weight_version"]) == 16
+    evaluated = [record for record in records(folder) if "eval/accuracy" in record]
+    assert [record["eval/rewards/again"] for record in evaluated] == [record["eval/accuracy"] for record in evaluated]
     assert max(record["mismatch/probe_logp_diff"] for record in records(folder) if PROBE in record) < 1e-4
     assert [record["step"] for record in records(folder) if "eval/accuracy" in record] == [0, 3, 6]
     state = json.loads((folder / "checkpoints/step_000003/state.json").read_text())["state"]

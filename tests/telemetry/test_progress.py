@@ -21,6 +21,17 @@ def test_the_time_left_follows_the_wall_clock() -> None:
     assert progress.eta() == 7 * 6.0
 
 
+def test_time_left_counts_from_a_resume() -> None:
+    progress = Progress(Path("r"), total=10, resumed_after=2)
+    for step, time in ((1, 100.0), (2, 200.0)):
+        progress.add({"step": step, "time": time, "time/step": 100.0})
+    assert progress.eta() is None
+    progress.add({"step": 3, "time": 290.0, "time/step": 4.0})
+    assert progress.eta() == 7 * 4.0
+    progress.add({"step": 4, "time": 296.0, "time/step": 5.0})
+    assert progress.eta() == 6 * 6.0
+
+
 def test_records_go_where_they_belong() -> None:
     progress = Progress(Path("run"), 10)
     for record in (
