@@ -28,6 +28,7 @@ from sapo_rl.rewards.inbox import Inbox
 from sapo_rl.rewards.scoring import GIVEN, call_arguments
 from sapo_rl.types import Group
 
+CLOSED = "the pool of reward functions is closed"
 _START_TIMEOUT = 300.0  # seconds for a worker to import the user's modules
 _CHUNK = 1 << 20  # bytes read at once, more than most answers have
 _FOREIGN = "it wrote to a file descriptor that is not its own, or closed it"
@@ -264,7 +265,7 @@ class RewardPool:
 
     def _fill(self) -> None:
         if self._closed:  # by the thread that entered it, while another scores
-            raise RuntimeError("the pool of reward functions is closed")
+            raise RuntimeError(CLOSED)
         while len(self._workers) < self._size:
             self._workers.append(_Worker({name: (f.function, f.args) for name, f in self._functions.items()}))
 
@@ -278,12 +279,15 @@ class RewardPool:
         """Forget what is not finished, where scoring is interrupted."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             self._queue.clear()
             self._stats, self._groups = self._new_stats(), []
-            for worker in [worker for worker in self._workers if worker.task is not None]:
+            busy = [worker for worker in self._workers if worker.task is not None]
+            for worker in busy:
                 worker.kill()
-                self._workers.remove(worker)
+            self._workers = [worker for worker in self._workers if worker not in busy]
+            if self._closed:
+                raise RuntimeError(CLOSED) from error
             raise
 
     def _close(self) -> None:
