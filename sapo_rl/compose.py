@@ -106,29 +106,33 @@ def register(argv: list[str]) -> Arguments:
 
 def _with_choices(argv: list[str]) -> list[str]:
     """Have `GROUP=CHOICE` win over a recipe that sets keys of the group by itself: Hydra lets the recipe win."""
-    typed = {argument.partition("=")[0].lstrip("+~") for argument in argv}
+    typed = _keys(argv)
     expanded = list[str]()
     for argument in argv:
         expanded.append(argument)
-        group, _, choice = argument.partition("=")
-        file = CONFIGS / group / f"{choice}.yaml"
-        if group != "config" and re.fullmatch(r"\w+=[\w.-]+", argument) and file.is_file():
-            leaves = _leaves(OmegaConf.to_container(OmegaConf.load(file)), group)
-            expanded += [f"{key}={_as_override(value)}" for key, value in leaves if key not in typed]
+        expanded += [f"{key}={_as_override(value)}" for key, value in _chosen_keys(argument) if key not in typed]
     return expanded
 
 
 def check_choices(composed: DictConfig, overrides: Sequence[str]) -> None:
     """Raise ConfigError where a recipe hides a part of `GROUP=CHOICE`, as it does in a sweep over choices."""
-    typed = {override.partition("=")[0].lstrip("+~") for override in overrides}
+    typed = _keys(overrides)
     for override in overrides:
-        group, _, choice = override.partition("=")
-        file = CONFIGS / group / f"{choice}.yaml"
-        if group == "config" or not file.is_file():
-            continue
-        for key, value in _leaves(OmegaConf.to_container(OmegaConf.load(file)), group):
+        for key, value in _chosen_keys(override):
             if key not in typed and OmegaConf.select(composed, key) != value:
                 raise ConfigError(key, f"hides what {override} sets it to, {value}; take it out there")
+
+
+def _keys(overrides: Sequence[str]) -> set[str]:
+    return {override.partition("=")[0].lstrip("+~") for override in overrides}
+
+
+def _chosen_keys(override: str) -> Iterator[tuple[str, Any]]:
+    """What the file of a `GROUP=CHOICE` sets; nothing for another override, or a recipe."""
+    group, _, choice = override.partition("=")
+    file = CONFIGS / group / f"{choice}.yaml"
+    if group != "config" and re.fullmatch(r"\w+=[\w.-]+", override) and file.is_file():
+        yield from _leaves(OmegaConf.to_container(OmegaConf.load(file)), group)
 
 
 def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:

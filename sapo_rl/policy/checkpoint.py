@@ -86,13 +86,16 @@ def latest(folder: Path) -> Path:
     return found[-1]
 
 
-def check(checkpoint: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+def check(checkpoint: Path, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Refuse what `load` could not put into weights of these names and shapes; reads no tensor.
+
+    Returns:
+        What is recorded beside the tensors, and by weight name, then by kind, the open file that a tensor is in.
 
     Raises:
         UserError: the checkpoint is damaged, or belongs to another model.
     """
-    _read_record(checkpoint)
+    record = _read_record(checkpoint)
     for path in checkpoint.glob("random_*.pt"):
         with _reading(path):
             torch.load(path, weights_only=True)
@@ -106,6 +109,7 @@ def check(checkpoint: Path, shapes: Mapping[str, Sequence[int]]) -> None:
                 f"resume: checkpoint '{checkpoint}' is of another model or other adapters: weight '{name}' is {saved} "
                 f"in it, now {wanted}; leave model.path and model.lora as they were"
             )
+    return record, found
 
 
 def load(checkpoint: Path, trainer: PolicyTrainer) -> tuple[int, dict[str, Any]]:
@@ -118,8 +122,7 @@ def load(checkpoint: Path, trainer: PolicyTrainer) -> tuple[int, dict[str, Any]]
         UserError: as `check` does.
     """
     parallel, weights = trainer.parallel, dict(trainer.policy.trainable_weights())
-    check(checkpoint, {name: parallel.shape_of(parameter) for name, parameter in weights.items()})
-    record, found = _read_record(checkpoint), _open_tensors(checkpoint)
+    record, found = check(checkpoint, {name: parallel.shape_of(parameter) for name, parameter in weights.items()})
     for name, parameter in weights.items():
         parallel.restore(parameter, {kind: file.get_tensor(f"{kind}/{name}") for kind, file in found[name].items()})
     trainer.schedule.load_state_dict(record["schedule"])

@@ -115,12 +115,12 @@ class Call:
         patience = self.line.patience if patience is None else patience
         asked = time.monotonic()
         while True:
-            silent = time.monotonic() - max(asked, self.line.heard)
+            left = max(asked, self.line.heard) + patience - time.monotonic()
             try:
-                status, result = self.answers.get(timeout=max(0.0, patience - silent))
+                status, result = self.answers.get(timeout=max(0.0, left))
                 break
             except queue.Empty:
-                if time.monotonic() - max(asked, self.line.heard) >= patience:
+                if left <= 0:
                     raise Late(f"no answer within {patience:g} s", self.line) from None
         if status == "lost":
             raise Lost(result, self.line)
