@@ -158,6 +158,7 @@ BAD = {
     "loss without a module": (["loss.name=.Mine"], ["loss.name", "'.Mine' is no dotted path"]),
     "unknown loss group": (["loss=sappo"], ["loss", "sappo", "sapo"]),
     "unknown reward": (["reward.functions.correct.function=numeric_anser"], ["numeric_anser", "numeric_answer"]),
+    "secret that is not there": (["reward.env=[NO_SUCH_KEY]"], ["reward.env", "NO_SUCH_KEY"]),
     "misspelt key with plus": (["+loss.kl.coeff=0.1"], ["loss.kl.coeff", "coef"]),
     "unknown section with plus": (["+my.own.key=3"], ["my", "valid"]),
     "infinite": (["trainer.learning_rate=inf"], ["trainer.learning_rate", "finite"]),
