@@ -78,16 +78,17 @@ def _guard(child: int) -> NoReturn:
 
 
 def _reap(child: int) -> int | None:
-    """Collect what has died; return the wait status of `child` where it is among them."""
+    """Collect what has died; return the wait status of `child` once it has, None before."""
     found = None
-    with contextlib.suppress(ChildProcessError):
-        while True:
+    while True:
+        try:
             process, status = os.waitpid(-1, os.WNOHANG)
-            if process == child:
-                found = status
-            if process == 0:
-                break
-    return found
+        except ChildProcessError:  # nothing is left
+            return found or 0
+        if process == child:
+            found = status
+        if process == 0:
+            return found
 
 
 def _end_descendants() -> None:

@@ -149,8 +149,8 @@ class WorkerProcess:
         if isinstance(answer, dict) and answer.get("call") == self._number:
             if isinstance(answer.get("failed"), str):
                 return Outcome(None, readable(answer["failed"]))
-            if not self.ready and answer.get("loading") in self._cfg.functions:
-                self._loading, self.deadline = answer["loading"], time.monotonic() + self._limit
+            if not self.ready and (name := str(answer.get("loading"))) in self._cfg.functions:
+                self._loading, self.deadline = name, time.monotonic() + self._limit
                 return None
             if not self.ready and (needs := _as_columns(answer.get("needs"))) is not None:
                 self.needs, self.ready, self.deadline = needs, True, math.inf
