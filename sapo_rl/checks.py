@@ -210,6 +210,9 @@ def _check_sources(config: Config) -> None:
             check_function(name, function)
         except UserError as error:
             raise _with_key(error, f"reward.functions.{name}.function") from error
+    for name in config.reward.env:
+        if name not in os.environ:
+            raise ConfigError("reward.env", f"there is no environment variable '{name}'")
     if not any(function.weight for function in functions.values()):
         raise ConfigError("reward.functions", "every weight is 0: nothing to train on")
     judge = config.eval.reward

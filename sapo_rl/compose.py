@@ -19,7 +19,8 @@ from omegaconf.errors import MissingMandatoryValue
 from sapo_rl.checks import ConfigError, check
 from sapo_rl.config import Config, LossConfig, RewardConfig, RewardFunctionConfig
 from sapo_rl.errors import UserError, did_you_mean
-from sapo_rl.run_folder import is_secret
+from sapo_rl.run import references
+from sapo_rl.run_folder import is_secret, worth_hiding
 
 PACKAGED = Path(__file__).parent / "configs"
 CONFIGS = PACKAGED if PACKAGED.is_dir() else Path(__file__).parents[1] / "configs"
@@ -211,7 +212,8 @@ def _candidates(stem: str) -> Iterator[str]:
 def accept(composed: DictConfig, arguments: Arguments) -> tuple[Config, str]:
     """Turn what Hydra composed into real dataclasses, checked, and into the YAML that the run folder keeps.
 
-    The YAML is resolved but for secrets, which it only refers to: `${oc.env:NAME}` is read anew by every rank.
+    The YAML is resolved but for what comes from the environment, which it only refers to: `${oc.env:NAME}` is read anew
+    by every rank.
 
     Raises:
         ConfigError: naming the key.
@@ -221,11 +223,9 @@ def accept(composed: DictConfig, arguments: Arguments) -> tuple[Config, str]:
     functions = composed.reward.functions
     for name in arguments.added:  # the recipe's come first
         functions[name] = functions.pop(name)
-    raw = OmegaConf.to_container(composed)
-    _refuse_secrets(raw)
+    _refuse_secrets(OmegaConf.to_container(composed))
     try:
-        frozen = _with_references(OmegaConf.to_container(composed, resolve=True), raw)
-        text = yaml.safe_dump(frozen, sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(references.resolve(composed), sort_keys=False, allow_unicode=True)
         config = loads(text)  # as every rank will: it refuses keys that a + has added where there are none
     except MissingMandatoryValue as error:
         key = _match(r"full_key: (\S+)", str(error)) or _match(r"value: (\S+)", str(error))
@@ -234,20 +234,15 @@ def accept(composed: DictConfig, arguments: Arguments) -> tuple[Config, str]:
     return config, text
 
 
-def _refuse_secrets(node: Any, prefix: str = "") -> None:
-    for name, value in node.items() if isinstance(node, dict) else ():
-        if isinstance(value, str) and is_secret(str(name)) and not value.startswith("${"):
-            raise ConfigError(f"{prefix}{name}", "is a secret in plain text; refer to it as ${oc.env:NAME} instead")
-        _refuse_secrets(value, f"{prefix}{name}.")
-
-
-def _with_references(resolved: Any, raw: Any) -> Any:
-    if not isinstance(resolved, dict):
-        return resolved
-    return {
-        name: raw[name] if is_secret(str(name)) else _with_references(value, raw[name])
-        for name, value in resolved.items()
-    }
+def _refuse_secrets(node: Any, key: str = "") -> None:
+    if isinstance(node, dict):
+        for name, value in node.items():
+            _refuse_secrets(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for value in node:
+            _refuse_secrets(value, key)
+    elif is_secret(key) and worth_hiding(node):
+        raise ConfigError(key, "is a secret in plain text; refer to it as ${oc.env:NAME} instead")
 
 
 def loads(frozen: str) -> Config:

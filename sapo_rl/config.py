@@ -1,7 +1,6 @@
 """The configuration's schema: one dataclass a group, a docstring under each field.
 
-Values live in `configs/`; this file says what may be set, of which type and in which range. It imports nothing heavy,
-so that a config is accepted or refused before torch is loaded. `sapo_rl.checks` holds the rules that span fields.
+Values live in `configs/`, rules that span fields in `sapo_rl.checks`. Nothing heavy is imported to check a config.
 """
 
 from __future__ import annotations
@@ -36,8 +35,7 @@ class LoraConfig:
     alpha: float = number(32.0, above=0)
     """What an adapter adds is multiplied by alpha / rank."""
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
-    """Names of the linear modules that get an adapter, e.g. `[q_proj, v_proj]`; `all-linear` stands for all but the
-    head."""
+    """Linear modules that get an adapter, e.g. `[q_proj, v_proj]`; `all-linear` stands for all but the head."""
 
 
 @dataclass
@@ -119,6 +117,10 @@ class RewardConfig:
     """Reward functions by the name under which they are logged."""
     workers: int = number(1, least=1)
     """Processes that score in parallel, for each rank."""
+    start_timeout: float = number(120.0, above=0, most=LONGEST_WAIT)
+    """Seconds that importing one function may take; then it is tried once more in a fresh process."""
+    env: list[str] = field(default_factory=list)
+    """Environment variables named like a key, token or password that functions see nevertheless: `[JUDGE_API_KEY]`."""
 
 
 @dataclass
@@ -202,8 +204,7 @@ class AdvantageConfig:
     skip_zero_spread: bool = True
     """Leave groups whose rewards are all equal out of the update. The gradient is the same, the time is saved."""
     mask_truncated: bool = False
-    """Leave completions that the length limit cut out of the update: they count as having no tokens. Their rewards
-    still enter the group's mean."""
+    """Leave completions that the length limit cut out of the update; their rewards still enter the group's mean."""
 
 
 @dataclass

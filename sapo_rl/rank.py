@@ -94,7 +94,8 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
 
     objective(config.loss)  # one of the user's own is imported before anything is started
     tokenizer = load_tokenizer(config.model)
-    rewards = stack.enter_context(RewardPool(config.reward))
+    printed = folder / "logs" / f"rewards_rank{accelerator.process_index}.log"
+    rewards = stack.enter_context(RewardPool(config.reward, printed))
     resumed = _last_checkpoint(config, folder) if config.resume else None
     device, facts = device_of(accelerator.local_process_index), _facts(config.model)
     transport = build_transport(config, facts, device, token, accelerator.is_main_process)

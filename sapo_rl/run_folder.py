@@ -59,7 +59,8 @@ PACKAGES = (
 )
 """Distributions whose versions are recorded, where installed."""
 SECRET = re.compile(
-    r"(^|_)(secret|passw(or)?d|credentials?|apikey|(api|access|secret|private)_key|(api|access|auth|bearer|hf)_token)$|^token$"
+    r"(^|_)(secrets?|passw(or)?ds?|passphrase|pwd|authorization|credentials?|apikeys?|"
+    r"(api|access|secret|private)_keys?|(api|access|auth|bearer|hf|wandb)_tokens?)$|^token$"
 )
 
 
@@ -198,22 +199,17 @@ def is_secret(key: str) -> bool:
     return SECRET.search(last.lower().replace("-", "_")) is not None
 
 
-def redact(value: Any, key: str = "") -> Any:
-    """Return `value`, nested dictionaries and lists copied, with what stands under secret-looking keys replaced."""
-    if isinstance(value, dict):
-        return {name: redact(item, str(name)) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [redact(item, key) for item in value]
-    return REDACTED if is_secret(key) and _worth_hiding(value) else value
-
-
 def redact_override(argument: str) -> str:
     """Return one `key=value` argument with secrets replaced, those inside `{key: value}` included."""
     name, equals, value = argument.partition("=")
     if equals and is_secret(name):
-        return f"{name}={REDACTED}" if _worth_hiding(value) else argument
-    pair = r"""(?P<key>[\w.-]+)(?P<sep>["']?\s*:\s*)(?P<value>"[^"]*"|'[^']*'|[^,{}\[\]]+)"""
-    hide = lambda found: found["key"] + found["sep"] + REDACTED if is_secret(found["key"]) else found[0]  # noqa: E731
+        return f"{name}={REDACTED}" if worth_hiding(value) else argument
+    pair = r"""(?P<key>[\w.-]+)(?P<sep>["']?\s*:\s*)(?P<value>"[^"]*"|'[^']*'|(?:\$\{[^}]*\}|[^,{}\[\]])+)"""
+
+    def hide(found: re.Match[str]) -> str:
+        secret = is_secret(found["key"]) and worth_hiding(found["value"])
+        return found["key"] + found["sep"] + REDACTED if secret else found[0]
+
     return name + equals + re.sub(pair, hide, value) if "{" in value else argument
 
 
@@ -237,13 +233,14 @@ def _secret_spans(node: yaml.Node | None, key: str) -> Iterator[tuple[int, int]]
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
             yield from _secret_spans(item, key)
-    elif isinstance(node, yaml.ScalarNode) and is_secret(key) and _worth_hiding(node.value):
+    elif isinstance(node, yaml.ScalarNode) and is_secret(key) and worth_hiding(node.value):
         yield node.start_mark.index, node.end_mark.index
 
 
-def _worth_hiding(value: Any) -> bool:
+def worth_hiding(value: Any) -> bool:
+    """Whether a value under a secret's key may be the secret itself: it is no blank, switch, or `${oc.env:NAME}`."""
     text = str(value).strip("'\" ")
-    return value is not None and text.lower() not in ("", "null", "~", "true", "false") and not text.startswith("${")
+    return value is not None and text.lower() not in ("", "null", "~", "true", "false") and "${" not in text
 
 
 def _write_overrides(folder: Path, overrides: list[str]) -> None:

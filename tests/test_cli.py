@@ -158,6 +158,9 @@ BAD = {
     "loss without a module": (["loss.name=.Mine"], ["loss.name", "'.Mine' is no dotted path"]),
     "unknown loss group": (["loss=sappo"], ["loss", "sappo", "sapo"]),
     "unknown reward": (["reward.functions.correct.function=numeric_anser"], ["numeric_anser", "numeric_answer"]),
+    "secret in a list": (["+reward.functions.correct.args.api_keys=[abc123]"], ["args.api_keys", "oc.env"]),
+    "secret of digits": (["+reward.functions.correct.args.password=123"], ["args.password", "oc.env"]),
+    "secret that is not there": (["reward.env=[NO_SUCH_KEY]"], ["reward.env", "NO_SUCH_KEY"]),
     "misspelt key with plus": (["+loss.kl.coeff=0.1"], ["loss.kl.coeff", "coef"]),
     "unknown section with plus": (["+my.own.key=3"], ["my", "valid"]),
     "infinite": (["trainer.learning_rate=inf"], ["trainer.learning_rate", "finite"]),
@@ -200,6 +203,30 @@ BAD = {
     ),
     "negative steps": (["trainer.steps=-1"], ["trainer.steps", "at least 1"]),
 }
+
+
+def test_what_comes_from_the_environment_stays_a_reference_under_every_key(tmp_path: Path, model: Path) -> None:
+    written = {
+        "key": "${oc.env:MINE}",
+        "wandb_token": "${oc.env:MINE}",
+        "headers": {"Authorization": "Bearer ${oc.env:MINE}"},
+        "url": "https://me:${oc.env:MINE}@host",
+        "many": ["plain", "${oc.env:MINE}"],
+        "again": "${description}",
+        "decoded": "${oc.decode:${oc.env:MINE}}",
+        "absent": "${oc.env:ABSENT,}",
+    }
+    (tmp_path / "my_rewards.py").write_text("def f(completions, **columns): ...\n")
+    own = {"description": "${oc.env:MINE}", "trainer": {"steps": "${oc.decode:${oc.env:MY_STEPS}}"}}
+    own["reward"] = {"functions": {"f": {"function": "my_rewards.f", "args": written}}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"defaults": ["quickstart", "_self_"], **own}))
+    arguments = ("config=mine.yaml", f"model.path={model}")
+    shown = sapo_train(*arguments, "dry_run=true", cwd=tmp_path, MINE="4711", MY_STEPS="7", COLUMNS="200")
+    assert shown.returncode == 0, shown.stderr
+    assert "4711" not in shown.stdout + shown.stderr
+    for value in ("${oc.env:MINE}", "Bearer ${oc.env:MINE}", "https://me:${oc.env:MINE}@host", "'${oc.env:MINE}']"):
+        assert value in shown.stdout
+    assert "steps: 7" in shown.stdout and "num_processes: 1" in shown.stdout
 
 
 def test_off_without_quotes_is_told_from_false(tmp_path: Path) -> None:

@@ -127,7 +127,13 @@ def test_last_accuracy(tmp_path: Path) -> None:
     assert run_folder.last_accuracy(tmp_path) == 0.5
 
 
-@pytest.mark.parametrize("key", ["api_key", "judge.api_key", "hfToken", "password", "client-secret", "TOKEN", "apikey"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("api_key", "judge.api_key", "hfToken", "password", "client-secret", "TOKEN", "apikey", "api_keys"),
+        *("wandb_token", "Authorization", "pwd", "passphrase"),
+    ],
+)
 def test_secret_keys(key: str) -> None:
     assert run_folder.is_secret(key)
 
@@ -156,7 +162,15 @@ def test_yaml_secrets_are_replaced_and_the_rest_is_kept(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["# note\nmax_tokens: 5   # kept\n", "api_key: ${oc.env:JUDGE_KEY}\n", "token: null\n", "a: 1e-06\n", ""]
+    "text",
+    [
+        "# note\nmax_tokens: 5   # kept\n",
+        "api_key: ${oc.env:JUDGE_KEY}\n",
+        "Authorization: Bearer ${oc.env:KEY}\n",
+        "token: null\n",
+        "a: 1e-06\n",
+        "",
+    ],
 )
 def test_yaml_without_secrets_is_untouched(text: str) -> None:
     assert run_folder.redact_yaml(text) == text
@@ -169,6 +183,7 @@ def test_yaml_without_secrets_is_untouched(text: str) -> None:
         (f"judge.args={{api_key: {SECRET}, n: 3}}", "judge.args={api_key: <redacted>, n: 3}"),
         (f"judge.args={{api_key:'{SECRET},x',n:3}}", "judge.args={api_key:<redacted>,n:3}"),
         ("judge.api_key=${oc.env:KEY}", "judge.api_key=${oc.env:KEY}"),
+        ("judge.args={api_key: ${oc.env:KEY}, n: 3}", "judge.args={api_key: ${oc.env:KEY}, n: 3}"),
         ("trainer.steps=3", "trainer.steps=3"),
         ("-m", "-m"),
     ],

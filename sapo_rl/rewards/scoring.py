@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import math
 import traceback
+from collections.abc import Mapping, Set
 from types import CodeType
 from typing import Any
 
@@ -17,6 +18,12 @@ GIVEN = ("completions", "prompts", "completion_ids")
 
 LARGEST = 1e100
 """Sums and squares of larger rewards could overflow."""
+
+MOST_CHARACTERS = 1000
+"""Of a failure's text, in what is shown and kept."""
+
+MOST_LINES = 12
+"""The same in lines."""
 
 
 class ScoreError(Exception):
@@ -58,23 +65,38 @@ def evaluate(function: RewardFunction, arguments: dict[str, list[Any]], settings
     Raises:
         ScoreError: the function raised, or its result is not a list of finite numbers and None of the right length.
     """
-    keywords = {**arguments, **settings}
+    expected = len(arguments["completions"])  # now: the function may change the lists that it is given
     try:
-        result = function(**_accepted(function, keywords))
+        result = function(**_accepted(function, {**arguments, **settings}))
         if inspect.iscoroutine(result):
             result = asyncio.run(result)
-    except (Exception, SystemExit) as error:
-        raise ScoreError(f"{type(error).__name__}: {error}{_line(function, error)}") from error
-    expected = len(arguments["completions"])
-    if isinstance(result, str | bytes | dict) or not hasattr(result, "__iter__"):
+    except BaseException as error:
+        raise ScoreError(f"{_told(error)}{_line(function, error)}") from error
+    if isinstance(result, str | bytes | bytearray | Mapping | Set) or not hasattr(result, "__iter__"):
         raise ScoreError(f"returned a {type(result).__name__}, must be a list of {expected}{_line(function)}")
     try:
         values = list(result)
-    except Exception as error:  # such as a tensor without dimensions
-        raise ScoreError(f"returned a {type(result).__name__}: {error}{_line(function)}") from error
+    except BaseException as error:  # such as a tensor without dimensions
+        raise ScoreError(f"returned a {type(result).__name__}: {_told(error)}{_line(function)}") from error
     if len(values) != expected:
         raise ScoreError(f"returned {len(values)} values for {expected} completions{_line(function)}")
     return [_number(value, function) for value in values]
+
+
+def shorten(text: str, most: int) -> str:
+    """Return `text`, or its beginning and its end where it has more than `most` characters."""
+    return text if len(text) <= most else f"{text[: most // 2]} [...] {text[-(most // 2) :]}"
+
+
+def readable(text: str) -> str:
+    """Return `text` from a function fit for a terminal: shortened in the middle, without what is not to be printed."""
+    lines = shorten(text, MOST_CHARACTERS).split("\n")
+    if len(lines) > MOST_LINES:
+        lines = [*lines[: MOST_LINES // 2], "[...]", *lines[-(MOST_LINES // 2) :]]
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else ascii(character)[1:-1]
+        for character in "\n".join(lines)
+    )
 
 
 def _accepted(function: RewardFunction, keywords: dict[str, Any]) -> dict[str, Any]:
@@ -92,14 +114,25 @@ def _number(value: Any, function: RewardFunction) -> float | None:
         return None
     try:
         number = math.nan if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError, OverflowError):
+    except BaseException:  # its own `__float__` may raise anything
         number = math.nan
     if not abs(number) <= LARGEST:
-        shown = repr(value)[:60]
+        try:
+            shown = repr(value)[:60]
+        except BaseException as error:
+            shown = f"a {type(value).__name__} (its __repr__: {_told(error)})"
         raise ScoreError(
             f"returned {shown} for a sample, must be a finite number of at most {LARGEST:g} or None{_line(function)}"
         )
     return number
+
+
+def _told(error: BaseException) -> str:
+    try:
+        text = str(error)
+    except BaseException as other:
+        text = f"its __str__ raises {type(other).__name__}"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _line(function: RewardFunction, error: BaseException | None = None) -> str:

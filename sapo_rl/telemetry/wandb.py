@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import netrc
 import os
@@ -13,8 +12,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import yaml
+
 from sapo_rl.config import Config
-from sapo_rl.run_folder import WANDB, redact
+from sapo_rl.run_folder import CONFIG, WANDB
 from sapo_rl.telemetry.completions import COLUMNS, Row
 from sapo_rl.telemetry.metrics import Record
 
@@ -62,8 +63,8 @@ class WandbSink:
     """One W&B run in the run folder.
 
     Args:
-        config: the run's config; values under secret-looking keys are redacted before W&B sees them.
-        folder: the run folder; its subfolder `wandb` takes all files.
+        config: the run's config.
+        folder: the run folder; its subfolder `wandb` takes all files. W&B is shown its config.yaml, without secrets.
         run_id: the id of the run that is resumed, or None for a new one.
         mode: `online` or `offline`. Online falls back to offline with a warning when the server does not answer.
         warn: takes one-line warnings.
@@ -147,7 +148,7 @@ def _start(config: Config, folder: Path, run_id: str, mode: str, warn: Callable[
             id=run_id,
             resume="allow",
             dir=str(folder),
-            config=redact(dataclasses.asdict(config)),
+            config=yaml.safe_load((folder / CONFIG).read_text()),
             settings=_settings(mode),
         )
         run.define_metric("step")

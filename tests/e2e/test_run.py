@@ -73,6 +73,7 @@ def whole(workspace: Path) -> Path:
 def test_run_folder_holds_everything(whole: Path, workspace: Path) -> None:
     for name in ("config.yaml", "overrides.yaml", "user.yaml", "environment.json", "metrics.jsonl", "wandb", "final"):
         assert (whole / name).exists(), name
+    assert (whole / "logs/rewards_rank0.log").is_file()
     assert yaml.safe_load((whole / "config.yaml").read_text())["loss"]["tau_neg"] == 1.05
     assert (whole / "user.yaml").read_text() == (workspace / "tiny.yaml").read_text()
     environment = json.loads((whole / "environment.json").read_text())
@@ -206,7 +207,8 @@ def test_two_ranks_make_one_folder_and_the_loss_of_one(workspace: Path, whole: P
     for ours, theirs in zip(steps_of(folder), steps_of(whole), strict=False):
         for name in ("policy/loss", "policy/grad_norm", "reward/mean", "policy/entropy", "completions/mean_length"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
-    assert {path.name for path in (folder / "logs").iterdir()} == {"vllm_rank0.log", "vllm_rank1.log"}
+    logs = {f"{what}_rank{rank}.log" for what in ("vllm", "rewards") for rank in (0, 1)}
+    assert {path.name for path in (folder / "logs").iterdir()} == logs
     assert len(list((folder / "wandb").glob("offline-run-*"))) == 1
 
 

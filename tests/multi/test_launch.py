@@ -83,7 +83,11 @@ def test_sharded_ranks_share_an_engine_that_spans_them(workspace: Path, interrup
     code, out, err = run(workspace, "config=tiny.yaml", *spread, *brief)
     assert code == 0, out + err
     (folder,) = folders(workspace) - before
-    assert [path.name for path in (folder / "logs").iterdir()] == ["vllm_rank0.log"]
+    assert {path.name for path in (folder / "logs").iterdir()} == {
+        "vllm_rank0.log",
+        "rewards_rank0.log",
+        "rewards_rank1.log",
+    }
     assert not left_in_shared_memory() - left  # of what vLLM's workers talk to each other by
     for own, copied in zip(steps_of(folder), steps_of(interrupted.folder), strict=False):
         for name in ("policy/loss", "policy/grad_norm", "reward/mean", "perf/completion_tokens"):
@@ -184,7 +188,8 @@ def test_two_machines_equal_two_ranks_through_a_death_and_a_resume(
     code, out, err = finish(first(*again))
     assert (code, finish(other)[0]) == (0, 0), out + err
     assert folders(workspace) - before == {folder}
-    assert {path.name for path in (folder / "logs").iterdir()} == {"vllm_rank0.log", "vllm_rank1.log"}
+    logs = {f"{what}_rank{rank}.log" for what in ("vllm", "rewards") for rank in (0, 1)}
+    assert {path.name for path in (folder / "logs").iterdir()} == logs
     assert [record["step"] for record in steps_of(folder)] == [1, 2, 3, 4, 5, 6, 7, 8]
     for ours, theirs in zip(steps_of(folder), steps_of(interrupted.folder), strict=False):
         for name in ("policy/loss", "policy/grad_norm", "reward/mean", "policy/entropy"):

@@ -40,7 +40,7 @@ def moody(completions, **columns):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(1000)
         if text == "die":
-            os._exit(3)
+            os._exit(76)
         if text == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if text == "exit":
@@ -79,6 +79,43 @@ def drip(completions, **columns):
                 os.write(fd, b"[" * 100)
         time.sleep(0.001)
 
+def patches(completions, **columns):
+    """Has the worker answer with the scores that a text holds."""
+    import json
+    for text in completions:
+        if text.startswith("answer "):
+            real, scores = json.dumps, eval(text[7:], {"nan": math.nan})
+            json.dumps = lambda answer: real({**answer, "scores": scores})
+    return [1.0 for _ in completions]
+
+def once(completions, **columns):
+    """Dies, or stops, at the first call in this folder that holds such a text, like one that is hit from outside."""
+    for text in completions:
+        if text in ("SIGKILL", "SIGTERM", "SIGSTOP") and not Path(text).exists():
+            Path(text).touch()
+            os.kill(os.getpid(), getattr(signal, text))
+    return [float(len(completions)) for _ in completions]
+
+def leaves(completions, **columns):
+    """Starts processes in its own session, in one of theirs and without a parent."""
+    import subprocess
+    sleep = [sys.executable, "-c", "import os, time; open(f'worker.{os.getpid()}', 'w'); time.sleep(1000)"]
+    subprocess.Popen(sleep)
+    subprocess.Popen(sleep, start_new_session=True)
+    subprocess.run(["sh", "-c", '"$@" & exit', "sh", *sleep], start_new_session=True)
+    while len(list(Path.cwd().glob("worker.*"))) < 3:
+        time.sleep(0.05)
+    Path("left").touch()
+    return moody(completions)
+
+def secrets(completions, **columns):
+    return [float(os.environ[text] == "value") for text in completions]
+
+def chatty(completions, **columns):
+    print("printed by chatty", flush=True)
+    print("and its stderr", file=sys.stderr, flush=True)
+    return [1.0 for _ in completions]
+
 def slow(completions, **columns):
     time.sleep(0.3 * len(completions))
     return [float(len(completions)) for _ in completions]
@@ -97,8 +134,9 @@ def group(index: int, texts: list[str], **columns: Any) -> Group:
     return Group(Prompt(index, [1], "Q?", columns), samples)
 
 
-def config(workers: int = 1, **functions: Any) -> RewardConfig:
-    return RewardConfig({name: RewardFunctionConfig(**value) for name, value in functions.items()}, workers)
+def config(workers: int = 1, start_timeout: float = 120.0, env: tuple[str, ...] = (), **functions: Any) -> RewardConfig:
+    chosen = {name: RewardFunctionConfig(**value) for name, value in functions.items()}
+    return RewardConfig(chosen, workers, start_timeout, [*env])
 
 
 def rewards(groups: list[Group], name: str) -> list[list[float | None]]:
@@ -180,7 +218,7 @@ def test_a_failure_ends_the_following_of_an_inbox_that_stays_open(here: Path) ->
 CAUSES = [
     ("raise", r"ValueError: no mood \(.*pool_rewards\.py:16\)"),
     ("hang", r"took longer than 0\.7 s"),
-    ("die", "its process ended with exit code 3"),
+    ("die", "its process ended with exit code 76"),
     ("kill", "its process ended by signal 9"),
     ("exit", "SystemExit: bye"),
     ("nan", "returned nan for a sample"),
@@ -242,33 +280,52 @@ def test_a_function_that_forks_and_returns_twice_scores_once(here: Path) -> None
     assert rewards(groups, "forks") == [[i + 1.0, 1.0] for i in range(6)]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "write b'garbage'",
-        "write b'garbage\\n'",
-        "write b'7\\n'",
-        "write b'{}\\n'",
-        """write b'{"call": 0, "scores": [9.0], "failed": null}\\n'""",
-        "write bytes([0, 0, 0, 200])",
-        "close",
-        "replace",
-    ],
-)
-def test_a_function_that_writes_to_or_closes_what_is_not_its_own_fails_by_name(here: Path, text: str) -> None:
+def test_a_function_that_writes_to_or_closes_what_is_not_its_own_fails_by_name(here: Path) -> None:
     cfg = config(
         everywhere={"function": "pool_rewards.everywhere", "on_error": "zero"},
         length={"function": "pool_rewards.length"},
     )
-    groups = [group(0, ["fine", text, "fine"]), group(1, ["a", "bb"])]
-    start = time.monotonic()
+    texts = [
+        "write b'garbage'",
+        "write b'garbage\\n'",
+        """write b'{"call": 0, "scores": [9.0], "failed": null}\\n'""",
+        "write bytes([0, 0, 0, 200])",
+        "close",
+        "replace",
+    ]
     with RewardPool(cfg) as pool:
-        stats = pool.score(groups)
-    assert time.monotonic() - start < 25
-    assert rewards(groups, "everywhere") == [[1.0, 0.0, 1.0], [1.0, 1.0]]
-    assert rewards(groups, "length") == [[4.0, float(len(text)), 4.0], [1.0, 2.0]]
-    assert stats.errors == {"everywhere": 1, "length": 0}
-    assert "wrote to a file descriptor that is not its own, or closed it" in stats.failures["everywhere"]
+        for text in texts:
+            groups = [group(0, [text]), group(1, ["a", "bb"])]
+            stats = pool.score(groups)
+            assert rewards(groups, "everywhere") == [[0.0], [1.0, 1.0]], text
+            assert rewards(groups, "length") == [[float(len(text))], [1.0, 2.0]]
+            assert stats.errors == {"everywhere": 1, "length": 0}
+            assert "wrote to a file descriptor that is not its own, or closed it" in stats.failures["everywhere"], text
+
+
+@pytest.mark.parametrize("scores", ["[1.0, 2.0, 3.0]", "['1.0']", "[nan]", "{'a': 1}"])
+def test_an_answer_without_usable_scores_is_the_functions_failure(here: Path, scores: str) -> None:
+    text = f"answer {scores}"
+    groups = [group(0, ["fine", text]), group(1, ["fine"])]
+    with RewardPool(config(patches={"function": "pool_rewards.patches", "on_error": "zero"})) as pool:
+        assert pool.score(groups).errors == {"patches": 1}
+        assert rewards(groups, "patches") == [[1.0, 0.0], [1.0]]
+
+
+@pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGTERM", "SIGSTOP"])
+def test_a_worker_that_is_hit_from_outside_is_not_the_functions_failure(here: Path, signal_name: str) -> None:
+    once = {"function": "pool_rewards.once", "timeout": 3.0}
+    groups = [group(0, [signal_name]), group(1, ["a", "b", "c"])]
+    with RewardPool(config(once=once)) as pool:
+        assert pool.score(groups).errors == {"once": 0}
+    assert rewards(groups, "once") == [[1.0], [3.0, 3.0, 3.0]]
+
+
+def test_a_group_whose_worker_is_killed_is_still_scored_as_a_group(here: Path) -> None:
+    groups = [group(0, ["a", "SIGKILL", "c"])]
+    with RewardPool(config(once={"function": "pool_rewards.once"})) as pool:
+        assert pool.score(groups).errors == {"once": 0}
+    assert rewards(groups, "once") == [[3.0, 3.0, 3.0]]
 
 
 def test_half_an_answer_does_not_hold_the_pool_beyond_the_time_limit(here: Path) -> None:
@@ -292,13 +349,65 @@ def test_a_worker_that_dies_between_batches_is_replaced(here: Path) -> None:
     ("text", "message"),
     [
         ("import absent_package", "importing 'pool_import' failed: ModuleNotFoundError"),
-        ("import os; os._exit(4)", "its process ended with exit code 4"),
+        ("import os; os._exit(4)", "importing 'pool_import.f' for 'f': its process ended with exit code 4"),
         ("x = 1", "has no 'f'"),
+        ("import time; time.sleep(1000)", r"importing 'pool_import.f' for 'f': took longer than 0.5 s; reward.start"),
+        ("import os; os.environ['SOME_API_KEY']", r"KeyError: 'SOME_API_KEY'.*; reward.env=\[SOME_API_KEY\] lets"),
     ],
 )
-def test_functions_that_cannot_be_loaded_end_the_start(here: Path, text: str, message: str) -> None:
+def test_functions_that_cannot_be_loaded_end_the_start(
+    here: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "value")
     (here / "pool_import.py").write_text(text)
-    with pytest.raises(UserError, match=message), RewardPool(config(f={"function": "pool_import.f"})):
+    cfg = config(start_timeout=0.5, f={"function": "pool_import.f"})
+    with pytest.raises(UserError, match=message), RewardPool(cfg):
+        pass
+
+
+def test_a_worker_that_is_killed_while_it_starts_is_replaced(here: Path) -> None:
+    (here / "pool_import.py").write_text(
+        "import os, pathlib\n"
+        "from pool_rewards import length as f\n"
+        "if not pathlib.Path('died').exists():\n"
+        "    pathlib.Path('died').touch()\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    groups = [group(0, ["abc"])]
+    with RewardPool(config(f={"function": "pool_import.f"})) as pool:
+        pool.score(groups)
+    assert rewards(groups, "f") == [[3.0]] and (here / "died").exists()
+
+
+def test_functions_see_no_secrets_but_those_that_are_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown, kept = ["JUDGE_API_KEY", "TOKENIZERS_PARALLELISM"], ["WANDB_API_KEY", "HF_TOKEN", "SAPO_API_KEY", "DB_PWD"]
+    for name in shown + kept:
+        monkeypatch.setenv(name, "value")
+    groups = [group(0, shown), group(1, kept)]
+    cfg = config(env=("JUDGE_API_KEY",), secrets={"function": "pool_rewards.secrets", "on_error": "zero"})
+    with RewardPool(cfg) as pool:
+        stats = pool.score(groups)
+    assert rewards(groups, "secrets") == [[1.0, 1.0], [0.0] * 4]
+    assert stats.errors == {"secrets": 4}
+    assert "KeyError: 'WANDB_API_KEY'" in stats.failures["secrets"]
+    assert "reward.env=[WANDB_API_KEY]" in stats.failures["secrets"]
+
+
+def test_what_functions_print_is_in_the_log(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    log = here / "logs" / "rewards.log"
+    cfg = config(chatty={"function": "pool_rewards.chatty"}, mood={"function": "pool_rewards.moody"})
+    with RewardPool(cfg, log) as pool:
+        pool.score([group(0, ["fine"])])
+        with pytest.raises(UserError, match=r"exit code 76; what it printed: .*rewards\.log"):
+            pool.score([group(0, ["die"])])
+    assert "printed by chatty\nand its stderr\n" in log.read_text()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_log_that_cannot_be_written_is_named(here: Path) -> None:
+    (here / "logs").touch()
+    cfg = config(length={"function": "pool_rewards.length"})
+    with pytest.raises(UserError, match="logs"), RewardPool(cfg, here / "logs" / "rewards.log"):
         pass
 
 
@@ -324,14 +433,22 @@ def test_leaving_the_pool_ends_its_workers(here: Path) -> None:
     assert not any(alive(pid) for pid in pids)
 
 
+def test_leaving_the_pool_ends_what_functions_have_started(here: Path) -> None:
+    with RewardPool(config(leaves={"function": "pool_rewards.leaves"})) as pool:
+        pool.score([group(0, ["fine"])])
+        pids = worker_pids(here)
+        assert len(pids) == 4 and all(alive(pid) for pid in pids)
+    assert not any(alive(pid) for pid in pids)
+
+
 @pytest.mark.parametrize("death", [signal.SIGINT, signal.SIGKILL])
-def test_workers_die_with_their_parent(here: Path, death: signal.Signals) -> None:
+def test_workers_and_what_they_have_started_die_with_their_parent(here: Path, death: signal.Signals) -> None:
     script = here / "parent.py"
     script.write_text(
         "from sapo_rl.config import RewardConfig, RewardFunctionConfig\n"
         "from sapo_rl.rewards import RewardPool\n"
         "from sapo_rl.types import Group, Prompt, Sample\n"
-        "cfg = RewardConfig({'mood': RewardFunctionConfig(function='pool_rewards.moody', timeout=900)}, 1)\n"
+        "cfg = RewardConfig({'mood': RewardFunctionConfig(function='pool_rewards.leaves', timeout=900)}, 1)\n"
         "groups = [Group(Prompt(0, [1], 'Q', {}), [Sample([0], False, 0, text='hang')])]\n"
         "with RewardPool(cfg) as pool:\n"
         "    pool.score(groups)\n"
@@ -339,11 +456,12 @@ def test_workers_die_with_their_parent(here: Path, death: signal.Signals) -> Non
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     parent = subprocess.Popen([sys.executable, str(script)], env=env, stderr=subprocess.DEVNULL)
     try:
-        (pid,) = wait_for(lambda: worker_pids(here))
-        assert alive(pid)
+        wait_for(lambda: (here / "left").exists() and len(worker_pids(here)) == 4)
+        pids = worker_pids(here)
+        assert all(alive(pid) for pid in pids)
         parent.send_signal(death)
         assert parent.wait(timeout=60) != 0
-        wait_for(lambda: not alive(pid))
+        wait_for(lambda: not any(alive(pid) for pid in pids))
     finally:
         parent.kill()
 

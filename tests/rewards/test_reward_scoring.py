@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sapo_rl.rewards.scoring import ScoreError, call_arguments, evaluate
+from sapo_rl.rewards.scoring import ScoreError, call_arguments, evaluate, readable
 from sapo_rl.types import Group, Prompt, Sample
 
 
@@ -67,14 +67,16 @@ def test_coroutines_and_other_numbers_are_understood() -> None:
         (1.0, "returned a float, must be a list of 2"),
         (None, "returned a NoneType"),
         ("ab", "returned a str"),
+        ({1.0, 2.0}, "returned a set, must be a list of 2"),
+        ({1.0: "a", 2.0: "b"}.keys(), "returned a dict_keys, must be a list of 2"),
         ([1.0, math.nan], "returned nan for a sample"),
         ([1.0, math.inf], "returned inf for a sample"),
         ([1.0, "1.0"], "returned '1.0' for a sample"),
         ([1.0, [2.0]], r"returned \[2.0\] for a sample"),
         ([1.0, 1e308], r"returned 1e\+308 for a sample"),
         ([1.0, 10**400], "returned 1000000000"),
-        (torch.tensor(1.0), "returned a Tensor: iteration over a 0-d tensor"),
-        ((1.0 / n for n in (1, 0)), "returned a generator: float division by zero"),
+        (torch.tensor(1.0), "returned a Tensor: TypeError: iteration over a 0-d tensor"),
+        ((1.0 / n for n in (1, 0)), "returned a generator: ZeroDivisionError: float division by zero"),
     ],
 )
 def test_unusable_results_are_refused(result: Any, message: str) -> None:
@@ -103,3 +105,60 @@ def test_a_missing_column_and_an_exit_are_failures_too() -> None:
         evaluate(wants, arguments, {})
     with pytest.raises(ScoreError, match="SystemExit: 3"):
         evaluate(leaves, arguments, {})
+
+
+@pytest.mark.parametrize("change", ["completions.pop()", "completions.append('c')", "completions.clear()"])
+def test_completions_are_counted_before_the_function_can_change_them(change: str) -> None:
+    def mutates(completions: list[str]) -> list[float]:
+        exec(change)
+        return [1.0 for _ in completions]
+
+    with pytest.raises(ScoreError, match=r"returned \d values for 2 completions"):
+        evaluate(mutates, call_arguments(group("Q", ["a", "b"]), [0, 1]), {})
+
+
+class Wordless(Exception):
+    """An exception whose text cannot be read."""
+
+    def __str__(self) -> str:
+        raise KeyError("text")
+
+
+class Odd:
+    """A value that can neither be shown nor be made a number."""
+
+    def __repr__(self) -> str:
+        raise KeyboardInterrupt
+
+    def __float__(self) -> float:
+        raise RuntimeError("meta")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (KeyboardInterrupt(), "^KeyboardInterrupt "),
+        (GeneratorExit("bye"), "^GeneratorExit: bye "),
+        (Wordless(), "^Wordless: its __str__ raises KeyError "),
+    ],
+)
+def test_whatever_is_raised_is_named(error: BaseException, message: str) -> None:
+    def raises(completions: list[str]) -> list[float]:
+        raise error
+
+    with pytest.raises(ScoreError, match=message + r".*test_reward_scoring\.py:\d+"):
+        evaluate(raises, call_arguments(group("Q", ["a"]), [0]), {})
+
+
+def test_a_value_that_cannot_be_shown_is_named_by_its_type() -> None:
+    with pytest.raises(ScoreError, match=r"returned a Odd .its __repr__: KeyboardInterrupt. for a sample"):
+        evaluate(lambda completions: [Odd()], call_arguments(group("Q", ["a"]), [0]), {})
+
+
+def test_long_messages_keep_both_ends_and_nothing_that_a_terminal_obeys() -> None:
+    assert readable("ValueError: plain\n\u2026 \u00e9\u4e2d") == "ValueError: plain\n\u2026 \u00e9\u4e2d"
+    assert readable("a\x1b[31mb\rc\ud800") == r"a\x1b[31mb\rc\ud800"
+    short = readable("begin " + "x" * 10**6 + " end")
+    assert len(short) < 1100 and short.startswith("begin") and short.endswith(" end") and "[...]" in short
+    lines = readable("\n".join(str(number) for number in range(200))).splitlines()
+    assert (lines[0], lines[-1], len(lines)) == ("0", "199", 13)

@@ -15,7 +15,7 @@ from sapo_rl.telemetry.wandb import choose_mode, spread
 
 SECRET = "s3cr3t-value"
 SCRIPT = """
-import json, sys
+import dataclasses, json, sys, yaml
 from pathlib import Path
 from sapo_rl.config import Config, RewardFunctionConfig
 from sapo_rl.telemetry import Telemetry, rows, sample_metrics
@@ -26,6 +26,10 @@ config = Config()
 config.model.path, config.trainer.steps = "/models/tiny", 4
 config.logging.wandb, config.logging.console, config.logging.completions = mode, "plain", 2
 config.reward.functions = {"judge": RewardFunctionConfig(function="a.b", args={"api_key": "SECRET", "scale": 3})}
+config.description = "SECRET"  # as every rank reads it; what the run folder holds is a reference
+kept = dataclasses.asdict(config)
+kept["description"] = kept["reward"]["functions"]["judge"]["args"]["api_key"] = "${oc.env:MINE}"
+(folder / "config.yaml").write_text(yaml.safe_dump(kept))
 samples = [Sample([1], False, 0, text=f"reply {r}", rewards={"judge": r}, reward=r) for r in (0.5, 1.0, 0.0)]
 group = Group(Prompt(0, [1], "prompt", {}), samples)
 with Telemetry(config, folder, resume_step=first - 1 if first > 1 else None, wandb_id=wandb_id) as telemetry:
@@ -111,7 +115,9 @@ def test_no_secret_and_no_facts_about_the_machine_are_written(offline) -> None:
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
     assert SECRET not in printed
     (start,) = [record["run"] for record in written if record["type"] == "run"]
-    assert start["config"]["update"]["reward"]["functions"]["judge"]["args"] == {"api_key": "<redacted>", "scale": 3}
+    shown = start["config"]["update"]
+    assert shown["reward"]["functions"]["judge"]["args"] == {"api_key": "${oc.env:MINE}", "scale": 3}
+    assert shown["description"] == "${oc.env:MINE}"
     assert not {"stats", "environment", "output", "output_raw"} & {record["type"] for record in written}
 
 

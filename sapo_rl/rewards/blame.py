@@ -1,0 +1,116 @@
+"""Who is at fault where a call of a reward function fails: some of its samples, the group as a whole, or nobody.
+
+A failed call on a group is repeated sample by sample. A worker may also die or stop by no fault of the function, where
+memory is short or somebody kills it, so a function is blamed for a death or a timeout only when it happens again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from sapo_rl.types import Group
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """A reward function to be called on some samples of a group: on all or, in a search, on one."""
+
+    name: str
+    """The function's name in the config."""
+    group: Group
+    positions: list[int]
+    """The samples' places in the group."""
+    repeated: bool = False
+    """Whether the same call has taken a worker down before, or was too late."""
+    patient: bool = False
+    """Whether the time limit is that of one sample for each of its samples."""
+    search: _Search | None = None
+    """The search that the call is a part of."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a call ended."""
+
+    scores: list[float | None] | None
+    """One for each sample; None where the call failed."""
+    cause: str = ""
+    """What happened, where it failed."""
+    dead: bool = False
+    """Whether the worker is gone or of no use any more."""
+    late: bool = False
+    """Whether the time limit was over; the worker counts as dead then too."""
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What follows from an outcome."""
+
+    first: list[Call] = field(default_factory=list)
+    """Calls to make before all others."""
+    last: list[Call] = field(default_factory=list)
+    """Calls to make after all others."""
+    failed: Call | None = None
+    """The call whose samples have failed, for good."""
+    cause: str = ""
+    """Why they have."""
+
+
+@dataclass(slots=True)
+class _Search:
+    """A failed call on a group that is being repeated sample by sample, to find which samples are at fault."""
+
+    whole: Call
+    outcome: Outcome
+    """How the call on the whole group ended."""
+    unanswered: int
+    """Samples of which it is not known yet whether they fail alone."""
+    failed: int = 0
+    """Samples that failed alone."""
+
+
+class Blame:
+    """Says for each call that ends which further calls follow, and whether its samples have failed.
+
+    Samples that fail alone have failed. Where none of a failed group does, a call that was late is repeated with the
+    time limit for each sample, and so are all later calls of that function: it is slow, it does not hang. One that took
+    its worker down is repeated once. Any other failure is that of all samples of the group.
+
+    Args:
+        timeouts: seconds that a sample may take, by the function's name.
+    """
+
+    def __init__(self, timeouts: Mapping[str, float]) -> None:
+        self._timeouts = timeouts
+        self._slow: set[str] = set()
+
+    def limit(self, call: Call) -> float:
+        """Return how many seconds a call may take that is about to be made."""
+        call.patient = call.name in self._slow
+        return self._timeouts[call.name] * (len(call.positions) if call.patient else 1)
+
+    def after(self, call: Call, outcome: Outcome) -> Verdict:
+        """Return what follows from the end of `call`."""
+        failed = outcome.scores is None
+        if failed and len(call.positions) > 1:
+            search = _Search(call, outcome, len(call.positions))
+            return Verdict(first=[Call(call.name, call.group, [one], search=search) for one in call.positions])
+        if failed and outcome.dead and not call.repeated:
+            return Verdict(first=[replace(call, repeated=True)])
+        search = call.search
+        if search is not None:
+            search.unanswered -= 1
+            search.failed += failed
+            if not search.unanswered and not search.failed:
+                return self._after_search(search.whole, search.outcome)
+        return Verdict(failed=call, cause=outcome.cause) if failed else Verdict()
+
+    def _after_search(self, whole: Call, outcome: Outcome) -> Verdict:
+        """Return what follows where a call failed on a group and on none of its samples alone."""
+        if outcome.late and not whole.patient:
+            self._slow.add(whole.name)
+            return Verdict(last=[whole])
+        if outcome.dead and not whole.repeated:
+            return Verdict(last=[replace(whole, repeated=True)])
+        return Verdict(failed=whole, cause=f"{outcome.cause}, called on the whole group; on none of its samples alone")
