@@ -30,7 +30,7 @@ sapo-train: reinforcement-learning fine-tuning under the SAPO objective
   sapo-train config=NAME dry_run=true                  show what would happen, and stop
   sapo-train config=NAME --cfg job                     print the composed config
   sapo-train config=A,B loss.tau_neg=1.0,1.05 -m       sweep, one run after the other
-  sapo-train resume=runs/NAME/TIME                     continue a run from its last checkpoint
+  sapo-train resume=runs/NAME[/TIME]                   continue the newest run, or that one, from its last checkpoint
 
 recipes:
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from omegaconf.errors import MissingMandatoryValue
 from sapo_rl.checks import ConfigError, check
 from sapo_rl.config import Config, LossConfig, RewardConfig, RewardFunctionConfig
 from sapo_rl.errors import UserError, did_you_mean
-from sapo_rl.run_folder import is_secret
+from sapo_rl.run_folder import CONFIG, is_secret, locate
 
 PACKAGED = Path(__file__).parent / "configs"
 CONFIGS = PACKAGED if PACKAGED.is_dir() else Path(__file__).parents[1] / "configs"
@@ -153,12 +154,10 @@ def _with_resumed(argv: list[str]) -> list[str]:
         return argv
     if any(argument.startswith("config=") for argument in argv):
         raise UserError("resume continues with the config of its run folder: leave config= out, override single keys")
-    frozen = Path(folders[-1]).expanduser() / "config.yaml"
-    if not frozen.is_file():
-        raise UserError(f"resume: '{folders[-1]}' is no run folder (no config.yaml in it)")
+    folder = locate(folders[-1])
     # Quoted: Hydra would stumble over some characters of a path.
-    quoted = [re.sub(r"^resume=(.*)", lambda found: f"resume={_quoted(found[1])}", one) for one in argv]
-    return [f"config={frozen}", *quoted]
+    others = [argument for argument in argv if not argument.startswith("resume=")]
+    return [f"config={folder / CONFIG}", f"resume={_quoted(str(folder))}", *others]
 
 
 def _quoted(text: str) -> str:
@@ -225,6 +224,7 @@ def accept(composed: DictConfig, arguments: Arguments) -> tuple[Config, str]:
     _refuse_secrets(raw)
     try:
         frozen = _with_references(OmegaConf.to_container(composed, resolve=True), raw)
+        _settle_paths(frozen)
         text = yaml.safe_dump(frozen, sort_keys=False, allow_unicode=True)
         config = loads(text)  # as every rank will: it refuses keys that a + has added where there are none
     except MissingMandatoryValue as error:
@@ -248,6 +248,24 @@ def _with_references(resolved: Any, raw: Any) -> Any:
         name: raw[name] if is_secret(str(name)) else _with_references(value, raw[name])
         for name, value in resolved.items()
     }
+
+
+def _settle_paths(frozen: dict[str, Any]) -> None:
+    """Name local models and files by their whole and real path: a resume may start elsewhere, and links move on."""
+    model, data = frozen["model"], frozen["data"]
+    if os.path.isfile(Path(model["path"]).expanduser() / "config.json"):
+        model["path"] = _real(model["path"])
+    if data["source"] in ("file", "huggingface"):
+        data |= {key: _real(data[key]) for key in ("path", "eval_path") if data[key] is not None}
+
+
+def _real(text: str) -> str:
+    """The real path, or `text` itself where there is no such file; a link from a name with another ending stays."""
+    path = Path(text).expanduser()
+    if not os.path.exists(path):
+        return text
+    real = path.resolve()
+    return str(real if real.suffix == path.suffix else path.parent.resolve() / path.name)
 
 
 def loads(frozen: str) -> Config:

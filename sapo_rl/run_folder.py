@@ -78,6 +78,25 @@ def unused(folder: Path) -> Path:
             candidate, number = folder.with_name(f"{folder.name}-{number}"), number + 1
 
 
+def locate(named: str) -> Path:
+    """Return the run folder that a user names by its path, by a link, or by the folder of a recipe: the newest in it.
+
+    The real folder, for the link `latest` moves on when another run starts.
+
+    Raises:
+        UserError: there is no run.
+    """
+    folder = Path(named).expanduser()
+    if not (folder / CONFIG).is_file():
+        folder /= LATEST
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"resume: '{named}' is no run folder (no {CONFIG} in it)")
+    real = folder.resolve()
+    if real == Path(os.path.abspath(folder)):
+        return folder
+    return real if folder.is_absolute() else Path(os.path.relpath(real))
+
+
 def create(folder: Path, config_yaml: str, overrides: list[str], user_file: Path | None) -> None:
     """Write everything about a run that is known before it starts. Values under secret-looking keys are redacted.
 

@@ -115,6 +115,33 @@ def test_a_run_folder_of_any_name_is_resumed(tmp_path: Path, name: str) -> None:
     assert (config["resume"], config["trainer"]["steps"]) == (name, 7)
 
 
+def test_a_resume_goes_to_the_real_folder_of_a_link_and_to_the_newest_run_of_a_recipe(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "runs/x" / name).mkdir(parents=True)
+        (tmp_path / "runs/x" / name / "config.yaml").write_text("trainer: {steps: 7}\n")
+    (tmp_path / "runs/x/latest").symlink_to("b")
+    for named in ("runs/x/latest", "runs/x"):  # `latest` moves on while the run trains
+        assert composed(f"resume={named}", cwd=tmp_path)["resume"] == "runs/x/b"
+    assert composed(f"resume={tmp_path}/runs/x", cwd=tmp_path)["resume"] == f"{tmp_path}/runs/x/b"
+    assert composed("resume=runs/x/a", cwd=tmp_path)["resume"] == "runs/x/a"
+
+
+def test_local_models_and_files_are_frozen_by_their_real_and_whole_paths(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "latest").symlink_to("model")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "blob").write_text('{"prompt": "a"}\n')
+    (tmp_path / "link.jsonl").symlink_to("blob")
+    files = ("data=file", "data.path=rows.jsonl", "data.eval_path=link.jsonl")
+    own = ("config=quickstart", "model.path=latest", "data.args={}")
+    shown = sapo_train(*own, *files, "dry_run=true", cwd=tmp_path, COLUMNS="500")
+    assert shown.returncode == 0, shown.stderr
+    for words in (f"path: {model}\n", f"path: {tmp_path}/rows.jsonl\n", f"eval_path: {tmp_path}/link.jsonl\n"):
+        assert words in shown.stdout
+    (tmp_path / "chain_sum").mkdir()
+    shown = sapo_train("config=chain_sum", f"model.path={model}", "dry_run=true", cwd=tmp_path)
+    assert "path: chain_sum\n" in shown.stdout, shown.stderr
+
+
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"a: [1", b"7", b"- 1"])
 def test_a_file_that_is_no_config_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.yaml").write_bytes(content)
