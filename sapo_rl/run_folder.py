@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -110,7 +111,8 @@ def create(folder: Path, config_yaml: str, overrides: list[str], user_file: Path
         UserError: the folder holds a run already.
     """
     if any((folder / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS)):
-        raise UserError(f"{folder} holds a run already; continue it with resume={folder}, or choose another folder")
+        command = shlex.quote(f"resume={folder}")
+        raise UserError(f"{folder} holds a run already; continue it with {command}, or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     if user_file is not None:
         write_atomic(folder / USER_FILE, redact_yaml(user_file.read_text()))
@@ -209,6 +211,17 @@ def write_atomic(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(text)
     part.replace(path)
+
+
+def open_up(folder: Path) -> None:
+    """Give the files in `folder` the mode of any new file there: safetensors makes its own for their owner alone."""
+    sample = folder / ".mode"
+    sample.touch()
+    mode = sample.stat().st_mode & 0o777
+    sample.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def is_secret(key: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -79,6 +80,10 @@ def test_run_folder_holds_everything(whole: Path, workspace: Path) -> None:
     assert environment["packages"]["torch"] == torch.__version__.split("+")[0] or "torch" in environment["packages"]
     assert environment["device"]["device"] == "cpu"
     assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == ["step_000003", "step_000006"]
+    umask = os.umask(0o022)
+    os.umask(umask)
+    closed = [path for part in ("final", "checkpoints", "completions", "logs") for path in (whole / part).rglob("*.*")]
+    assert [str(path) for path in closed if path.is_file() and path.stat().st_mode & 0o777 != 0o666 & ~umask] == []
 
 
 def test_every_step_and_evaluation_is_recorded(whole: Path) -> None:
