@@ -6,9 +6,12 @@ import os
 import signal
 import sys
 
+from sapo_rl import streams
+
 
 def main() -> None:
     """Entry point of the console script."""
+    streams.prepare()
     try:
         from sapo_rl.cli import main as command_line  # here: Ctrl-C may come before the imports are done
 

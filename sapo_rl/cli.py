@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from sapo_rl import compose, launch, run_folder
+from sapo_rl import compose, launch, run_folder, streams
 from sapo_rl.config import Config, LaunchConfig
 from sapo_rl.errors import UserError
 
@@ -137,6 +137,7 @@ def run(config: Config, frozen: str, recipe: str, typed: list[str], files: dict[
 
         preview(config, frozen)
         return None
+    streams.outlive()
     if config.launch.machine_rank > 0 and "RANK" not in os.environ:  # machine 0 makes the folder
         _spawn(config.launch, None)
         return None
@@ -172,7 +173,7 @@ def _spawn(settings: LaunchConfig, folder: Path | None) -> None:
     command = launch.command(settings, folder)
     # Sets of strings are in the same order on all ranks and after a resume: some generators of prompts depend on it.
     # Threads that wait must not spin: on a CPU the trainer and vLLM take turns on the same cores.
-    environment = {"PYTHONHASHSEED": "0", "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    environment = {"PYTHONHASHSEED": "0", "OMP_WAIT_POLICY": "PASSIVE", **os.environ, **streams.UTF8}
     with subprocess.Popen(command, env=environment) as child:
         before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         while True:

@@ -62,7 +62,10 @@ ADDED_FUNCTION = r"\+reward\.functions\.([\w-]+)(\.(function|weight|timeout|on_e
 def recipes() -> dict[str, str]:
     """Return the shipped recipes' names, each with its one-line description."""
     files = sorted((CONFIGS / "config").glob("*.yaml"))
-    return {file.stem: str((yaml.safe_load(file.read_text()) or {}).get("description", "")) for file in files}
+    return {
+        file.stem: str((yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("description", ""))
+        for file in files
+    }
 
 
 @dataclass(frozen=True)
@@ -372,7 +375,7 @@ def _chosen(group: str, choices: dict[str, str], recipe_files: list[Path]) -> It
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content = yaml.safe_load(path.read_text()) if path.is_file() else None
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     return content if isinstance(content, dict) else {}
 
 

@@ -58,7 +58,7 @@ def memory_estimate(config: Config) -> dict[str, str]:
     count = count_parameters(folder)
     if count is None:
         return {"weights and optimiser": "? (the model is not on this machine)"}
-    shape = json.loads((folder / "config.json").read_text())
+    shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     rows = trainer_memory(config, count, shape) | {"vLLM's weights": count * element_size(config)}
     return {name: f"{value / GIB:.2f}" for name, value in rows.items()} | {"sum": f"{sum(rows.values()) / GIB:.2f}"}
 

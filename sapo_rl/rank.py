@@ -26,7 +26,7 @@ import transformers
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from sapo_rl import compose, run_folder, world
+from sapo_rl import compose, run_folder, streams, world
 from sapo_rl.config import Config, ModelConfig
 from sapo_rl.data import PromptSampler, build_prompts, load_rows
 from sapo_rl.errors import UserError
@@ -62,6 +62,8 @@ def main(folder: Path | None) -> None:
     """Run this rank to its end; `folder` is None on ranks that learn it from rank 0. A user's mistake exits with 2."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     die_with_parent()
+    streams.outlive()
+    os.environ.update(streams.UTF8)  # for the processes that this one starts
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

@@ -115,7 +115,7 @@ def create(folder: Path, config_yaml: str, overrides: list[str], user_file: Path
         raise UserError(f"{folder} holds a run already; continue it with {command}, or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     if user_file is not None:
-        write_atomic(folder / USER_FILE, redact_yaml(user_file.read_text()))
+        write_atomic(folder / USER_FILE, redact_yaml(user_file.read_text(encoding="utf-8")))
     _write_overrides(folder, overrides)
     _write_environment(folder, environment() | {"resumes": []})
     write_atomic(folder / CONFIG, redact_yaml(config_yaml))  # last: whoever waits for it finds the folder complete
@@ -133,7 +133,9 @@ def refreeze(folder: Path, config_yaml: str, overrides: list[str]) -> Callable[[
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"resume: '{folder}' is no run folder (no {CONFIG} in it)")
-    former = {path: path.read_text() for path in (folder / CONFIG, folder / OVERRIDES) if path.is_file()}
+    former = {
+        path: path.read_text(encoding="utf-8") for path in (folder / CONFIG, folder / OVERRIDES) if path.is_file()
+    }
     told = _size(folder / METRICS)
 
     def undo() -> None:
@@ -186,7 +188,7 @@ def last_accuracy(folder: Path) -> float | None:
     if not path.is_file():
         return None
     found = None
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         with suppress(json.JSONDecodeError):  # a line that a killed run left half written
             found = json.loads(line).get("eval/accuracy", found)
     return found
@@ -209,7 +211,7 @@ def environment() -> dict[str, Any]:
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` so that a reader sees the old file or the whole new one, never a part."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 
@@ -307,7 +309,13 @@ def _git(folder: Path, tracked: str | None = None) -> dict[str, Any] | None:
 
     def ask(*arguments: str) -> str | None:
         try:
-            answer = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=5)
+            answer = subprocess.run(
+                ["git", "-C", str(folder), *arguments],
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=5,
+            )
         except subprocess.TimeoutExpired:
             return None
         return answer.stdout.strip() if answer.returncode == 0 else None

@@ -16,6 +16,7 @@ import sys
 from multiprocessing.connection import Connection
 from typing import Any
 
+from sapo_rl import streams
 from sapo_rl.errors import UserError
 from sapo_rl.rewards.lookup import resolve
 from sapo_rl.rewards.registry import PACKAGES, RewardFunction
@@ -29,6 +30,7 @@ def main() -> None:
     """Serve until the parent closes the connection or dies."""
     descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
     _die_with(parent)
+    streams.outlive()
     connection = Connection(descriptor)
     try:
         _serve(connection)

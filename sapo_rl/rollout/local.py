@@ -24,6 +24,7 @@ from typing import Any
 from sapo_rl.errors import UserError
 from sapo_rl.rollout.engine import Completion, EngineError, EngineSettings, Numbered, Request, Sampling
 from sapo_rl.rollout.line import Call, Late, Line, Lost
+from sapo_rl.streams import UTF8
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,10 @@ def _bare(environ: Mapping[str, str]) -> dict[str, str]:
     }
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
-    return env | QUIET | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    # Whatever the locale: vLLM does not start where it is ASCII.
+    text = {**UTF8, "PYTHONIOENCODING": "utf-8:backslashreplace"}
+    more = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    return env | QUIET | text | more
 
 
 def _on_cpu(env: dict[str, str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sapo_rl import streams
 from sapo_rl.errors import UserError
 from sapo_rl.run_folder import CONFIG, METRICS
 from sapo_rl.telemetry.metrics import read_metrics
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", type=Path, help="the picture; default: report.png in the run's folder, of several runs in this folder"
     )
     arguments = parser.parse_args(argv)
+    streams.prepare()
     folders: dict[Path, Path] = {}
     for folder in arguments.runs:  # `latest` is a link to a run that `runs/mine/*` names as well
         folders.setdefault(folder.resolve(), folder)

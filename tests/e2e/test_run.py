@@ -42,7 +42,7 @@ def judges(completions, solution, **columns):
 
 def picky(completions, prompts, **columns):
     if any("+" in prompt for prompt in prompts):
-        raise ValueError("no sums please")
+        raise ValueError("no sums please \\ud800")  # a character that no terminal can show
     return [1.0 for _ in completions]
 """
 
@@ -301,7 +301,9 @@ def test_reward_that_raises_counts_as_zero_and_one_that_never_applies_is_told_on
     function = ("+reward.functions.picky.function=my_rewards.picky", "+reward.functions.picky.on_error=zero")
     off = ("eval.prompts=0", "logging.wandb=off", "checkpoint.every=0")
     mute = "+reward.functions.mute.function=my_rewards.mute"
-    folder = new_run(workspace, *function, mute, "reward.functions.odd.weight=0", "trainer.steps=2", *off)
+    closed = ("sh", "-c", '"$@" >&-', "sh")
+    unweighted = "reward.functions.odd.weight=0"
+    folder = new_run(workspace, *function, mute, unweighted, "trainer.steps=2", *off, prefix=closed)
     (flat,) = [record["warning"] for record in records(folder) if "teaches" in record.get("warning", "")]
     assert flat == "step 1 teaches nothing: the samples of each group all have the same reward"
     (warning,) = [record["warning"] for record in records(folder) if "mute" in record.get("warning", "")]
