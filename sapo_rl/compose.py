@@ -54,6 +54,7 @@ ELSEWHERE = {
     "scale_rewards": "advantage.scale",
     "mask_truncated_completions": "advantage.mask_truncated",
     "r": "model.lora.rank",
+    "output_dir": "run_dir",
 }
 """What other programs call some keys, and what they are called here."""
 ADDED_FUNCTION = r"\+reward\.functions\.([\w-]+)(\.(function|weight|timeout|on_error))?="
@@ -228,8 +229,10 @@ def accept(composed: DictConfig, arguments: Arguments) -> tuple[Config, str]:
     try:
         frozen = _with_references(OmegaConf.to_container(composed, resolve=True), raw)
         _settle_paths(frozen)
+        chosen, frozen["run_dir"] = frozen["run_dir"], None  # of this start alone, not of a later one with this config
         text = yaml.safe_dump(frozen, sort_keys=False, allow_unicode=True)
         config = loads(text)  # as every rank will: it refuses keys that a + has added where there are none
+        config.run_dir = chosen
     except MissingMandatoryValue as error:
         key = _match(r"full_key: (\S+)", str(error)) or _match(r"value: (\S+)", str(error))
         raise ConfigError(key, "must be given") from error

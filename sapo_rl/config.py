@@ -1,7 +1,6 @@
-"""The configuration's schema: one dataclass a group, a docstring under each field.
+"""The configuration's schema, what may be set, of which type and in which range: a docstring under each field.
 
-Values live in `configs/`; this file says what may be set, of which type and in which range. It imports nothing heavy,
-so that a config is accepted or refused before torch is loaded. `sapo_rl.checks` holds the rules that span fields.
+It imports nothing heavy: a config is refused before torch is loaded. `sapo_rl.checks` has the rules that span fields.
 """
 
 from __future__ import annotations
@@ -388,8 +387,10 @@ class Config:
     """Seeds data order, sampling and initialisation."""
     reproducible: bool = False
     """Deterministic kernels and a seed for every completion: the same run twice gives the same numbers. Slower."""
+    run_dir: Optional[str] = None
+    """The run folder, new or empty; in a sweep the parent of its runs' folders. null takes `runs/<recipe>/<time>`."""
     resume: Optional[str] = None
-    """A run folder to continue from its last checkpoint."""
+    """A run folder to continue from its last checkpoint, or the folder of a recipe: its newest run."""
     dry_run: bool = False
     """Print what would happen and stop."""
 

@@ -22,7 +22,7 @@ def preview(config: Config, frozen: str) -> None:
     """Print the resolved config (`frozen`, YAML) as a tree, the batch arithmetic and an estimate of the memory."""
     console = Console()
     tree = Tree("config")
-    _grow(tree, yaml.safe_load(frozen))
+    _grow(tree, yaml.safe_load(frozen) | {"run_dir": config.run_dir})
     console.print(tree)
     console.print(_table("batch", batch_arithmetic(config)))
     console.print(_table("memory (GiB, a process that shards nothing)", memory_estimate(config)))

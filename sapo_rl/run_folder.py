@@ -98,7 +98,7 @@ def locate(named: str) -> Path:
     return real if folder.is_absolute() else Path(os.path.relpath(real))
 
 
-def create(folder: Path, config_yaml: str, overrides: list[str], user_file: Path | None) -> None:
+def create(folder: Path, config_yaml: str, overrides: list[str], user_file: Path | None, link: bool = True) -> None:
     """Write everything about a run that is known before it starts. Values under secret-looking keys are redacted.
 
     Args:
@@ -106,6 +106,7 @@ def create(folder: Path, config_yaml: str, overrides: list[str], user_file: Path
         config_yaml: the resolved config.
         overrides: the arguments as the user typed them.
         user_file: the user's own config file, copied as `user.yaml`.
+        link: have `latest`, beside the folder, lead to it.
 
     Raises:
         UserError: the folder holds a run already.
@@ -119,7 +120,8 @@ def create(folder: Path, config_yaml: str, overrides: list[str], user_file: Path
     _write_overrides(folder, overrides)
     _write_environment(folder, environment() | {"resumes": []})
     write_atomic(folder / CONFIG, redact_yaml(config_yaml))  # last: whoever waits for it finds the folder complete
-    _link_latest(folder)
+    if link:
+        _link_latest(folder)
 
 
 def refreeze(folder: Path, config_yaml: str, overrides: list[str]) -> Callable[[], None]:

@@ -268,13 +268,18 @@ def test_gradient_that_is_not_finite_ends_the_run_and_saves_nothing(
     assert not (folder / "checkpoints").exists() and not (folder / "final").exists()
 
 
-def test_sweep_makes_a_run_for_each_value(workspace: Path) -> None:
+def test_sweep_makes_a_run_for_each_value_in_an_ascii_locale_too(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}.items():
+        monkeypatch.setenv(name, value)
     before = folders(workspace)
     short = ("trainer.steps=1", "eval.prompts=0", "checkpoint.save_final=false", "logging.wandb=off")
     code, out, err = run(workspace, "config=tiny.yaml", "loss.tau_neg=1.0,1.2", *short, "-m")
     assert code == 0, out + err
     made = folders(workspace) - before
-    assert len(made) == 2
+    assert len(made) == 2 and all(str(folder.relative_to(workspace)) in out for folder in made)
+    assert "[1/2] loss.tau_neg=1.0" in out and "[2/2] loss.tau_neg=1.2" in out
     values = {yaml.safe_load((folder / "config.yaml").read_text())["loss"]["tau_neg"] for folder in made}
     assert values == {1.0, 1.2}
     assert all(len(steps_of(folder)) == 1 for folder in made)

@@ -1,0 +1,1 @@
+"""What starts a run, and what stands around it on the command line."""
