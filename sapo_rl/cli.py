@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from sapo_rl import compose, launch, run_folder, streams
 from sapo_rl.checks import ConfigError
 from sapo_rl.config import Config, LaunchConfig
 from sapo_rl.errors import UserError
-from sapo_rl.run import sweep
+from sapo_rl.run import keys, sweep
 
 USAGE = """\
 sapo-train: reinforcement-learning fine-tuning under the SAPO objective
@@ -34,6 +35,7 @@ sapo-train: reinforcement-learning fine-tuning under the SAPO objective
   sapo-train config=NAME --cfg job                     print the composed config
   sapo-train config=A,B loss.tau_neg=1.0,1.05 -m       sweep, one run after the other
   sapo-train config=NAME run_dir=PATH                  where the run folder shall be (else runs/NAME/<time>)
+  sapo-train keys [PART]                               every key with its type, default, range and meaning
   sapo-train resume=runs/NAME[/TIME]                   continue the newest run, or that one, from its last checkpoint
 
 recipes:
@@ -67,9 +69,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if int(os.environ.get("RANK", "0")) > 0:  # started by torchrun or accelerate: rank 0 composes for all
         _run_rank(None)
         return
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or {"-h", "--help"} & set(arguments):
         print(usage())
         return
+    if arguments[0] == "keys":
+        sys.exit(_show_keys(arguments[1:]))
     ready = compose.Arguments(arguments)
     try:
         _refuse_launcher(arguments)
@@ -86,6 +90,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 def usage() -> str:
     """Return the usage, and the shipped recipes with a line each."""
     return USAGE + "\n".join(f"  {name:<16}{text}" for name, text in compose.recipes().items())
+
+
+def _show_keys(parts: list[str]) -> int:
+    """Print the keys that begin with one of `parts`, or else contain it; all without any; return the exit code."""
+    found: dict[str, keys.Key] = {}
+    for part in parts or [""]:
+        matching = keys.matching(part)
+        if not matching:
+            print(f"sapo-train: keys: no key '{part}'; {compose.nearest_key(part)}", file=sys.stderr)
+            return 2
+        found |= {key.name: key for key in matching}
+    print(keys.listing(list(found.values()), min(120, shutil.get_terminal_size().columns)))
+    return 0
 
 
 def flags_last(argv: Sequence[str]) -> list[str]:

@@ -301,7 +301,7 @@ def explain(error: Exception, arguments: Arguments) -> str:
         return f"{group}: no choice '{name}'; {did_you_mean(name, error.options)}{path}"
     key = _match(r"Could not override '([^']+)'", text) or _match(r"full_key: (\S+)", text)
     if key and re.search(r"Key '[^']*' (is )?not in", text):
-        return f"{key} ({origin(key, arguments)}): no such key; {_nearest_key(key)}"
+        return f"{key} ({origin(key, arguments)}): no such key; {nearest_key(key)}"
     if key and (problem := _match(r"(Value .*|Invalid .*|Cannot .*|Incompatible .*|object of type .*)", text)):
         return f"{key} ({origin(key, arguments)}): {problem}"
     return " ".join(line.strip() for line in text.splitlines()[:2])
@@ -320,7 +320,7 @@ def _match(pattern: str, text: str) -> str:
     return found.group(1) if found else ""
 
 
-def _nearest_key(key: str) -> str:
+def nearest_key(key: str) -> str:
     """The valid names beside the first part of `key` that is wrong, or how to add an entry that is not there."""
     node: Any = OmegaConf.structured(Config)
     for part in key.split("."):
