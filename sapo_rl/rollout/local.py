@@ -130,10 +130,14 @@ class LocalEngine:
         """Start the child without waiting for it.
 
         Raises:
-            UserError: vLLM is not installed.
+            UserError: vLLM is not installed, or its log cannot be written.
         """
         require_vllm()
-        self.settings.log_path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.settings.log_path.parent.mkdir(parents=True, exist_ok=True)
+            self.settings.log_path.open("ab").close()
+        except OSError as error:
+            raise UserError(f"what vLLM prints cannot be written to '{self.settings.log_path}': {error}") from error
         self._log_start = self.settings.log_path.stat().st_size if self.settings.log_path.exists() else 0
         ours, theirs = socket.socketpair()
         # A stopped child would otherwise block a large message for ever, poll() or not.
