@@ -16,9 +16,6 @@ from hydra.types import RunMode
 
 from sapo_rl.errors import UserError
 
-WIDE = 200
-"""Columns of the table where it is not printed to a terminal."""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -90,9 +87,10 @@ def own_arguments(typed: Sequence[str], job: Job) -> list[str]:
 
 def show(results: Sequence[Result]) -> None:
     """Print a row for each run: what it set, its last and best evaluation, how long it took, and where it lies."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from sapo_rl.telemetry import report
 
     keys = list(dict.fromkeys(key for result in results for key in result.job.own))
     found = Table("", *keys, "accuracy, last", "best", "time", "", box=None, padding=(0, 2, 0, 0))
@@ -101,8 +99,7 @@ def show(results: Sequence[Result]) -> None:
         where += [f"exit code {result.code}"] if result.code else []
         own = [Text(result.job.own.get(key, "-")) for key in keys]
         found.add_row(str(result.job.number), *own, *_outcome(result.folder), Text(", ".join(where)))
-    console = Console(highlight=False)
-    console.print(found, width=None if console.is_terminal else WIDE, crop=False)
+    report.show(found)
 
 
 def _outcome(folder: Path | None) -> tuple[str, str, str]:

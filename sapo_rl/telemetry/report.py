@@ -44,6 +44,8 @@ LOG_FROM = 100.0
 """Ratio above which its curve is drawn on a logarithmic scale."""
 OWN_KEYS = ("description", "resume", "dry_run", "run_dir", "logging.name")
 """Keys that say nothing about how two runs differ."""
+WIDE = 200
+"""Columns of a table that is not printed to a terminal."""
 IN_LEGEND = 2
 """As many settings that differ are written into the picture's legend; with more it names the folders alone."""
 
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
-    Console(highlight=False).print(table(runs))
+    show(table(runs))
     print(f"picture: {out}")
     return 0
 
@@ -160,6 +162,14 @@ def table(runs: Sequence[Progress]) -> Table:
         cells = [f"{split[phase]:.2f}s" if phase in split else "-" for split in meanwhile]
         found.add_row(f"  {phase}, beside", *cells)
     return found
+
+
+def show(wide: Table) -> None:
+    """Print a table that may have many columns: to a file or a pipe in one piece."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDE
+    console.print(wide, crop=False)
 
 
 def mean_phases(run: Progress, of: Callable[[Record], dict[str, float]] = phases) -> dict[str, float]:

@@ -58,15 +58,16 @@ def test_the_link_to_the_latest_run_is_no_run_of_its_own(
 
 
 def test_settings_that_differ_have_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, tau, rewards in (("a", 1.0, {}), ("b", 1.05, {"mine": {"weight": 2.0}})):
+    names = ["a" * 60, "b" * 60]  # together wider than a terminal
+    for name, tau, rewards in zip(names, (1.0, 1.05), ({}, {"mine": {"weight": 2.0}}), strict=True):
         folder = write_run(tmp_path / name, [0.1, 0.2])
         config = {"loss": {"tau_neg": tau, "tau_pos": 1.0}, "reward": {"functions": rewards}, "resume": name}
         (folder / "config.yaml").write_text(json.dumps(config))
     (tmp_path / "refused").mkdir()
-    assert main([*(str(tmp_path / name) for name in ("a", "b", "refused")), "--out", str(tmp_path / "two.png")]) == 0
+    assert main([*(str(tmp_path / name) for name in (*names, "refused")), "--out", str(tmp_path / "two.png")]) == 0
     told = capsys.readouterr()
     rows = [line.split() for line in told.out.splitlines()]
-    assert ["loss.tau_neg", "1.0", "1.05"] in rows
+    assert rows[0] == names and ["loss.tau_neg", "1.0", "1.05"] in rows
     assert ["reward.functions.mine.weight", "-", "2.0"] in rows
     assert not [row for row in rows if row[0] in ("loss.tau_pos", "resume")]
     assert told.err.startswith("report: left out: ") and "refused" in told.err
