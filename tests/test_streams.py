@@ -18,13 +18,15 @@ from sapo_rl import streams
 streams.outlive()
 from sapo_rl.config import Config
 from sapo_rl.telemetry import Telemetry
-config = Config()
-config.model.path, config.trainer.steps = "/models/tiny", 1
-config.logging.wandb, config.logging.console = "off", sys.argv[2]
-with Telemetry(config, Path(sys.argv[1])) as telemetry:
-    telemetry.warn("a lone surrogate \\ud800, and \\u00e9")
-    telemetry.log_eval(0, {"eval/accuracy": 0.5}, [("caf\\u00e9", "\\ud800")])
-    telemetry.finish(complete=True, before=[("caf\\u00e9", "na\\u00efve")])
+for console in ("plain", "live"):
+    config, folder = Config(), Path(sys.argv[1], console)
+    config.model.path, config.trainer.steps = "/models/tiny", 1
+    config.logging.wandb, config.logging.console = "off", console
+    folder.mkdir()
+    with Telemetry(config, folder) as telemetry:
+        telemetry.warn("a lone surrogate \\ud800, and \\u00e9")
+        telemetry.log_eval(0, {"eval/accuracy": 0.5}, [("caf\\u00e9", "\\ud800")])
+        telemetry.finish(complete=True, before=[("caf\\u00e9", "na\\u00efve")])
 print("printed \\ud800", flush=True)
 print("told \\ud800", file=sys.stderr, flush=True)
 Path(sys.argv[1], "done").touch()
@@ -39,17 +41,17 @@ WITHOUT = {
 }
 
 
-@pytest.mark.parametrize("console", ["plain", "live"])
 @pytest.mark.parametrize("case", WITHOUT)
-def test_a_run_outlives_its_output(tmp_path: Path, case: str, console: str) -> None:
-    command = [sys.executable, "-c", SHOWS, str(tmp_path), console]
+def test_a_run_outlives_its_output(tmp_path: Path, case: str) -> None:
+    command = [sys.executable, "-c", SHOWS, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         ["sh", "-c", WITHOUT[case], "sh", *command], cwd=tmp_path, env=environment, capture_output=True
     )
     assert result.returncode == 0 and (tmp_path / "done").exists(), result.stderr.decode()
     assert b"Traceback" not in result.stderr and b"Exception ignored" not in result.stderr
-    assert b"\\ud800" in (tmp_path / "metrics.jsonl").read_bytes()
+    for console in ("plain", "live"):
+        assert b"\\ud800" in (tmp_path / console / "metrics.jsonl").read_bytes()
     if case in ("ascii", "C locale"):
         assert rb"printed \ud800" in result.stdout and rb"told \ud800" in result.stderr
 
