@@ -103,6 +103,16 @@ def _on_cpu(env: dict[str, str]) -> dict[str, str]:
     return env | {"TORCHDYNAMO_DISABLE": "1"}
 
 
+def _begin_log(path: Path) -> int:
+    """Have a file for what the child prints, and return how much is in it already, in bytes."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as log:
+            return log.tell()
+    except OSError as error:
+        raise UserError(f"what vLLM prints cannot be written to '{path}': {error}") from error
+
+
 class LocalEngine:
     """An `Engine` in a child process. `start()` returns at once; `wait_ready()` waits until vLLM has its model.
 
@@ -133,12 +143,7 @@ class LocalEngine:
             UserError: vLLM is not installed, or its log cannot be written.
         """
         require_vllm()
-        try:
-            self.settings.log_path.parent.mkdir(parents=True, exist_ok=True)
-            self.settings.log_path.open("ab").close()
-        except OSError as error:
-            raise UserError(f"what vLLM prints cannot be written to '{self.settings.log_path}': {error}") from error
-        self._log_start = self.settings.log_path.stat().st_size if self.settings.log_path.exists() else 0
+        self._log_start = _begin_log(self.settings.log_path)
         ours, theirs = socket.socketpair()
         # A stopped child would otherwise block a large message for ever, poll() or not.
         limit = struct.pack("ll", max(1, int(self.settings.timeout)), 0)
