@@ -6,9 +6,17 @@ import os
 import signal
 import sys
 
+from sapo_rl import streams
+
 
 def main() -> None:
     """Entry point of the console script."""
+    streams.prepare()
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        print("sapo-train: the current folder does not exist any more; change to another", file=sys.stderr)
+        sys.exit(2)
     try:
         from sapo_rl.cli import main as command_line  # here: Ctrl-C may come before the imports are done
 

@@ -247,7 +247,7 @@ def _check_model(config: Config) -> None:
 
 
 def _check_lengths(config: Config, model_config: Path) -> None:
-    limit = json.loads(model_config.read_text()).get("max_position_embeddings")
+    limit = json.loads(model_config.read_text(encoding="utf-8")).get("max_position_embeddings")
     longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
     if limit is not None and longest > limit:
         raise ConfigError(

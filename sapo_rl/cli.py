@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,9 +21,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from sapo_rl import compose, launch, run_folder
+from sapo_rl import compose, launch, run_folder, streams
+from sapo_rl.checks import ConfigError
 from sapo_rl.config import Config, LaunchConfig
 from sapo_rl.errors import UserError
+from sapo_rl.run import keys, sweep
 
 USAGE = """\
 sapo-train: reinforcement-learning fine-tuning under the SAPO objective
@@ -30,10 +34,28 @@ sapo-train: reinforcement-learning fine-tuning under the SAPO objective
   sapo-train config=NAME dry_run=true                  show what would happen, and stop
   sapo-train config=NAME --cfg job                     print the composed config
   sapo-train config=A,B loss.tau_neg=1.0,1.05 -m       sweep, one run after the other
-  sapo-train resume=runs/NAME/TIME                     continue a run from its last checkpoint
+  sapo-train config=NAME run_dir=PATH                  where the run folder shall be (else runs/NAME/<time>)
+  sapo-train keys [PART]                               every key with its type, default, range and meaning
+  sapo-train resume=runs/NAME[/TIME]                   continue the newest run, or that one, from its last checkpoint
 
 recipes:
 """
+
+
+@dataclass
+class Start:
+    """What a run is started from, besides its config."""
+
+    recipe: str
+    """The name that the run folder goes under."""
+    typed: list[str]
+    """The arguments that start this run, as the user would give them."""
+    files: dict[str, Path]
+    """The user's own files by recipe name."""
+    number: int | None = None
+    """In a sweep, from 1."""
+    folder: Path | None = None
+    """The run folder, once there is one."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,12 +69,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if int(os.environ.get("RANK", "0")) > 0:  # started by torchrun or accelerate: rank 0 composes for all
         _run_rank(None)
         return
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or {"-h", "--help"} & set(arguments):
         print(usage())
         return
+    if arguments[0] == "keys":
+        sys.exit(_show_keys(arguments[1:]))
     ready = compose.Arguments(arguments)
     try:
         _refuse_launcher(arguments)
+        _refuse_hydra_folders(arguments)
         ready = compose.register(flags_last(arguments))
         code = _hydra(ready, arguments)
     except (UserError, HydraException, OmegaConfBaseException) as error:
@@ -65,6 +90,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 def usage() -> str:
     """Return the usage, and the shipped recipes with a line each."""
     return USAGE + "\n".join(f"  {name:<16}{text}" for name, text in compose.recipes().items())
+
+
+def _show_keys(parts: list[str]) -> int:
+    """Print the keys that begin with one of `parts`, or else contain it; all without any; return the exit code."""
+    found: dict[str, keys.Key] = {}
+    for part in parts or [""]:
+        matching = keys.matching(part)
+        if not matching:
+            print(f"sapo-train: keys: no key '{part}'; {compose.nearest_key(part)}", file=sys.stderr)
+            return 2
+        found |= {key.name: key for key in matching}
+    print(keys.listing(list(found.values()), min(120, shutil.get_terminal_size().columns)))
+    return 0
 
 
 def flags_last(argv: Sequence[str]) -> list[str]:
@@ -89,29 +127,43 @@ def flags_last(argv: Sequence[str]) -> list[str]:
 def _hydra(ready: compose.Arguments, typed: list[str]) -> int:
     """Let Hydra read the arguments and run one job or a sweep; return the worst exit code.
 
-    What a job raises is worded here and not passed through Hydra, which would print lines of its own; Hydra's own
-    errors are raised as they are, for `main` to word. A job that fails does not end the sweep.
+    A sweep tells which of its runs begins, and ends with a table of them; a run that fails does not end it. What a job
+    raises is worded here and not passed through Hydra, which would print lines of its own; Hydra's own errors are
+    raised as they are, for `main` to word.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [sys.argv[0], *ready.argv]
     codes = [0]
+    results: list[sweep.Result] = []
 
     @hydra.main(version_base="1.3", config_path=str(compose.CONFIGS), config_name="train")
     def job(composed: DictConfig) -> float | None:
         settings = HydraConfig.get()
+        one = sweep.this_job(settings, ready.argv, ready.files)
+        own, code = typed, 0
+        if one:
+            streams.outlive()
+            print(one.title, flush=True)
+            own = sweep.own_arguments(typed, one)
+        start = Start(settings.runtime.choices["config"], own, ready.files, one.number if one else None)
         try:
             compose.check_choices(composed, settings.overrides.task)
             config, frozen = compose.accept(composed, ready)
-            return run(config, frozen, settings.runtime.choices["config"], typed, ready.files)
+            run(config, frozen, start)
         except (UserError, OmegaConfBaseException) as error:
-            own = [*ready.argv, *settings.overrides.task]  # in a sweep the latter are this job's own
-            _complain(error, replace(ready, argv=own))
-            codes.append(2)
+            argv = [*ready.argv, *settings.overrides.task]  # in a sweep the latter are this job's own
+            _complain(error, replace(ready, argv=argv))
+            code = 2
         except subprocess.CalledProcessError as error:
-            codes.append(error.returncode if error.returncode > 0 else 128 - error.returncode)
-        return None
+            code = error.returncode if error.returncode > 0 else 128 - error.returncode
+        codes.append(code)
+        if one:
+            results.append(sweep.Result(one, start.folder, code))
+        return run_folder.last_accuracy(start.folder) if start.folder and not code else None
 
     job()
+    if any(result.folder for result in results):
+        sweep.show(results)
     return max(codes)
 
 
@@ -119,38 +171,41 @@ def _complain(error: Exception, arguments: compose.Arguments) -> None:
     print(f"sapo-train: {compose.explain(error, arguments)}", file=sys.stderr)
 
 
-def run(config: Config, frozen: str, recipe: str, typed: list[str], files: dict[str, Path]) -> float | None:
-    """Freeze the run folder and train in processes of their own.
+def run(config: Config, frozen: str, start: Start) -> None:
+    """Freeze the run folder, enter it into `start`, and train in processes of their own.
 
     Args:
         config: checked.
         frozen: the same as YAML.
-        recipe: the name that the run folder goes under.
-        typed: the arguments as the user gave them.
-        files: the user's own files by recipe name.
+        start: what else is known of the run.
 
-    Returns:
-        The last `eval/accuracy`, for sweepers that optimise.
+    Raises:
+        UserError: the run folder cannot be made, or is not free.
+        subprocess.CalledProcessError: the training ended with another exit code than 0.
     """
+    if config.resume and config.run_dir:
+        raise ConfigError("run_dir", "a run that is resumed stays in its folder; leave run_dir out")
     if config.dry_run:
         from sapo_rl.preview import preview
 
         preview(config, frozen)
-        return None
+        return
+    streams.outlive()
     if config.launch.machine_rank > 0 and "RANK" not in os.environ:  # machine 0 makes the folder
         _spawn(config.launch, None)
-        return None
+        return
     undo: Callable[[], None] = lambda: None  # noqa: E731
     try:
         if config.resume:
             folder = Path(config.resume).expanduser()
             run_folder.refuse_finished(folder, config.trainer.steps)
-            undo = run_folder.refreeze(folder, frozen, typed)
+            undo = run_folder.refreeze(folder, frozen, start.typed)
         else:
-            folder = run_folder.unused(Path("runs") / recipe / time.strftime("%Y-%m-%d_%H-%M-%S"))
-            run_folder.create(folder, frozen, typed, files.get(recipe))
+            folder = _new_folder(config.run_dir, start)
+            run_folder.create(folder, frozen, start.typed, start.files.get(start.recipe), link=not config.run_dir)
     except OSError as error:
         raise UserError(f"the run folder cannot be written: {error}") from error
+    start.folder = folder
     if "RANK" in os.environ:
         _run_rank(folder)
     else:
@@ -160,7 +215,22 @@ def run(config: Config, frozen: str, recipe: str, typed: list[str], files: dict[
             if error.returncode == 2:
                 undo()
             raise
-    return run_folder.last_accuracy(folder)
+
+
+def _new_folder(run_dir: str | None, start: Start) -> Path:
+    """Make the run's folder: `run_dir`, in a sweep a numbered folder in it; or one in `runs` that is named by the time.
+
+    Raises:
+        ConfigError: something is in `run_dir` already.
+    """
+    if run_dir is None:
+        return run_folder.unused(Path("runs") / start.recipe / time.strftime("%Y-%m-%d_%H-%M-%S"))
+    folder = Path(run_dir).expanduser() / (str(start.number) if start.number else "")
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        way = f"; {shlex.quote(f'resume={folder}')} goes on with it" if (folder / run_folder.CONFIG).is_file() else ""
+        raise ConfigError("run_dir", f"'{folder}' is not empty; name a new folder{way}")
+    return folder
 
 
 def _spawn(settings: LaunchConfig, folder: Path | None) -> None:
@@ -172,7 +242,7 @@ def _spawn(settings: LaunchConfig, folder: Path | None) -> None:
     command = launch.command(settings, folder)
     # Sets of strings are in the same order on all ranks and after a resume: some generators of prompts depend on it.
     # Threads that wait must not spin: on a CPU the trainer and vLLM take turns on the same cores.
-    environment = {"PYTHONHASHSEED": "0", "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    environment = {"PYTHONHASHSEED": "0", "OMP_WAIT_POLICY": "PASSIVE", **os.environ, **streams.UTF8}
     with subprocess.Popen(command, env=environment) as child:
         before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         while True:
@@ -198,6 +268,12 @@ def _refuse_launcher(arguments: list[str]) -> None:
         raise UserError("a sweep (-m) starts processes of its own: run sapo-train without a launcher, with launch=ddp")
     elif {"dry_run=true", "--cfg", "-c"} & set(arguments):  # other ranks would wait for a run
         raise UserError("dry_run and --cfg are for one process: run sapo-train without a launcher")
+
+
+def _refuse_hydra_folders(arguments: list[str]) -> None:
+    for key in (argument.partition("=")[0].lstrip("+~") for argument in arguments):
+        if key in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"):
+            raise UserError(f"{key} (command line): has no effect here; run_dir=PATH chooses the run folder")
 
 
 def _run_rank(folder: Path | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from sapo_rl.checks import ConfigError, check
 from sapo_rl.config import Config, LossConfig, RewardConfig, RewardFunctionConfig
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.run import references
-from sapo_rl.run_folder import is_secret, worth_hiding
+from sapo_rl.run_folder import CONFIG, is_secret, locate, worth_hiding
 
 PACKAGED = Path(__file__).parent / "configs"
 CONFIGS = PACKAGED if PACKAGED.is_dir() else Path(__file__).parents[1] / "configs"
@@ -54,6 +55,7 @@ ELSEWHERE = {
     "scale_rewards": "advantage.scale",
     "mask_truncated_completions": "advantage.mask_truncated",
     "r": "model.lora.rank",
+    "output_dir": "run_dir",
 }
 """What other programs call some keys, and what they are called here."""
 ADDED_FUNCTION = r"\+reward\.functions\.([\w-]+)(\.(function|weight|timeout|on_error))?="
@@ -62,7 +64,10 @@ ADDED_FUNCTION = r"\+reward\.functions\.([\w-]+)(\.(function|weight|timeout|on_e
 def recipes() -> dict[str, str]:
     """Return the shipped recipes' names, each with its one-line description."""
     files = sorted((CONFIGS / "config").glob("*.yaml"))
-    return {file.stem: str((yaml.safe_load(file.read_text()) or {}).get("description", "")) for file in files}
+    return {
+        file.stem: str((yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("description", ""))
+        for file in files
+    }
 
 
 @dataclass(frozen=True)
@@ -154,12 +159,10 @@ def _with_resumed(argv: list[str]) -> list[str]:
         return argv
     if any(argument.startswith("config=") for argument in argv):
         raise UserError("resume continues with the config of its run folder: leave config= out, override single keys")
-    frozen = Path(folders[-1]).expanduser() / "config.yaml"
-    if not frozen.is_file():
-        raise UserError(f"resume: '{folders[-1]}' is no run folder (no config.yaml in it)")
+    folder = locate(folders[-1])
     # Quoted: Hydra would stumble over some characters of a path.
-    quoted = [re.sub(r"^resume=(.*)", lambda found: f"resume={_quoted(found[1])}", one) for one in argv]
-    return [f"config={frozen}", *quoted]
+    others = [argument for argument in argv if not argument.startswith("resume=")]
+    return [f"config={folder / CONFIG}", f"resume={_quoted(str(folder))}", *others]
 
 
 def _quoted(text: str) -> str:
@@ -225,8 +228,12 @@ def accept(composed: DictConfig, arguments: Arguments) -> tuple[Config, str]:
         functions[name] = functions.pop(name)
     _refuse_secrets(OmegaConf.to_container(composed))
     try:
-        text = yaml.safe_dump(references.resolve(composed), sort_keys=False, allow_unicode=True)
+        frozen = references.resolve(composed)
+        _settle_paths(frozen)
+        chosen, frozen["run_dir"] = frozen["run_dir"], None  # of this start alone, not of a later one with this config
+        text = yaml.safe_dump(frozen, sort_keys=False, allow_unicode=True)
         config = loads(text)  # as every rank will: it refuses keys that a + has added where there are none
+        config.run_dir = chosen
     except MissingMandatoryValue as error:
         key = _match(r"full_key: (\S+)", str(error)) or _match(r"value: (\S+)", str(error))
         raise ConfigError(key, "must be given") from error
@@ -243,6 +250,24 @@ def _refuse_secrets(node: Any, key: str = "") -> None:
             _refuse_secrets(value, key)
     elif is_secret(key) and worth_hiding(node):
         raise ConfigError(key, "is a secret in plain text; refer to it as ${oc.env:NAME} instead")
+
+
+def _settle_paths(frozen: dict[str, Any]) -> None:
+    """Name local models and files by their whole and real path: a resume may start elsewhere, and links move on."""
+    model, data = frozen["model"], frozen["data"]
+    if os.path.isfile(Path(model["path"]).expanduser() / "config.json"):
+        model["path"] = _real(model["path"])
+    if data["source"] in ("file", "huggingface"):
+        data |= {key: _real(data[key]) for key in ("path", "eval_path") if data[key] is not None}
+
+
+def _real(text: str) -> str:
+    """The real path, or `text` itself where there is no such file; a link from a name with another ending stays."""
+    path = Path(text).expanduser()
+    if not os.path.exists(path):
+        return text
+    real = path.resolve()
+    return str(real if real.suffix == path.suffix else path.parent.resolve() / path.name)
 
 
 def loads(frozen: str) -> Config:
@@ -272,7 +297,7 @@ def explain(error: Exception, arguments: Arguments) -> str:
         return f"{group}: no choice '{name}'; {did_you_mean(name, error.options)}{path}"
     key = _match(r"Could not override '([^']+)'", text) or _match(r"full_key: (\S+)", text)
     if key and re.search(r"Key '[^']*' (is )?not in", text):
-        return f"{key} ({origin(key, arguments)}): no such key; {_nearest_key(key)}"
+        return f"{key} ({origin(key, arguments)}): no such key; {nearest_key(key)}"
     if key and (problem := _match(r"(Value .*|Invalid .*|Cannot .*|Incompatible .*|object of type .*)", text)):
         return f"{key} ({origin(key, arguments)}): {problem}"
     return " ".join(line.strip() for line in text.splitlines()[:2])
@@ -291,7 +316,7 @@ def _match(pattern: str, text: str) -> str:
     return found.group(1) if found else ""
 
 
-def _nearest_key(key: str) -> str:
+def nearest_key(key: str) -> str:
     """The valid names beside the first part of `key` that is wrong, or how to add an entry that is not there."""
     node: Any = OmegaConf.structured(Config)
     for part in key.split("."):
@@ -349,7 +374,7 @@ def _chosen(group: str, choices: dict[str, str], recipe_files: list[Path]) -> It
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content = yaml.safe_load(path.read_text()) if path.is_file() else None
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     return content if isinstance(content, dict) else {}
 
 

@@ -1,4 +1,4 @@
-"""The configuration's schema: one dataclass a group, a docstring under each field.
+"""The configuration's schema, what may be set, of which type and in which range: a docstring under each field.
 
 Values live in `configs/`, rules that span fields in `sapo_rl.checks`. Nothing heavy is imported to check a config.
 """
@@ -389,8 +389,10 @@ class Config:
     """Seeds data order, sampling and initialisation."""
     reproducible: bool = False
     """Deterministic kernels and a seed for every completion: the same run twice gives the same numbers. Slower."""
+    run_dir: Optional[str] = None
+    """The run folder, new or empty; in a sweep the parent of its runs' folders. null takes `runs/<recipe>/<time>`."""
     resume: Optional[str] = None
-    """A run folder to continue from its last checkpoint."""
+    """A run folder to continue from its last checkpoint, or the folder of a recipe: its newest run."""
     dry_run: bool = False
     """Print what would happen and stop."""
 

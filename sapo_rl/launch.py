@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from sapo_rl import streams
 from sapo_rl.compose import CONFIGS
 from sapo_rl.config import LaunchConfig
 from sapo_rl.errors import UserError, did_you_mean
@@ -55,7 +56,7 @@ def profile_path(name: str) -> Path:
     if not path.is_file():
         options = did_you_mean(name, [SINGLE, *shipped])
         raise UserError(f"launch.profile: no profile '{name}'; {options}, or the path of an Accelerate config")
-    content = yaml.safe_load(path.read_text())
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or "distributed_type" not in content:
         raise UserError(f"launch.profile: '{path}' is no Accelerate config (no distributed_type in it)")
     if content["distributed_type"] == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
@@ -91,6 +92,7 @@ def command(launch: LaunchConfig, folder: Path | None) -> list[str]:
 def main() -> None:
     """Run `accelerate launch` with this process's arguments and exit as its ranks did."""
     die_with_parent(os.getppid())
+    streams.outlive()
     quiet = {} if "TORCH_CPP_LOG_LEVEL" in os.environ else {"TORCH_CPP_LOG_LEVEL": "FATAL"}
     os.environ.update(quiet)  # else a machine that is late is told of in pages of C++ frames
     from accelerate.commands.launch import launch_command, launch_command_parser

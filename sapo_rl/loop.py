@@ -363,5 +363,6 @@ def export(policy: Policy, tokenizer: Any, folder: Path, is_main: bool) -> None:
     policy.export(partial, is_main)
     if is_main:
         tokenizer.save_pretrained(partial)
+        run_folder.open_up(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

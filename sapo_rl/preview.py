@@ -22,7 +22,7 @@ def preview(config: Config, frozen: str) -> None:
     """Print the resolved config (`frozen`, YAML) as a tree, the batch arithmetic and an estimate of the memory."""
     console = Console()
     tree = Tree("config")
-    _grow(tree, yaml.safe_load(frozen))
+    _grow(tree, yaml.safe_load(frozen) | {"run_dir": config.run_dir})
     console.print(tree)
     console.print(_table("batch", batch_arithmetic(config)))
     console.print(_table("memory (GiB, a process that shards nothing)", memory_estimate(config)))
@@ -58,7 +58,7 @@ def memory_estimate(config: Config) -> dict[str, str]:
     count = count_parameters(folder)
     if count is None:
         return {"weights and optimiser": "? (the model is not on this machine)"}
-    shape = json.loads((folder / "config.json").read_text())
+    shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     rows = trainer_memory(config, count, shape) | {"vLLM's weights": count * element_size(config)}
     return {name: f"{value / GIB:.2f}" for name, value in rows.items()} | {"sum": f"{sum(rows.values()) / GIB:.2f}"}
 

@@ -26,7 +26,7 @@ import transformers
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from sapo_rl import compose, run_folder, world
+from sapo_rl import compose, run_folder, streams, world
 from sapo_rl.config import Config, ModelConfig
 from sapo_rl.data import PromptSampler, build_prompts, load_rows
 from sapo_rl.errors import UserError
@@ -62,6 +62,8 @@ def main(folder: Path | None) -> None:
     """Run this rank to its end; `folder` is None on ranks that learn it from rank 0. A user's mistake exits with 2."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     die_with_parent()
+    streams.outlive()
+    os.environ.update(streams.UTF8)  # for the processes that this one starts
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -72,15 +74,24 @@ def main(folder: Path | None) -> None:
             train(run)
     except torch.OutOfMemoryError as error:
         world.fail(UserError(f"{OUT_OF_MEMORY}\nIt said: {str(error).splitlines()[0]}"))
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        world.fail(UserError(f"{error}; free some of it, then resume") if full else error)
     except Exception as error:
-        world.fail(error)
+        world.fail(worded(error, folder))
     except KeyboardInterrupt:
         world.quit_now(128 + signal.SIGINT)
     if run.step < run.config.trainer.steps:
         sys.exit(128 + signal.SIGINT)
+
+
+def worded(error: Exception, folder: Path | None) -> Exception:
+    """Say in a sentence that the disk is full or the current folder is gone; other errors stay as they are."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left on device" in str(error):  # safetensors has an error of its own
+        return UserError(f"{error} (the run folder is {folder}); free some of it, then resume")
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return UserError(f"the folder that the run was started in does not exist any more: {error}")
+    return error
 
 
 def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -79,7 +80,26 @@ def unused(folder: Path) -> Path:
             candidate, number = folder.with_name(f"{folder.name}-{number}"), number + 1
 
 
-def create(folder: Path, config_yaml: str, overrides: list[str], user_file: Path | None) -> None:
+def locate(named: str) -> Path:
+    """Return the run folder that a user names by its path, by a link, or by the folder of a recipe: the newest in it.
+
+    The real folder, for the link `latest` moves on when another run starts.
+
+    Raises:
+        UserError: there is no run.
+    """
+    folder = Path(named).expanduser()
+    if not (folder / CONFIG).is_file():
+        folder /= LATEST
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"resume: '{named}' is no run folder (no {CONFIG} in it)")
+    real = folder.resolve()
+    if real == Path(os.path.abspath(folder)):
+        return folder
+    return real if folder.is_absolute() else Path(os.path.relpath(real))
+
+
+def create(folder: Path, config_yaml: str, overrides: list[str], user_file: Path | None, link: bool = True) -> None:
     """Write everything about a run that is known before it starts. Values under secret-looking keys are redacted.
 
     Args:
@@ -87,19 +107,22 @@ def create(folder: Path, config_yaml: str, overrides: list[str], user_file: Path
         config_yaml: the resolved config.
         overrides: the arguments as the user typed them.
         user_file: the user's own config file, copied as `user.yaml`.
+        link: have `latest`, beside the folder, lead to it.
 
     Raises:
         UserError: the folder holds a run already.
     """
     if any((folder / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS)):
-        raise UserError(f"{folder} holds a run already; continue it with resume={folder}, or choose another folder")
+        command = shlex.quote(f"resume={folder}")
+        raise UserError(f"{folder} holds a run already; continue it with {command}, or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     if user_file is not None:
-        write_atomic(folder / USER_FILE, redact_yaml(user_file.read_text()))
+        write_atomic(folder / USER_FILE, redact_yaml(user_file.read_text(encoding="utf-8")))
     _write_overrides(folder, overrides)
     _write_environment(folder, environment() | {"resumes": []})
     write_atomic(folder / CONFIG, redact_yaml(config_yaml))  # last: whoever waits for it finds the folder complete
-    _link_latest(folder)
+    if link:
+        _link_latest(folder)
 
 
 def refreeze(folder: Path, config_yaml: str, overrides: list[str]) -> Callable[[], None]:
@@ -113,7 +136,9 @@ def refreeze(folder: Path, config_yaml: str, overrides: list[str]) -> Callable[[
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"resume: '{folder}' is no run folder (no {CONFIG} in it)")
-    former = {path: path.read_text() for path in (folder / CONFIG, folder / OVERRIDES) if path.is_file()}
+    former = {
+        path: path.read_text(encoding="utf-8") for path in (folder / CONFIG, folder / OVERRIDES) if path.is_file()
+    }
     told = _size(folder / METRICS)
 
     def undo() -> None:
@@ -166,7 +191,7 @@ def last_accuracy(folder: Path) -> float | None:
     if not path.is_file():
         return None
     found = None
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         with suppress(json.JSONDecodeError):  # a line that a killed run left half written
             found = json.loads(line).get("eval/accuracy", found)
     return found
@@ -189,8 +214,19 @@ def environment() -> dict[str, Any]:
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` so that a reader sees the old file or the whole new one, never a part."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
+
+
+def open_up(folder: Path) -> None:
+    """Give the files in `folder` the mode of any new file there: safetensors makes its own for their owner alone."""
+    sample = folder / ".mode"
+    sample.touch()
+    mode = sample.stat().st_mode & 0o777
+    sample.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def is_secret(key: str) -> bool:
@@ -272,7 +308,13 @@ def _git(folder: Path, tracked: str | None = None) -> dict[str, Any] | None:
 
     def ask(*arguments: str) -> str | None:
         try:
-            answer = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=5)
+            answer = subprocess.run(
+                ["git", "-C", str(folder), *arguments],
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=5,
+            )
         except subprocess.TimeoutExpired:
             return None
         return answer.stdout.strip() if answer.returncode == 0 else None

@@ -54,13 +54,13 @@ def share(folder: Path | None) -> tuple[Path, str, str]:
     """
     if size() == 1:
         assert folder is not None
-        return folder, (folder / run_folder.CONFIG).read_text(), secrets.token_hex(8)
+        return folder, (folder / run_folder.CONFIG).read_text(encoding="utf-8"), secrets.token_hex(8)
     _choose_interface()
     store, rank, _ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=MEET)))
     store = PrefixStore("sapo", store)  # text, before there is a process group: nothing is unpickled
     if rank == 0:
         assert folder is not None
-        frozen = (folder / run_folder.CONFIG).read_text()
+        frozen = (folder / run_folder.CONFIG).read_text(encoding="utf-8")
         store.set("run", json.dumps([str(folder), frozen, secrets.token_hex(8)]))
     name, frozen, token = json.loads(store.get("run"))
     folder = Path(name)

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from sapo_rl.compose import ELSEWHERE, register
 from sapo_rl.config import Config
+from sapo_rl.run import keys
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,6 +54,44 @@ def test_bare_command_prints_usage_and_every_recipe(tmp_path: Path) -> None:
         description = yaml.safe_load(recipe.read_text())["description"]
         assert any(recipe.stem in line and description in line for line in result.stdout.splitlines())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_current_folder_that_is_gone_is_told(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = ["sh", "-c", 'rmdir "$PWD"; "$@"', "sh", sys.executable, "-m", "sapo_rl", "config=quickstart"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=gone, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "") and len(result.stderr.splitlines()) == 1, result.stderr
+    assert "the current folder does not exist any more" in result.stderr
+
+
+def test_help_is_ours_wherever_it_stands(tmp_path: Path) -> None:
+    assert sapo_train("config=quickstart", "--help", cwd=tmp_path).stdout == sapo_train(cwd=tmp_path).stdout
+
+
+def test_every_key_is_told_with_its_default_range_and_meaning(tmp_path: Path) -> None:
+    composed_defaults = composed("config=default", "--resolve", cwd=tmp_path)
+    told = {key.name: key for key in keys.every_key()}
+    for name, key in told.items():
+        assert key.meaning and "\n" not in key.meaning, name
+        if "NAME" in name or name == "description":
+            continue
+        value = composed_defaults
+        for part in name.split("."):
+            value = value[part]
+        assert value == (json.loads(key.default) if key.default else "???"), name
+    assert told["loss.tau_pos"].valid == "above 0" and told["rollout.top_p"].valid == "above 0, at most 1"
+    assert told["seed"].valid == "at least 0, at most 4294967295"
+    assert told["data.source"].valid.startswith("one of arithmetic, reasoning_gym")
+    assert told["model.revision"].type == "str or null"
+    shown = sapo_train("keys", "loss.tau_n", "reward.functions.NAME.timeout", cwd=tmp_path, COLUMNS="120").stdout
+    assert [line for line in shown.splitlines() if not line.startswith(" ")] == [
+        "loss.tau_neg: float, above 0; default 1.05",
+        "reward.functions.NAME.timeout: float, above 0, at most 1e+06; default 30.0",
+    ]
+    unknown = sapo_train("keys", "loss.tau_ngg", cwd=tmp_path)
+    assert unknown.returncode == 2 and "no key 'loss.tau_ngg'; did you mean 'tau_neg'?" in unknown.stderr
 
 
 def test_recipe_beats_group_defaults_and_the_command_line_beats_the_recipe(tmp_path: Path) -> None:
@@ -113,6 +152,33 @@ def test_a_run_folder_of_any_name_is_resumed(tmp_path: Path, name: str) -> None:
     (tmp_path / name / "config.yaml").write_text("trainer: {steps: 7}\n")
     config = composed(f"resume={name}", cwd=tmp_path)
     assert (config["resume"], config["trainer"]["steps"]) == (name, 7)
+
+
+def test_a_resume_goes_to_the_real_folder_of_a_link_and_to_the_newest_run_of_a_recipe(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "runs/x" / name).mkdir(parents=True)
+        (tmp_path / "runs/x" / name / "config.yaml").write_text("trainer: {steps: 7}\n")
+    (tmp_path / "runs/x/latest").symlink_to("b")
+    for named in ("runs/x/latest", "runs/x"):  # `latest` moves on while the run trains
+        assert composed(f"resume={named}", cwd=tmp_path)["resume"] == "runs/x/b"
+    assert composed(f"resume={tmp_path}/runs/x", cwd=tmp_path)["resume"] == f"{tmp_path}/runs/x/b"
+    assert composed("resume=runs/x/a", cwd=tmp_path)["resume"] == "runs/x/a"
+
+
+def test_local_models_and_files_are_frozen_by_their_real_and_whole_paths(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "latest").symlink_to("model")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "blob").write_text('{"prompt": "a"}\n')
+    (tmp_path / "link.jsonl").symlink_to("blob")
+    files = ("data=file", "data.path=rows.jsonl", "data.eval_path=link.jsonl")
+    own = ("config=quickstart", "model.path=latest", "data.args={}")
+    shown = sapo_train(*own, *files, "dry_run=true", cwd=tmp_path, COLUMNS="500")
+    assert shown.returncode == 0, shown.stderr
+    for words in (f"path: {model}\n", f"path: {tmp_path}/rows.jsonl\n", f"eval_path: {tmp_path}/link.jsonl\n"):
+        assert words in shown.stdout
+    (tmp_path / "chain_sum").mkdir()
+    shown = sapo_train("config=chain_sum", f"model.path={model}", "dry_run=true", cwd=tmp_path)
+    assert "path: chain_sum\n" in shown.stdout, shown.stderr
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"a: [1", b"7", b"- 1"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,20 @@ def test_a_garbled_record_of_environments_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"environment\.json' cannot be read"):
         run_folder.refreeze(tmp_path / "a", "seed: 2\n", [])
     assert (tmp_path / "a" / run_folder.CONFIG).read_text() == "seed: 1\n"
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_files_of_a_model_are_as_open_as_the_umask_says(tmp_path: Path, umask: int, mode: int) -> None:
+    (tmp_path / "adapter").mkdir()
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        (tmp_path / name).touch(mode=0o600)
+    before = os.umask(umask)
+    try:
+        run_folder.open_up(tmp_path)
+    finally:
+        os.umask(before)
+    modes = {str(path.relative_to(tmp_path)): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*.*")}
+    assert modes == {"model.safetensors": mode, "adapter/adapter_model.safetensors": mode}
 
 
 def test_last_accuracy(tmp_path: Path) -> None:

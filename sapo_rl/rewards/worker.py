@@ -19,6 +19,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
+from sapo_rl import streams
 from sapo_rl.errors import UserError
 from sapo_rl.rewards.guardian import LOST, fork_guarded
 from sapo_rl.rewards.lookup import resolve
@@ -35,6 +36,7 @@ def main() -> None:
     _die_with(fork_guarded(descriptor))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # one from outside is not the function's KeyboardInterrupt
     os.set_inheritable(descriptor, False)
+    streams.outlive()
     connection = Connection(descriptor)
     try:
         _serve(connection, partial(_reply, connection, os.getpid()))

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sapo_rl import streams
 from sapo_rl.rollout.engine import Completion, EngineSettings, Numbered, Sampling
 from sapo_rl.rollout.lifeline import die_with_parent, kill_group_on_hangup
 from sapo_rl.rollout.vllm_terms import completions_of, sampling_params, scores_of, scoring_params
@@ -230,6 +231,7 @@ def main() -> None:
     """Tie the process to its parent and serve it."""
     fd, parent = int(sys.argv[1]), int(sys.argv[2])
     die_with_parent(parent)
+    streams.outlive()
     os.set_inheritable(fd, False)
     kill_group_on_hangup(fd)
     status = 1

@@ -35,7 +35,7 @@ def read_key() -> str:
         )
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise UserError(f"{path} can be read by others: chmod 600 {path}, or better delete it for a new key")
-    return path.read_text().strip()
+    return path.read_text(encoding="utf-8").strip()
 
 
 def make_key() -> str:
@@ -44,7 +44,7 @@ def make_key() -> str:
     if not os.environ.get(VARIABLE) and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor, partial = tempfile.mkstemp(dir=path.parent)  # for its owner only
-        with open(descriptor, "w") as file:
+        with open(descriptor, "w", encoding="utf-8") as file:
             file.write(secrets.token_urlsafe(32) + "\n")
         with contextlib.suppress(FileExistsError):  # of two servers that start at once the first decides
             os.link(partial, path)

@@ -24,6 +24,7 @@ from typing import Any
 from sapo_rl.errors import UserError
 from sapo_rl.rollout.engine import Completion, EngineError, EngineSettings, Numbered, Request, Sampling
 from sapo_rl.rollout.line import Call, Late, Line, Lost
+from sapo_rl.streams import UTF8
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,10 @@ def _bare(environ: Mapping[str, str]) -> dict[str, str]:
     }
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
-    return env | QUIET | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    # Whatever the locale: vLLM does not start where it is ASCII.
+    text = {**UTF8, "PYTHONIOENCODING": "utf-8:backslashreplace"}
+    more = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    return env | QUIET | text | more
 
 
 def _on_cpu(env: dict[str, str]) -> dict[str, str]:
@@ -97,6 +101,16 @@ def _on_cpu(env: dict[str, str]) -> dict[str, str]:
     env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Small functions of vLLM are compiled even in eager mode: 17 s at the first call, and it takes a C++ compiler.
     return env | {"TORCHDYNAMO_DISABLE": "1"}
+
+
+def _begin_log(path: Path) -> int:
+    """Have a file for what the child prints, and return how much is in it already, in bytes."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as log:
+            return log.tell()
+    except OSError as error:
+        raise UserError(f"what vLLM prints cannot be written to '{path}': {error}") from error
 
 
 class LocalEngine:
@@ -126,11 +140,10 @@ class LocalEngine:
         """Start the child without waiting for it.
 
         Raises:
-            UserError: vLLM is not installed.
+            UserError: vLLM is not installed, or its log cannot be written.
         """
         require_vllm()
-        self.settings.log_path.parent.mkdir(parents=True, exist_ok=True)
-        self._log_start = self.settings.log_path.stat().st_size if self.settings.log_path.exists() else 0
+        self._log_start = _begin_log(self.settings.log_path)
         ours, theirs = socket.socketpair()
         # A stopped child would otherwise block a large message for ever, poll() or not.
         limit = struct.pack("ll", max(1, int(self.settings.timeout)), 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping
@@ -128,9 +129,8 @@ class Telemetry:
             return
         wandb = self._wandb.where if self._wandb else ""
         goes_on = not complete and checkpoints_in(self._folder / CHECKPOINTS)
-        command = (
-            f"{_python()} -m " + ("sapo_rl resume=" if goes_on else "sapo_rl.telemetry.report ") + str(self._folder)
-        )
+        words = ("sapo_rl", f"resume={self._folder}") if goes_on else ("sapo_rl.telemetry.report", str(self._folder))
+        command = shlex.join([_python(), "-m", *words])
         self.close(failed=not complete)
         self._display.show(summary(self._progress, before, self._examples, wandb, command))
 
@@ -163,4 +163,7 @@ def _python() -> str:
     """Return what calls this Python from the terminal, whether its environment is activated or not."""
     if shutil.which("python") == sys.executable:
         return "python"
-    return os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
+    try:
+        return os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
+    except FileNotFoundError:  # the current folder is gone
+        return sys.executable

@@ -59,7 +59,7 @@ def read_metrics(path: Path) -> list[Record]:
     """
     if not path.is_file():
         raise UserError(f"no file {path}; a run folder with {path.name} is wanted")
-    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     records = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -5,17 +5,30 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from sapo_rl import streams
 from sapo_rl.errors import UserError
-from sapo_rl.run_folder import METRICS
+from sapo_rl.run_folder import CONFIG, METRICS
 from sapo_rl.telemetry.metrics import read_metrics
-from sapo_rl.telemetry.progress import Progress, Record, beside, duration, numbers, phases, short, step_seconds
+from sapo_rl.telemetry.progress import (
+    Progress,
+    Record,
+    beside,
+    duration,
+    numbers,
+    one_line,
+    phases,
+    short,
+    step_seconds,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,24 +42,49 @@ PANELS = (
 """The small curves: title and metric."""
 LOG_FROM = 100.0
 """Ratio above which its curve is drawn on a logarithmic scale."""
+OWN_KEYS = ("description", "resume", "dry_run", "run_dir", "logging.name")
+"""Keys that say nothing about how two runs differ."""
+WIDE = 200
+"""Columns of a table that is not printed to a terminal."""
+IN_LEGEND = 2
+"""As many settings that differ are written into the picture's legend; with more it names the folders alone."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw and print the runs named on the command line; return 2 for a mistake in it."""
     parser = argparse.ArgumentParser(prog="python -m sapo_rl.telemetry.report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--out", type=Path, help="the picture; default: report.png in the first run folder")
+    parser.add_argument(
+        "--out", type=Path, help="the picture; default: report.png in the run's folder, of several runs in this folder"
+    )
     arguments = parser.parse_args(argv)
-    out = arguments.out or arguments.runs[0] / "report.png"
+    streams.prepare()
+    folders: dict[Path, Path] = {}
+    for folder in arguments.runs:  # `latest` is a link to a run that `runs/mine/*` names as well
+        folders.setdefault(folder.resolve(), folder)
     try:
-        runs = [load(folder) for folder in arguments.runs]
+        runs = _load_all(list(folders.values()))
+        out = arguments.out or (runs[0].folder if len(folders) == 1 else Path()) / "report.png"
         draw(runs, out)
     except UserError as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
-    Console(highlight=False).print(table(runs))
+    show(table(runs))
     print(f"picture: {out}")
     return 0
+
+
+def _load_all(folders: Sequence[Path]) -> list[Progress]:
+    """Load the runs; of several, those without numbers are told of and left out."""
+    runs = []
+    for folder in folders:
+        try:
+            runs.append(load(folder))
+        except UserError as error:
+            if folder == folders[-1] and not runs:
+                raise
+            print(f"report: left out: {error}", file=sys.stderr)
+    return runs
 
 
 def load(folder: Path) -> Progress:
@@ -74,9 +112,36 @@ def labels(runs: Sequence[Progress]) -> list[str]:
     return [str(path) for path in paths]
 
 
+def differences(runs: Sequence[Progress]) -> dict[str, list[str]]:
+    """Return the settings that differ between the runs, by key: a text for each run, `-` where it has no such key."""
+    configs = [dict(_leaves(_config(run.folder))) for run in runs]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    texts = {key: [one_line(str(config.get(key, "-")), 40) for config in configs] for key in keys}
+    return {key: cells for key, cells in texts.items() if len(set(cells)) > 1 and key not in OWN_KEYS}
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"'{path}' cannot be read: {one_line(str(error), 200)}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def table(runs: Sequence[Progress]) -> Table:
-    """Return accuracy, reward and speed of each run, a column a run."""
+    """Return what differs between the runs, and accuracy, reward and speed of each, a column a run."""
     found = Table("", *labels(runs), box=None, padding=(0, 2, 0, 0))
+    for key, cells in differences(runs).items():
+        found.add_row(key, *map(escape, cells))
     found.add_row("steps", *(str(run.step) for run in runs))
     for title, get in (
         ("accuracy", lambda run: run.accuracies),
@@ -97,6 +162,14 @@ def table(runs: Sequence[Progress]) -> Table:
         cells = [f"{split[phase]:.2f}s" if phase in split else "-" for split in meanwhile]
         found.add_row(f"  {phase}, beside", *cells)
     return found
+
+
+def show(wide: Table) -> None:
+    """Print a table that may have many columns: to a file or a pipe in one piece."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDE
+    console.print(wide, crop=False)
 
 
 def mean_phases(run: Progress, of: Callable[[Record], dict[str, float]] = phases) -> dict[str, float]:
@@ -124,7 +197,7 @@ def draw(runs: Sequence[Progress], out: Path) -> None:
     figure = pyplot.figure(figsize=(10, 7.6 + bars), dpi=150, layout=ConstrainedLayoutEngine(hspace=0.07))
     grid = figure.add_gridspec(3, 3, height_ratios=[3.2, 1.8, 1.0 + bars])
     large = figure.add_subplot(grid[0, :])
-    names = labels(runs)
+    names = _legend(runs)
     for run, name, colour in zip(runs, names, _colours(len(runs)), strict=True):
         _curve(large, run, "eval/accuracy", colour, name)
     large.set(title="accuracy on held-out prompts (greedy)", xlabel="step", ylim=(0, 1))
@@ -151,6 +224,15 @@ def draw(runs: Sequence[Progress], out: Path) -> None:
         raise UserError(f"--out: '{out}' cannot be written: {error}") from error
     finally:
         pyplot.close(figure)
+
+
+def _legend(runs: Sequence[Progress]) -> list[str]:
+    """The runs' names, with what differs where that is little: folders are mostly named by the time of the start."""
+    differ = differences(runs)
+    if not 0 < len(differ) <= IN_LEGEND:
+        return labels(runs)
+    texts = [", ".join(f"{key}={cells[run]}" for key, cells in differ.items()) for run in range(len(runs))]
+    return [f"{text}  ({name})" for text, name in zip(texts, labels(runs), strict=True)]
 
 
 def _curve(axes: Axes, run: Progress, metric: str, colour: str, label: str | None) -> None:

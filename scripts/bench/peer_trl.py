@@ -69,7 +69,7 @@ class Clock:
                 line["peak_memory_gib"] = torch.cuda.max_memory_allocated() / GIB - self.engine_gib
             if found := self.parity():
                 line["parity"] = found[-1]
-            with self.out.open("a") as file:
+            with self.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         self.since, self.seconds, self.tokens = now, {}, 0
 
@@ -127,7 +127,7 @@ def watch(trainer: GRPOTrainer, clock: Clock) -> None:
 
 def main() -> None:
     """Train and time."""
-    settings = json.loads(Path(sys.argv[1]).read_text())
+    settings = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     clock = Clock(Path(sys.argv[2]))
     watch_engine(clock)
     trainer = GRPOTrainer(

@@ -99,7 +99,7 @@ def fill(page: str, results: Path) -> str:
         file = results / f"{name}.json"
         body = "Not measured yet."
         if file.is_file():
-            result = json.loads(file.read_text())
+            result = json.loads(file.read_text(encoding="utf-8"))
             versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
             source = f"{result['date']}, {result['device']}, commit {result['commit']}, {versions}"
             table = kernel_kinds(result) if part == "kernels" else result[part or "table"]
@@ -111,7 +111,7 @@ def fill(page: str, results: Path) -> str:
 
 def main() -> None:
     """Fill in the page."""
-    PAGE.write_text(fill(PAGE.read_text(), RESULTS))
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
     print(f"{PAGE.relative_to(ROOT)} has the tables of {RESULTS.relative_to(ROOT)}", file=sys.stderr)
 
 

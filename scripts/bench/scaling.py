@@ -39,12 +39,12 @@ def serving(task: Task, first: int, count: int, overrides: list[str]) -> Iterato
         for index in range(count):
             environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": str(first + index)}
             command = [sys.executable, "-m", "sapo_rl.serve", recipe, *overrides, "--port", str(PORT + index)]
-            with (task.folder / f"server_{index}.log").open("w") as log:
+            with (task.folder / f"server_{index}.log").open("w", encoding="utf-8") as log:
                 servers.append(subprocess.Popen(command, cwd=task.folder, env=environment, stdout=log, stderr=log))
         for index, server in enumerate(servers):
             while socket.socket().connect_ex(("127.0.0.1", PORT + index)):
                 if server.poll() is not None:
-                    raise RuntimeError((task.folder / f"server_{index}.log").read_text()[-2000:])
+                    raise RuntimeError((task.folder / f"server_{index}.log").read_text(encoding="utf-8")[-2000:])
                 time.sleep(0.5)
         yield [f"rollout.servers=[{','.join(f'127.0.0.1:{PORT + index}' for index in range(count))}]"] if count else []
     finally:

@@ -266,7 +266,7 @@ def main() -> None:
                 except Exception as error:  # the other measurements are still worth having
                     found["error"] = f"{type(error).__name__}: {error}"[-2000:]
                     logs = [log for log in folder.glob("*.log") if log.stat().st_mtime > clock]
-                    found["logs"] = {log.name: log.read_text()[-4000:] for log in logs}
+                    found["logs"] = {log.name: log.read_text(encoding="utf-8")[-4000:] for log in logs}
                 found["seconds"] = time.monotonic() - began
                 report.write(args.out, {**report.facts(), "measurements": measurements, "table": table(measurements)})
                 print(name, part, json.dumps(found), flush=True)

@@ -119,7 +119,7 @@ def run(command: list[str], log: Path, limit: float) -> int | None:
     """Run a program with its output in `log`; return its exit code, or None where `limit` seconds ended it."""
     paths = [str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         process = subprocess.Popen(
             command, cwd=log.parent, env=environment, stdout=file, stderr=file, start_new_session=True
         )
@@ -141,9 +141,9 @@ def run_peer(task: Task, batches: tuple[int, ...], overrides: dict[str, Any]) ->
         settings, out, log = (task.folder / f"trl_{batch}.{end}" for end in ("json", "jsonl", "log"))
         settings.write_text(json.dumps({"model": str(task.model), "rows": task.rows, "arguments": arguments}))
         code = run([sys.executable, str(HERE / "peer_trl.py"), str(settings), str(out)], log, task.limit)
-        cycles = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+        cycles = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
         result = {"settings": arguments, "cycles": cycles, **ended(code, log)}
-        if code in (0, None) or "OutOfMemoryError" not in log.read_text(errors="replace"):
+        if code in (0, None) or "OutOfMemoryError" not in log.read_text(encoding="utf-8", errors="replace"):
             break
     return result
 
@@ -151,7 +151,7 @@ def run_peer(task: Task, batches: tuple[int, ...], overrides: dict[str, Any]) ->
 def write_recipe(task: Task, engines: int | None) -> Path:
     """Write sapo-train's config; return the file."""
     file = task.folder / "bench.yaml"
-    file.write_text("# @package _global_\n" + yaml.safe_dump(recipe(task, engines)))
+    file.write_text("# @package _global_\n" + yaml.safe_dump(recipe(task, engines)), encoding="utf-8")
     return file
 
 
@@ -160,7 +160,7 @@ def run_ours(task: Task, engines: int | None, overrides: list[str]) -> dict[str,
     file, log, settings = write_recipe(task, engines), task.folder / "sapo.log", recipe(task, engines)
     code = run([sys.executable, "-m", "sapo_rl", f"config={file}", *overrides], log, task.limit)
     found = sorted((task.folder / "runs/bench").glob("*/metrics.jsonl"), key=os.path.getmtime)
-    records = [json.loads(line) for line in found[-1].read_text().splitlines()] if found else []
+    records = [json.loads(line) for line in found[-1].read_text(encoding="utf-8").splitlines()] if found else []
     return {"settings": settings, "overrides": overrides, "cycles": our_cycles(records), **ended(code, log)}
 
 
@@ -194,7 +194,7 @@ def ended(code: int | None, log: Path) -> dict[str, Any]:
     """Return nothing where a program ended well, else what it said last."""
     if code == 0:
         return {}
-    tail = log.read_text(errors="replace").splitlines()[-40:]
+    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-40:]
     return {"error": "cut short by --limit" if code is None else f"exit code {code}", "log_tail": tail}
 
 
@@ -270,7 +270,8 @@ def prepare(args: argparse.Namespace, folder: Path, copies: int = 1) -> Task:
         model = make_model(SHAPES[shape], model, mean_length, folder / f"random-{shape}")
     cycles = args.warm_up + args.cycles
     rows = chat_rows(workload.prompts * cycles * copies)
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "prompts.jsonl").write_text(lines, encoding="utf-8")
     return Task(workload, model, rows, cycles, folder, args.limit)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -41,7 +42,7 @@ def judges(completions, solution, **columns):
 
 def picky(completions, prompts, **columns):
     if any("+" in prompt for prompt in prompts):
-        raise ValueError("no sums please")
+        raise ValueError("no sums please \\ud800")  # a character that no terminal can show
     return [1.0 for _ in completions]
 """
 
@@ -80,6 +81,10 @@ def test_run_folder_holds_everything(whole: Path, workspace: Path) -> None:
     assert environment["packages"]["torch"] == torch.__version__.split("+")[0] or "torch" in environment["packages"]
     assert environment["device"]["device"] == "cpu"
     assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == ["step_000003", "step_000006"]
+    umask = os.umask(0o022)
+    os.umask(umask)
+    closed = [path for part in ("final", "checkpoints", "completions", "logs") for path in (whole / part).rglob("*.*")]
+    assert [str(path) for path in closed if path.is_file() and path.stat().st_mode & 0o777 != 0o666 & ~umask] == []
 
 
 def test_every_step_and_evaluation_is_recorded(whole: Path) -> None:
@@ -265,13 +270,18 @@ def test_gradient_that_is_not_finite_ends_the_run_and_saves_nothing(
     assert not (folder / "checkpoints").exists() and not (folder / "final").exists()
 
 
-def test_sweep_makes_a_run_for_each_value(workspace: Path) -> None:
+def test_sweep_makes_a_run_for_each_value_in_an_ascii_locale_too(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}.items():
+        monkeypatch.setenv(name, value)
     before = folders(workspace)
     short = ("trainer.steps=1", "eval.prompts=0", "checkpoint.save_final=false", "logging.wandb=off")
     code, out, err = run(workspace, "config=tiny.yaml", "loss.tau_neg=1.0,1.2", *short, "-m")
     assert code == 0, out + err
     made = folders(workspace) - before
-    assert len(made) == 2
+    assert len(made) == 2 and all(str(folder.relative_to(workspace)) in out for folder in made)
+    assert "[1/2] loss.tau_neg=1.0" in out and "[2/2] loss.tau_neg=1.2" in out
     values = {yaml.safe_load((folder / "config.yaml").read_text())["loss"]["tau_neg"] for folder in made}
     assert values == {1.0, 1.2}
     assert all(len(steps_of(folder)) == 1 for folder in made)
@@ -298,7 +308,9 @@ def test_reward_that_raises_counts_as_zero_and_one_that_never_applies_is_told_on
     function = ("+reward.functions.picky.function=my_rewards.picky", "+reward.functions.picky.on_error=zero")
     off = ("eval.prompts=0", "logging.wandb=off", "checkpoint.every=0")
     mute = "+reward.functions.mute.function=my_rewards.mute"
-    folder = new_run(workspace, *function, mute, "reward.functions.odd.weight=0", "trainer.steps=2", *off)
+    closed = ("sh", "-c", '"$@" >&-', "sh")
+    unweighted = "reward.functions.odd.weight=0"
+    folder = new_run(workspace, *function, mute, unweighted, "trainer.steps=2", *off, prefix=closed)
     (flat,) = [record["warning"] for record in records(folder) if "teaches" in record.get("warning", "")]
     assert flat == "step 1 teaches nothing: the samples of each group all have the same reward"
     (warning,) = [record["warning"] for record in records(folder) if "mute" in record.get("warning", "")]

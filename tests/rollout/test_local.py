@@ -53,6 +53,15 @@ def test_missing_vllm_names_the_extras(tmp_path: Path, monkeypatch: pytest.Monke
         LocalEngine(engine_settings(tmp_path, tmp_path / "engine.log")).start()
 
 
+def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("somebody's own")
+    with pytest.raises(UserError, match=f"what vLLM prints cannot be written to '{tmp_path}/logs/vllm.log': .*exists"):
+        LocalEngine(engine_settings(tmp_path, tmp_path / "logs" / "vllm.log")).start()
+    (tmp_path / "vllm.log").mkdir()
+    with pytest.raises(UserError, match=r"vllm\.log': .*Is a directory"):
+        LocalEngine(engine_settings(tmp_path, tmp_path / "vllm.log")).start()
+
+
 def test_an_engine_that_is_not_running_says_so_and_closes(tmp_path: Path) -> None:
     engine = LocalEngine(engine_settings(tmp_path, tmp_path / "engine.log"))
     with pytest.raises(EngineError, match="not running"):

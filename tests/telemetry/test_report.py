@@ -43,6 +43,36 @@ def test_several_runs_share_a_picture(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not (folders[0] / "report.png").exists()
 
 
+def test_the_link_to_the_latest_run_is_no_run_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("1", "2"):
+        write_run(tmp_path / "x" / name, [0.1, 0.2])
+        (tmp_path / "x" / "latest").unlink(missing_ok=True)
+        (tmp_path / "x" / "latest").symlink_to(name)
+        assert main([*map(str, sorted((tmp_path / "x").iterdir()))]) == 0
+        assert capsys.readouterr().out.splitlines()[0].split() == ["1", "2"][: int(name)]
+    assert (tmp_path / "report.png").exists()  # of two runs: none has its own picture overwritten
+    assert [path.parent.name for path in tmp_path.glob("x/[12]/report.png")] == ["1"]
+
+
+def test_settings_that_differ_have_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["a" * 60, "b" * 60]  # together wider than a terminal
+    for name, tau, rewards in zip(names, (1.0, 1.05), ({}, {"mine": {"weight": 2.0}}), strict=True):
+        folder = write_run(tmp_path / name, [0.1, 0.2])
+        config = {"loss": {"tau_neg": tau, "tau_pos": 1.0}, "reward": {"functions": rewards}, "resume": name}
+        (folder / "config.yaml").write_text(json.dumps(config))
+    (tmp_path / "refused").mkdir()
+    assert main([*(str(tmp_path / name) for name in (*names, "refused")), "--out", str(tmp_path / "two.png")]) == 0
+    told = capsys.readouterr()
+    rows = [line.split() for line in told.out.splitlines()]
+    assert rows[0] == names and ["loss.tau_neg", "1.0", "1.05"] in rows
+    assert ["reward.functions.mine.weight", "-", "2.0"] in rows
+    assert not [row for row in rows if row[0] in ("loss.tau_pos", "resume")]
+    assert told.err.startswith("report: left out: ") and "refused" in told.err
+
+
 def test_phases_are_means_over_steps(tmp_path: Path) -> None:
     assert mean_phases(load(write_run(tmp_path / "a", [0.1, 0.2, 0.3]))) == {"rollout": 1.5, "update": 0.5}
 

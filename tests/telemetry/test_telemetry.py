@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -84,13 +85,15 @@ def test_a_stopped_run_says_how_to_go_on(
     config: Config, tmp_path: Path, make_group, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config.logging.console = "plain"
+    folder = tmp_path / "it's mine"
     for saved in (False, True):
-        if saved:
-            (tmp_path / "checkpoints/step_2").mkdir(parents=True)
-        with Telemetry(config, tmp_path) as telemetry:
+        (folder / "checkpoints/step_2").mkdir(parents=True) if saved else folder.mkdir()
+        with Telemetry(config, folder) as telemetry:
             run_steps(telemetry, range(1, 3), make_group)
             telemetry.finish(complete=False, before=[])
-        assert (f"python -m sapo_rl resume={tmp_path}" in capsys.readouterr().out) is saved
+        (told,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: ")]
+        words = shlex.split(told)[1:]  # as the shell will read it
+        assert words[2:] == (["sapo_rl", f"resume={folder}"] if saved else ["sapo_rl.telemetry.report", str(folder)])
 
 
 def test_resuming_leaves_no_step_twice(config: Config, tmp_path: Path, make_group) -> None:

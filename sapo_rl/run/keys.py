@@ -1,0 +1,102 @@
+"""Every key of the config, with its type, default, range and meaning, out of the schema itself."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sapo_rl import config
+
+BOUNDS = {"above": "above", "least": "at least", "most": "at most"}
+"""Kinds of bounds in a field's metadata, and how they are said."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """What may be set."""
+
+    name: str
+    """Dotted; `NAME` stands for a name of the user's own."""
+    type: str
+    """As Python says it, but for `or null`."""
+    default: str
+    """As JSON; empty where the user must give a value."""
+    valid: str
+    """The choices or the range; empty where only the type counts."""
+    meaning: str
+
+    def __str__(self) -> str:
+        """Two lines, of which the second is as long as the meaning."""
+        default = f"default {self.default}" if self.default else "must be given"
+        return f"{self.name}: {', '.join(filter(None, (self.type, self.valid)))}; {default}\n    {self.meaning}"
+
+
+def every_key() -> list[Key]:
+    """Return every key, in the order of the schema."""
+    return list(_keys_of(config.Config, ""))
+
+
+def matching(part: str) -> list[Key]:
+    """Return the keys whose name begins with `part`, or else contains it; none where there is no such key."""
+    everything = every_key()
+    return [key for key in everything if key.name.startswith(part)] or [key for key in everything if part in key.name]
+
+
+def listing(found: Sequence[Key], width: int) -> str:
+    """Write keys for a terminal of `width` columns."""
+    return "\n".join(
+        textwrap.fill(line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+        for key in found
+        for line in str(key).splitlines()
+    )
+
+
+def _keys_of(schema: type, prefix: str) -> Iterator[Key]:
+    meanings = _meanings()[schema.__name__]
+    for field in dataclasses.fields(schema):
+        name, kind = f"{prefix}{field.name}", str(field.type)
+        if isinstance(field.default_factory, type) and dataclasses.is_dataclass(field.default_factory):
+            yield from _keys_of(field.default_factory, f"{name}.")
+            continue
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        kind, entries = (
+            re.sub(r"^Optional\[(.*)\]$", r"\1 or null", kind),
+            re.fullmatch(r"dict\[str, (\w+Config)\]", kind),
+        )
+        written = "" if default == config.MISSING else json.dumps(default)
+        yield Key(name, "a mapping" if entries else kind, written, _valid(field.metadata), meanings[field.name])
+        if entries:
+            yield from _keys_of(getattr(config, entries[1]), f"{name}.NAME.")
+
+
+def _valid(metadata: Any) -> str:
+    if metadata.get("choices"):
+        own = f", or the dotted path of a {metadata['own']} of your own" if metadata["own"] else ""
+        return "one of " + ", ".join(metadata["choices"]) + own
+    bounds = {word: metadata[name] for name, word in BOUNDS.items() if metadata.get(name) is not None}
+    return ", ".join(
+        f"{word} {bound:g}" if isinstance(bound, float) else f"{word} {bound}" for word, bound in bounds.items()
+    )
+
+
+def _meanings() -> dict[str, dict[str, str]]:
+    """The docstring under each field, by class and field."""
+    found: dict[str, dict[str, str]] = {}
+    for node in ast.parse(inspect.getsource(config)).body:
+        if isinstance(node, ast.ClassDef):
+            pairs = zip(node.body, node.body[1:], strict=False)
+            found[node.name] = {
+                ast.unparse(one.target): " ".join(str(text.value.value).split())
+                for one, text in pairs
+                if isinstance(one, ast.AnnAssign)
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+            }
+    return found
