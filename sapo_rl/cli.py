@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sapo_rl import compose, launch, run_folder
 from sapo_rl.config import Config, LaunchConfig
 from sapo_rl.errors import UserError
+from sapo_rl.run import resume
 
 USAGE = """\
 sapo-train: reinforcement-learning fine-tuning under the SAPO objective
@@ -132,10 +133,11 @@ def run(config: Config, frozen: str, recipe: str, typed: list[str], files: dict[
     Returns:
         The last `eval/accuracy`, for sweepers that optimise.
     """
+    resumed = resume.plan(config, frozen) if config.resume else None
     if config.dry_run:
         from sapo_rl.preview import preview
 
-        preview(config, frozen)
+        preview(config, frozen, resumed)
         return None
     if config.launch.machine_rank > 0 and "RANK" not in os.environ:  # machine 0 makes the folder
         _spawn(config.launch, None)
@@ -144,7 +146,6 @@ def run(config: Config, frozen: str, recipe: str, typed: list[str], files: dict[
     try:
         if config.resume:
             folder = Path(config.resume).expanduser()
-            run_folder.refuse_finished(folder, config.trainer.steps)
             undo = run_folder.refreeze(folder, frozen, typed)
         else:
             folder = run_folder.unused(Path("runs") / recipe / time.strftime("%Y-%m-%d_%H-%M-%S"))

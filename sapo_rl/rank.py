@@ -10,7 +10,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -47,6 +47,7 @@ from sapo_rl.rollout.build import (
 from sapo_rl.rollout.engine import Engine
 from sapo_rl.rollout.lifeline import die_with_parent
 from sapo_rl.rollout.stream import Rollouts
+from sapo_rl.run import resume
 from sapo_rl.telemetry import Telemetry, Timers
 from sapo_rl.types import Prompt
 
@@ -95,7 +96,7 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     objective(config.loss)  # one of the user's own is imported before anything is started
     tokenizer = load_tokenizer(config.model)
     rewards = stack.enter_context(RewardPool(config.reward))
-    resumed = _last_checkpoint(config, folder) if config.resume else None
+    resumed = _last_checkpoint(config, folder, accelerator) if config.resume else None
     device, facts = device_of(accelerator.local_process_index), _facts(config.model)
     transport = build_transport(config, facts, device, token, accelerator.is_main_process)
     stack.callback(transport.close)
@@ -131,8 +132,10 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     run = Run(
         config, folder, prompts, held_out, sampler, engines, rollouts, rewards, trainer, transport, telemetry, timers
     )
+    run.frozen = frozen
     if resumed:
-        telemetry.note(f"goes on from {resumed}, after step {step}")
+        for line in _how_it_goes_on(resumed, trainer, resume.changes(state["config"], frozen)):
+            telemetry.note(line)
     _wait_for(engines, config, folder, telemetry)
     if resumed:
         run.step, run.sampler_state = step, state["sampler"]
@@ -161,12 +164,24 @@ def _facts(config: ModelConfig) -> ModelFacts:
     return facts
 
 
-def _last_checkpoint(config: Config, folder: Path) -> Path:
+def _last_checkpoint(config: Config, folder: Path, accelerator: Accelerator) -> Path:
     """Find what to go on from, and look it through before anything is started."""
-    found = checkpoint.latest(folder / run_folder.CHECKPOINTS)
+    found = run_folder.latest_checkpoint(folder / run_folder.CHECKPOINTS)
     policy, _ = _models(config, empty=True)
-    checkpoint.check(found, {name: weight.shape for name, weight in policy.trainable_weights()})
+    checkpoint.check(found, {name: weight.shape for name, weight in policy.trainable_weights()}, accelerator)
     return found
+
+
+def _how_it_goes_on(resumed: Path, trainer: PolicyTrainer, changes: dict[str, str]) -> Iterator[str]:
+    settings, rate = trainer.config.trainer, trainer.schedule.get_last_lr()[0]
+    yield f"goes on from {resumed}, after step {run_folder.step_of(resumed)}"
+    rising = f", rising until update {settings.warmup_updates}" if trainer.updates < settings.warmup_updates else ""
+    yield (
+        f"learning rate {rate:.3g} after update {trainer.updates} of {trainer.planned}, schedule {settings.schedule} "
+        f"with a peak of {settings.learning_rate:g}{rising}"
+    )
+    if changes:
+        yield "changed since: " + ", ".join(f"{key} {text}" for key, text in changes.items())
 
 
 def _models(config: Config, empty: bool) -> tuple[Policy, Reference | None]:

@@ -63,3 +63,11 @@ def test_another_dataset_or_seed_cannot_be_resumed() -> None:
         PromptSampler(6, 2, seed=0, shuffle=True).load_state_dict(state)
     with pytest.raises(UserError, match="seed=0, now 1"):
         PromptSampler(5, 2, seed=1, shuffle=True).load_state_dict(state)
+
+
+@pytest.mark.parametrize("place", [{"position": 99999}, {"position": -3}, {"epoch": -1}])
+def test_a_place_that_is_none_is_refused(place: dict[str, int]) -> None:
+    sampler = PromptSampler(5, 2, seed=0, shuffle=True)
+    ((key, value),) = place.items()
+    with pytest.raises(UserError, match=rf"sampler\.{key} of the checkpoint is {value}; must be 0 to"):
+        sampler.load_state_dict(sampler.state_dict() | place)

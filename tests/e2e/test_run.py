@@ -156,10 +156,10 @@ def test_what_cannot_be_resumed_is_refused_before_vllm_starts(workspace: Path, w
         assert (folder / "logs/vllm_rank0.log").read_bytes() == told
         return err
 
-    assert "another model or other adapters: weight 'model" in refused("model.lora.rank=4")
+    assert "model.lora.rank (command line): is 4, but the run was begun with 0" in refused("model.lora.rank=4")
     file.write_bytes(file.read_bytes()[:-1000])
     err = refused()
-    assert f"'{file}' cannot be read" in err and f"move '{file.parent}' away to resume from step_000003" in err
+    assert f"'{file}' cannot be used: it has" in err and f"move '{file.parent}' away to resume from step_000003" in err
 
 
 def test_engine_that_dies_is_replaced_and_nothing_changes(workspace: Path, whole: Path) -> None:
