@@ -36,8 +36,7 @@ class LoraConfig:
     alpha: float = number(32.0, above=0)
     """What an adapter adds is multiplied by alpha / rank."""
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
-    """Names of the linear modules that get an adapter, e.g. `[q_proj, v_proj]`; `all-linear` stands for all but the
-    head."""
+    """Names of the linear modules that get an adapter, e.g. `[q_proj, v_proj]`; `all-linear` is all but the head."""
 
 
 @dataclass
@@ -93,6 +92,8 @@ class DataConfig:
     """Longer prompts are dropped and counted, never cut."""
     shuffle: bool = True
     """Draw prompts in a new seeded order every epoch."""
+    split_seed: int = number(0, least=0)
+    """Chooses the held-out rows and what generators make: with another `seed` alone, runs are evaluated on the same."""
 
 
 @dataclass

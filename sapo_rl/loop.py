@@ -363,8 +363,12 @@ def finish(run: Run) -> None:
 def export(policy: Policy, tokenizer: Any, folder: Path, is_main: bool) -> None:
     """Write the model as a Hugging Face folder, whole or not at all; one from before a resume is replaced."""
     partial = folder.with_name(f".{folder.name}.partial")
-    policy.export(partial, is_main)
-    if is_main:
-        tokenizer.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+    try:
+        policy.export(partial, is_main)
+        if is_main:
+            tokenizer.save_pretrained(partial)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+    finally:
+        if is_main:
+            shutil.rmtree(partial, ignore_errors=True)  # of what a full disk has stopped

@@ -62,7 +62,7 @@ def going_on(config: Config, resumed: Plan) -> dict[str, str]:
     """Return from where a run would go on, how much is left, and which keys have changed since."""
     left = config.trainer.steps - resumed.step
     return {
-        "from": f"step {resumed.step}, {resumed.checkpoint}",
+        "from": f"step {resumed.step}, update {resumed.updates}: {resumed.checkpoint}",
         "left": f"{left} of {config.trainer.steps} steps, {left * config.trainer.updates_per_rollout} updates",
     } | (resumed.changes or {"changes": "none"})
 

@@ -24,11 +24,12 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from sapo_rl import compose, run_folder, world
 from sapo_rl.config import Config, ModelConfig
-from sapo_rl.data import PromptSampler, build_prompts, load_rows
+from sapo_rl.data import PromptSampler, build_prompts, load_rows, repetition_warning
 from sapo_rl.errors import UserError
 from sapo_rl.loop import Run, publish_weights, train
 from sapo_rl.policy import checkpoint
@@ -73,15 +74,26 @@ def main(folder: Path | None) -> None:
             train(run)
     except torch.OutOfMemoryError as error:
         world.fail(UserError(f"{OUT_OF_MEMORY}\nIt said: {str(error).splitlines()[0]}"))
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        world.fail(UserError(f"{error}; free some of it, then resume") if full else error)
+    except (OSError, SafetensorError, UserError) as error:
+        world.fail(_with_cause(error, folder))
     except Exception as error:
         world.fail(error)
     except KeyboardInterrupt:
         world.quit_now(128 + signal.SIGINT)
     if run.step < run.config.trainer.steps:
         sys.exit(128 + signal.SIGINT)
+
+
+def _with_cause(error: Exception, folder: Path | None) -> Exception:
+    """Return what to tell of an error: the run folder may have gone, or its disk may be full."""
+    if folder and not (folder / run_folder.CONFIG).is_file():
+        return UserError(
+            f"the run folder '{folder}' was deleted or moved while the run was going on: {str(error).splitlines()[0]}\n"
+            "  start the run anew, or, where it was moved, resume it there"
+        )
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in str(error):
+        return UserError(f"run folder '{folder}': {error}; free some of it, then resume")
+    return error
 
 
 def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
@@ -108,9 +120,8 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
         engine.start()  # takes longest: prompts and the trainer's copy of the model are made meanwhile
 
     prompts, held_out, dropped = _prompts(config, tokenizer, rewards)
-    sampler = PromptSampler(
-        len(prompts), config.rollout.batch_size // config.rollout.group_size, config.seed, config.data.shuffle
-    )
+    per_step = config.rollout.batch_size // config.rollout.group_size
+    sampler = PromptSampler(len(prompts), per_step, config.seed, config.data.shuffle)
     trainer = PolicyTrainer(*_models(config, not loads_weights(accelerator)), config, accelerator)
     step, state = checkpoint.load(resumed, trainer) if resumed else (0, {})
     if resumed:
@@ -127,6 +138,8 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     if dropped:
         limit = config.data.max_prompt_tokens
         telemetry.warn(f"{dropped} prompts longer than data.max_prompt_tokens = {limit} are left out")
+    if text := repetition_warning(len(prompts), per_step):
+        telemetry.warn(text)
     timers = Timers(partial(torch.cuda.Event, enable_timing=True) if accelerator.device.type == "cuda" else None)
     rollouts = Rollouts(engines, config.rollout, tokenizer, config.seed, config.reproducible)
     run = Run(
@@ -200,7 +213,7 @@ def _models(config: Config, empty: bool) -> tuple[Policy, Reference | None]:
 def _prompts(
     config: Config, tokenizer: PreTrainedTokenizerBase, rewards: RewardPool
 ) -> tuple[list[Prompt], list[Prompt], int]:
-    rows, held_out_rows = load_rows(config.data, config.eval.prompts, config.seed)
+    rows, held_out_rows = load_rows(config.data, config.eval.prompts)
     prompts, dropped = build_prompts(rows, config.data, tokenizer)
     held_out, also_dropped = build_prompts(held_out_rows, config.data, tokenizer) if held_out_rows else ([], 0)
     for some, source in ((prompts[:1], "the data"), (held_out[:1], "the held-out data")):

@@ -116,7 +116,7 @@ def refreeze(folder: Path, config_yaml: str, overrides: list[str]) -> Callable[[
     told = _size(folder / METRICS)
 
     def undo() -> None:
-        if _size(folder / METRICS) == told:
+        if folder.is_dir() and _size(folder / METRICS) == told:
             for path, text in former.items():
                 write_atomic(path, text)
 

@@ -9,6 +9,16 @@ from typing import Any
 from sapo_rl.errors import UserError
 
 
+def repetition_warning(num_prompts: int, per_step: int) -> str | None:
+    """Return what to say where there are fewer prompts than a step takes; None where there are enough."""
+    if num_prompts >= per_step:
+        return None
+    return (
+        f"there are {num_prompts} prompt(s) to train on, fewer than the {per_step} of a step, which has the same "
+        "prompt several times; lower rollout.batch_size or give more data"
+    )
+
+
 class PromptSampler:
     """Draws `per_step` of `num_prompts` positions at a time, every position once an epoch, for ever.
 

@@ -46,7 +46,7 @@ class Plan(NamedTuple):
     step: int
     """The last one done."""
     updates: int
-    """Those done."""
+    """So many are done."""
     changes: dict[str, str]
     """`before -> now` by key."""
 

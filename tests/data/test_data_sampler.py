@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sapo_rl.data import PromptSampler
+from sapo_rl.data import PromptSampler, repetition_warning
 from sapo_rl.errors import UserError
 
 SIZES = {"num_prompts": st.integers(1, 30), "per_step": st.integers(1, 40), "seed": st.integers(0, 5)}
@@ -71,3 +71,8 @@ def test_a_place_that_is_none_is_refused(place: dict[str, int]) -> None:
     ((key, value),) = place.items()
     with pytest.raises(UserError, match=rf"sampler\.{key} of the checkpoint is {value}; must be 0 to"):
         sampler.load_state_dict(sampler.state_dict() | place)
+
+
+def test_fewer_prompts_than_a_step_takes_are_told() -> None:
+    assert repetition_warning(2, 2) is None
+    assert str(repetition_warning(1, 2)).startswith("there are 1 prompt(s) to train on, fewer than the 2 of a step")
