@@ -25,7 +25,7 @@ from sapo_rl import compose, launch, run_folder, streams
 from sapo_rl.checks import ConfigError
 from sapo_rl.config import Config, LaunchConfig
 from sapo_rl.errors import UserError
-from sapo_rl.run import keys, sweep
+from sapo_rl.run import keys, resume, sweep
 
 USAGE = """\
 sapo-train: reinforcement-learning fine-tuning under the SAPO objective
@@ -185,10 +185,11 @@ def run(config: Config, frozen: str, start: Start) -> None:
     """
     if config.resume and config.run_dir:
         raise ConfigError("run_dir", "a run that is resumed stays in its folder; leave run_dir out")
+    resumed = resume.plan(config, frozen) if config.resume else None
     if config.dry_run:
         from sapo_rl.preview import preview
 
-        preview(config, frozen)
+        preview(config, frozen, resumed)
         return
     streams.outlive()
     if config.launch.machine_rank > 0 and "RANK" not in os.environ:  # machine 0 makes the folder
@@ -198,7 +199,6 @@ def run(config: Config, frozen: str, start: Start) -> None:
     try:
         if config.resume:
             folder = Path(config.resume).expanduser()
-            run_folder.refuse_finished(folder, config.trainer.steps)
             undo = run_folder.refreeze(folder, frozen, start.typed)
         else:
             folder = _new_folder(config.run_dir, start)

@@ -91,6 +91,8 @@ class DataConfig:
     """Longer prompts are dropped and counted, never cut."""
     shuffle: bool = True
     """Draw prompts in a new seeded order every epoch."""
+    split_seed: int = number(0, least=0)
+    """Chooses the held-out rows and what generators make: with another `seed` alone, runs are evaluated on the same."""
 
 
 @dataclass

@@ -98,6 +98,8 @@ class Run:
     """Whether it has been said of a step that it taught nothing."""
     before: list[tuple[str, str]] = field(default_factory=list)
     """Held-out prompts with their first greedy completions, for the table at the end."""
+    frozen: str = ""
+    """The config as YAML, which a checkpoint keeps: a resume is compared with it."""
 
 
 def train(run: Run) -> None:
@@ -341,6 +343,7 @@ def save(run: Run) -> None:
         "sampler": run.sampler_state,
         "wandb_id": run.telemetry.wandb_id,
         "before": run.before,
+        "config": run.frozen,
     }
     folder = run.folder / run_folder.CHECKPOINTS
     checkpoint.save(folder, run.step, run.trainer, state, run.config.checkpoint.keep_last)
@@ -360,9 +363,13 @@ def finish(run: Run) -> None:
 def export(policy: Policy, tokenizer: Any, folder: Path, is_main: bool) -> None:
     """Write the model as a Hugging Face folder, whole or not at all; one from before a resume is replaced."""
     partial = folder.with_name(f".{folder.name}.partial")
-    policy.export(partial, is_main)
-    if is_main:
-        tokenizer.save_pretrained(partial)
-        run_folder.open_up(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+    try:
+        policy.export(partial, is_main)
+        if is_main:
+            tokenizer.save_pretrained(partial)
+            run_folder.open_up(partial)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+    finally:
+        if is_main:
+            shutil.rmtree(partial, ignore_errors=True)  # of what a full disk has stopped

@@ -14,18 +14,24 @@ from rich.table import Table
 from rich.tree import Tree
 
 from sapo_rl.config import Config
+from sapo_rl.run.resume import Plan
 
 GIB = 2**30
 
 
-def preview(config: Config, frozen: str) -> None:
-    """Print the resolved config (`frozen`, YAML) as a tree, the batch arithmetic and an estimate of the memory."""
+def preview(config: Config, frozen: str, resumed: Plan | None = None) -> None:
+    """Print the resolved config (`frozen`, YAML) as a tree, the batch arithmetic and an estimate of the memory.
+
+    Of a run that is resumed, also from where it would go on, and what has changed since.
+    """
     console = Console()
     tree = Tree("config")
     _grow(tree, yaml.safe_load(frozen) | {"run_dir": config.run_dir})
     console.print(tree)
     console.print(_table("batch", batch_arithmetic(config)))
     console.print(_table("memory (GiB, a process that shards nothing)", memory_estimate(config)))
+    if resumed:
+        console.print(_table("resume", going_on(config, resumed)))
 
 
 def _grow(tree: Tree, node: dict[str, Any]) -> None:
@@ -50,6 +56,15 @@ def batch_arithmetic(config: Config) -> dict[str, str]:
         "updates in all": str(trainer.updates_per_rollout * trainer.steps),
         "longest sequence": f"{config.data.max_prompt_tokens + rollout.max_completion_tokens} tokens",
     }
+
+
+def going_on(config: Config, resumed: Plan) -> dict[str, str]:
+    """Return from where a run would go on, how much is left, and which keys have changed since."""
+    left = config.trainer.steps - resumed.step
+    return {
+        "from": f"step {resumed.step}, update {resumed.updates}: {resumed.checkpoint}",
+        "left": f"{left} of {config.trainer.steps} steps, {left * config.trainer.updates_per_rollout} updates",
+    } | (resumed.changes or {"changes": "none"})
 
 
 def memory_estimate(config: Config) -> dict[str, str]:
@@ -121,5 +136,5 @@ def count_parameters(folder: Path) -> int | None:
 def _table(title: str, rows: dict[str, str]) -> Table:
     table = Table(title=title, show_header=False, title_justify="left")
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(escape(name), escape(value))
     return table

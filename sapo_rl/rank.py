@@ -10,7 +10,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -24,11 +24,12 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from sapo_rl import compose, run_folder, streams, world
 from sapo_rl.config import Config, ModelConfig
-from sapo_rl.data import PromptSampler, build_prompts, load_rows
+from sapo_rl.data import PromptSampler, build_prompts, load_rows, repetition_warning
 from sapo_rl.errors import UserError
 from sapo_rl.loop import Run, publish_weights, train
 from sapo_rl.policy import checkpoint
@@ -47,6 +48,7 @@ from sapo_rl.rollout.build import (
 from sapo_rl.rollout.engine import Engine
 from sapo_rl.rollout.lifeline import die_with_parent
 from sapo_rl.rollout.stream import Rollouts
+from sapo_rl.run import resume
 from sapo_rl.telemetry import Telemetry, Timers
 from sapo_rl.types import Prompt
 
@@ -83,7 +85,7 @@ def main(folder: Path | None) -> None:
 
 
 def worded(error: Exception, folder: Path | None) -> Exception:
-    """Say in a sentence that the disk is full or the current folder is gone; other errors stay as they are."""
+    """Say in a sentence that the disk is full or a folder is gone; other errors stay as they are."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left on device" in str(error):  # safetensors has an error of its own
         return UserError(f"{error} (the run folder is {folder}); free some of it, then resume")
@@ -91,6 +93,12 @@ def worded(error: Exception, folder: Path | None) -> Exception:
         os.getcwd()
     except FileNotFoundError:
         return UserError(f"the folder that the run was started in does not exist any more: {error}")
+    gone = folder is not None and not (folder / run_folder.CONFIG).is_file()
+    if gone and isinstance(error, OSError | SafetensorError | UserError):
+        return UserError(
+            f"the run folder '{folder}' was deleted or moved while the run was going on: {str(error).splitlines()[0]}\n"
+            "  start the run anew, or, where it was moved, resume it there"
+        )
     return error
 
 
@@ -107,7 +115,7 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     tokenizer = load_tokenizer(config.model)
     printed = folder / "logs" / f"rewards_rank{accelerator.process_index}.log"
     rewards = stack.enter_context(RewardPool(config.reward, printed))
-    resumed = _last_checkpoint(config, folder) if config.resume else None
+    resumed = _last_checkpoint(config, folder, accelerator) if config.resume else None
     device, facts = device_of(accelerator.local_process_index), _facts(config.model)
     transport = build_transport(config, facts, device, token, accelerator.is_main_process)
     stack.callback(transport.close)
@@ -119,9 +127,8 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
         engine.start()  # takes longest: prompts and the trainer's copy of the model are made meanwhile
 
     prompts, held_out, dropped = _prompts(config, tokenizer, rewards)
-    sampler = PromptSampler(
-        len(prompts), config.rollout.batch_size // config.rollout.group_size, config.seed, config.data.shuffle
-    )
+    per_step = config.rollout.batch_size // config.rollout.group_size
+    sampler = PromptSampler(len(prompts), per_step, config.seed, config.data.shuffle)
     trainer = PolicyTrainer(*_models(config, not loads_weights(accelerator)), config, accelerator)
     step, state = checkpoint.load(resumed, trainer) if resumed else (0, {})
     if resumed:
@@ -138,13 +145,17 @@ def build(folder: Path | None, stack: contextlib.ExitStack) -> Run:
     if dropped:
         limit = config.data.max_prompt_tokens
         telemetry.warn(f"{dropped} prompts longer than data.max_prompt_tokens = {limit} are left out")
+    if text := repetition_warning(len(prompts), per_step):
+        telemetry.warn(text)
     timers = Timers(partial(torch.cuda.Event, enable_timing=True) if accelerator.device.type == "cuda" else None)
     rollouts = Rollouts(engines, config.rollout, tokenizer, config.seed, config.reproducible)
     run = Run(
         config, folder, prompts, held_out, sampler, engines, rollouts, rewards, trainer, transport, telemetry, timers
     )
+    run.frozen = frozen
     if resumed:
-        telemetry.note(f"goes on from {resumed}, after step {step}")
+        for line in _how_it_goes_on(resumed, trainer, resume.changes(state["config"], frozen)):
+            telemetry.note(line)
     _wait_for(engines, config, folder, telemetry)
     if resumed:
         run.step, run.sampler_state = step, state["sampler"]
@@ -173,12 +184,24 @@ def _facts(config: ModelConfig) -> ModelFacts:
     return facts
 
 
-def _last_checkpoint(config: Config, folder: Path) -> Path:
+def _last_checkpoint(config: Config, folder: Path, accelerator: Accelerator) -> Path:
     """Find what to go on from, and look it through before anything is started."""
-    found = checkpoint.latest(folder / run_folder.CHECKPOINTS)
+    found = run_folder.latest_checkpoint(folder / run_folder.CHECKPOINTS)
     policy, _ = _models(config, empty=True)
-    checkpoint.check(found, {name: weight.shape for name, weight in policy.trainable_weights()})
+    checkpoint.check(found, {name: weight.shape for name, weight in policy.trainable_weights()}, accelerator)
     return found
+
+
+def _how_it_goes_on(resumed: Path, trainer: PolicyTrainer, changes: dict[str, str]) -> Iterator[str]:
+    settings, rate = trainer.config.trainer, trainer.schedule.get_last_lr()[0]
+    yield f"goes on from {resumed}, after step {run_folder.step_of(resumed)}"
+    rising = f", rising until update {settings.warmup_updates}" if trainer.updates < settings.warmup_updates else ""
+    yield (
+        f"learning rate {rate:.3g} after update {trainer.updates} of {trainer.planned}, schedule {settings.schedule} "
+        f"with a peak of {settings.learning_rate:g}{rising}"
+    )
+    if changes:
+        yield "changed since: " + ", ".join(f"{key} {text}" for key, text in changes.items())
 
 
 def _models(config: Config, empty: bool) -> tuple[Policy, Reference | None]:
@@ -197,7 +220,7 @@ def _models(config: Config, empty: bool) -> tuple[Policy, Reference | None]:
 def _prompts(
     config: Config, tokenizer: PreTrainedTokenizerBase, rewards: RewardPool
 ) -> tuple[list[Prompt], list[Prompt], int]:
-    rows, held_out_rows = load_rows(config.data, config.eval.prompts, config.seed)
+    rows, held_out_rows = load_rows(config.data, config.eval.prompts)
     prompts, dropped = build_prompts(rows, config.data, tokenizer)
     held_out, also_dropped = build_prompts(held_out_rows, config.data, tokenizer) if held_out_rows else ([], 0)
     for some, source in ((prompts[:1], "the data"), (held_out[:1], "the held-out data")):

@@ -142,7 +142,7 @@ def refreeze(folder: Path, config_yaml: str, overrides: list[str]) -> Callable[[
     told = _size(folder / METRICS)
 
     def undo() -> None:
-        if _size(folder / METRICS) == told:
+        if folder.is_dir() and _size(folder / METRICS) == told:
             for path, text in former.items():
                 write_atomic(path, text)
 
@@ -156,20 +156,33 @@ def refreeze(folder: Path, config_yaml: str, overrides: list[str]) -> Callable[[
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Return the checkpoints in a run's folder of them, oldest first; what else lies there is somebody's own."""
-    return sorted((path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)), key=_step_of)
+    return sorted((path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)), key=step_of)
+
+
+def latest_checkpoint(folder: Path) -> Path:
+    """Return the newest complete checkpoint in a run's folder of them.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = checkpoints_in(folder)
+    if not found:
+        raise UserError(f"resume: no checkpoint in '{folder}': the run ended before its first; start it anew")
+    return found[-1]
 
 
 def refuse_finished(folder: Path, steps: int) -> None:
     """Raise UserError where a run has a checkpoint of its last step, the `steps`-th or one beyond, and is complete."""
     for last in checkpoints_in(folder / CHECKPOINTS)[-1:]:
-        done = _step_of(last)
+        done = step_of(last)
         if done > steps or (done == steps and (folder / FINAL).exists()):
             raise UserError(
                 f"resume: the run has made {done} steps of trainer.steps={steps}; for more, set trainer.steps"
             )
 
 
-def _step_of(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """Return the step in the name of a checkpoint's folder."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
@@ -214,8 +227,12 @@ def environment() -> dict[str, Any]:
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` so that a reader sees the old file or the whole new one, never a part."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)  # a full disk needs the room
+        raise
 
 
 def open_up(folder: Path) -> None:

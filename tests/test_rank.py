@@ -29,6 +29,9 @@ def test_a_full_disk_is_told_in_a_line_with_the_run_folder(error: Exception) -> 
 
 def test_a_deleted_folder_is_told_and_other_errors_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     missing, bug = FileNotFoundError(errno.ENOENT, "No such file", "runs/a/b"), ValueError("a mistake")
+    told = worded(missing, tmp_path)  # no config.yaml in it
+    assert isinstance(told, UserError) and f"run folder '{tmp_path}' was deleted or moved" in str(told)
+    (tmp_path / "config.yaml").touch()
     assert worded(missing, tmp_path) is missing and worded(bug, tmp_path) is bug
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

@@ -6,7 +6,7 @@ Importing this package loads neither torch nor datasets.
 from __future__ import annotations
 
 from sapo_rl.data.prompts import build_prompts
-from sapo_rl.data.sampler import PromptSampler
+from sapo_rl.data.sampler import PromptSampler, repetition_warning
 from sapo_rl.data.sources import check_source, load_rows
 
-__all__ = ["PromptSampler", "build_prompts", "check_source", "load_rows"]
+__all__ = ["PromptSampler", "build_prompts", "check_source", "load_rows", "repetition_warning"]

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import random
+import sys
 from typing import Any
 
 from sapo_rl.errors import UserError
+
+
+def repetition_warning(num_prompts: int, per_step: int) -> str | None:
+    """Return what to say where there are fewer prompts than a step takes; None where there are enough."""
+    if num_prompts >= per_step:
+        return None
+    return (
+        f"there are {num_prompts} prompt(s) to train on, fewer than the {per_step} of a step, which has the same "
+        "prompt several times; lower rollout.batch_size or give more data"
+    )
 
 
 class PromptSampler:
@@ -46,11 +57,18 @@ class PromptSampler:
         """Go on where `state` was taken.
 
         Raises:
-            UserError: it was taken with other prompts or another seed, so that the order cannot be continued.
+            UserError: it was taken with other prompts or another seed, so that the order cannot be continued, or is no
+                place in it.
         """
         for key, value in (("num_prompts", self._num_prompts), ("seed", self._seed)):
             if state[key] != value:
-                raise UserError(f"cannot resume the data order: it was saved with {key}={state[key]}, now {value}")
+                raise UserError(
+                    f"resume: the order of prompts was saved with {key}={state[key]}, now {value}; leave data.* and "
+                    "eval.prompts as they were"
+                )
+        for key, most in (("position", self._num_prompts), ("epoch", sys.maxsize)):
+            if not 0 <= state[key] <= most:
+                raise UserError(f"resume: sampler.{key} of the checkpoint is {state[key]}; must be 0 to {most}")
         self.epoch, self._position = state["epoch"], state["position"]
         self._order = self._draw_order()
 

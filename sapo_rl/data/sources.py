@@ -31,19 +31,19 @@ def check_source(cfg: DataConfig) -> None:
             tables.check_file("data.eval_path", cfg.eval_path)
 
 
-def load_rows(cfg: DataConfig, eval_prompts: int, seed: int) -> tuple[Rows, Rows]:
+def load_rows(cfg: DataConfig, eval_prompts: int) -> tuple[Rows, Rows]:
     """Return the training rows and `eval_prompts` held-out rows; no prompt is in both.
 
     Generators make `cfg.size` training rows, or as many as there are different questions once the held-out rows are
-    taken. Of `eval_path` or `eval_split` a seeded choice is taken, all rows where there are fewer; with neither, a
-    seeded choice is held out of the training rows, and rows with the same wording leave them too. Rows that were read
-    keep their number.
+    taken. Of `eval_path` or `eval_split` a choice by `cfg.split_seed` is taken, all rows where there are fewer; with
+    neither, such a choice is held out of the training rows, and rows with the same wording leave them too. Rows that
+    were read keep their number.
 
     Raises:
         UserError: the source is missing, empty, or too small to hold out `eval_prompts` and train on the rest.
     """
     if cfg.source in ("arithmetic", "reasoning_gym"):
-        rows = _generate(cfg, cfg.size + eval_prompts, seed)
+        rows = _generate(cfg, cfg.size + eval_prompts)
         held_out, train = dict(enumerate(rows[:eval_prompts])), dict(enumerate(rows[eval_prompts:]))
         if not train:
             raise UserError(
@@ -54,7 +54,7 @@ def load_rows(cfg: DataConfig, eval_prompts: int, seed: int) -> tuple[Rows, Rows
     train = _read(cfg, "data.path", cfg.path, cfg.split)
     if eval_prompts == 0:
         return train, {}
-    rng = random.Random(f"held-out/{seed}")
+    rng = random.Random(f"held-out/{cfg.split_seed}")
     if cfg.source == "file" and cfg.eval_path is not None:
         return train, _choose(_read(cfg, "data.eval_path", cfg.eval_path, ""), eval_prompts, rng)
     if cfg.source == "huggingface" and cfg.eval_split is not None:
@@ -63,10 +63,10 @@ def load_rows(cfg: DataConfig, eval_prompts: int, seed: int) -> tuple[Rows, Rows
     return _hold_out(train, eval_prompts, wording_columns(cfg), rng)
 
 
-def _generate(cfg: DataConfig, count: int, seed: int) -> list[dict[str, Any]]:
+def _generate(cfg: DataConfig, count: int) -> list[dict[str, Any]]:
     if cfg.source == "arithmetic":
-        return arithmetic.generate(cfg.args, count, seed)
-    return gym.generate(_path(cfg), cfg.args, count, seed)
+        return arithmetic.generate(cfg.args, count, cfg.split_seed)
+    return gym.generate(_path(cfg), cfg.args, count, cfg.split_seed)
 
 
 def _read(cfg: DataConfig, key: str, path: str | None, split: str) -> Rows:
@@ -88,9 +88,11 @@ def _hold_out(rows: Rows, count: int, columns: list[str], rng: random.Random) ->
     kept = {wording(row) for row in held_out.values()}
     train = {number: row for number, row in rows.items() if wording(row) not in kept}
     if not train:
+        others = len(rows) - len(held_out)
+        alike = f", and the other {others} have the wording of one of them" if others else ""
         raise UserError(
-            f"data.path: eval.prompts={count} of {len(rows)} rows are held out, which leaves none to train on; "
-            "hold out fewer or name data.eval_path or data.eval_split"
+            f"data.path: {len(held_out)} of {len(rows)} rows are held out (eval.prompts={count}){alike}, which leaves "
+            "none to train on; hold out fewer or name data.eval_path or data.eval_split"
         )
     return train, held_out
 

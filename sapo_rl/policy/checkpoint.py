@@ -1,32 +1,37 @@
-"""Checkpoints from which a run continues exactly: written whole or not at all.
+"""Checkpoints from which a run continues exactly: written whole or not at all, and only read as they were written.
 
 `trainer_<rank>.safetensors` hold `weight/<name>` (float32) and AdamW's `exp_avg/<name>`, `exp_avg_sq/<name>` and
 `step/<name>`. The ranks divide the names among themselves and write at the same time, but each tensor is whole: another
 number of ranks, or another way of sharding, can read it. No rank has more than one whole weight in memory at a time.
+`random_<rank>.json` hold the states of the random generators. What tells damage is in `sapo_rl.policy.manifest`.
 """
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import json
 import os
 import random
-import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
+import xxhash
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sapo_rl.errors import UserError
+from sapo_rl.errors import SharedError, UserError
+from sapo_rl.policy import manifest
+from sapo_rl.policy.manifest import Entry, reading
 from sapo_rl.policy.trainer import PolicyTrainer
 from sapo_rl.run_folder import checkpoints_in
-from sapo_rl.tensor_file import write_tensors
+from sapo_rl.tensor_file import DATA_START, write_tensors
 
 PATTERN = "step_{:06d}"
 
@@ -35,30 +40,74 @@ def save(folder: Path, step: int, trainer: PolicyTrainer, state: dict[str, Any],
     """Write `folder/step_<step>`; called on every rank.
 
     Args:
-        folder: the run's folder of checkpoints.
+        folder: the run's folder of checkpoints; made where it is not there, in the run folder, which must be.
         step: the last step that the checkpoint contains.
-        trainer: the weights that it trains (float32), optimiser and schedule are kept.
+        trainer: the weights that it trains (float32), optimiser and number of updates are kept.
         state: what the loop wants back; JSON.
         keep_last: that many checkpoints stay, older ones go.
+
+    Raises:
+        SharedError: it cannot be written, as on a full disk; nothing of it is left, and older ones are as they were.
     """
-    accelerator = trainer.accelerator
-    final, partial = folder / PATTERN.format(step), folder / f".{PATTERN.format(step)}.partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    torch.save(_random_state(), partial / f"random_{accelerator.process_index}.pt")
-    write_tensors(partial / f"trainer_{accelerator.process_index:05d}.safetensors", _own_tensors(trainer))
-    if accelerator.is_main_process:
-        record = {"step": step, "updates": trainer.updates, "schedule": trainer.schedule.state_dict(), "state": state}
-        (partial / "state.json").write_text(json.dumps(record, indent=1, default=float))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    accelerator, final = trainer.accelerator, folder / PATTERN.format(step)
+    partial = final.with_name(f".{final.name}.partial")
+
+    def begin() -> dict[str, Entry]:
+        for left in folder.glob(".step_*.partial"):  # of a run that was killed
+            shutil.rmtree(left)
+        folder.mkdir(exist_ok=True)
+        partial.mkdir()
+        return {}
+
+    def complete() -> dict[str, Entry]:
+        record = partial / manifest.RECORD
+        content = {"step": step, "updates": trainer.updates, "state": state}
+        record.write_text(json.dumps(content, indent=1, default=float))
+        entries[record.name] = manifest.entry_of(record)
+        manifest.write_manifest(partial, step, entries)
         _sync(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in checkpoints_in(folder)[:-keep_last]:
             shutil.rmtree(old)
+        return {}
+
+    _together(accelerator, partial, begin if accelerator.is_main_process else dict)
+    entries = _together(accelerator, partial, lambda: _write_own(trainer, partial))
+    _together(accelerator, partial, complete if accelerator.is_main_process else dict)
+
+
+def _together(accelerator: Accelerator, partial: Path, part: Callable[[], dict[str, Entry]]) -> dict[str, Entry]:
+    """Have every rank do its part, and return what all have written; where one cannot, it ends on all."""
+    own, problem = dict[str, Entry](), ""
+    try:
+        own = part()
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        problem = f"{error}; {'free some room' if full else 'mend that'}, then resume"
+    everyone: list[tuple[dict[str, Entry], str]] = gather_object([(own, problem)])
+    for _, problem in everyone:
+        if problem:
+            if accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)  # it takes the room that is to be freed
+            raise SharedError(f"checkpoint '{partial.parent / partial.stem[1:]}' cannot be written: {problem}")
+    return {name: entry for entries, _ in everyone for name, entry in entries.items()}
+
+
+def _write_own(trainer: PolicyTrainer, partial: Path) -> dict[str, Entry]:
+    """Write this rank's files, with the other ranks, which gather each weight together."""
+    rank = trainer.accelerator.process_index
+    generators, tensors = partial / f"random_{rank:05d}.json", partial / f"trainer_{rank:05d}.safetensors"
+    digest, own = xxhash.xxh3_128(), _own_tensors(trainer)
+    try:
+        generators.write_text(json.dumps(_random_state()))
+        write_tensors(tensors, own, digest)
+    finally:
+        deque(own, maxlen=0)  # to the end even where this rank has failed: the others would wait for it
+    return {
+        generators.name: manifest.entry_of(generators),
+        tensors.name: Entry(tensors.stat().st_size, DATA_START, digest.hexdigest()),
+    }
 
 
 def _own_tensors(trainer: PolicyTrainer) -> Iterator[tuple[str, Tensor]]:
@@ -74,31 +123,28 @@ def _own_tensors(trainer: PolicyTrainer) -> Iterator[tuple[str, Tensor]]:
         yield from own.items()
 
 
-def latest(folder: Path) -> Path:
-    """Return the newest complete checkpoint.
+def check(checkpoint: Path, shapes: Mapping[str, Sequence[int]], accelerator: Accelerator) -> None:
+    """Refuse what is damaged, or could not be put into weights of these names and shapes; called on every rank.
+
+    The ranks divide the files among themselves, so that each is read once before it is loaded.
 
     Raises:
-        UserError: there is none.
+        SharedError: naming the file, or the weight; the same on every rank.
     """
-    found = checkpoints_in(folder)
-    if not found:
-        raise UserError(f"resume: no checkpoint in '{folder}': the run ended before its first; start it anew")
-    return found[-1]
+    problem = ""
+    try:
+        entries = manifest.read_manifest(checkpoint)
+        by_size = sorted(entries, key=lambda name: -entries[name].size)
+        for name in by_size[accelerator.process_index :: accelerator.num_processes]:
+            manifest.verify(checkpoint, name, entries[name])
+        _check_shapes(checkpoint, shapes)
+    except UserError as error:
+        problem = str(error)
+    for found in filter(None, gather_object([problem])):
+        raise SharedError(found)
 
 
-def check(checkpoint: Path, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Refuse what `load` could not put into weights of these names and shapes; reads no tensor.
-
-    Returns:
-        What is recorded beside the tensors, and by weight name, then by kind, the open file that a tensor is in.
-
-    Raises:
-        UserError: the checkpoint is damaged, or belongs to another model.
-    """
-    record = _read_record(checkpoint)
-    for path in checkpoint.glob("random_*.pt"):
-        with _reading(path):
-            torch.load(path, weights_only=True)
+def _check_shapes(checkpoint: Path, shapes: Mapping[str, Sequence[int]]) -> None:
     found = _open_tensors(checkpoint)
     for name in [*shapes, *found]:
         file = found.get(name, {}).get("weight")
@@ -109,92 +155,74 @@ def check(checkpoint: Path, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[s
                 f"resume: checkpoint '{checkpoint}' is of another model or other adapters: weight '{name}' is {saved} "
                 f"in it, now {wanted}; leave model.path and model.lora as they were"
             )
-    return record, found
 
 
 def load(checkpoint: Path, trainer: PolicyTrainer) -> tuple[int, dict[str, Any]]:
-    """Put a checkpoint into the trainer and the random generators; called on every rank.
+    """Put a checkpoint that `check` has let pass into the trainer and the random generators; called on every rank.
 
     Returns:
         The step that the checkpoint contains, and the loop's state.
 
     Raises:
-        UserError: as `check` does.
+        UserError: a file cannot be read.
     """
-    parallel, weights = trainer.parallel, dict(trainer.policy.trainable_weights())
-    record, found = check(checkpoint, {name: parallel.shape_of(parameter) for name, parameter in weights.items()})
-    for name, parameter in weights.items():
+    parallel, found = trainer.parallel, _open_tensors(checkpoint)
+    record = manifest.read_record(checkpoint)
+    for name, parameter in trainer.policy.trainable_weights():
         parallel.restore(parameter, {kind: file.get_tensor(f"{kind}/{name}") for kind, file in found[name].items()})
-    trainer.schedule.load_state_dict(record["schedule"])
-    for group, rate in zip(parallel.optimizer.param_groups, trainer.schedule.get_last_lr(), strict=True):
-        group["lr"] = rate
-    trainer.updates = record["updates"]
-    own = checkpoint / f"random_{trainer.accelerator.process_index}.pt"
+    trainer.go_on(record["step"], record["updates"])
+    own = checkpoint / f"random_{trainer.accelerator.process_index:05d}.json"
     if own.is_file():  # a rank that did not exist then keeps its fresh seed
-        _restore_random_state(torch.load(own, weights_only=True))
+        with reading(own):
+            _restore_random_state(json.loads(own.read_bytes()))
     return record["step"], record["state"]
 
 
-def _read_record(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / "state.json"
-    with _reading(path):
-        record = json.loads(path.read_bytes())
-        return {name: record[name] for name in ("step", "updates", "schedule", "state")}
-
-
 def _open_tensors(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """Return by weight name, then by kind, the file that a tensor is in."""
+    """Return by weight name, then by kind, the open file that a tensor is in; reads no tensor."""
     found: dict[str, dict[str, Any]] = {}
-    names = [re.fullmatch(r"(?:random|trainer)_(\d+)\.(?:pt|safetensors)", path.name) for path in checkpoint.iterdir()]
-    ranks = [int(name[1]) for name in names if name]
-    for rank in range(max(ranks, default=0) + 1):
-        path = checkpoint / f"trainer_{rank:05d}.safetensors"
-        with _reading(path):
-            file = safe_open(path, framework="pt")
+    for path in [checkpoint / name for name in manifest.read_manifest(checkpoint)]:
+        if path.suffix != ".safetensors":
+            continue
+        with reading(path):
+            try:
+                file = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(str(error)) from error
             for key in file.keys():  # noqa: SIM118 (no mapping)
                 kind, name = key.split("/", 1)
                 found.setdefault(name, {})[kind] = file
     return found
 
 
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Tell which file is damaged, and what is left to resume from."""
-    try:
-        yield
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RuntimeError,
-        UnpicklingError,
-        EOFError,
-        SafetensorError,
-    ) as error:
-        step = path.parent
-        older = [other.name for other in checkpoints_in(step.parent) if other != step][-1:]
-        way = f"move '{step}' away to resume from {older[0]}" if older else "it is the only one: start the run anew"
-        raise UserError(f"resume: '{path}' cannot be read: {error!r}; {way}") from error
-
-
 def _random_state() -> dict[str, Any]:
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    """Return the states of this process's generators as JSON; those of torch in hexadecimal."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, np.asarray(keys).tolist(), *rest],
+        "torch": _hex(torch.get_rng_state()),
+        "cuda": [_hex(state) for state in cuda],
     }
 
 
 def _restore_random_state(state: dict[str, Any]) -> None:
-    name, keys, position, has_gauss, cached = state["numpy"]
-    random.setstate(state["python"])
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    for device, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(cuda_state, device)
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, np.uint32), *rest))
+    torch.set_rng_state(_bytes(state["torch"]))
+    for device, text in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(_bytes(text), device)
+
+
+def _hex(state: Tensor) -> str:
+    return state.numpy().tobytes().hex()
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
 
 
 def _sync(folder: Path) -> None:

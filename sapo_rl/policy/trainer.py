@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import get_scheduler
 
 from sapo_rl import dotted
 from sapo_rl.config import Config, LossConfig
@@ -21,6 +20,7 @@ from sapo_rl.losses import Across, LossInputs, LossOutputs, PolicyLossFn, build_
 from sapo_rl.policy.model import Policy
 from sapo_rl.policy.packing import Item, PackedBatch, empty_batch, join, pack, spread, stream_tokens
 from sapo_rl.policy.parallel import parallel
+from sapo_rl.policy.schedule import make_schedule
 from sapo_rl.types import Group, Prompt, Sample
 
 
@@ -83,7 +83,6 @@ class PolicyTrainer:
         self.config = config
         self.accelerator = accelerator
         self.policy = policy
-        self.updates = 0
         self._old_logps = config.loss.old_logps
         self._loss = objective(config.loss)
         second = [reference] if isinstance(reference, Policy) else []
@@ -93,12 +92,14 @@ class PolicyTrainer:
         self.parallel = parallel(policy, settings, accelerator, fused=not config.reproducible)
         self._module = self.parallel.module
         self._reference = self.parallel.reference(reference).eval() if isinstance(reference, Policy) else reference
-        self.schedule = get_scheduler(
-            "constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
-            self.parallel.optimizer,
-            num_warmup_steps=settings.warmup_updates,
-            num_training_steps=settings.steps * settings.updates_per_rollout,
-        )
+        self.go_on(step=0, updates=0)
+
+    def go_on(self, step: int, updates: int) -> None:
+        """Count on from the end of a step, after so many updates in all; the schedule ends with the last step."""
+        settings, self.updates = self.config.trainer, updates
+        self.planned = updates + (settings.steps - step) * settings.updates_per_rollout
+        """Updates of the whole run."""
+        self.schedule = make_schedule(settings, self.parallel.optimizer, self.planned, updates)
 
     def train_on(self, groups: Sequence[Group], timer: Callable[[str], Any]) -> dict[str, float]:
         """Take the step's K updates on this rank's groups.

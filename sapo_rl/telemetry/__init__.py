@@ -63,7 +63,8 @@ class Telemetry:
         self._progress = Progress(folder, config.trainer.steps, {key: str(value) for key, value in about.items()})
         self._progress.resumed_after = resume_step or 0
         self._log = MetricsLog(folder / METRICS)
-        for record in self._log.keep_until(-1 if resume_step is None else resume_step):
+        kept = self._log.keep_until(-1 if resume_step is None else resume_step)
+        for record in kept:
             self._progress.add(record)
         self._examples: list[tuple[str, str]] = []
         self._display: Display = open_display(config.logging.console)
@@ -71,6 +72,10 @@ class Telemetry:
         if self._wandb:
             self.wandb_id = self._wandb.run_id
         self._display.start(self._progress)
+        lost = set(range(1, self._progress.resumed_after + 1)) - {record["step"] for record in kept}
+        if lost:
+            of_all = f"{len(lost)} of the {self._progress.resumed_after} steps"
+            self.warn(f"{folder / METRICS} has no record of {of_all} that were made before this resume")
 
     def record(self, step: int, metrics: Metrics) -> None:
         """Record numbers that belong to no step's or evaluation's line, such as a probe's."""

@@ -60,7 +60,7 @@ def write_completions(folder: Path, step: int, samples: list[Row]) -> Path:
     rewards = dict.fromkeys(name for row in samples for name in row if name not in COLUMNS)
     schema = pa.schema({**COLUMNS, **{name: pa.float64() for name in rewards}})
     path = folder / COMPLETIONS / f"step_{step:05d}.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     pq.write_table(pa.Table.from_pylist(samples, schema), part, compression="zstd")
     part.replace(path)

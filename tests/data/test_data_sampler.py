@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sapo_rl.data import PromptSampler
+from sapo_rl.data import PromptSampler, repetition_warning
 from sapo_rl.errors import UserError
 
 SIZES = {"num_prompts": st.integers(1, 30), "per_step": st.integers(1, 40), "seed": st.integers(0, 5)}
@@ -63,3 +63,16 @@ def test_another_dataset_or_seed_cannot_be_resumed() -> None:
         PromptSampler(6, 2, seed=0, shuffle=True).load_state_dict(state)
     with pytest.raises(UserError, match="seed=0, now 1"):
         PromptSampler(5, 2, seed=1, shuffle=True).load_state_dict(state)
+
+
+@pytest.mark.parametrize("place", [{"position": 99999}, {"position": -3}, {"epoch": -1}])
+def test_a_place_that_is_none_is_refused(place: dict[str, int]) -> None:
+    sampler = PromptSampler(5, 2, seed=0, shuffle=True)
+    ((key, value),) = place.items()
+    with pytest.raises(UserError, match=rf"sampler\.{key} of the checkpoint is {value}; must be 0 to"):
+        sampler.load_state_dict(sampler.state_dict() | place)
+
+
+def test_fewer_prompts_than_a_step_takes_are_told() -> None:
+    assert repetition_warning(2, 2) is None
+    assert str(repetition_warning(1, 2)).startswith("there are 1 prompt(s) to train on, fewer than the 2 of a step")

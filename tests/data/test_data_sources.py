@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,47 +47,47 @@ def numbered(rows: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
 def test_generators_hold_out_other_questions(source: str, path: str | None) -> None:
     cfg = DataConfig(source=source, path=path, size=90)
     check_source(cfg)
-    train, held_out = load_rows(cfg, 30, seed=1)
+    train, held_out = load_rows(cfg, 30)
     assert (len(train), len(held_out)) == (90, 30)
     assert not by_prompt(train) & by_prompt(held_out)
-    assert load_rows(cfg, 30, seed=1) == (train, held_out)
-    assert by_prompt(load_rows(cfg, 30, seed=2)[1]) != by_prompt(held_out)
+    assert load_rows(cfg, 30) == (train, held_out)
+    assert by_prompt(load_rows(replace(cfg, split_seed=2), 30)[1]) != by_prompt(held_out)
 
 
 def test_a_small_space_gives_fewer_training_rows_and_all_held_out_rows() -> None:
     cfg = DataConfig(source="arithmetic", size=1000, args={"digits": 1, "operations": ["+"]})
-    train, held_out = load_rows(cfg, 64, seed=0)
+    train, held_out = load_rows(cfg, 64)
     assert (len(train), len(held_out)) == (36, 64)
     with pytest.raises(UserError, match=r"only 100 different questions, eval\.prompts=100"):
-        load_rows(cfg, 100, seed=0)
+        load_rows(cfg, 100)
 
 
 def test_jsonl_and_parquet_rows_are_read_in_order(tmp_path: Path, jsonl: str) -> None:
-    assert load_rows(DataConfig(source="file", path=jsonl), 0, seed=0) == (numbered(ROWS), {})
+    assert load_rows(DataConfig(source="file", path=jsonl), 0) == (numbered(ROWS), {})
     parquet = write_parquet(tmp_path / "train.parquet", ROWS)
-    assert load_rows(DataConfig(source="file", path=parquet), 0, seed=0) == (numbered(ROWS), {})
+    assert load_rows(DataConfig(source="file", path=parquet), 0) == (numbered(ROWS), {})
 
 
 def test_blank_lines_and_unicode_line_separators_are_no_rows(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text('\ufeff{"prompt": "a\u2028b"}\n\n{"prompt": "c"}\r\n', encoding="utf-8")
-    rows, _ = load_rows(DataConfig(source="file", path=str(path)), 0, seed=0)
+    rows, _ = load_rows(DataConfig(source="file", path=str(path)), 0)
     assert rows == numbered([{"prompt": "a\u2028b"}, {"prompt": "c"}])
 
 
-def test_rows_are_held_out_by_seed_and_their_copies_leave_the_training_rows(tmp_path: Path) -> None:
+def test_rows_are_held_out_by_split_seed_and_their_copies_leave_the_training_rows(tmp_path: Path) -> None:
     doubled = write_jsonl(tmp_path / "doubled.jsonl", ROWS + ROWS)
     cfg = DataConfig(source="file", path=doubled)
-    train, held_out = load_rows(cfg, 5, seed=3)
+    train, held_out = load_rows(cfg, 5)
     assert len(held_out) == 5
     assert not by_prompt(train) & by_prompt(held_out)
     assert by_prompt(train) | by_prompt(held_out) == by_prompt(numbered(ROWS))
-    assert load_rows(cfg, 5, seed=3) == (train, held_out)
-    assert load_rows(cfg, 5, seed=4)[1] != held_out
+    assert load_rows(cfg, 5) == (train, held_out)
+    assert load_rows(replace(cfg, split_seed=4), 5)[1] != held_out
 
 
 def test_rows_keep_their_number_where_others_are_held_out(jsonl: str) -> None:
-    train, held_out = load_rows(DataConfig(source="file", path=jsonl), 5, seed=3)
+    train, held_out = load_rows(DataConfig(source="file", path=jsonl), 5)
     assert train | held_out == numbered(ROWS)
     assert len(train) == 15 and len(held_out) == 5
 
@@ -95,10 +96,10 @@ def test_an_evaluation_file_is_used_instead(tmp_path: Path, jsonl: str) -> None:
     other = [{"prompt": f"Other {number}?", "answer": "1"} for number in range(8)]
     cfg = DataConfig(source="file", path=jsonl, eval_path=write_parquet(tmp_path / "test.parquet", other))
     check_source(cfg)
-    train, held_out = load_rows(cfg, 5, seed=0)
+    train, held_out = load_rows(cfg, 5)
     assert train == numbered(ROWS)
     assert len(held_out) == 5 and all(row == other[number] for number, row in held_out.items())
-    assert load_rows(cfg, 50, seed=0)[1] == numbered(other)
+    assert load_rows(cfg, 50)[1] == numbered(other)
 
 
 def test_hub_datasets_by_folder_with_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,11 +109,11 @@ def test_hub_datasets_by_folder_with_splits(tmp_path: Path, monkeypatch: pytest.
     write_jsonl(folder / "train.jsonl", ROWS)
     write_jsonl(folder / "test.jsonl", ROWS[:4])
     cfg = DataConfig(source="huggingface", path=str(folder), eval_split="test")
-    assert load_rows(cfg, 9, seed=0) == (numbered(ROWS), numbered(ROWS[:4]))
+    assert load_rows(cfg, 9) == (numbered(ROWS), numbered(ROWS[:4]))
     with pytest.raises(UserError, match=r"cannot load the dataset.*split 'dev'"):
-        load_rows(DataConfig(source="huggingface", path=str(folder), split="dev"), 0, seed=0)
+        load_rows(DataConfig(source="huggingface", path=str(folder), split="dev"), 0)
     with pytest.raises(UserError, match=r"cannot load the dataset '.*absent'"):
-        load_rows(DataConfig(source="huggingface", path=str(tmp_path / "absent")), 0, seed=0)
+        load_rows(DataConfig(source="huggingface", path=str(tmp_path / "absent")), 0)
 
 
 @pytest.mark.parametrize(
@@ -127,26 +128,38 @@ def test_bad_lines_are_named(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
-        load_rows(DataConfig(source="file", path=str(path)), 0, seed=0)
+        load_rows(DataConfig(source="file", path=str(path)), 0)
 
 
 def test_files_that_are_not_what_they_end_in(tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").write_text("no parquet")
     with pytest.raises(UserError, match="cannot be read as Parquet"):
-        load_rows(DataConfig(source="file", path=str(tmp_path / "rows.parquet")), 0, seed=0)
+        load_rows(DataConfig(source="file", path=str(tmp_path / "rows.parquet")), 0)
     (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):
-        load_rows(DataConfig(source="file", path=str(tmp_path / "rows.jsonl")), 0, seed=0)
+        load_rows(DataConfig(source="file", path=str(tmp_path / "rows.jsonl")), 0)
 
 
 def test_a_missing_prompt_column_is_named_before_rows_are_held_out(jsonl: str) -> None:
     with pytest.raises(UserError, match=r"data\.prompt_column: the data has no column 'query'; .*prompt"):
-        load_rows(DataConfig(source="file", path=jsonl, prompt_column="query"), 4, seed=0)
+        load_rows(DataConfig(source="file", path=jsonl, prompt_column="query"), 4)
 
 
 def test_too_few_rows_to_hold_out(jsonl: str) -> None:
-    with pytest.raises(UserError, match=r"eval\.prompts=20 of 20 rows"):
-        load_rows(DataConfig(source="file", path=jsonl), 20, seed=0)
+    for count in (20, 64):
+        with pytest.raises(
+            UserError, match=rf"20 of 20 rows are held out \(eval\.prompts={count}\), which leaves none"
+        ):
+            load_rows(DataConfig(source="file", path=jsonl), count)
+
+
+def test_rows_that_are_all_alike_cannot_be_held_out(tmp_path: Path) -> None:
+    alike = write_jsonl(tmp_path / "alike.jsonl", ROWS[:1] * 8)
+    told = (
+        r"4 of 8 rows are held out \(eval\.prompts=4\), and the other 4 have the wording of one of them, which leaves"
+    )
+    with pytest.raises(UserError, match=told):
+        load_rows(DataConfig(source="file", path=alike), 4)
 
 
 @pytest.mark.parametrize(

@@ -162,10 +162,38 @@ def test_what_cannot_be_resumed_is_refused_before_vllm_starts(workspace: Path, w
         assert (folder / "logs/vllm_rank0.log").read_bytes() == told
         return err
 
-    assert "another model or other adapters: weight 'model" in refused("model.lora.rank=4")
+    assert "model.lora.rank (command line): is 4, but the run was begun with 0" in refused("model.lora.rank=4")
     file.write_bytes(file.read_bytes()[:-1000])
     err = refused()
-    assert f"'{file}' cannot be read" in err and f"move '{file.parent}' away to resume from step_000003" in err
+    assert f"'{file}' cannot be used: it has" in err and f"move '{file.parent}' away to resume from step_000003" in err
+
+
+def test_a_resume_goes_on_with_what_is_set_now_and_tells_what_it_lacks(
+    workspace: Path, whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(whole, folder, symlinks=True)
+    (folder / "metrics.jsonl").write_text("")
+    now = ("trainer.steps=7", "trainer.learning_rate=3e-6", "eval.every=0", "logging.wandb=off")
+    code, out, err = run(workspace, f"resume={folder}", *now)
+    assert code == 0, out + err
+    assert [record["policy/learning_rate"] for record in steps_of(folder)] == [3e-6]
+    assert f"goes on from {folder}/checkpoints/step_000006, after step 6\n" in out
+    assert "learning rate 3e-06 after update 12 of 14, schedule constant with a peak of 3e-06\n" in out
+    assert "changed since: " in out and "trainer.steps 6 -> 7" in out and "trainer.learning_rate 0.001 -> 3e-06" in out
+    (lost,) = [record["warning"] for record in records(folder) if "no record" in record.get("warning", "")]
+    assert lost.endswith("metrics.jsonl has no record of 6 of the 6 steps that were made before this resume")
+
+
+def test_a_run_folder_that_is_taken_away_in_mid_run_is_told_in_two_lines(workspace: Path, tmp_path: Path) -> None:
+    before = folders(workspace)
+    process = start(workspace, "config=tiny.yaml", "trainer.steps=500", "checkpoint.every=1", "logging.wandb=off")
+    folder = wait_for_step(process, workspace, before, 2)
+    folder.rename(tmp_path / "elsewhere")
+    code, out, err = finish(process, seconds=120)
+    assert code == 2, out + err
+    assert err.startswith(f"sapo-train: the run folder '{folder.relative_to(workspace)}' was deleted or moved while")
+    assert len(err.splitlines()) == 2, err
 
 
 def test_engine_that_dies_is_replaced_and_nothing_changes(workspace: Path, whole: Path) -> None:

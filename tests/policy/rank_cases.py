@@ -31,6 +31,7 @@ from sapo_rl.policy.lora import LoraPolicy
 from sapo_rl.policy.model import DTYPES, Policy, load_policy
 from sapo_rl.policy.parallel import loads_weights
 from sapo_rl.policy.trainer import PolicyTrainer
+from sapo_rl.run_folder import latest_checkpoint
 from sapo_rl.types import Group, Prompt, Sample
 
 VOCABULARY = 41
@@ -152,6 +153,7 @@ def run(accelerator: Accelerator, way: str, folder: Path) -> dict[str, Any]:
     """Two updates, a checkpoint and an export into `folder`, two more; and a first one of other kinds."""
     trainer = make_trainer(accelerator, way)
     found: dict[str, Any] = {"fresh": weights_of(trainer), "updates": [train(trainer, 0), train(trainer, 1)]}
+    folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save(folder, 2, trainer, {"by": way}, keep_last=1)
     trainer.policy.export(folder / "final", accelerator.is_main_process)
     found["weights"] = weights_of(trainer)
@@ -167,7 +169,7 @@ def run(accelerator: Accelerator, way: str, folder: Path) -> dict[str, Any]:
 def resume(accelerator: Accelerator, way: str, folder: Path) -> list[dict[str, float]]:
     """The third and the fourth update, from a checkpoint after the second."""
     trainer = make_trainer(accelerator, way)
-    step, _ = checkpoint.load(checkpoint.latest(folder), trainer)
+    step, _ = checkpoint.load(latest_checkpoint(folder), trainer)
     assert (step, trainer.updates) == (2, 2)
     return [train(trainer, 2), train(trainer, 3)]
 

@@ -35,6 +35,7 @@ from sapo_rl.policy.lora import LoraPolicy, check_targets
 from sapo_rl.policy.model import Policy, load_policy
 from sapo_rl.policy.trainer import PolicyTrainer
 from sapo_rl.preview import adapter_parameters
+from sapo_rl.run_folder import latest_checkpoint
 from sapo_rl.types import Group, Prompt, Sample
 
 SOME = ["q_proj", "up_proj"]
@@ -174,11 +175,12 @@ def test_checkpoint_holds_the_adapters_and_continues_to_the_last_bit(tiny_model:
     saved = {name for name in load_file(file) if name.startswith("weight/")}
     assert len(saved) == 2 * 7 * 2 and all("lora_" in name for name in saved)
     second = make_trainer(config)
-    assert checkpoint.load(checkpoint.latest(tmp_path), second) == (1, {})
+    assert checkpoint.load(latest_checkpoint(tmp_path), second) == (1, {})
     assert [second.train_on(make_groups(step), no_timer) for step in (1, 2)] == expected
     other = make_trainer(make_config(tiny_model, LoraConfig(rank=8)))
+    shapes = {name: weight.shape for name, weight in other.policy.trainable_weights()}
     with pytest.raises(UserError, match="another model"):
-        checkpoint.load(checkpoint.latest(tmp_path), other)
+        checkpoint.check(latest_checkpoint(tmp_path), shapes, other.accelerator)
 
 
 def test_export_is_a_plain_model_with_the_adapters_beside(tiny_model: Path, tmp_path: Path) -> None:

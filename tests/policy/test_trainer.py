@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
+import os
 import random
 import re
 import shutil
@@ -11,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -30,6 +33,7 @@ from sapo_rl.errors import UserError
 from sapo_rl.policy import attention, checkpoint
 from sapo_rl.policy.model import Policy
 from sapo_rl.policy.trainer import PolicyTrainer
+from sapo_rl.run_folder import latest_checkpoint
 from sapo_rl.types import Group, Prompt, Sample
 
 VOCABULARY = 41
@@ -234,12 +238,12 @@ def test_checkpoint_continues_to_the_last_bit(tmp_path: Path, interrupted: int) 
     first = fresh()
     for step in range(interrupted):
         first.train_on(make_groups(step), no_timer)
-        checkpoint.save(tmp_path, step, first, {"note": step}, keep_last=2)
+        checkpoint.save(tmp_path, step + 1, first, {"note": step}, keep_last=2)
     draw = torch.rand(3)
     second = fresh()
     torch.manual_seed(99)
-    step, state = checkpoint.load(checkpoint.latest(tmp_path), second)
-    assert (step, state) == (interrupted - 1, {"note": interrupted - 1})
+    step, state = checkpoint.load(latest_checkpoint(tmp_path), second)
+    assert (step, state) == (interrupted, {"note": interrupted - 1})
     assert torch.equal(torch.rand(3), draw)
     assert [second.train_on(make_groups(step), no_timer) for step in range(interrupted, 4)] == expected
     assert len(list(tmp_path.glob("step_*"))) == min(2, interrupted)
@@ -248,55 +252,165 @@ def test_checkpoint_continues_to_the_last_bit(tmp_path: Path, interrupted: int) 
 def test_checkpoints_are_ordered_by_step_and_what_lies_beside_them_is_left_alone(tmp_path: Path) -> None:
     for name in ("step_999999", "step_1000000", "step_old", "step_1000000.bak", "step_2x"):
         (tmp_path / name).mkdir()
-    assert checkpoint.latest(tmp_path).name == "step_1000000"
+    assert latest_checkpoint(tmp_path).name == "step_1000000"
     trainer = PolicyTrainer(make_policy(), None, make_config(), Accelerator(cpu=True))
     checkpoint.save(tmp_path, 1000001, trainer, {}, keep_last=2)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"step_1000000", "step_1000001", "step_old", "step_1000000.bak", "step_2x"}
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
+def shapes_of(trainer: PolicyTrainer) -> dict[str, Any]:
+    return {name: weight.shape for name, weight in trainer.policy.trainable_weights()}
 
 
-def second_rank(path: Path) -> None:
-    """One that has left its random state alone."""
-    shutil.copy(path.with_name("random_0.pt"), path.with_name("random_1.pt"))
+def everything(trainer: PolicyTrainer) -> list[bytes]:
+    """Weights, moments, counts, rates and random states, bit by bit."""
+    optimizer = trainer.parallel.optimizer
+    tensors = [value for state in optimizer.state.values() for value in state.values()]
+    tensors += [weight for _, weight in trainer.policy.named_weights()]
+    numbers = [trainer.updates, trainer.planned, [group["lr"] for group in optimizer.param_groups]]
+    generators = [random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2:]]
+    return [
+        *(tensor.detach().numpy().tobytes() for tensor in tensors),
+        repr([*numbers, *generators]).encode(),
+        torch.get_rng_state().numpy().tobytes(),
+    ]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with checkpoints of the first two steps."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    trainer = PolicyTrainer(make_policy(), None, make_config(), Accelerator(cpu=True))
+    for step in (1, 2):
+        trainer.train_on(make_groups(step), no_timer)
+        np.random.standard_normal()  # leaves a number of which the state must know
+        checkpoint.save(folder, step, trainer, {"sampler": {"position": 8 * step}}, keep_last=2)
+    return folder
+
+
+def resumed_from(folder: Path) -> tuple[list[bytes], dict[str, Any]]:
+    trainer = PolicyTrainer(make_policy(), None, make_config(), Accelerator(cpu=True))
+    checkpoint.check(folder, shapes_of(trainer), trainer.accelerator)
+    step, state = checkpoint.load(folder, trainer)
+    assert step == 2
+    return everything(trainer), state
+
+
+def damage(file: Path, kind: str, rng: random.Random) -> None:
+    """Do something to a file that a disk, a copy or a person might."""
+    data = bytearray(file.read_bytes())
+    at, length = rng.randrange(len(data)), rng.randint(1, 64)
+    match kind:
+        case "flip":
+            data[at] ^= 1 << rng.randrange(8)
+        case "zero":
+            data[at : at + length] = bytes(len(data[at : at + length]))
+        case "swap":
+            other = rng.randrange(len(data))
+            data[at], data[other] = data[other], data[at]
+        case "cut":
+            del data[at:]
+        case "append":
+            data += rng.randbytes(length)
+    file.write_bytes(data)
+    if kind == "delete":
+        file.unlink()
+
+
+FILES = ["manifest.json", "state.json", "random_00000.json", "trainer_00000.safetensors"]
+
+
+@pytest.mark.parametrize("kind", ["flip", "zero", "swap", "cut", "append", "delete"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_refused_by_its_file_or_the_damage_means_nothing(
+    saved: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    second = tmp_path / "step_000002"
+    (second / "trainer_00000.safetensors.bak").write_text("somebody's own")
+    expected, original = resumed_from(second), (second / name).read_bytes()
+    rng = random.Random(f"{name} {kind}")
+    for _ in range(4):
+        damage(second / name, kind, rng)
+        try:
+            assert resumed_from(second) == expected
+        except UserError as error:
+            assert re.match(rf"resume: '{second}/{name}' cannot be used: .*; move '{second}' away", str(error))
+            assert str(error).endswith("to resume from step_000001")
+        else:
+            assert name == "manifest.json" or (second / name).read_bytes() == original  # of spaces, or with itself
+        (second / name).write_bytes(original)
+    shutil.rmtree(tmp_path / "step_000001")
+    (second / name).unlink()
+    with pytest.raises(UserError, match="it is the only one: start anew"):
+        resumed_from(second)
+
+
+def test_files_of_different_steps_and_files_left_over_are_refused(saved: Path, tmp_path: Path) -> None:
+    for name in FILES[1:]:
+        mixed = shutil.copytree(saved / "step_000002", tmp_path / name / "step_000002")
+        shutil.copy(saved / "step_000001" / name, mixed)
+        with pytest.raises(UserError, match=rf"/{name}' cannot be used: "):
+            resumed_from(mixed)
+    renamed = shutil.copytree(saved / "step_000001", tmp_path / "step_000002")
+    with pytest.raises(UserError, match=r"/manifest\.json' cannot be used: it is of step 1, not of the one in"):
+        resumed_from(renamed)
+    for name in ("trainer_00001.safetensors", "random_00001.json"):
+        more = shutil.copytree(saved / "step_000002", tmp_path / f"with {name}" / "step_000002")
+        (more / name).write_bytes(b"of another run")
+        with pytest.raises(UserError, match=rf"/{name}' cannot be used: it is none of the files that were written"):
+            resumed_from(more)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing_and_the_one_before(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    trainer = PolicyTrainer(make_policy(), None, make_config(), Accelerator(cpu=True))
+    checkpoint.load(tmp_path / "step_000002", trainer)
+    (tmp_path / ".step_000007.partial").mkdir()  # of a run that was killed
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for module, name in ((os, "write"), (Path, "write_text"), (os, "fsync")):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, full)
+            words = rf"checkpoint '{tmp_path}/step_000003' cannot be written: .*No space left.*; free some room, then"
+            with pytest.raises(UserError, match=words):
+                checkpoint.save(tmp_path, 3, trainer, {}, keep_last=1)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001", "step_000002"]
+    checkpoint.save(tmp_path, 3, trainer, {}, keep_last=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000003"]
+    with pytest.raises(UserError, match=r"cannot be written: .*No such file"):
+        checkpoint.save(tmp_path / "run that was deleted" / "checkpoints", 3, trainer, {}, keep_last=1)
 
 
 @pytest.mark.parametrize(
-    ("name", "damage"),
+    ("changes", "rates"),
     [
-        ("state.json", Path.unlink),
-        ("state.json", truncate),
-        ("state.json", lambda path: path.write_text("{}")),
-        ("state.json", lambda path: path.write_bytes(b"\xff\xfe\x00")),
-        ("trainer_00000.safetensors", Path.unlink),
-        ("trainer_00000.safetensors", truncate),
-        ("trainer_00000.safetensors", lambda path: path.write_bytes(b"")),
-        ("random_0.pt", lambda path: path.write_text("nothing")),
-        ("random_0.pt", truncate),
-        ("random_0.pt", lambda path: path.write_bytes(b"")),
-        ("trainer_00001.safetensors", second_rank),
+        ({}, [5e-3, 2.5e-3]),
+        ({"learning_rate": 3e-2}, [1.5e-2, 7.5e-3]),
+        ({"schedule": "constant"}, [1e-2, 1e-2]),
+        ({"schedule": "cosine"}, [5e-3, (1 - 2**-0.5) / 2 * 1e-2]),
+        ({"steps": 6}, [1e-2 * 16 / 24, 1e-2 * 12 / 24]),
+        ({"warmup_updates": 16}, [5e-3, 7.5e-3]),
+        ({"updates_per_rollout": 1}, [2e-3, 1e-3]),  # of ten updates eight are done
     ],
 )
-def test_a_damaged_checkpoint_is_told_by_its_file_and_what_is_left(tmp_path: Path, name: str, damage: Any) -> None:
-    trainer = PolicyTrainer(make_policy(), None, make_config(), Accelerator(cpu=True))
+def test_the_learning_rate_goes_on_as_the_config_says_now(
+    tmp_path: Path, changes: dict[str, Any], rates: list[float]
+) -> None:
+    first = PolicyTrainer(make_policy(), None, make_config(schedule="linear"), Accelerator(cpu=True))
     for step in (1, 2):
-        checkpoint.save(tmp_path, step, trainer, {}, keep_last=2)
-    shapes = {name: weight.shape for name, weight in trainer.policy.trainable_weights()}
-    second = tmp_path / "step_000002"
-    (second / "trainer_00000.safetensors.bak").write_text("somebody's own")
-    checkpoint.check(second, shapes)
-    damage(second / name)
-    file = re.escape(str(second / name))
-    with pytest.raises(
-        UserError, match=rf"^resume: '{file}' cannot be read: .*move '.*' away to resume from step_000001"
-    ):
-        checkpoint.load(second, trainer)
-    shutil.rmtree(tmp_path / "step_000001")
-    with pytest.raises(UserError, match="it is the only one: start the run anew"):
-        checkpoint.load(second, trainer)
+        first.train_on(make_groups(step), no_timer)
+    checkpoint.save(tmp_path, 2, first, {}, keep_last=1)
+    config = make_config(**{"schedule": "linear", **changes})
+    second = PolicyTrainer(make_policy(), None, config, Accelerator(cpu=True))
+    checkpoint.load(tmp_path / "step_000002", second)
+    assert [group["lr"] for group in second.parallel.optimizer.param_groups] == pytest.approx([rates[0]] * 2)
+    assert second.train_on(make_groups(3), no_timer)["policy/learning_rate"] == pytest.approx(rates[1])
 
 
 def test_a_checkpoint_of_other_weights_is_refused(tmp_path: Path) -> None:
@@ -310,4 +424,4 @@ def test_a_checkpoint_of_other_weights_is_refused(tmp_path: Path) -> None:
         ({key: shapes[key] for key in others}, rf"weight '{name}' is \[.*\] in it, now not trained"),
     ):
         with pytest.raises(UserError, match=words):
-            checkpoint.check(tmp_path / "step_000001", changed)
+            checkpoint.check(tmp_path / "step_000001", changed, trainer.accelerator)

@@ -46,6 +46,7 @@ def test_a_run_fills_its_folder(config: Config, tmp_path: Path, make_group) -> N
     plain_run(config, tmp_path, make_group)
     records = read_metrics(tmp_path / METRICS)
     assert [record["step"] for record in records] == [0, 1, 2, 3, 4, 4]
+    assert not any("warning" in record for record in records)
     assert records[1]["reward/mean"] == 0.5
     files = sorted(path.name for path in (tmp_path / "completions").iterdir())
     assert files == [f"step_0000{step}.parquet" for step in (1, 2, 3, 4)]
@@ -104,8 +105,22 @@ def test_resuming_leaves_no_step_twice(config: Config, tmp_path: Path, make_grou
         run_steps(telemetry, range(3, 5), make_group)
     records = read_metrics(tmp_path / METRICS)
     assert [record["step"] for record in records] == [0, 1, 2, 3, 4, 4]
+    assert not any("warning" in record for record in records)
     times = [record["time"] for record in records]
     assert times == sorted(times)
+
+
+@pytest.mark.parametrize("left", [None, "", '{"step": 1, "time": 1.0}\n', '{"step": 1, "time": 1.0}\n{"step": 2, "ti'])
+def test_a_resume_without_the_records_of_earlier_steps_says_so(
+    config: Config, tmp_path: Path, left: str | None
+) -> None:
+    if left is not None:
+        (tmp_path / METRICS).write_text(left)
+    with Telemetry(config, tmp_path, resume_step=2):
+        pass
+    lost = 1 if left else 2
+    (told,) = [record["warning"] for record in read_metrics(tmp_path / METRICS) if "warning" in record]
+    assert told == f"{tmp_path / METRICS} has no record of {lost} of the 2 steps that were made before this resume"
 
 
 def test_starting_anew_forgets_what_an_earlier_try_left(config: Config, tmp_path: Path, make_group) -> None:
