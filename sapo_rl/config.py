@@ -246,6 +246,8 @@ class LossConfig:
     """`paper` differentiates through the gate; `detached` is the published Trinity-RFT form."""
     gate: str = choice("sigmoid", "sigmoid", "erf", "arctan", "softsign")
     """Shape of SAPO's gate."""
+    sides: str = choice("both", "both", "one")
+    """Sides of ratio 1 that SAPO's gate damps: `both` (the paper), or `one`, where a token moves with its advantage."""
     ratio_level: str = choice("token", "token", "sequence")
     """Ratio of each token, or the length-normalised ratio of its sequence."""
     log_ratio_clamp: float = number(20.0, above=0, most=80)

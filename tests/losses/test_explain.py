@@ -24,7 +24,7 @@ def test_it_draws_and_prints_from_the_command_line(tmp_path: Path) -> None:
 
 def test_a_narrow_gate_halves_on_both_sides() -> None:
     text = report(parse(["tau_pos=10", "tau_neg=12", "clip_low=0.1", "clip_high=0.5"]))
-    assert "r = 1.176 and 0.8237" in text
+    assert "r = 1.176 and r = 0.8237" in text
     assert "clip_low=0.1: tau = 17.6" in text and "clip_high=0.5: tau = 3.53" in text
 
 

@@ -99,7 +99,7 @@ def test_gradient_weight_is_what_is_left_of_the_plain_gradient(
     outputs = build_loss(**chosen)(inputs)
     (gradient,) = torch.autograd.grad(outputs.loss, inputs.logps)
     log_ratios = batch.logps - batch.old_logps
-    if name in ("gspo", "sapo-sequence"):
+    if name == "gspo" or name.endswith("-sequence"):
         log_ratios = torch.cat([part.mean().expand(len(part)) for part in log_ratios.split(rows) if len(part)])
     ratio = log_ratios.clamp(-20, 20).exp()
     expected = -batch.advantages * ratio * outputs.gradient_weight * inputs.token_weights

@@ -148,6 +148,8 @@ def test_masked_mean_leaves_out_what_is_masked() -> None:
         ("sapo", {"tau_pos": float("nan")}, "tau_pos must be above 0"),
         ("sapo", {"tau_neg": 0.95}, "strict_temperatures"),
         ("sapo", {"gradient": "seed"}, "paper, detached"),
+        ("sapo", {"sides": "left", "gradient": "paper"}, "both, one"),
+        ("sapo", {"sides": "one", "gradient": "detached"}, "needs gradient 'paper'"),
         ("sapo", {"gate": "step"}, "sigmoid, erf, arctan, softsign"),
         ("sapo", {"loss_agg_mode": "mean"}, "token-mean"),
         ("sapo", {"ratio_level": "word"}, "token, sequence"),
