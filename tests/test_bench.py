@@ -14,6 +14,8 @@ sys.path.insert(0, str(BENCH))
 
 import report  # noqa: E402
 import scaling  # noqa: E402
+import study  # noqa: E402
+import study_results  # noqa: E402
 import vs_trl  # noqa: E402
 import workloads  # noqa: E402
 
@@ -180,3 +182,94 @@ def test_efficiency_is_tokens_a_second_of_each_gpu_against_the_fewest() -> None:
     table = scaling.table(runs, "")
     assert [row[table["columns"].index("efficiency")] for row in table["rows"][:2]] == ["100%", "90%"]
     assert table["rows"][2][2] == "exit code 2" and len(table["rows"][2]) == len(table["columns"])
+
+
+GRID = {
+    "config": "tiny.yaml",
+    "settings": ["trainer.steps=6"],
+    "losses": {"clip": ["loss=grpo"], "one": ["loss=sapo", "loss.sides=one"]},
+    "axes": {"trainer.updates_per_rollout": [4, 16]},
+    "seeds": [0, 1],
+}
+
+
+def made_up_run(folder: Path, cell: study.Cell, accuracies: list[float], steps: int = 6, **numbers: float) -> None:
+    """A run folder as a cell leaves it, an evaluation every second step, ten seconds each."""
+    run = folder / cell.name / "runs/tiny/2026-01-01_00-00-00"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(f"trainer: {{steps: {steps}}}\n")
+    records: list[dict[str, object]] = []
+    for step in range(2 * len(accuracies) - 1):
+        if step:
+            records.append({"step": step, "time": 10.0 * step, "policy/loss": 0.1, "warning": "a text", **numbers})
+        if step % 2 == 0:
+            records.append({"step": step, "time": 10.0 * step + 1, "eval/accuracy": accuracies[step // 2]})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records) + '{"step": 99, "half wri')
+
+
+def test_a_grid_runs_every_loss_of_the_first_seed_first() -> None:
+    cells = study.plan(GRID, ["model.path=m"])
+    assert len(cells) == len({cell.name for cell in cells}) == 8
+    assert [(cell.seed, cell.axes["trainer.updates_per_rollout"], cell.loss) for cell in cells[:5]] == [
+        (0, 4, "clip"), (0, 4, "one"), (0, 16, "clip"), (0, 16, "one"), (1, 4, "clip")
+    ]  # fmt: skip
+    assert cells[3].overrides == (
+        "config=tiny.yaml", "trainer.steps=6", "trainer.updates_per_rollout=16", "loss=sapo", "loss.sides=one",
+        "seed=0", "model.path=m",
+    )  # fmt: skip
+    assert not any("=" in cell.name or "/" in cell.name for cell in cells)  # they are part of an override's value
+    for wrong, word in (({"taus": [1]}, "'taus'"), ({"losses": None}, "losses")):
+        with pytest.raises(ValueError, match=word):
+            study.plan({key: value for key, value in (GRID | wrong).items() if value is not None})
+
+
+def test_a_run_has_collapsed_after_two_evaluations_below_a_third_of_its_best() -> None:
+    def at(*accuracies: float) -> int | None:
+        return study_results.collapsed_at([{"step": n, "eval/accuracy": value} for n, value in enumerate(accuracies)])
+
+    assert at(0.2, 0.6, 0.19, 0.19, 0.5) == 3
+    assert at(0.2, 0.6, 0.19, 0.21, 0.19) is None
+    assert at(0.09, 0.0, 0.0, 0.0) is None  # too little to lose
+    assert study_results.collapsed_at([{"step": 1, "policy/loss": 0.1}, {"step": 2, "policy/loss": None}]) == 2
+    assert study_results.collapsed_at([{"step": 1, "policy/loss": 0.1, "policy/grad_norm": None}]) == 1
+
+
+def test_results_of_a_grid_have_a_row_a_step_and_means_over_seeds(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    grid = GRID | {"axes": {"trainer.updates_per_rollout": [4]}}
+    cells = study.plan(grid)
+    curves = {"clip": ([0.2, 0.3, 0.4, 0.5], [0.2, 0.3, 0.4, 0.7]), "one": ([0.2, 0.6, 0.1, 0.1], [0.2, 0.3])}
+    for cell in cells:
+        made_up_run(tmp_path, cell, curves[cell.loss][cell.seed], **{"policy/ratio_max": 2.0 + cell.seed})
+    ends = {"clip": ("complete", "complete"), "one": ("collapsed", None)}
+    for cell in cells:
+        if how := ends[cell.loss][cell.seed]:
+            (tmp_path / cell.name / "outcome.json").write_text(json.dumps({"outcome": how}))
+    result = study.collect(cells, tmp_path, tmp_path / "out/study.json", grid)
+
+    assert json.loads((tmp_path / "out/study.json").read_text()) == result
+    assert [one["outcome"] for one in result["cells"]] == ["complete", "collapsed", "complete", "unfinished"]
+    assert result["cells"][0]["curve"] == [[0, 1.0, 0.2], [2, 21.0, 0.3], [4, 41.0, 0.4], [6, 61.0, 0.5]]
+    clip, one = ({**dict(zip(result["table"]["columns"], row, strict=True))} for row in result["table"]["rows"])
+    assert (clip["loss"], clip["updates_per_rollout"], clip["seeds"], clip["collapsed"]) == ("clip", "4", "2", "")
+    assert (clip["accuracy at the end"], clip["ratio max"]) == ("0.600 ± 0.100", "2.50 ± 0.50")
+    assert (one["seeds"], one["accuracy at the end"], one["best"], one["collapsed"]) == ("1", "0.100", "0.600", "1")
+
+    rows = pq.read_table(tmp_path / "out/study.parquet").to_pylist()
+    assert len(rows) == 7 + 7 + 7 + 3
+    assert {row["cell"] for row in rows} == {cell.name for cell in cells}
+    lost = [row["step"] for row in rows if row["collapsed"]]
+    assert lost == [6]
+    last = rows[6]
+    assert (last["step"], last["time"], last["eval/accuracy"], last["policy/ratio_max"]) == (6, 61.0, 0.5, 2.0)
+    assert rows[0]["policy/ratio_max"] is None and "warning" not in last
+
+
+def test_a_cell_is_complete_with_the_evaluation_after_its_last_step(tmp_path: Path) -> None:
+    first, second, *_ = study.plan(GRID)
+    made_up_run(tmp_path, first, [0.1] * 4)
+    made_up_run(tmp_path, second, [0.1] * 3)
+    done = [study.is_complete(tmp_path / cell.name, study.records_of(tmp_path / cell.name)) for cell in (first, second)]
+    assert done == [True, False]
+    assert not study.is_complete(tmp_path / "absent", [])
