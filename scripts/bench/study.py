@@ -173,8 +173,8 @@ class Running:
         return found
 
 
-def start(cell: Cell, folder: Path, card: str | None) -> Running:
-    """Start a cell on a card, from its checkpoint where there is one, else anew."""
+def start(cell: Cell, folder: Path, card: str | None, threads: int) -> Running:
+    """Start a cell on a card, with so many threads, from its checkpoint where there is one, else anew."""
     run = run_folder(folder)
     resumes = run is not None and any((run / "checkpoints").glob("step_*"))
     if not resumes:
@@ -183,7 +183,8 @@ def start(cell: Cell, folder: Path, card: str | None) -> Running:
     (folder / "outcome.json").unlink(missing_ok=True)
     arguments = [f"resume={run}"] if resumes else cell.overrides
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+    environment = {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": str(threads)} | os.environ
+    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
     if card is not None:
         environment["CUDA_VISIBLE_DEVICES"] = card
     with (folder / "log.txt").open("a") as log:
@@ -218,14 +219,16 @@ def run_all(
     waiting = list(cells)
     slots: dict[int, Running] = {}
     places = [card for _ in range(parallel) for card in cards()]
+    threads = max(1, (os.cpu_count() or 1) // len(places))
     try:
         while waiting or slots:
             left = deadline - time.monotonic()
             if left < WORTH_STARTING:
                 waiting.clear()
-            for slot in [number for number in range(len(places)) if number not in slots][: len(waiting)]:
+            free = [slot for slot in range(len(places)) if slot not in slots]
+            if waiting and free:  # one at a time: engines that start at once look for the same ports
                 cell = waiting.pop(0)
-                slots[slot] = start(cell, folder / cell.name, places[slot])
+                slots[free[0]] = start(cell, folder / cell.name, places[free[0]], threads)
                 say(f"{cell.name}: started, {len(waiting)} waiting")
             for slot, one in list(slots.items()):
                 one.watch(limit)
