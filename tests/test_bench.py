@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -273,3 +274,60 @@ def test_a_cell_is_complete_with_the_evaluation_after_its_last_step(tmp_path: Pa
     done = [study.is_complete(tmp_path / cell.name, study.records_of(tmp_path / cell.name)) for cell in (first, second)]
     assert done == [True, False]
     assert not study.is_complete(tmp_path / "absent", [])
+
+
+STAND_IN = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+arguments = dict(one.split("=", 1) for one in sys.argv[1:])
+resumed = arguments.get("resume")
+run = Path(resumed or "runs/tiny/one")
+run.mkdir(parents=True, exist_ok=True)
+kind = (run / "kind").read_text() if resumed else arguments["kind"]
+(run / "kind").write_text(kind)
+(run / "config.yaml").write_text("trainer: {steps: 4}")
+stop = []
+signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+done = len(list(run.glob("checkpoints/*")))
+for step in range(done, 5):
+    if kind == "slow" and not resumed and step == 2:
+        while not stop:
+            time.sleep(0.05)
+        (run / "checkpoints/step_1").mkdir(parents=True)
+        (run / "checkpoints/step_2").mkdir()
+        sys.exit(130)
+    if kind == "fails":
+        sys.exit("no such thing")
+    accuracy = 0.6 if step == 0 or kind != "falls" else 0.1
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, "time": float(step), "eval/accuracy": accuracy}) + "\\n")
+    if kind == "falls" and step == 2:
+        while not stop:
+            time.sleep(0.05)
+        sys.exit(130)
+"""
+
+
+def test_a_grid_stops_what_has_collapsed_and_goes_on_where_it_was_cut_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "program.py").write_text(STAND_IN)
+    monkeypatch.setattr(study, "PROGRAM", (sys.executable, str(tmp_path / "program.py")))
+    monkeypatch.setattr(study, "WORTH_STARTING", 0.0)
+    monkeypatch.setattr(study, "cards", lambda: [None])
+    kinds = ["good", "falls", "fails", "slow"]
+    cells = study.plan({"config": "x", "losses": {kind: [f"kind={kind}"] for kind in kinds}})
+
+    def run(seconds: float, retry: bool = False, among: list[study.Cell] = cells) -> tuple[list[str], list[str]]:
+        left = study.unfinished(among, tmp_path, retry)
+        study.run_all(left, tmp_path, 2, 200.0, time.monotonic() + seconds, lambda: None)
+        return [cell.loss for cell in left], [study.outcome(tmp_path / cell.name) for cell in cells]
+
+    assert run(300, among=cells[:3])[1] == ["complete", "collapsed", "failed", "unfinished"]
+    assert run(study.CLOSING + 15) == (["slow"], ["complete", "collapsed", "failed", "unfinished"])
+    assert run(300) == (["slow"], ["complete", "collapsed", "failed", "complete"])
+    steps = [record["step"] for record in study.records_of(tmp_path / cells[3].name)]
+    assert steps == [0, 1, 2, 3, 4]  # not begun anew
+    assert run(300, retry=True) == (["fails"], ["complete", "collapsed", "failed", "complete"])
+    assert run(300) == ([], ["complete", "collapsed", "failed", "complete"])

@@ -33,6 +33,7 @@ import yaml
 from study_results import ACCURACY, FINAL, Record, collapsed_at, rows_of, summary, table, write_parquet
 
 ROOT = report.ROOT
+PROGRAM = (sys.executable, "-m", "sapo_rl")
 CLOSING = 45.0
 """Seconds before the end at which cells are asked to stop: to finish a step and write a checkpoint."""
 WORTH_STARTING = 120.0
@@ -188,7 +189,7 @@ def start(cell: Cell, folder: Path, card: str | None, threads: int) -> Running:
     if card is not None:
         environment["CUDA_VISIBLE_DEVICES"] = card
     with (folder / "log.txt").open("a") as log:
-        command = [sys.executable, "-m", "sapo_rl", *arguments]
+        command = [*PROGRAM, *arguments]
         process = subprocess.Popen(
             command,
             cwd=folder,
@@ -210,6 +211,12 @@ def cards() -> list[str | None]:
     except FileNotFoundError:
         return [None]
     return [str(number) for number, line in enumerate(listed) if line.startswith("GPU")] or [None]
+
+
+def unfinished(cells: Sequence[Cell], folder: Path, retry: bool) -> list[Cell]:
+    """Return the cells that are still to be run: with `retry` also those that failed."""
+    done = FINAL if retry else (*FINAL, "failed")
+    return [cell for cell in cells if outcome(folder / cell.name) not in done]
 
 
 def run_all(
@@ -293,13 +300,12 @@ def main() -> None:
     grid |= {"axes": grid.get("axes", {}) | crossed} | ({"seeds": args.seeds} if args.seeds else {})
     grid["losses"] = {name: own for name, own in grid["losses"].items() if not args.losses or name in args.losses}
     cells, folder = plan(grid, args.set), args.folder.resolve()
-    done = (*FINAL, *(() if args.retry else ("failed",)))
-    left = [cell for cell in cells if outcome(folder / cell.name) not in done]
     if args.dry_run:
         for cell in cells:
             print(outcome(folder / cell.name), cell.name, *cell.overrides)
         return
     limit = grid.get("seconds", float("inf"))
+    left = unfinished(cells, folder, args.retry)
     run_all(left, folder, args.parallel, limit, deadline, lambda: collect(cells, folder, args.out, grid) and None)
     result = collect(cells, folder, args.out, grid)
     print(report.markdown(result["table"]))
