@@ -100,8 +100,7 @@ def policy_metrics(
     sides = _sides(advantages, logps, old_logps)
     means = {f"policy/weight_mean_{name}": (_sum(gradient_weight * side), _sum(side)) for name, side in sides.items()}
     divergences = _divergences(logps, old_logps, rollout_logps)
-    means |= {name: (_sum(values), tokens) for name, values in divergences.items()}
-    means |= {
+    means |= {name: (_sum(values), tokens) for name, values in divergences.items()} | {
         "policy/against_fraction": (_sum(sides["against"]), tokens),
         "policy/weight_below_half": (_sum(gradient_weight < 0.5), tokens),
         "policy/ratio_mean": (_sum(ratio), tokens),

@@ -26,6 +26,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gspo": {"clip_low": 0.05, "clip_high": 0.08},
     "cispo": {},
     "reinforce": {},
+    "dppo": {"clip_low": 0.05, "clip_high": 0.08},
+    "dppo_kl": {"clip_low": 0.01, "clip_high": 0.02},
+    "vespo": {},
 }
 """Every loss of the family at least once."""
 
