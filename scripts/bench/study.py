@@ -242,7 +242,10 @@ def run_all(
                 if left < CLOSING + 5:
                     one.ask(None)
                 if one.process.poll() is not None:
-                    say(f"{one.cell.name}: {slots.pop(slot).close()} after {time.monotonic() - one.started:.0f} s")
+                    how = slots.pop(slot).close()
+                    say(f"{one.cell.name}: {how} after {time.monotonic() - one.started:.0f} s")
+                    if how == "failed":
+                        print(*(one.folder / "log.txt").read_text(errors="replace").splitlines()[-20:], sep="\n")
                     after()
             time.sleep(0.5)
     finally:
