@@ -202,7 +202,8 @@ def made_up_run(folder: Path, cell: study.Cell, accuracies: list[float], steps: 
     records: list[dict[str, object]] = []
     for step in range(2 * len(accuracies) - 1):
         if step:
-            records.append({"step": step, "time": 10.0 * step, "policy/loss": 0.1, "warning": "a text", **numbers})
+            of_step = {"time": 10.0 * step, "policy/loss": 0.1, "time/step": 9.0, "warning": "a text"}
+            records.append({"step": step, **of_step, **numbers})
         if step % 2 == 0:
             records.append({"step": step, "time": 10.0 * step + 1, "eval/accuracy": accuracies[step // 2]})
     (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records) + '{"step": 99, "half wri')
@@ -251,10 +252,11 @@ def test_results_of_a_grid_have_a_row_a_step_and_means_over_seeds(tmp_path: Path
 
     assert json.loads((tmp_path / "out/study.json").read_text()) == result
     assert [one["outcome"] for one in result["cells"]] == ["complete", "collapsed", "complete", "unfinished"]
-    assert result["cells"][0]["curve"] == [[0, 1.0, 0.2], [2, 21.0, 0.3], [4, 41.0, 0.4], [6, 61.0, 0.5]]
+    assert result["cells"][0]["curve"] == [[0, 0.0, 0.2], [2, 18.0, 0.3], [4, 36.0, 0.4], [6, 54.0, 0.5]]
     clip, one = ({**dict(zip(result["table"]["columns"], row, strict=True))} for row in result["table"]["rows"])
     assert (clip["loss"], clip["updates_per_rollout"], clip["seeds"], clip["collapsed"]) == ("clip", "4", "2", "")
     assert (clip["accuracy at the end"], clip["ratio max"]) == ("0.600 ± 0.100", "2.50 ± 0.50")
+    assert (clip["at equal time"], one["at equal time"]) == ("0.600 ± 0.100 at 54 s", "0.100 at 54 s")
     assert (one["seeds"], one["accuracy at the end"], one["best"], one["collapsed"]) == ("1", "0.100", "0.600", "1")
 
     rows = pq.read_table(tmp_path / "out/study.parquet").to_pylist()
@@ -264,6 +266,7 @@ def test_results_of_a_grid_have_a_row_a_step_and_means_over_seeds(tmp_path: Path
     assert lost == [6]
     last = rows[6]
     assert (last["step"], last["time"], last["eval/accuracy"], last["policy/ratio_max"]) == (6, 61.0, 0.5, 2.0)
+    assert (last["seconds"], rows[0]["seconds"]) == (54.0, 0.0)
     assert rows[0]["policy/ratio_max"] is None and "warning" not in last
 
 

@@ -49,7 +49,9 @@ def collapsed_at(records: Sequence[Record]) -> int | None:
 
 
 def rows_of(cell: Record, records: Sequence[Record]) -> list[Record]:
-    """Return a row for each step of a cell: what it is, seconds of the run so far, every number, and collapse.
+    """Return a row for each step of a cell: what it is, every number of the step, and whether the run had collapsed.
+
+    `seconds` are those of the steps so far: without the start, a restart's included, and without evaluations.
 
     Args:
         cell: the columns that tell it from others.
@@ -60,7 +62,11 @@ def rows_of(cell: Record, records: Sequence[Record]) -> list[Record]:
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         steps.setdefault(record["step"], {}).update(numbers)
     lost = collapsed_at(records)
-    return [{**cell, **row, "collapsed": lost is not None and step >= lost} for step, row in sorted(steps.items())]
+    rows, seconds = [], 0.0
+    for step, row in sorted(steps.items()):
+        seconds += row.get("time/step", 0.0)
+        rows.append({**cell, **row, "seconds": seconds, "collapsed": lost is not None and step >= lost})
+    return rows
 
 
 def write_parquet(path: Path, rows: Sequence[Record]) -> None:
@@ -75,12 +81,12 @@ def write_parquet(path: Path, rows: Sequence[Record]) -> None:
 
 
 def summary(cell: Record, how: str, rows: Sequence[Record]) -> Record:
-    """Return a cell in one row: accuracies by step with their times, and what the whole run came to."""
+    """Return a cell in one row: step, seconds and accuracy of each evaluation, and what the whole run came to."""
     found: Record = {**cell, "outcome": how}
     measured = [row for row in rows if ACCURACY in row]
     if not measured:
         return found
-    found["curve"] = [[row["step"], round(row["time"], 1), round(row[ACCURACY], 4)] for row in measured]
+    found["curve"] = [[row["step"], round(row["seconds"], 1), round(row[ACCURACY], 4)] for row in measured]
     found["collapsed_at"] = next((row["step"] for row in rows if row["collapsed"]), None)
     kinds: dict[str, tuple[str, Callable[[list[float]], float]]] = {
         "entropy": ("policy/entropy", lambda values: values[-1]),
@@ -106,24 +112,24 @@ def accuracy_at(one: Record, seconds: float) -> float:
 def table(cells: Sequence[Record], axes: Sequence[str]) -> dict[str, Any]:
     """Return means and standard errors over the seeds of cells that have ended, a row for each loss and setting.
 
-    `at equal time` is the accuracy when the quickest cell under the same settings had ended.
+    `at equal time` is the accuracy when the quickest whole cell under the same settings had ended, by the time of its steps.
     """
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for one in cells:
         if one["outcome"] in FINAL and "curve" in one:
             groups[(*(one[axis] for axis in axes), one["loss"])].append(one)
-    ends: dict[tuple[Any, ...], float] = {}
+    ends: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for key, ones in groups.items():
-        ends[key[:-1]] = min([one["curve"][-1][1] for one in ones] + [ends.get(key[:-1], float("inf"))])
+        ends[key[:-1]] += [one["curve"][-1][1] for one in ones if one["outcome"] != "collapsed"]
     numbers = [name for name in NUMBERS if any(name in one for ones in groups.values() for one in ones)]
     titles = [axis.rpartition(".")[2] for axis in axes]
     columns = ["loss", *titles, "seeds", "accuracy at the end", "at equal time", "best", *numbers, "collapsed"]
     rows = []
     for key, ones in sorted(groups.items(), key=lambda item: item[0][:-1]):
-        at = ends[key[:-1]]
+        at = min(ends[key[:-1]], default=float("inf"))
         accuracies = [
             spread([one["curve"][-1][2] for one in ones], 3),
-            f"{spread([accuracy_at(one, at) for one in ones], 3)} at {at:.0f} s",
+            f"{spread([accuracy_at(one, at) for one in ones], 3)} at {at:.0f} s" if at < float("inf") else "",
             spread([max(point[2] for point in one["curve"]) for one in ones], 3),
         ]
         others = [spread([one[name] for one in ones if name in one], NUMBERS[name]) for name in numbers]
