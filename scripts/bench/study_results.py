@@ -112,7 +112,7 @@ def accuracy_at(one: Record, seconds: float) -> float:
 def table(cells: Sequence[Record], axes: Sequence[str]) -> dict[str, Any]:
     """Return means and standard errors over the seeds of cells that have ended, a row for each loss and setting.
 
-    `at equal time` is the accuracy when the quickest whole cell under the same settings had ended, by the time of its steps.
+    `at equal time` is the accuracy when the quickest whole cell with the same settings had ended, in seconds of steps.
     """
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for one in cells:
