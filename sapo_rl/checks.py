@@ -177,6 +177,8 @@ def _check_loss(config: Config) -> None:
             f"is {loss.tau_neg}, below loss.tau_pos = {loss.tau_pos}, which the paper found unstable; "
             "raise it, or set loss.strict_temperatures=false",
         )
+    if loss.name == "sapo" and loss.sides == "one" and loss.gradient != "paper":
+        raise ConfigError("loss.sides", f"'one' needs loss.gradient=paper, which is {loss.gradient}")
     if loss.dual_clip is not None and loss.dual_clip <= 1:
         raise ConfigError("loss.dual_clip", f"is {loss.dual_clip}; must be above 1, or null")
     if loss.loss_agg_norm is not None and loss.loss_agg_norm <= 0:

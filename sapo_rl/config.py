@@ -237,7 +237,9 @@ class CorrectionConfig:
 class LossConfig:
     """The objective of an update."""
 
-    name: str = choice("sapo", "sapo", "grpo", "gspo", "cispo", "reinforce", own="policy loss")
+    name: str = choice(
+        "sapo", "sapo", "grpo", "gspo", "cispo", "reinforce", "dppo", "dppo_kl", "vespo", own="policy loss"
+    )
     """Policy loss, or the dotted path of a class of your own: `package.module.Name`; docs/sapo.md."""
     tau_pos: float = number(1.0, above=0)
     """SAPO's temperature where the advantage is positive. The gradient's weight halves at |ratio - 1| = 1.763 / tau."""
@@ -249,14 +251,16 @@ class LossConfig:
     """`paper` differentiates through the gate; `detached` is the published Trinity-RFT form."""
     gate: str = choice("sigmoid", "sigmoid", "erf", "arctan", "softsign")
     """Shape of SAPO's gate."""
+    sides: str = choice("both", "both", "one")
+    """Sides of ratio 1 that SAPO's gate damps: `both` (the paper), or `one`, where a token moves with its advantage."""
     ratio_level: str = choice("token", "token", "sequence")
     """Ratio of each token, or the length-normalised ratio of its sequence."""
     log_ratio_clamp: float = number(20.0, above=0, most=80)
     """Bound on |log ratio| before it is exponentiated; float32 overflows at 88.7."""
     clip_low: float = number(0.2, least=0)
-    """Lower clip range of grpo, gspo and cispo."""
+    """Lower clip range of grpo, gspo and cispo; bound on the divergence of dppo and dppo_kl (where 0.05 is usual)."""
     clip_high: float = number(0.2, least=0)
-    """Upper clip range of grpo, gspo and cispo."""
+    """Upper clip range, or bound where the advantage is positive."""
     dual_clip: Optional[float] = None
     """Bound on the ratio of negative advantages in grpo, above 1; null is off."""
     loss_agg_mode: str = choice(

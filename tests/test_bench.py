@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ sys.path.insert(0, str(BENCH))
 
 import report  # noqa: E402
 import scaling  # noqa: E402
+import study  # noqa: E402
+import study_results  # noqa: E402
 import vs_trl  # noqa: E402
 import workloads  # noqa: E402
 
@@ -180,3 +183,154 @@ def test_efficiency_is_tokens_a_second_of_each_gpu_against_the_fewest() -> None:
     table = scaling.table(runs, "")
     assert [row[table["columns"].index("efficiency")] for row in table["rows"][:2]] == ["100%", "90%"]
     assert table["rows"][2][2] == "exit code 2" and len(table["rows"][2]) == len(table["columns"])
+
+
+GRID = {
+    "config": "tiny.yaml",
+    "settings": ["trainer.steps=6"],
+    "losses": {"clip": ["loss=grpo"], "one": ["loss=sapo", "loss.sides=one"]},
+    "axes": {"trainer.updates_per_rollout": [4, 16]},
+    "seeds": [0, 1],
+}
+
+
+def made_up_run(folder: Path, cell: study.Cell, accuracies: list[float], steps: int = 6, **numbers: float) -> None:
+    """A run folder as a cell leaves it, an evaluation every second step, ten seconds each."""
+    run = folder / cell.name / "runs/tiny/2026-01-01_00-00-00"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(f"trainer: {{steps: {steps}}}\n")
+    records: list[dict[str, object]] = []
+    for step in range(2 * len(accuracies) - 1):
+        if step:
+            of_step = {"time": 10.0 * step, "policy/loss": 0.1, "time/step": 9.0, "warning": "a text"}
+            records.append({"step": step, **of_step, **numbers})
+        if step % 2 == 0:
+            records.append({"step": step, "time": 10.0 * step + 1, "eval/accuracy": accuracies[step // 2]})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records) + '{"step": 99, "half wri')
+
+
+def test_a_grid_runs_every_loss_of_the_first_seed_first() -> None:
+    cells = study.plan(GRID, ["model.path=m"])
+    assert len(cells) == len({cell.name for cell in cells}) == 8
+    assert [(cell.seed, cell.axes["trainer.updates_per_rollout"], cell.loss) for cell in cells[:5]] == [
+        (0, 4, "clip"), (0, 4, "one"), (0, 16, "clip"), (0, 16, "one"), (1, 4, "clip")
+    ]  # fmt: skip
+    assert cells[3].overrides == (
+        "config=tiny.yaml", "trainer.steps=6", "trainer.updates_per_rollout=16", "loss=sapo", "loss.sides=one",
+        "seed=0", "model.path=m",
+    )  # fmt: skip
+    assert not any("=" in cell.name or "/" in cell.name for cell in cells)  # they are part of an override's value
+    for wrong, word in (({"taus": [1]}, "'taus'"), ({"losses": None}, "losses")):
+        with pytest.raises(ValueError, match=word):
+            study.plan({key: value for key, value in (GRID | wrong).items() if value is not None})
+
+
+def test_a_run_has_collapsed_after_two_evaluations_below_a_third_of_its_best() -> None:
+    def at(*accuracies: float) -> int | None:
+        return study_results.collapsed_at([{"step": n, "eval/accuracy": value} for n, value in enumerate(accuracies)])
+
+    assert at(0.2, 0.6, 0.19, 0.19, 0.5) == 3
+    assert at(0.2, 0.6, 0.19, 0.21, 0.19) is None
+    assert at(0.09, 0.0, 0.0, 0.0) is None  # too little to lose
+    assert study_results.collapsed_at([{"step": 1, "policy/loss": 0.1}, {"step": 2, "policy/loss": None}]) == 2
+    assert study_results.collapsed_at([{"step": 1, "policy/loss": 0.1, "policy/grad_norm": None}]) == 1
+
+
+def test_results_of_a_grid_have_a_row_a_step_and_means_over_seeds(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    grid = GRID | {"axes": {"trainer.updates_per_rollout": [4]}}
+    cells = study.plan(grid)
+    curves = {"clip": ([0.2, 0.3, 0.4, 0.5], [0.2, 0.3, 0.4, 0.7]), "one": ([0.2, 0.6, 0.1, 0.1], [0.2, 0.3])}
+    for cell in cells:
+        made_up_run(tmp_path, cell, curves[cell.loss][cell.seed], **{"policy/ratio_max": 2.0 + cell.seed})
+    ends = {"clip": ("complete", "complete"), "one": ("collapsed", None)}
+    for cell in cells:
+        if how := ends[cell.loss][cell.seed]:
+            (tmp_path / cell.name / "outcome.json").write_text(json.dumps({"outcome": how}))
+    result = study.collect(cells, tmp_path, tmp_path / "out/study.json", grid)
+
+    assert json.loads((tmp_path / "out/study.json").read_text()) == result
+    assert [one["outcome"] for one in result["cells"]] == ["complete", "collapsed", "complete", "unfinished"]
+    assert result["cells"][0]["curve"] == [[0, 0.0, 0.2], [2, 18.0, 0.3], [4, 36.0, 0.4], [6, 54.0, 0.5]]
+    clip, one = ({**dict(zip(result["table"]["columns"], row, strict=True))} for row in result["table"]["rows"])
+    assert (clip["loss"], clip["updates_per_rollout"], clip["seeds"], clip["collapsed"]) == ("clip", "4", "2", "")
+    assert (clip["accuracy at the end"], clip["ratio max"]) == ("0.600 ± 0.100", "2.50 ± 0.50")
+    assert (clip["at equal time"], one["at equal time"]) == ("0.600 ± 0.100 at 54 s", "0.100 at 54 s")
+    assert (one["seeds"], one["accuracy at the end"], one["best"], one["collapsed"]) == ("1", "0.100", "0.600", "1")
+
+    rows = pq.read_table(tmp_path / "out/study.parquet").to_pylist()
+    assert len(rows) == 7 + 7 + 7 + 3
+    assert {row["cell"] for row in rows} == {cell.name for cell in cells}
+    lost = [row["step"] for row in rows if row["collapsed"]]
+    assert lost == [6]
+    last = rows[6]
+    assert (last["step"], last["time"], last["eval/accuracy"], last["policy/ratio_max"]) == (6, 61.0, 0.5, 2.0)
+    assert (last["seconds"], rows[0]["seconds"]) == (54.0, 0.0)
+    assert rows[0]["policy/ratio_max"] is None and "warning" not in last
+
+
+def test_a_cell_is_complete_with_the_evaluation_after_its_last_step(tmp_path: Path) -> None:
+    first, second, *_ = study.plan(GRID)
+    made_up_run(tmp_path, first, [0.1] * 4)
+    made_up_run(tmp_path, second, [0.1] * 3)
+    done = [study.is_complete(tmp_path / cell.name, study.records_of(tmp_path / cell.name)) for cell in (first, second)]
+    assert done == [True, False]
+    assert not study.is_complete(tmp_path / "absent", [])
+
+
+STAND_IN = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+arguments = dict(one.split("=", 1) for one in sys.argv[1:])
+resumed = arguments.get("resume")
+run = Path(resumed or "runs/tiny/one")
+run.mkdir(parents=True, exist_ok=True)
+kind = (run / "kind").read_text() if resumed else arguments["kind"]
+(run / "kind").write_text(kind)
+(run / "config.yaml").write_text("trainer: {steps: 4}")
+stop = []
+signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+done = len(list(run.glob("checkpoints/*")))
+for step in range(done, 5):
+    if kind == "slow" and not resumed and step == 2:
+        while not stop:
+            time.sleep(0.05)
+        (run / "checkpoints/step_1").mkdir(parents=True)
+        (run / "checkpoints/step_2").mkdir()
+        sys.exit(130)
+    if kind == "fails":
+        sys.exit("no such thing")
+    accuracy = 0.6 if step == 0 or kind != "falls" else 0.1
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, "time": float(step), "eval/accuracy": accuracy}) + "\\n")
+    if kind == "falls" and step == 2:
+        while not stop:
+            time.sleep(0.05)
+        sys.exit(130)
+"""
+
+
+def test_a_grid_stops_what_has_collapsed_and_goes_on_where_it_was_cut_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "program.py").write_text(STAND_IN)
+    monkeypatch.setattr(study, "PROGRAM", (sys.executable, str(tmp_path / "program.py")))
+    monkeypatch.setattr(study, "WORTH_STARTING", 0.0)
+    monkeypatch.setattr(study, "cards", lambda: [None])
+    kinds = ["good", "falls", "fails", "slow"]
+    cells = study.plan({"config": "x", "losses": {kind: [f"kind={kind}"] for kind in kinds}})
+
+    def run(seconds: float, retry: bool = False, among: list[study.Cell] = cells) -> tuple[list[str], list[str]]:
+        left = study.unfinished(among, tmp_path, retry)
+        study.run_all(left, tmp_path, 2, 200.0, time.monotonic() + seconds, lambda: None)
+        return [cell.loss for cell in left], [study.outcome(tmp_path / cell.name) for cell in cells]
+
+    assert run(300, among=cells[:3])[1] == ["complete", "collapsed", "failed", "unfinished"]
+    assert run(study.CLOSING + 15) == (["slow"], ["complete", "collapsed", "failed", "unfinished"])
+    assert run(300) == (["slow"], ["complete", "collapsed", "failed", "complete"])
+    steps = [record["step"] for record in study.records_of(tmp_path / cells[3].name)]
+    assert steps == [0, 1, 2, 3, 4]  # not begun anew
+    assert run(300, retry=True) == (["fails"], ["complete", "collapsed", "failed", "complete"])
+    assert run(300) == ([], ["complete", "collapsed", "failed", "complete"])

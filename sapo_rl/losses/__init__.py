@@ -10,13 +10,15 @@ from sapo_rl.losses.build import LossInputs, LossOutputs, build_loss
 from sapo_rl.losses.cispo import CISPOPolicyLossFn, cispo_token_losses
 from sapo_rl.losses.correction import MismatchCorrection, mismatch_factor, stale_negative_mask
 from sapo_rl.losses.divergence import KLPenalty, kl_estimate
-from sapo_rl.losses.gates import GATES, gate_value, gate_weight, half_weight_distance, temperatures
+from sapo_rl.losses.dppo import DPPOKLPolicyLossFn, DPPOPolicyLossFn, binary_kl, binary_tv, dppo_token_losses
+from sapo_rl.losses.gates import GATES, gate_rise, gate_value, gate_weight, half_weight_distance, temperatures
 from sapo_rl.losses.grpo import GRPOPolicyLossFn, clipped_token_losses
 from sapo_rl.losses.gspo import GSPOPolicyLossFn
 from sapo_rl.losses.metrics import Across, inert_temperature_warning, policy_metrics
 from sapo_rl.losses.ratio import bounded_ratio, log_ratio
 from sapo_rl.losses.reinforce import ReinforcePolicyLossFn, reinforce_token_losses
-from sapo_rl.losses.sapo import SAPOPolicyLossFn, sapo_token_losses
+from sapo_rl.losses.sapo import SAPOPolicyLossFn, one_sided_token_losses, sapo_token_losses
+from sapo_rl.losses.vespo import VESPOPolicyLossFn, vespo_token_losses
 
 __all__ = [
     "AGGREGATION_MODES",
@@ -24,6 +26,8 @@ __all__ = [
     "POLICY_LOSS_FN",
     "Across",
     "CISPOPolicyLossFn",
+    "DPPOKLPolicyLossFn",
+    "DPPOPolicyLossFn",
     "GRPOPolicyLossFn",
     "GSPOPolicyLossFn",
     "KLPenalty",
@@ -34,11 +38,16 @@ __all__ = [
     "ReinforcePolicyLossFn",
     "SAPOPolicyLossFn",
     "TokenLosses",
+    "VESPOPolicyLossFn",
     "aggregate_loss",
+    "binary_kl",
+    "binary_tv",
     "bounded_ratio",
     "build_loss",
     "cispo_token_losses",
     "clipped_token_losses",
+    "dppo_token_losses",
+    "gate_rise",
     "gate_value",
     "gate_weight",
     "half_weight_distance",
@@ -47,6 +56,7 @@ __all__ = [
     "log_ratio",
     "masked_mean",
     "mismatch_factor",
+    "one_sided_token_losses",
     "policy_metrics",
     "reinforce_token_losses",
     "sapo_token_losses",
@@ -54,4 +64,5 @@ __all__ = [
     "stale_negative_mask",
     "temperatures",
     "token_weights",
+    "vespo_token_losses",
 ]

@@ -1,6 +1,6 @@
 """Draw SAPO's gate beside GRPO's clip range, and say where its gradient fades.
 
-python -m sapo_rl.losses.explain tau_pos=1 tau_neg=1.05 [gate=sigmoid] [clip_low=0.2] [clip_high=0.2] [out=gate.png]
+python -m sapo_rl.losses.explain tau_pos=1 tau_neg=1.05 [gate=sigmoid] [sides=both] [clip_low=0.2] ... [out=gate.png]
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from sapo_rl.losses.gates import GATES, find_gate, gate_value, gate_weight, half_weight_distance
 from sapo_rl.losses.grpo import clipped_token_losses
-from sapo_rl.losses.sapo import check_temperatures
+from sapo_rl.losses.sapo import check_sides, check_temperatures, sapo_token_losses
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-USAGE = "usage: python -m sapo_rl.losses.explain tau_pos=1 tau_neg=1.05 gate=sigmoid clip_low=0.2 out=gate.png"
+USAGE = "usage: python -m sapo_rl.losses.explain tau_pos=1 tau_neg=1.05 gate=sigmoid sides=both out=gate.png"
 RATIO_SHOWN = 3.0
 COLOURS = {1.0: "#1f6fb4", -1.0: "#c8502d"}
 
@@ -29,12 +29,13 @@ class Settings:
     """What to explain.
 
     Raises:
-        ValueError: a temperature or clip width out of range, or an unknown gate.
+        ValueError: a temperature or clip width out of range, an unknown gate or choice of sides.
     """
 
     tau_pos: float = 1.0
     tau_neg: float = 1.05
     gate: str = "sigmoid"
+    sides: str = "both"
     clip_low: float = 0.2
     clip_high: float = 0.2
     out: str = "gate.png"
@@ -42,6 +43,7 @@ class Settings:
     def __post_init__(self) -> None:
         check_temperatures(self.tau_pos, self.tau_neg, strict=False)
         find_gate(self.gate)
+        check_sides(self.sides, "paper")
         if not (self.clip_low > 0 and self.clip_high > 0):
             raise ValueError(f"clip_low and clip_high must be above 0, found {self.clip_low} and {self.clip_high}")
 
@@ -82,18 +84,24 @@ def report(settings: Settings) -> str:
         tau = settings.tau(sign)
         distance = half_weight_distance(tau, settings.gate)
         at_zero, at_low, at_high = _weight(torch.tensor([0.0, low, high]), tau, settings.gate).tolist()
-        below = f"and {1 - distance:.4g}" if distance < 1 else f"(below r = 1 never: w(0) = {at_zero:.3f})"
-        lines.append(
-            f"{key}={tau:g}: weight 1/2 at |r - 1| = {distance:.4g}, r = {1 + distance:.4g} {below}; "
-            f"w({low:g}) = {at_low:.3f}, w({high:g}) = {at_high:.3f}"
-        )
+        above = f"r = {1 + distance:.4g}"
+        below = f"r = {1 - distance:.4g}" if distance < 1 else f"never below r = 1: w(0) = {at_zero:.3f}"
+        at = f"{above} and {below}"
+        weights = f"w({low:g}) = {at_low:.3f}, w({high:g}) = {at_high:.3f}"
+        if settings.sides == "one":
+            at = above if sign > 0 else below
+            weights = f"w({high:g}) = {at_high:.3f}, 1 below 1" if sign > 0 else f"w({low:g}) = {at_low:.3f}, 1 above 1"
+        lines.append(f"{key}={tau:g}: weight 1/2 at |r - 1| = {distance:.4g}, {at}; {weights}")
     for key, width in (("clip_low", settings.clip_low), ("clip_high", settings.clip_high)):
         lines.append(f"to halve the weight where GRPO clips with {key}={width:g}: tau = {half_width / width:.3g}")
     return "\n".join(lines)
 
 
 def draw(settings: Settings, path: str) -> None:
-    """Write a PNG with gate, gradient weight and size of the push r w, each with GRPO's counterpart, to `path`."""
+    """Write a PNG with gate, gradient weight and size of the push r w, each with GRPO's counterpart, to `path`.
+
+    With one side the first panel has the objective per unit of advantage, which the gate's value alone is not.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -102,22 +110,31 @@ def draw(settings: Settings, path: str) -> None:
     ratio = torch.linspace(1e-3, RATIO_SHOWN, 600, dtype=torch.float64)
     for sign, name in ((1.0, "A > 0"), (-1.0, "A < 0")):
         tau, colour = settings.tau(sign), COLOURS[sign]
-        weight, label = _weight(ratio, tau, settings.gate), f"{name}, tau = {tau:g}"
+        label, signs = f"{name}, tau = {tau:g}", torch.full_like(ratio, sign)
         clip = clipped_token_losses(
-            ratio.log(),
-            torch.full_like(ratio, sign),
-            clip_low=settings.clip_low,
-            clip_high=settings.clip_high,
+            ratio.log(), signs, clip_low=settings.clip_low, clip_high=settings.clip_high
         ).gradient_weight
-        value = gate_value(ratio, torch.full_like(ratio, tau), settings.gate)
-        gate_axes.plot(ratio, value, color=colour, label=label)
+        gated = sapo_token_losses(
+            ratio.log(),
+            ratio.log(),
+            signs,
+            tau_pos=settings.tau_pos,
+            tau_neg=settings.tau_neg,
+            gate=settings.gate,
+            sides=settings.sides,
+        )
+        weight = gated.gradient_weight
+        gate_axes.plot(ratio, -gated.losses * signs, color=colour, label=label)
         weight_axes.plot(ratio, weight, color=colour, label=label)
         push_axes.plot(ratio, weight * ratio, color=colour, label=label)
         weight_axes.plot(ratio, clip, color=colour, linestyle=":", label=f"GRPO, {name}")
         push_axes.plot(ratio, clip * ratio, color=colour, linestyle=":", label=f"GRPO, {name}")
-        push_axes.plot(ratio, value, color=colour, linestyle="--", alpha=0.5, label=f"detached, {name}")
-    _dress(gate_axes, settings, f"gate f(r) ({settings.gate})")
-    _dress(weight_axes, settings, "gradient weight w(r) = f'(r)")
+        if settings.sides == "both":
+            value = gate_value(ratio, torch.full_like(ratio, tau), settings.gate)
+            push_axes.plot(ratio, value, color=colour, linestyle="--", alpha=0.5, label=f"detached, {name}")
+    one = settings.sides == "one"
+    _dress(gate_axes, settings, f"{'objective per unit of advantage' if one else 'gate f(r)'} ({settings.gate})")
+    _dress(weight_axes, settings, "gradient weight" if one else "gradient weight w(r) = f'(r)")
     _dress(push_axes, settings, "push on log-probability per unit of advantage")
     FigureCanvasAgg(figure).print_png(path)
 

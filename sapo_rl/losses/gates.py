@@ -21,6 +21,8 @@ class Gate(NamedTuple):
 
     mass: Callable[[Tensor], Tensor]
     """tau f, differentiable; 2 at u = 0."""
+    rise: Callable[[Tensor], Tensor]
+    """mass(u) - 2, differentiable, precise near u = 0 as well."""
     slope: Callable[[Tensor], Tensor]
     """Its derivative w; 1 at u = 0."""
     half_width: float
@@ -32,21 +34,25 @@ class Gate(NamedTuple):
 GATES: dict[str, Gate] = {
     "sigmoid": Gate(
         mass=lambda u: 4 * logsigmoid(u).exp(),
+        rise=lambda u: torch.where(u.abs() < 1, 2 * torch.tanh(u / 2), 4 * logsigmoid(u).exp() - 2),
         slope=lambda u: torch.cosh(u / 2) ** -2,
         half_width=2 * math.acosh(math.sqrt(2)),
     ),
     "erf": Gate(
         mass=lambda u: 2 + math.sqrt(math.pi / 2) * torch.erf(u / math.sqrt(2)),
+        rise=lambda u: math.sqrt(math.pi / 2) * torch.erf(u / math.sqrt(2)),
         slope=lambda u: torch.exp(-(u**2) / 2),
         half_width=math.sqrt(2 * math.log(2)),
     ),
     "arctan": Gate(
         mass=lambda u: 2 + torch.atan(u),
+        rise=torch.atan,
         slope=lambda u: 1 / (1 + u**2),
         half_width=1.0,
     ),
     "softsign": Gate(
         mass=lambda u: 2 + torch.sin(torch.atan(u)),  # u / sqrt(1 + u^2)
+        rise=lambda u: torch.sin(torch.atan(u)),
         slope=lambda u: (1 + u**2) ** -1.5,
         half_width=math.sqrt(2 ** (2 / 3) - 1),
     ),
@@ -73,6 +79,11 @@ def temperatures(advantages: Tensor, tau_pos: float, tau_neg: float) -> Tensor:
 def gate_value(ratio: Tensor, tau: Tensor, gate: str = "sigmoid") -> Tensor:
     """Return f(r), shaped as `ratio`; for the sigmoid `4 / tau * sigmoid(tau (r - 1))` (equation 6)."""
     return find_gate(gate).mass(tau * (ratio - 1)) / tau
+
+
+def gate_rise(ratio: Tensor, tau: Tensor, gate: str = "sigmoid") -> Tensor:
+    """Return f(r) - f(1), shaped as `ratio`: 0 at r = 1, and as precise near it as r - 1 itself."""
+    return find_gate(gate).rise(tau * (ratio - 1)) / tau
 
 
 def gate_weight(ratio: Tensor, tau: Tensor, gate: str = "sigmoid") -> Tensor:

@@ -3,6 +3,9 @@
 * `policy/weight_mean_pos`, `_neg`: mean gradient weight where A > 0, where A < 0 (NaN where there is no such
   token); `policy/weight_below_half`: fraction of tokens whose weight is under 1/2; `policy/weighted_ratio_max`:
   max of weight * r.
+* `policy/weight_mean_with`, `_against`: mean gradient weight of the tokens whose probability has moved with their
+  advantage since the rollout (A > 0 and r > 1, or A < 0 and r < 1), and of those that have moved against it (NaN where
+  there is no such token); `policy/against_fraction`: fraction of all tokens that have moved against it.
 * `policy/ratio_mean`, `_min`, `_max`, `_p99`; `policy/outside_clip_fraction`: fraction with |r - 1| > 0.2.
 * `policy/kl_old_k1`, `_k3`: KL(old || now). With `rollout_logps` also `policy/kl_rollout_k1`, `_k3`: KL(vLLM ||
   now), drift and mismatch together, and `mismatch/kl_k1`, `_k3`: KL(vLLM || old), the mismatch of engine and
@@ -93,11 +96,12 @@ def policy_metrics(
     ratio, _ = bounded_ratio(logps - old_logps, RATIO_BOUND)
     variance = _variance_inside_sequences(logps - old_logps, sequence_ids, num_sequences)
     tau = temperatures(sequence_mean(advantages, sequence_ids, num_sequences), tau_pos, tau_neg)
-    positive, negative = advantages > 0, advantages < 0
     tokens, sequences = _count(len(ratio), ratio), _count(num_sequences, ratio)
-    means = {name: (_sum(values), tokens) for name, values in _divergences(logps, old_logps, rollout_logps).items()} | {
-        "policy/weight_mean_pos": (_sum(gradient_weight * positive), _sum(positive)),
-        "policy/weight_mean_neg": (_sum(gradient_weight * negative), _sum(negative)),
+    sides = _sides(advantages, logps, old_logps)
+    means = {f"policy/weight_mean_{name}": (_sum(gradient_weight * side), _sum(side)) for name, side in sides.items()}
+    divergences = _divergences(logps, old_logps, rollout_logps)
+    means |= {name: (_sum(values), tokens) for name, values in divergences.items()} | {
+        "policy/against_fraction": (_sum(sides["against"]), tokens),
         "policy/weight_below_half": (_sum(gradient_weight < 0.5), tokens),
         "policy/ratio_mean": (_sum(ratio), tokens),
         "policy/outside_clip_fraction": (_sum((ratio - 1).abs() > CLIP_RANGE), tokens),
@@ -135,6 +139,18 @@ def _extreme(columns: Mapping[str, Tensor], sign: int, across: Across) -> dict[s
     own = [torch.nn.functional.pad(sign * values.double(), **bound).amax() for values in columns.values()]
     everyone = across.joined(torch.stack(own)).view(-1, len(own))
     return dict(zip(columns, sign * everyone.amax(0), strict=True))
+
+
+def _sides(advantages: Tensor, logps: Tensor, old_logps: Tensor) -> dict[str, Tensor]:
+    """Which tokens have a positive or negative advantage, and which have moved with or against it."""
+    positive, negative = advantages > 0, advantages < 0
+    risen, fallen = logps > old_logps, logps < old_logps
+    return {
+        "pos": positive,
+        "neg": negative,
+        "with": positive & risen | negative & fallen,
+        "against": positive & fallen | negative & risen,
+    }
 
 
 def _divergences(logps: Tensor, old_logps: Tensor, rollout_logps: Tensor | None) -> dict[str, Tensor]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from sapo_rl.losses.base import POLICY_LOSS_FN, PolicyLossFn, TokenLosses
-from sapo_rl.losses.gates import find_gate, gate_value, gate_weight, temperatures
+from sapo_rl.losses.gates import find_gate, gate_rise, gate_value, gate_weight, temperatures
 from sapo_rl.losses.ratio import bounded_ratio
 
 GRADIENTS = ("paper", "detached")
 """How the gradient passes the gate."""
+SIDES = ("both", "one")
+"""Where the gate damps: on both sides of r = 1 (the paper), or where a token has moved with its advantage."""
 
 
 def sapo_token_losses(
@@ -24,6 +27,7 @@ def sapo_token_losses(
     tau_neg: float,
     gate: str = "sigmoid",
     gradient: str = "paper",
+    sides: str = "both",
     log_ratio_clamp: float = 20.0,
 ) -> TokenLosses:
     """Return SAPO's loss of each packed token.
@@ -34,6 +38,8 @@ def sapo_token_losses(
     * `detached`: loss -A f(r) logp with f held constant, so d loss / d logp = -A f(r), as Trinity-RFT publishes it.
       That is 2 / tau times the paper's gradient at r = 1, and it grows with r where the paper's vanishes.
 
+    With `sides` = `one` the loss is that of `one_sided_token_losses`, and `gradient` must be `paper`.
+
     Args:
         logps: `(T,)` log-probabilities now; only `detached` reads them.
         log_ratios: `(T,)` log r, differentiable, by token or by sequence.
@@ -42,8 +48,17 @@ def sapo_token_losses(
         tau_neg: temperature where A <= 0.
         gate: one of `GATES`.
         gradient: `paper` or `detached`.
+        sides: `both` or `one`.
         log_ratio_clamp: bound on |log r|.
+
+    Raises:
+        ValueError: `sides` = `one` with another gradient than `paper`.
     """
+    if sides == "one":
+        check_sides(sides, gradient)
+        return one_sided_token_losses(
+            log_ratios, advantages, tau_pos=tau_pos, tau_neg=tau_neg, gate=gate, log_ratio_clamp=log_ratio_clamp
+        )
     ratio, inside = bounded_ratio(log_ratios, log_ratio_clamp)
     tau = temperatures(advantages, tau_pos, tau_neg)
     value = gate_value(ratio, tau, gate)
@@ -51,6 +66,40 @@ def sapo_token_losses(
         return TokenLosses(-value * advantages, gate_weight(ratio.detach(), tau, gate) * inside)
     coefficient = value.detach()
     return TokenLosses(-advantages * coefficient * logps, coefficient / ratio.detach())
+
+
+def one_sided_token_losses(
+    log_ratios: Tensor,
+    advantages: Tensor,
+    *,
+    tau_pos: float,
+    tau_neg: float,
+    gate: str = "sigmoid",
+    log_ratio_clamp: float = 20.0,
+) -> TokenLosses:
+    """Return -min(r A, (1 + f(r) - f(1)) A) of each packed token, all tensors `(T,)`.
+
+    Both terms are A with slope A at r = 1, and the slope of the second is w(r) A with w <= 1. The minimum is therefore
+    the gated term where the token has moved with its advantage (A > 0 and r > 1, or A < 0 and r < 1), with weight w,
+    and the plain ratio where it has moved against it, with weight 1: PPO's clip with a soft edge. As there without dual
+    clip, d loss / d logp = -A r has no bound where A < 0 and r is large, short of `log_ratio_clamp`.
+    """
+    ratio, inside = bounded_ratio(log_ratios, log_ratio_clamp)
+    tau = temperatures(advantages, tau_pos, tau_neg)
+    now = ratio.detach()
+    # chosen by its sign, as the minimum would be, but free of rounding where the two terms nearly agree
+    moved_with = torch.where(advantages > 0, now > 1, now < 1)
+    gated = torch.where(moved_with, 1 + gate_rise(ratio, tau, gate), ratio)
+    weight = torch.where(moved_with, gate_weight(now, tau, gate), 1.0)
+    return TokenLosses(-gated * advantages, weight * inside)
+
+
+def check_sides(sides: str, gradient: str) -> None:
+    """Raise ValueError unless `sides` is one of `SIDES`, and `both` where the gradient is `detached`."""
+    if sides not in SIDES:
+        raise ValueError(f"unknown sides '{sides}'; valid: {', '.join(SIDES)}")
+    if sides == "one" and gradient != "paper":
+        raise ValueError(f"sides 'one' needs gradient 'paper', found '{gradient}'")
 
 
 def check_temperatures(tau_pos: float, tau_neg: float, *, strict: bool) -> None:
@@ -80,7 +129,7 @@ class SAPOPolicyLossFn(PolicyLossFn):
 
     Raises:
         ValueError: a temperature that is not above 0; `tau_neg < tau_pos` under `strict_temperatures`; an unknown gate,
-            gradient, aggregation or ratio level.
+            gradient, aggregation, ratio level or choice of sides; one side with the detached gradient.
     """
 
     name: ClassVar[str] = "sapo"
@@ -93,6 +142,8 @@ class SAPOPolicyLossFn(PolicyLossFn):
     """`paper` or `detached`; see `sapo_token_losses`."""
     gate: str = "sigmoid"
     """One of `GATES`."""
+    sides: str = "both"
+    """`both`, or `one` for `one_sided_token_losses`."""
     strict_temperatures: bool = True
     """Refuse `tau_neg < tau_pos`, the least stable order in the paper's ablation (which runs 0.95)."""
 
@@ -102,6 +153,7 @@ class SAPOPolicyLossFn(PolicyLossFn):
         if self.gradient not in GRADIENTS:
             raise ValueError(f"unknown gradient '{self.gradient}'; valid: {', '.join(GRADIENTS)}")
         find_gate(self.gate)
+        check_sides(self.sides, self.gradient)
 
     @classmethod
     def default_args(cls) -> dict[str, Any]:
@@ -122,6 +174,7 @@ class SAPOPolicyLossFn(PolicyLossFn):
             tau_neg=self.tau_neg,
             gate=self.gate,
             gradient=self.gradient,
+            sides=self.sides,
             log_ratio_clamp=self.log_ratio_clamp,
         )
 

@@ -18,11 +18,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sapo-erf": {"name": "sapo", "gradient": "paper", "gate": "erf", "tau_pos": 3.0, "tau_neg": 4.0},
     "sapo-arctan": {"name": "sapo", "gradient": "paper", "gate": "arctan", "tau_pos": 3.0, "tau_neg": 4.0},
     "sapo-softsign": {"name": "sapo", "gradient": "paper", "gate": "softsign", "tau_pos": 3.0, "tau_neg": 4.0},
+    "sapo-one": {"name": "sapo", "gradient": "paper", "sides": "one"},
+    "sapo-one-sequence": {"name": "sapo", "gradient": "paper", "sides": "one", "ratio_level": "sequence"},
+    "sapo-one-erf": {"name": "sapo", "gradient": "paper", "sides": "one", "gate": "erf", "tau_neg": 4.0},
     "grpo": {},
     "grpo-dual": {"name": "grpo", "clip_high": 0.28, "dual_clip": 1.5},
     "gspo": {"clip_low": 0.05, "clip_high": 0.08},
     "cispo": {},
     "reinforce": {},
+    "dppo": {"clip_low": 0.05, "clip_high": 0.08},
+    "dppo_kl": {"clip_low": 0.01, "clip_high": 0.02},
+    "vespo": {},
 }
 """Every loss of the family at least once."""
 

@@ -24,8 +24,16 @@ def test_it_draws_and_prints_from_the_command_line(tmp_path: Path) -> None:
 
 def test_a_narrow_gate_halves_on_both_sides() -> None:
     text = report(parse(["tau_pos=10", "tau_neg=12", "clip_low=0.1", "clip_high=0.5"]))
-    assert "r = 1.176 and 0.8237" in text
+    assert "r = 1.176 and r = 0.8237" in text
     assert "clip_low=0.1: tau = 17.6" in text and "clip_high=0.5: tau = 3.53" in text
+
+
+def test_one_side_has_its_half_weight_there_and_the_whole_on_the_other(tmp_path: Path) -> None:
+    text = report(parse(["tau_pos=10", "tau_neg=12", "sides=one"]))
+    assert "0.1763, r = 1.176; w(1.2) = 0.420, 1 below 1" in text
+    assert "0.1469, r = 0.8531; w(0.8) = 0.305, 1 above 1" in text
+    assert main(["sides=one", f"out={tmp_path / 'one.png'}"]) == 0
+    assert (tmp_path / "one.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
@@ -36,6 +44,7 @@ def test_a_narrow_gate_halves_on_both_sides() -> None:
         ("tau_pos=one", "tau_pos must be a number"),
         ("tau_pos=0", "tau_pos must be above 0"),
         ("gate=step", "sigmoid, erf"),
+        ("sides=left", "both, one"),
         ("clip_low=0", "clip_low"),
     ],
 )

@@ -37,6 +37,7 @@ def test_metrics_are_what_their_names_say() -> None:
     metrics, tensors = step(rollout=True)
     old, now, rollout = (tensors[key] for key in ("old_logps", "logps", "rollout_logps"))
     advantages, weight = tensors["advantages"], tensors["gradient_weight"]
+    moved = (now - old) * advantages
     ratio, log_ratio = (now - old).exp(), now - old
     variances = [part.var(correction=0) for part in log_ratio.split([100, 50, 120, 30])]
     bounds = [tau**2 / 4 * variance for tau, variance in zip((3, 4, 3, 4), variances, strict=True)]
@@ -47,6 +48,9 @@ def test_metrics_are_what_their_names_say() -> None:
     expected = {
         "policy/weight_mean_pos": weight[advantages > 0].mean(),
         "policy/weight_mean_neg": weight[advantages < 0].mean(),
+        "policy/weight_mean_with": weight[moved > 0].mean(),
+        "policy/weight_mean_against": weight[moved < 0].mean(),
+        "policy/against_fraction": (moved < 0).double().mean(),
         "policy/weight_below_half": (weight < 0.5).double().mean(),
         "policy/weighted_ratio_max": (weight * ratio).max(),
         "policy/ratio_mean": ratio.mean(),
@@ -89,7 +93,7 @@ def test_a_runaway_ratio_stays_finite_and_an_empty_step_has_no_metrics() -> None
         gradient_weight=torch.ones(2),
         **shared,
     )
-    assert math.isnan(metrics.pop("policy/weight_mean_neg").item())
+    assert all(math.isnan(metrics.pop(f"policy/weight_mean_{side}").item()) for side in ("neg", "against"))
     assert all(value.isfinite() for value in metrics.values())
     empty = torch.empty(0)
     nothing = dict.fromkeys(("logps", "old_logps", "advantages", "gradient_weight"), empty)

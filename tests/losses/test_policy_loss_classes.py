@@ -148,6 +148,8 @@ def test_masked_mean_leaves_out_what_is_masked() -> None:
         ("sapo", {"tau_pos": float("nan")}, "tau_pos must be above 0"),
         ("sapo", {"tau_neg": 0.95}, "strict_temperatures"),
         ("sapo", {"gradient": "seed"}, "paper, detached"),
+        ("sapo", {"sides": "left", "gradient": "paper"}, "both, one"),
+        ("sapo", {"sides": "one", "gradient": "detached"}, "needs gradient 'paper'"),
         ("sapo", {"gate": "step"}, "sigmoid, erf, arctan, softsign"),
         ("sapo", {"loss_agg_mode": "mean"}, "token-mean"),
         ("sapo", {"ratio_level": "word"}, "token, sequence"),
@@ -157,6 +159,8 @@ def test_masked_mean_leaves_out_what_is_masked() -> None:
         ("grpo", {"clip_low": -0.1}, "clip_low"),
         ("grpo", {"dual_clip": 1.0}, "dual_clip"),
         ("cispo", {"clip_high": -0.1}, "clip_high"),
+        ("dppo", {"clip_low": -0.1}, "clip_low"),
+        ("vespo", {"lambda_neg": 0.0}, "lambda_neg"),
     ],
 )
 def test_settings_out_of_range_are_refused(name: str, settings: dict[str, Any], words: str) -> None:
