@@ -6,10 +6,14 @@ import os
 import signal
 import sys
 
+from sapo_rl import processes
+
 
 def main() -> None:
     """Entry point of the console script."""
     try:
+        if "RANK" in os.environ:  # of a launcher that the user called, whose process id is not known
+            processes.die_with_parent()
         from sapo_rl.cli import main as command_line  # here: Ctrl-C may come before the imports are done
 
         command_line()

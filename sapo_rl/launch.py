@@ -18,10 +18,14 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from sapo_rl import processes
+
+if __name__ == "__main__":
+    processes.begin()
+
 from sapo_rl.compose import CONFIGS
 from sapo_rl.config import LaunchConfig
 from sapo_rl.errors import UserError, did_you_mean
-from sapo_rl.rollout.lifeline import die_with_parent
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -90,7 +94,7 @@ def command(launch: LaunchConfig, folder: Path | None) -> list[str]:
 
 def main() -> None:
     """Run `accelerate launch` with this process's arguments and exit as its ranks did."""
-    die_with_parent(os.getppid())
+    os.environ[processes.PARENT] = str(os.getpid())  # of the ranks
     quiet = {} if "TORCH_CPP_LOG_LEVEL" in os.environ else {"TORCH_CPP_LOG_LEVEL": "FATAL"}
     os.environ.update(quiet)  # else a machine that is late is told of in pages of C++ frames
     from accelerate.commands.launch import launch_command, launch_command_parser

@@ -15,8 +15,10 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-if __name__ == "__main__":  # Ctrl-C ends it quietly while the imports below take their seconds; `main` says otherwise
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+from sapo_rl import processes
+
+if __name__ == "__main__":
+    processes.begin()
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
@@ -45,7 +47,6 @@ from sapo_rl.rollout.build import (
     model_facts,
 )
 from sapo_rl.rollout.engine import Engine
-from sapo_rl.rollout.lifeline import die_with_parent
 from sapo_rl.rollout.stream import Rollouts
 from sapo_rl.telemetry import Telemetry, Timers
 from sapo_rl.types import Prompt
@@ -61,7 +62,6 @@ TWICE = 1.0
 def main(folder: Path | None) -> None:
     """Run this rank to its end; `folder` is None on ranks that learn it from rank 0. A user's mistake exits with 2."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    die_with_parent()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

@@ -7,28 +7,27 @@ cannot make the parent run any, and what a function writes to descriptors that a
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import os
-import signal
 import sys
 from multiprocessing.connection import Connection
 from typing import Any
 
 from sapo_rl.errors import UserError
+from sapo_rl.processes import die_with_parent, guard_group
 from sapo_rl.rewards.lookup import resolve
 from sapo_rl.rewards.registry import PACKAGES, RewardFunction
 from sapo_rl.rewards.scoring import ScoreError, evaluate, needed_columns
 
-_PR_SET_PDEATHSIG = 1
 _OWN = os.getpid()
 
 
 def main() -> None:
     """Serve until the parent closes the connection or dies."""
     descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
-    _die_with(parent)
+    die_with_parent(parent)
+    guard_group(parent, descriptor)
     connection = Connection(descriptor)
     try:
         _serve(connection)
@@ -63,14 +62,6 @@ def _reply(connection: Connection, call: int, **answer: Any) -> None:
         os._exit(0)
     with open(connection.fileno(), "wb", closefd=False) as stream:
         stream.write(json.dumps({"call": call, **answer}).encode() + b"\n")
-
-
-def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies; elsewhere than on Linux the closed socket ends it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the call
-            os._exit(1)
 
 
 if __name__ == "__main__":

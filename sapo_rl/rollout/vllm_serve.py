@@ -5,7 +5,7 @@ Arguments are those of `vllm serve`, the model as `--model`.
 
 from __future__ import annotations
 
-from sapo_rl.rollout.lifeline import die_with_parent
+from sapo_rl.processes import die_with_parent
 
 # vLLM's core and its workers, which are spawned and so import this too, would outlive a server that is killed.
 if __name__ == "__mp_main__":

@@ -1,0 +1,71 @@
+"""Ties processes to those that started them, so that none outlives its run. Linux only, as vLLM is."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import threading
+
+PARENT = "SAPO_TRAIN_PARENT"
+"""Environment variable: the process id of the parent that a rank or launcher ends with."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Have the kernel kill this process when the thread that started it ends.
+
+    `parent` is the parent's process id where it is known: a parent that is gone already cannot give the signal, and
+    this process then ends at once.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def begin() -> None:
+    """Tie this rank or launcher to its parent, and have Ctrl-C end it without a traceback.
+
+    It is called before the imports that take seconds: the parent may be killed meanwhile. `main` sets other handlers.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = os.environ.pop(PARENT, "")
+    die_with_parent(int(parent) if parent else None)
+
+
+def kill_group_on_hangup(fd: int) -> None:
+    """Start a thread that kills this process's whole group as soon as the other end of socket `fd` is closed."""
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(fd, 0)  # no event asked for: a hang-up is always reported, data is left for the reader
+        poll.poll()
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="lifeline", daemon=True).start()
+
+
+def guard_group(parent: int, line: int) -> None:
+    """Fork a process that kills this one's whole group as soon as this one or its parent has ended.
+
+    For a process that leads its group and runs code which may hold Python's lock when its parent dies. It has no
+    other threads yet. `line` is the descriptor of its connection to its parent, which the guard does not keep open.
+    """
+    try:
+        ends = [os.pidfd_open(process) for process in (os.getpid(), parent)]
+    except OSError:  # a kernel before Linux 5.3
+        return
+    if middle := os.fork():
+        for fd in ends:
+            os.close(fd)
+        os.waitpid(middle, 0)
+        return
+    if os.fork():  # so that the guard is no child for which the code may wait
+        os._exit(0)
+    os.close(line)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    select.select(ends, [], [])
+    os.killpg(os.getpgrp(), signal.SIGKILL)

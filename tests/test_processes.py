@@ -1,0 +1,91 @@
+"""Processes end with those that started them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = str(Path(__file__).resolve().parents[1])
+CHILD = "import os, sys, time; from sapo_rl.processes import *; {call}; print(os.getpid(), flush=True); time.sleep(60)"
+
+
+def closed_by_death(read_end: int) -> bool:
+    """Wait until every process that holds the pipe's other end is gone."""
+    return os.read(read_end, 1) == b""
+
+
+def test_child_dies_with_a_killed_parent() -> None:
+    parent_code = (
+        "import subprocess, sys, os; code = sys.argv[1].replace('PARENT', str(os.getpid()));"
+        "subprocess.Popen([sys.executable, '-c', code], pass_fds=[int(sys.argv[2])]).wait()"
+    )
+    held, holder = os.pipe()
+    parent = subprocess.Popen(
+        [sys.executable, "-c", parent_code, CHILD.format(call="die_with_parent(PARENT)"), str(holder)],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True, pass_fds=[holder],
+    )  # fmt: skip
+    os.close(holder)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    assert child != parent.pid
+    os.kill(parent.pid, signal.SIGKILL)
+    assert parent.wait(10) == -signal.SIGKILL
+    assert closed_by_death(held)
+    assert parent.stdout.read() == ""
+    os.close(held)
+
+
+@pytest.mark.parametrize("module", ["sapo_rl.rank", "sapo_rl.launch"])
+def test_rank_or_launcher_whose_parent_is_gone_ends_before_it_imports_torch(module: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "accelerate.py").write_text("raise SystemExit('imported')")
+    environment = {**os.environ, "SAPO_TRAIN_PARENT": str(1 << 30), "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    process = subprocess.run([sys.executable, "-m", module], env=environment, capture_output=True, timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert process.stdout + process.stderr == b""
+
+
+def test_hangup_kills_the_whole_group() -> None:
+    ours, theirs = socket.socketpair()
+    call = f"kill_group_on_hangup({theirs.fileno()}); import subprocess; g = subprocess.Popen(['sleep', '60'])"
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD.format(call=call)],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True, pass_fds=[theirs.fileno()], start_new_session=True,
+    )  # fmt: skip
+    theirs.close()
+    assert child.stdout is not None
+    assert int(child.stdout.readline()) == child.pid
+    ours.sendall(b"a message is not a hang-up")
+    assert child.poll() is None
+    ours.close()
+    assert child.wait(10) == -signal.SIGKILL
+    assert child.stdout.read() == ""  # the grandchild held it too
+
+
+@pytest.mark.parametrize("victim", ["parent", "leader"])
+def test_guarded_group_ends_with_its_parent_and_its_leader_although_python_is_held_up(victim: str) -> None:
+    parent_code = (
+        "import subprocess, sys, os; code = sys.argv[1].replace('PARENT', str(os.getpid())); line = os.open('/', 0);"
+        "subprocess.Popen([sys.executable, '-c', code.replace('LINE', str(line))], pass_fds=[line, int(sys.argv[2])],"
+        " start_new_session=True).wait()"
+    )
+    held, holder = os.pipe()
+    call = "guard_group(PARENT, LINE); import subprocess; subprocess.Popen(['sleep', '60'], close_fds=False)"
+    held_up = CHILD.format(call=call).replace("time.sleep(60)", "sum(range(1 << 62))")  # without letting threads run
+    parent = subprocess.Popen(
+        [sys.executable, "-c", parent_code, held_up, str(holder)],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True, pass_fds=[holder],
+    )  # fmt: skip
+    os.close(holder)
+    assert parent.stdout is not None
+    leader = int(parent.stdout.readline())
+    os.kill(parent.pid if victim == "parent" else leader, signal.SIGKILL)
+    parent.wait(10)
+    assert closed_by_death(held)
+    os.close(held)
