@@ -6,10 +6,15 @@ import ctypes
 import os
 import select
 import signal
+import sys
 import threading
+from types import TracebackType
 
 PARENT = "SAPO_TRAIN_PARENT"
 """Environment variable: the process id of the parent that a rank or launcher ends with."""
+
+LIMITS = ("annot allocate memory", "failed to map segment", "Too many open files", "can't start new thread")
+"""What errors of a machine or user that has come to a limit say."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -26,13 +31,39 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def begin() -> None:
-    """Tie this rank or launcher to its parent, and have Ctrl-C end it without a traceback.
+    """Tie this rank or launcher to its parent; have Ctrl-C, or too tight a limit, end it without a traceback.
 
     It is called before the imports that take seconds: the parent may be killed meanwhile. `main` sets other handlers.
     """
+    sys.excepthook = _tell_of_limits
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = os.environ.pop(PARENT, "")
     die_with_parent(int(parent) if parent else None)
+
+
+def _tell_of_limits(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print a line, and exit with 2, where memory, files or threads are limited too tightly; else the traceback."""
+    if not isinstance(error, MemoryError) and not any(words in str(error) for words in LIMITS):
+        sys.__excepthook__(kind, error, trace)
+        return
+    text = str(error).strip().splitlines()[0] if str(error).strip() else "out of memory"
+    print(
+        f"sapo-train: {text}; raise the limit (ulimit -v, -n, -u; the container's memory)", file=sys.stderr, flush=True
+    )
+    os._exit(2)
+
+
+def stopping_signals() -> list[int]:
+    """Return the signals that ask a run to stop; SIGHUP is none of them where it is ignored, as under `nohup`."""
+    hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *hangup]
+
+
+def killed_by(number: int) -> str:
+    """Return `was killed by SIGKILL` and where that signal comes from, for the end of a sentence."""
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    where = ", by kill -9 or by the kernel, out of memory (see dmesg)" if number == signal.SIGKILL else ""
+    return f"was killed by {name}{where}"
 
 
 def kill_group_on_hangup(fd: int) -> None:
