@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import re
+import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,8 @@ CHECKPOINTS = "checkpoints"
 """Folder of checkpoints to resume from."""
 FINAL = "final"
 """The trained model as a Hugging Face folder."""
+LOCK = ".lock"
+"""Locked while the run goes on; holds the process and the machine that lock it."""
 WANDB = "wandb"
 """Files of Weights & Biases."""
 LATEST = "latest"
@@ -91,7 +96,8 @@ def create(folder: Path, config_yaml: str, overrides: list[str], user_file: Path
         UserError: the folder holds a run already.
     """
     if any((folder / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS)):
-        raise UserError(f"{folder} holds a run already; continue it with resume={folder}, or choose another folder")
+        again = shlex.quote(f"resume={folder}")
+        raise UserError(f"{folder} holds a run already; continue it with {again}, or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     if user_file is not None:
         write_atomic(folder / USER_FILE, redact_yaml(user_file.read_text()))
@@ -99,6 +105,34 @@ def create(folder: Path, config_yaml: str, overrides: list[str], user_file: Path
     _write_environment(folder, environment() | {"resumes": []})
     write_atomic(folder / CONFIG, redact_yaml(config_yaml))  # last: whoever waits for it finds the folder complete
     _link_latest(folder)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Hold the lock of a run folder for the block; yield its descriptor, with which a child holds it as well.
+
+    Over NFS it keeps out other machines too. Where the file system has no locks, nothing is kept out.
+
+    Raises:
+        UserError: another process holds it, named with its machine.
+        OSError: the folder cannot be written.
+    """
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(lock, 500).decode(errors="replace").strip() or "another process"
+            raise UserError(
+                f"resume: '{folder}' is a run that is still going on ({holder}); wait for its end, or stop it"
+            ) from None
+        except OSError:
+            pass
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield lock
+    finally:
+        os.close(lock)
 
 
 def refreeze(folder: Path, config_yaml: str, overrides: list[str]) -> Callable[[], None]:
@@ -141,6 +175,21 @@ def refuse_finished(folder: Path, steps: int) -> None:
             raise UserError(
                 f"resume: the run has made {done} steps of trainer.steps={steps}; for more, set trainer.steps"
             )
+
+
+def resume_command(folder: Path) -> str | None:
+    """Return the command that continues a run, for the shell; None where it has no checkpoint."""
+    if not checkpoints_in(folder / CHECKPOINTS):
+        return None
+    return f"{python()} -m sapo_rl {shlex.quote(f'resume={folder}')}"
+
+
+def python() -> str:
+    """Return what calls this Python from the terminal, whether its environment is activated or not."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    found = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
+    return shlex.quote(found)
 
 
 def _step_of(checkpoint: Path) -> int:
