@@ -187,10 +187,12 @@ def _spawn(settings: LaunchConfig, folder: Path | None, lock: int | None = None)
     quiet = {"PYTHONHASHSEED": "0", "OMP_WAIT_POLICY": "PASSIVE"}
     environment = {**quiet, **os.environ, PARENT: str(os.getpid())}
     scratch.sweep_all()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until both processes have said what it does
     with (
         subprocess.Popen(command, env=environment, pass_fds=[] if lock is None else [lock]) as child,
         _passing_on(child) as passed,
     ):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         code = child.wait()
     if code:
         scratch.sweep_all()  # a process that was killed has left what it had there

@@ -37,6 +37,7 @@ def begin() -> None:
     """
     sys.excepthook = _tell_of_limits
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # held back while Python itself started
     parent = os.environ.pop(PARENT, "")
     die_with_parent(int(parent) if parent else None)
 
