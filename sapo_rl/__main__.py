@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 
-from sapo_rl import streams
+from sapo_rl import processes, streams
 
 
 def main() -> None:
@@ -18,6 +18,8 @@ def main() -> None:
         print("sapo-train: the current folder does not exist any more; change to another", file=sys.stderr)
         sys.exit(2)
     try:
+        if "RANK" in os.environ:  # of a launcher that the user called, whose process id is not known
+            processes.die_with_parent()
         from sapo_rl.cli import main as command_line  # here: Ctrl-C may come before the imports are done
 
         command_line()

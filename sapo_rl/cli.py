@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -9,9 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 import hydra
@@ -25,6 +27,8 @@ from sapo_rl import compose, launch, run_folder, streams
 from sapo_rl.checks import ConfigError
 from sapo_rl.config import Config, LaunchConfig
 from sapo_rl.errors import UserError
+from sapo_rl.processes import PARENT, killed_by, stopping_signals
+from sapo_rl.rollout import scratch
 from sapo_rl.run import keys, resume, sweep
 
 USAGE = """\
@@ -195,26 +199,29 @@ def run(config: Config, frozen: str, start: Start) -> None:
     if config.launch.machine_rank > 0 and "RANK" not in os.environ:  # machine 0 makes the folder
         _spawn(config.launch, None)
         return
-    undo: Callable[[], None] = lambda: None  # noqa: E731
-    try:
-        if config.resume:
-            folder = Path(config.resume).expanduser()
-            undo = run_folder.refreeze(folder, frozen, start.typed)
-        else:
-            folder = _new_folder(config.run_dir, start)
-            run_folder.create(folder, frozen, start.typed, start.files.get(start.recipe), link=not config.run_dir)
-    except OSError as error:
-        raise UserError(f"the run folder cannot be written: {error}") from error
-    start.folder = folder
-    if "RANK" in os.environ:
-        _run_rank(folder)
-    else:
+    with contextlib.ExitStack() as stack:
+        undo: Callable[[], None] = lambda: None  # noqa: E731
         try:
-            _spawn(config.launch, folder)
-        except subprocess.CalledProcessError as error:
-            if error.returncode == 2:
-                undo()
-            raise
+            if config.resume:
+                folder = Path(config.resume).expanduser()
+                lock = stack.enter_context(run_folder.locked(folder))
+                undo = run_folder.refreeze(folder, frozen, start.typed)
+            else:
+                folder = _new_folder(config.run_dir, start)
+                lock = stack.enter_context(run_folder.locked(folder))
+                run_folder.create(folder, frozen, start.typed, start.files.get(start.recipe), link=not config.run_dir)
+        except OSError as error:
+            raise UserError(f"the run folder cannot be written: {error}") from error
+        start.folder = folder
+        if "RANK" in os.environ:
+            _run_rank(folder)
+        else:
+            try:
+                _spawn(config.launch, folder, lock)
+            except subprocess.CalledProcessError as error:
+                if error.returncode == 2:
+                    undo()
+                raise
 
 
 def _new_folder(run_dir: str | None, start: Start) -> Path:
@@ -233,8 +240,13 @@ def _new_folder(run_dir: str | None, start: Start) -> Path:
     return folder
 
 
-def _spawn(settings: LaunchConfig, folder: Path | None) -> None:
-    """Run this machine's ranks to their end; `folder` is None where another machine makes it.
+def _spawn(settings: LaunchConfig, folder: Path | None, lock: int | None = None) -> None:
+    """Run this machine's ranks to their end.
+
+    Args:
+        settings: how many, and of which kind.
+        folder: the run folder; None where another machine makes it.
+        lock: the descriptor of its lock, which the child holds as well.
 
     Raises:
         subprocess.CalledProcessError: they ended with another exit code than 0.
@@ -242,18 +254,53 @@ def _spawn(settings: LaunchConfig, folder: Path | None) -> None:
     command = launch.command(settings, folder)
     # Sets of strings are in the same order on all ranks and after a resume: some generators of prompts depend on it.
     # Threads that wait must not spin: on a CPU the trainer and vLLM take turns on the same cores.
-    environment = {"PYTHONHASHSEED": "0", "OMP_WAIT_POLICY": "PASSIVE", **os.environ, **streams.UTF8}
-    with subprocess.Popen(command, env=environment) as child:
-        before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-        while True:
-            try:
-                code = child.wait()
-                break
-            except KeyboardInterrupt:  # the terminal sent it to the child too, which saves and stops
-                continue
-        signal.signal(signal.SIGTERM, before)
+    quiet = {"PYTHONHASHSEED": "0", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {**quiet, **os.environ, **streams.UTF8, PARENT: str(os.getpid())}
+    scratch.sweep_all()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until both processes have said what it does
+    with (
+        subprocess.Popen(command, env=environment, pass_fds=[] if lock is None else [lock]) as child,
+        _passing_on(child) as passed,
+    ):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        code = child.wait()
     if code:
+        scratch.sweep_all()  # a process that was killed has left what it had there
+        if -code not in passed:
+            _tell_of_end(code, child.pid, folder)
         raise subprocess.CalledProcessError(code, command)
+
+
+@contextlib.contextmanager
+def _passing_on(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Hand what asks this process to stop to the child, which saves and stops; yield the signals so far.
+
+    A terminal's Ctrl-C reaches the child twice then, which takes it for one. Where SIGHUP is ignored (`nohup`), it
+    stays so.
+    """
+    passed: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        passed.append(number)
+        child.send_signal(number)
+
+    before = {number: signal.getsignal(number) for number in stopping_signals()}
+    for number in before:
+        signal.signal(number, pass_on)
+    try:
+        yield passed
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tell_of_end(code: int, process: int, folder: Path | None) -> None:
+    """Say by what the child was killed, which it cannot say itself, and how to go on."""
+    if code < 0:
+        print(f"sapo-train: process {process} {killed_by(-code)}; the run has ended", file=sys.stderr)
+    going_on = run_folder.resume_command(folder) if folder else None
+    if going_on and code not in (2, 128 + signal.SIGINT):  # where it was told already
+        print(f"sapo-train: continue it with: {going_on}", file=sys.stderr)
 
 
 def _refuse_launcher(arguments: list[str]) -> None:

@@ -6,31 +6,40 @@ own error, once, and its exit code, where Accelerate prints a traceback of its o
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import yaml
 
-from sapo_rl import streams
+from sapo_rl import processes, streams
+
+if __name__ == "__main__":
+    processes.begin()
+
 from sapo_rl.compose import CONFIGS
 from sapo_rl.config import LaunchConfig
 from sapo_rl.errors import UserError, did_you_mean
-from sapo_rl.rollout.lifeline import die_with_parent
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 SINGLE = "single"
 """The profile of one process, which needs no launcher."""
+LOOPBACK = "sapo-loopback"
+"""The rendezvous of one machine's ranks, in `world`, for torch's launcher."""
 PEER_LOST = 69
 """Exit code of a rank that ended because another did."""
+
+_passed: set[int] = set()
+"""The signals that this launcher has handed to its ranks."""
 
 
 def check_variables(environ: Mapping[str, str]) -> None:
@@ -82,7 +91,8 @@ def command(launch: LaunchConfig, folder: Path | None) -> list[str]:
         "main_process_ip": launch.main_process_ip or "127.0.0.1",
         # On one machine any free port, so that runs side by side do not meet.
         "main_process_port": launch.main_process_port if launch.num_machines > 1 else 0,
-        "rdzv_backend": "static",  # others deal out ranks as they like, but machine 0 has the run folder
+        # Static: others deal out ranks as they like, but machine 0 has the run folder. It listens on all interfaces.
+        "rdzv_backend": "static" if launch.num_machines > 1 else LOOPBACK,
         "rdzv_conf": f"timeout={int(launch.timeout)}",
         "num_cpu_threads_per_process": threads,
     }
@@ -91,7 +101,7 @@ def command(launch: LaunchConfig, folder: Path | None) -> list[str]:
 
 def main() -> None:
     """Run `accelerate launch` with this process's arguments and exit as its ranks did."""
-    die_with_parent(os.getppid())
+    os.environ[processes.PARENT] = str(os.getpid())  # of the ranks
     streams.outlive()
     quiet = {} if "TORCH_CPP_LOG_LEVEL" in os.environ else {"TORCH_CPP_LOG_LEVEL": "FATAL"}
     os.environ.update(quiet)  # else a machine that is late is told of in pages of C++ frames
@@ -99,18 +109,24 @@ def main() -> None:
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from sapo_rl import world
+
     for name in quiet:
         del os.environ[name]
+    world.register_rendezvous()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     arguments = launch_command_parser().parse_args()
+    if arguments.rdzv_backend == LOOPBACK:
+        arguments.rdzv_endpoint = world.ADDRESS  # not read, but torch warns where there is none
+    arguments.log_dir = os.devnull  # nothing is logged there; a folder would be left behind
     # The launcher would kill ranks half a minute after a Ctrl-C; they may need longer to finish a step and to save.
-    arguments.signals_to_handle = "SIGHUP"
-    for number in (signal.SIGINT, signal.SIGTERM):
+    arguments.signals_to_handle = "none"
+    for number in processes.stopping_signals():
         signal.signal(number, _pass_on)
     try:
         launch_command(arguments)
     except ChildFailedError as error:
-        sys.exit(outcome(error.failures))
+        sys.exit(outcome(error.failures, _passed))
     except (DistError, ConnectionError) as error:
         where = f"{arguments.main_process_ip}:{arguments.main_process_port}"
         reason = str(error).strip().splitlines()[0]
@@ -119,17 +135,24 @@ def main() -> None:
 
 
 def _pass_on(number: int, frame: FrameType | None) -> None:
-    """Hand a signal to the ranks, which are in sessions of their own."""
+    """Hand a signal to the ranks, which are in sessions of their own; end where there is none yet."""
     import psutil
 
-    for child in psutil.Process().children():
-        child.send_signal(number)
+    _passed.add(number)
+    ranks = psutil.Process().children()
+    for rank in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.send_signal(number)
+    if not ranks:
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
 
 
-def outcome(failures: Mapping[int, ProcessFailure]) -> int:
+def outcome(failures: Mapping[int, ProcessFailure], passed: Collection[int] = ()) -> int:
     """Say which rank's failure ended the run, unless it has said so itself; return the exit code.
 
-    Of several, a rank that only lost its peers or was stopped by the launcher is not the cause.
+    Of several, a rank that only lost its peers or was stopped by the launcher is not the cause. That the ranks ended by
+    a signal of the user's, which the launcher has `passed` on, is no news.
     """
 
     def innocence(rank: int) -> tuple[bool, bool, int]:
@@ -140,10 +163,12 @@ def outcome(failures: Mapping[int, ProcessFailure]) -> int:
     code = failures[rank].exitcode
     if code in (2, 128 + signal.SIGINT):
         return code
+    if -code in passed:
+        return 128 - code
     if code == PEER_LOST:
         reason = "a rank on another machine ended or cannot be reached any more; that machine's output tells why"
     elif code < 0:
-        reason = f"rank {rank} was killed by {signal.Signals(-code).name}"
+        reason = f"rank {rank} {processes.killed_by(-code)}"
     else:
         reason = f"rank {rank} failed, as shown above"
     print(f"sapo-train: {reason}; the run has ended", file=sys.stderr)

@@ -15,8 +15,10 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-if __name__ == "__main__":  # Ctrl-C ends it quietly while the imports below take their seconds; `main` says otherwise
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+from sapo_rl import processes
+
+if __name__ == "__main__":
+    processes.begin()
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
@@ -46,7 +48,6 @@ from sapo_rl.rollout.build import (
     model_facts,
 )
 from sapo_rl.rollout.engine import Engine
-from sapo_rl.rollout.lifeline import die_with_parent
 from sapo_rl.rollout.stream import Rollouts
 from sapo_rl.run import resume
 from sapo_rl.telemetry import Telemetry, Timers
@@ -62,8 +63,7 @@ TWICE = 1.0
 
 def main(folder: Path | None) -> None:
     """Run this rank to its end; `folder` is None on ranks that learn it from rank 0. A user's mistake exits with 2."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    die_with_parent()
+    stops = Stops()
     streams.outlive()
     os.environ.update(streams.UTF8)  # for the processes that this one starts
     transformers.utils.logging.disable_progress_bar()
@@ -72,7 +72,7 @@ def main(folder: Path | None) -> None:
     try:
         with contextlib.ExitStack() as stack:
             run = build(folder, stack)
-            _stop_on_signals(run)
+            stops.watch(run)
             train(run)
     except torch.OutOfMemoryError as error:
         world.fail(UserError(f"{OUT_OF_MEMORY}\nIt said: {str(error).splitlines()[0]}"))
@@ -246,20 +246,44 @@ def _device_facts(accelerator: Accelerator) -> dict[str, str | int | float]:
     return facts | {"torch_threads": torch.get_num_threads()}
 
 
-def _stop_on_signals(run: Run) -> None:
-    """The first Ctrl-C or SIGTERM ends the run after its step, with a checkpoint; the second ends it at once."""
-    first = 0.0
+class Stops:
+    """What Ctrl-C, SIGTERM and SIGHUP do in this rank, from its making on.
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal first
-        if not run.stop_asked:
-            run.stop_asked, first = True, time.monotonic()
-            run.telemetry.warn("stopping after this step; once more stops at once")
-        elif time.monotonic() - first > TWICE:
+    Before training they end it at once. Then the first ends the run after its step, with a checkpoint, and a second one
+    at once; what comes within `TWICE` seconds of the first is the first once more.
+    """
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+        self._run: Run | None = None
+        self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
+        for number in processes.stopping_signals():
+            signal.signal(number, self._heard)
+
+    def watch(self, run: Run) -> None:
+        """Stop the run from now on, not the process; at once, where a library has swallowed an earlier interrupt."""
+        self._run = run
+        run.stop_asked = self._first is not None
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            self._leave_terminal()
+        now = time.monotonic()
+        if self._first is not None and now - self._first <= TWICE:
+            return
+        again, self._first = self._first is not None, now
+        if again or self._run is None:
             raise KeyboardInterrupt
+        self._run.stop_asked = True
+        self._run.telemetry.warn("stopping after this step; once more stops at once")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask)
+    def _leave_terminal(self) -> None:
+        """Write to nowhere instead of to a terminal that has been closed: an error there would end the run."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for fd in self._terminals:
+            if not os.isatty(fd):
+                os.dup2(nowhere, fd)
+        os.close(nowhere)
 
 
 if __name__ == "__main__":

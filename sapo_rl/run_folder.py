@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -10,10 +11,11 @@ import platform
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ CHECKPOINTS = "checkpoints"
 """Folder of checkpoints to resume from."""
 FINAL = "final"
 """The trained model as a Hugging Face folder."""
+LOCK = ".lock"
+"""Locked while the run goes on; holds the process and the machine that lock it."""
 WANDB = "wandb"
 """Files of Weights & Biases."""
 LATEST = "latest"
@@ -125,6 +129,34 @@ def create(folder: Path, config_yaml: str, overrides: list[str], user_file: Path
         _link_latest(folder)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Hold the lock of a run folder for the block; yield its descriptor, with which a child holds it as well.
+
+    Over NFS it keeps out other machines too. Where the file system has no locks, nothing is kept out.
+
+    Raises:
+        UserError: another process holds it, named with its machine.
+        OSError: the folder cannot be written.
+    """
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(lock, 500).decode(errors="replace").strip() or "another process"
+            raise UserError(
+                f"resume: '{folder}' is a run that is still going on ({holder}); wait for its end, or stop it"
+            ) from None
+        except OSError:
+            pass
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield lock
+    finally:
+        os.close(lock)
+
+
 def refreeze(folder: Path, config_yaml: str, overrides: list[str]) -> Callable[[], None]:
     """Replace the config and overrides of a run that is resumed, and add the present environment to its record.
 
@@ -179,6 +211,24 @@ def refuse_finished(folder: Path, steps: int) -> None:
             raise UserError(
                 f"resume: the run has made {done} steps of trainer.steps={steps}; for more, set trainer.steps"
             )
+
+
+def resume_command(folder: Path) -> str | None:
+    """Return the command that continues a run, for the shell; None where it has no checkpoint."""
+    if not checkpoints_in(folder / CHECKPOINTS):
+        return None
+    return f"{python()} -m sapo_rl {shlex.quote(f'resume={folder}')}"
+
+
+def python() -> str:
+    """Return what calls this Python from the terminal, whether its environment is activated or not."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    try:
+        found = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
+    except FileNotFoundError:  # the current folder is gone
+        found = sys.executable
+    return shlex.quote(found)
 
 
 def step_of(checkpoint: Path) -> int:

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sapo_rl import compose
 from sapo_rl.config import Config
 from sapo_rl.errors import UserError
+from sapo_rl.rollout import scratch
 from sapo_rl.rollout.child import llm_arguments
 from sapo_rl.rollout.engine import EngineSettings
 from sapo_rl.rollout.key import VARIABLE, key_file, make_key
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     where = f"the variable {VARIABLE}" if os.environ.get(VARIABLE) else str(key_file())
     print(f"sapo-serve: http://{options.host}:{options.port}, API key in {where}", file=sys.stderr, flush=True)
     flags = vllm_flags(settings, options)
+    scratch.sweep_all()
     os.execve(sys.executable, [sys.executable, "-m", "sapo_rl.rollout.vllm_serve", *flags], environment)
 
 

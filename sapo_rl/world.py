@@ -21,14 +21,20 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
-from torch.distributed import DistError
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed import DistError, PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.elastic.rendezvous.api import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+    rendezvous_handler_registry,
+)
 from torch.distributed.rendezvous import rendezvous
 
 from sapo_rl import run_folder
 from sapo_rl.config import Config
 from sapo_rl.errors import SharedError, UserError
-from sapo_rl.launch import PEER_LOST
+from sapo_rl.launch import LOOPBACK, PEER_LOST
 from sapo_rl.rollout.engine import EngineError
 
 MEET = 600.0
@@ -37,8 +43,69 @@ GRACE = 3.0
 """Seconds in which a rank's error is taken for that of all ranks, which the first rank of the machine tells."""
 LONG_GRACE = 30.0
 """The same where it surely is: the first rank may have much to close before it speaks."""
+INTERFACE = "lo"
+"""The network interface that only this machine's processes reach."""
+ADDRESS = "127.0.0.1"
+"""Its address."""
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "gloo")
 """What gloo says where a peer is gone or does not answer."""
+
+
+def register_rendezvous() -> None:
+    """Make the rendezvous of one machine known to torch's launcher in this process."""
+    rendezvous_handler_registry.register(LOOPBACK, LoopbackRendezvous)
+
+
+class LoopbackRendezvous(RendezvousHandler):
+    """The rendezvous of a single launcher; torch's own listens on all interfaces, whatever address it is given.
+
+    The store asks for no key: whoever reaches it reads and writes what the ranks tell each other.
+    """
+
+    def __init__(self, parameters: RendezvousParameters) -> None:
+        self._run_id = parameters.run_id
+        listener = socket.create_server((ADDRESS, 0))
+        self._port: int = listener.getsockname()[1]
+        self._store = TCPStore(
+            ADDRESS,
+            self._port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=datetime.timedelta(seconds=int(parameters.config["timeout"])),
+            master_listen_fd=listener.detach(),
+        )
+
+    def get_backend(self) -> str:
+        """Return the backend's name."""
+        return LOOPBACK
+
+    @property
+    def use_agent_store(self) -> bool:
+        """Whether ranks are clients of the launcher's store: always."""
+        return True
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Return the store, for one launcher alone."""
+        return RendezvousInfo(PrefixStore(self._run_id, self._store), 0, 1, RendezvousStoreInfo(ADDRESS, self._port))
+
+    def is_closed(self) -> bool:
+        """Whether no further rendezvous is possible: never."""
+        return False
+
+    def set_closed(self) -> None:
+        """Do nothing: ranks are not started again."""
+
+    def num_nodes_waiting(self) -> int:
+        """Return how many more launchers want to join: none."""
+        return 0
+
+    def get_run_id(self) -> str:
+        """Return the id that the launcher was given."""
+        return self._run_id
+
+    def shutdown(self) -> bool:
+        """End with the process."""
+        return True
 
 
 def size() -> int:
@@ -86,6 +153,8 @@ def join(config: Config, folder: Path) -> Iterator[Accelerator]:
     Raises:
         UserError: there are not as many ranks as were asked for, or checkpoints need a folder that all machines see.
     """
+    if os.environ.get("GLOO_SOCKET_IFNAME") == INTERFACE and not config.rollout.servers:
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", INTERFACE)  # servers may be on other machines
     limit = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=config.launch.timeout))
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[limit])
     found, asked = accelerator.num_processes, config.launch.num_processes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,37 @@ def test_create_refuses_a_folder_that_holds_a_run(tmp_path: Path, name: str) -> 
     with pytest.raises(UserError, match=f"resume={tmp_path}"):
         run_folder.create(tmp_path, "seed: 1\n", [], None)
     assert (tmp_path / name).read_text() == "kept\n"
+
+
+def test_a_run_that_goes_on_is_refused_by_name_until_its_holder_is_dead(tmp_path: Path) -> None:
+    hold = (
+        "import sys, time; from pathlib import Path; from sapo_rl.run_folder import locked;"
+        " lock = locked(Path(sys.argv[1])); lock.__enter__(); print(flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    refusal = rf"'{tmp_path}' is a run that is still going on \(process {holder.pid} on {os.uname().nodename}\)"
+    for _ in range(2):  # being refused does not change what is said
+        with pytest.raises(UserError, match=refusal), run_folder.locked(tmp_path):
+            pass
+    holder.kill()
+    holder.wait()
+    for _ in range(2):
+        with run_folder.locked(tmp_path):
+            pass
+
+
+def test_a_command_to_go_on_is_quoted_for_the_shell(tmp_path: Path) -> None:
+    folder = tmp_path / "it's a run"
+    assert run_folder.resume_command(folder) is None
+    (folder / "checkpoints/step_000001").mkdir(parents=True)
+    command = run_folder.resume_command(folder)
+    assert command is not None and shlex.split(command)[-1] == f"resume={folder}"
+    (folder / run_folder.CONFIG).touch()
+    with pytest.raises(UserError) as caught:
+        run_folder.create(folder, "", [], None)
+    assert shlex.quote(f"resume={folder}") in str(caught.value)
 
 
 def test_unused_never_hands_out_a_folder_twice(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ cannot make the parent run any, and what a function writes to descriptors that a
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import os
@@ -21,19 +20,19 @@ from typing import Any
 
 from sapo_rl import streams
 from sapo_rl.errors import UserError
+from sapo_rl.processes import die_with_parent
 from sapo_rl.rewards.guardian import LOST, fork_guarded
 from sapo_rl.rewards.lookup import resolve
 from sapo_rl.rewards.registry import PACKAGES, RewardFunction
 from sapo_rl.rewards.scoring import ScoreError, evaluate, needed_columns, shorten
 
-_PR_SET_PDEATHSIG = 1
 _LONGEST = 10_000  # characters of a failure's text; the parent shortens it further
 
 
 def main() -> None:
     """Serve until the parent closes the connection or dies."""
     descriptor = int(sys.argv[1])
-    _die_with(fork_guarded(descriptor))
+    die_with_parent(fork_guarded(descriptor))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # one from outside is not the function's KeyboardInterrupt
     os.set_inheritable(descriptor, False)
     streams.outlive()
@@ -70,14 +69,6 @@ def _reply(connection: Connection, own: int, call: int, **answer: Any) -> None:
         os._exit(0)
     with open(connection.fileno(), "wb", closefd=False) as stream:
         stream.write(json.dumps({"call": call, **answer}).encode() + b"\n")
-
-
-def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies; elsewhere than on Linux the closed socket ends it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the call
-            os._exit(1)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sapo_rl import streams
+from sapo_rl.processes import die_with_parent, kill_group_on_hangup
 from sapo_rl.rollout.engine import Completion, EngineSettings, Numbered, Sampling
-from sapo_rl.rollout.lifeline import die_with_parent, kill_group_on_hangup
 from sapo_rl.rollout.vllm_terms import completions_of, sampling_params, scores_of, scoring_params
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import re
 import signal
 import socket
 import struct
@@ -22,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from sapo_rl.errors import UserError
+from sapo_rl.processes import killed_by
 from sapo_rl.rollout.engine import Completion, EngineError, EngineSettings, Numbered, Request, Sampling
 from sapo_rl.rollout.line import Call, Late, Line, Lost
+from sapo_rl.rollout.scratch import temporary_folder, variables
 from sapo_rl.streams import UTF8
 
 logger = logging.getLogger(__name__)
@@ -42,6 +45,8 @@ OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
 )
+ERROR = re.compile(r"(\(.*?pid=\d+\) )?(?P<said>(?!.*Engine core initialization failed)[\w.]*(Error|Exception)\b.*)")
+"""A line that ends a traceback, of the child or of vLLM's core process; the last one tells why vLLM did not start."""
 CLOSE_SECONDS = 10.0
 GROUP_SECONDS = 2.0
 
@@ -129,6 +134,8 @@ class LocalEngine:
         self.steady = threading.Lock()
         self._weights: str | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._files = contextlib.ExitStack()
+        """Deletes the child's temporary files; vLLM leaves some behind."""
         self._line: Line | None = None
         self._mending = threading.RLock()
         self._failure = ""
@@ -162,6 +169,7 @@ class LocalEngine:
         command = [sys.executable, "-m", "sapo_rl.rollout.child", str(fd), str(os.getpid())]
         settings, cpus = self.settings, len(os.sched_getaffinity(0))
         env = child_environment(settings.device, os.environ, cpus, settings.tensor_parallel, settings.core_process)
+        env |= variables(self._files.enter_context(temporary_folder()), env)
 
         def keep() -> None:
             try:
@@ -185,32 +193,32 @@ class LocalEngine:
         return born.result()
 
     def wait_ready(self) -> None:
-        """Wait until the engine can be called.
+        """Wait until the engine can be called. One that is killed while it starts counts as one that dies later.
 
         Raises:
-            UserError: the model or its key-value cache does not fit into memory, or it took longer than
-                `settings.start_timeout`.
-            EngineError: it died.
+            UserError: vLLM does not start, not within `settings.start_timeout`, or was killed more often than
+                `settings.max_restarts` allows; the message has its own words.
         """
+        try:
+            self._wait()
+        except Lost as lost:
+            try:
+                self._restart(lost)
+            except EngineError as error:
+                told = str(error).partition("; ")[0]
+                raise UserError(f"{told}; see {self.settings.log_path}") from error
+
+    def _wait(self) -> None:
+        """Wait until the child is ready. Raises UserError where another one would not be either, else Lost."""
         line = self._running("wait_ready")
         try:
             line.ready.answer(self.settings.start_timeout)
         except Lost as lost:
+            code = 0 if isinstance(lost, Late) else self._exit_code()
             self._kill()
-            if isinstance(lost, Late):
-                raise UserError(
-                    f"rollout.start_timeout: vLLM was not ready within {self.settings.start_timeout:g} s; raise it, or "
-                    f"see in {self.settings.log_path} what it waited for"
-                ) from None
-            tail = self._log_tail(200)
-            reason = next((line for line in reversed(tail) if any(mark in line for mark in OUT_OF_MEMORY)), None)
-            if reason is None:
-                raise EngineError(f"vLLM did not start: {lost}; {self._told(tail[-25:])}") from None
-            keys = "rollout.cpu_kv_cache_gb" if self.settings.device == "cpu" else "rollout.gpu_memory_utilization"
-            raise UserError(
-                f"vLLM does not fit into memory; change {keys} or lower rollout.max_num_seqs or the lengths.\n"
-                f"It said: {reason.strip()[-400:]}"
-            ) from None
+            if code < 0:
+                raise Lost(f"its process {killed_by(-code)} while it started", line) from None
+            raise _refusal(self.settings, lost, self._log_tail(200)) from None
         line.ready.end()
 
     def stream(
@@ -331,7 +339,7 @@ class LocalEngine:
                 logger.warning("vLLM failed (%s); restart %d of %d", reason, self.restarts, self.settings.max_restarts)
                 try:
                     self.start()
-                    self.wait_ready()
+                    self._wait()
                     self.asleep = False
                     if self._weights is not None:
                         with self.steady:
@@ -340,6 +348,13 @@ class LocalEngine:
                     reason = str(error).splitlines()[0]
                     self._kill()
 
+    def _exit_code(self) -> int:
+        """Return how a child that has closed its connection ended; 0 where it has not."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if self._process is not None:
+                return self._process.wait(GROUP_SECONDS)
+        return 0
+
     def _kill(self) -> None:
         """Kill the child and what it started; the line ends with it."""
         process, self._process, self._line = self._process, None, None
@@ -347,6 +362,7 @@ class LocalEngine:
             process.kill()
             process.wait()
             _end_group(process.pid)
+        self._files.close()
         self._ended.set()
 
     def _log_tail(self, lines: int) -> list[str]:
@@ -357,6 +373,24 @@ class LocalEngine:
 
     def _told(self, tail: list[str]) -> str:
         return f"the end of {self.settings.log_path}:\n" + "\n".join(tail)
+
+
+def _refusal(settings: EngineSettings, lost: Lost, tail: list[str]) -> UserError:
+    """Say why vLLM did not start, by the last lines of its log, and what to change."""
+    if isinstance(lost, Late):
+        return UserError(
+            f"rollout.start_timeout: vLLM was not ready within {settings.start_timeout:g} s; raise it, or see in "
+            f"{settings.log_path} what it waited for"
+        )
+    reason = next((line for line in reversed(tail) if any(mark in line for mark in OUT_OF_MEMORY)), None)
+    if reason is None:
+        errors = [found["said"] for found in map(ERROR.match, tail) if found]
+        return UserError(f"vLLM did not start: {errors[-1][:400] if errors else lost}\n  see {settings.log_path}")
+    keys = "rollout.cpu_kv_cache_gb" if settings.device == "cpu" else "rollout.gpu_memory_utilization"
+    return UserError(
+        f"vLLM does not fit into memory; change {keys} or lower rollout.max_num_seqs or the lengths.\n"
+        f"It said: {reason.strip()[-400:]}"
+    )
 
 
 def _end_group(group: int) -> None:

@@ -5,7 +5,11 @@ Arguments are those of `vllm serve`, the model as `--model`.
 
 from __future__ import annotations
 
-from sapo_rl.rollout.lifeline import die_with_parent
+import os
+import tempfile
+
+from sapo_rl.processes import die_with_parent
+from sapo_rl.rollout import scratch
 
 # vLLM's core and its workers, which are spawned and so import this too, would outlive a server that is killed.
 if __name__ == "__mp_main__":
@@ -14,6 +18,13 @@ if __name__ == "__mp_main__":
 
 def main() -> None:
     """Serve until stopped."""
+    with scratch.temporary_folder() as folder:
+        os.environ.update(scratch.variables(folder, os.environ))
+        tempfile.tempdir = None  # read the variable again
+        _serve()
+
+
+def _serve() -> None:
     from vllm.entrypoints.cli.serve import cmd_init
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from sapo_rl.rollout.lifeline import die_with_parent
+from sapo_rl.processes import die_with_parent
 from sapo_rl.rollout.weights.group import Group, Meeting, join, receive_tensors
 from sapo_rl.rollout.weights.shared import open_layout
 
 # A push need not bring every weight; vLLM would warn of every layer that it leaves as it is, each time.
 logging.getLogger("vllm.model_executor.model_loader.reload").setLevel(logging.ERROR)
 # vLLM leaves its core process behind, with the GPU's memory, when the process that started it is killed.
-die_with_parent()
+parent = multiprocessing.parent_process()
+die_with_parent(parent.pid if parent else None)
 
 
 class WeightReceiver:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +11,7 @@ from typing import SupportsFloat, TypeAlias
 from rich.text import Text
 
 from sapo_rl.config import Config
-from sapo_rl.run_folder import CHECKPOINTS, METRICS, checkpoints_in
+from sapo_rl.run_folder import METRICS, python, resume_command
 from sapo_rl.telemetry.completions import Row, rows, write_completions
 from sapo_rl.telemetry.console import Display, open_display
 from sapo_rl.telemetry.metrics import MetricsLog, Record, read_metrics, sample_metrics
@@ -133,9 +130,8 @@ class Telemetry:
         if not self._open:
             return
         wandb = self._wandb.where if self._wandb else ""
-        goes_on = not complete and checkpoints_in(self._folder / CHECKPOINTS)
-        words = ("sapo_rl", f"resume={self._folder}") if goes_on else ("sapo_rl.telemetry.report", str(self._folder))
-        command = shlex.join([_python(), "-m", *words])
+        report = f"{python()} -m sapo_rl.telemetry.report {shlex.quote(str(self._folder))}"
+        command = (not complete and resume_command(self._folder)) or report
         self.close(failed=not complete)
         self._display.show(summary(self._progress, before, self._examples, wandb, command))
 
@@ -162,13 +158,3 @@ class Telemetry:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close(failed=kind is not None)
-
-
-def _python() -> str:
-    """Return what calls this Python from the terminal, whether its environment is activated or not."""
-    if shutil.which("python") == sys.executable:
-        return "python"
-    try:
-        return os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
-    except FileNotFoundError:  # the current folder is gone
-        return sys.executable

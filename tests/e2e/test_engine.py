@@ -372,7 +372,7 @@ def test_what_cannot_start_says_what_to_change(tiny_model: Path, tmp_path: Path)
     processes = psutil.Process().children()
     with pytest.raises(UserError, match=r"rollout.cpu_kv_cache_gb"):
         starved.wait_ready()
-    with pytest.raises(EngineError, match=r"(?s)did not start.*lost.log.*nowhere"):
+    with pytest.raises(UserError, match=r"(?s)did not start.*nowhere.*lost.log"):
         lost.wait_ready()
     logs = {str(one.settings.log_path) for one in (starved, lost)}
     assert not any(file.path in logs for p in processes if p.is_running() for file in p.open_files())

@@ -44,15 +44,28 @@ def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def interrupted(workspace: Path) -> SimpleNamespace:
-    """Two ranks on one machine, stopped by SIGTERM after eight steps at least."""
+    """Two ranks on one machine, stopped by SIGHUP to their launcher after eight steps at least."""
     before = folders(workspace)
     process = start(workspace, "config=tiny.yaml", *TWO, *SHORT)
     folder = wait_for_step(process, workspace, before, 8, seconds=180)
     ranks = ranks_of(process)
-    process.send_signal(signal.SIGTERM)
+    everything = psutil.Process(process.pid).children(recursive=True)
+    listening = {
+        connection.laddr.ip
+        for one in everything
+        for connection in one.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    (launcher,) = psutil.Process(process.pid).children()
+    launcher.send_signal(signal.SIGHUP)
     code, out, err = finish(process)
     assert folders(workspace) - before == {folder}
-    return SimpleNamespace(folder=folder, code=code, out=out, err=err, ranks=ranks)
+    return SimpleNamespace(folder=folder, code=code, out=out, err=err, ranks=ranks, listening=listening)
+
+
+@pytest.mark.multi
+def test_ranks_of_one_machine_listen_where_no_other_reaches_them(interrupted: SimpleNamespace) -> None:
+    assert interrupted.listening and interrupted.listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 @pytest.mark.multi
@@ -104,7 +117,7 @@ def test_killed_rank_ends_the_run_and_is_named(workspace: Path) -> None:
     ranks[1].kill()
     code, _, err = finish(process)
     assert code == 128 + signal.SIGKILL
-    assert "rank 1 was killed by SIGKILL" in err
+    assert "rank 1 was killed by SIGKILL" in err and "out of memory" in err
     assert "Traceback" not in err
     assert not psutil.wait_procs(everything, timeout=5)[1]
 
@@ -243,12 +256,13 @@ def test_impossible_launch_is_refused_by_key(
         ({0: launch.PEER_LOST, 1: -15}, 1, "another machine"),
         ({0: 2, 1: -15}, 2, ""),
         ({0: -15, 1: 130}, 130, ""),
+        ({0: -1, 1: -1}, 129, ""),
     ],
 )
 def test_cause_is_told_and_not_its_consequences(
     codes: dict[int, int], expected: int, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failures: Any = {rank: SimpleNamespace(exitcode=code, timestamp=7) for rank, code in codes.items()}
-    assert launch.outcome(failures) == expected
+    assert launch.outcome(failures, passed=[signal.SIGHUP]) == expected
     told = capsys.readouterr().err
     assert words in told if words else not told

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +18,7 @@ import torch
 
 from sapo_rl.errors import UserError
 from sapo_rl.rollout.weights.blocks import ALIGNMENT, BLOCK_BYTES
-from sapo_rl.rollout.weights.file import ABANDONED_AFTER, PREFIX, FileTransport, weights_folder
+from sapo_rl.rollout.weights.file import FileTransport, weights_folder
 from sapo_rl.rollout.weights.shared import open_layout
 
 
@@ -171,37 +169,57 @@ def test_folder_goes_to_shared_memory_where_there_is_room(tmp_path: Path, monkey
 
 
 def test_folders_of_killed_runs_are_deleted_and_those_of_live_runs_kept(tmp_path: Path) -> None:
-    folders = {name: tmp_path / f"{PREFIX}{name}" for name in ("abandoned", "live", "new", "killed")}
+    folders = {name: tmp_path / f"sapo-weights-{name}" for name in ("abandoned", "live", "killed")}
     for folder in folders.values():
         folder.mkdir()
     hold = (
-        "import fcntl, os, sys, time; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_SH);"
-        " print(flush=True); time.sleep(60)"
+        "import sys, time, torch; from pathlib import Path; from sapo_rl.rollout.weights.file import FileTransport;"
+        " held = FileTransport(Path(sys.argv[1]), torch.float32); print(flush=True); time.sleep(60)"
     )
     killed = subprocess.Popen([sys.executable, "-c", hold, str(folders["killed"])], stdout=subprocess.PIPE)
     assert killed.stdout is not None
     killed.stdout.readline()
     transport = FileTransport(folders["live"], torch.float32)
     transport.push([("w", torch.ones(4))], [Receiver()], 1)  # type: ignore[list-item]
-    long_ago = time.time() - 2 * ABANDONED_AFTER
-    for name in ("abandoned", "live", "killed"):
-        os.utime(folders[name], (long_ago, long_ago))
 
-    weights_folder(1, tmp_path)
-    assert [name for name, folder in folders.items() if folder.exists()] == ["live", "new", "killed"]
+    made = weights_folder(1, tmp_path)
+    assert [name for name, folder in folders.items() if folder.exists()] == ["live", "killed"]
     killed.kill()
     killed.wait()
+    made.rmdir()
     weights_folder(1, tmp_path)
-    assert [name for name, folder in folders.items() if folder.exists()] == ["live", "new"]
+    assert [name for name, folder in folders.items() if folder.exists()] == ["live"]
     assert list(folders["live"].iterdir())
     transport.close()
 
 
-def test_the_owner_holds_a_lock(tmp_path: Path) -> None:
-    transport = FileTransport(tmp_path, torch.float32)
-    other = os.open(tmp_path, os.O_RDONLY)
-    with pytest.raises(BlockingIOError):
-        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def test_what_others_put_under_the_name_neither_stops_a_start_nor_is_touched(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "kept").touch()
+    os.mkfifo(tmp_path / "sapo-weights-pipe")
+    (tmp_path / "sapo-weights-link").symlink_to(tmp_path / "target")
+    (tmp_path / "sapo-weights-file").touch()
+    make = (
+        "import sys, pathlib; from sapo_rl.rollout.weights.file import weights_folder;"
+        " weights_folder(1, pathlib.Path(sys.argv[1]))"
+    )
+    subprocess.run([sys.executable, "-c", make, str(tmp_path)], check=True, timeout=120)
+    assert (tmp_path / "target" / "kept").exists()
+    assert len(list(tmp_path.glob("sapo-weights-*"))) == 4
+
+
+def test_a_folder_that_was_swept_before_it_had_an_owner_is_made_again(tmp_path: Path) -> None:
+    folder = weights_folder(1, tmp_path)
+    weights_folder(1, tmp_path)
+    assert not folder.exists()
+    transport = FileTransport(folder, torch.float32)
+    weights_folder(1, tmp_path)
+    assert folder.stat().st_mode & 0o777 == 0o700
     transport.close()
-    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.close(other)
+    assert not folder.exists()
+
+
+def test_a_link_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(OSError):
+        FileTransport(tmp_path / "link", torch.float32)

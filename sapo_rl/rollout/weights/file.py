@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 
 from sapo_rl.errors import UserError
+from sapo_rl.rollout import scratch
 from sapo_rl.rollout.weights.blocks import BLOCK_BYTES
 from sapo_rl.rollout.weights.shared import SharedTransport, map_file
 
-PREFIX = "sapo-weights-"
-ABANDONED_AFTER = 60.0
-"""Seconds before a folder without an owner counts as left behind: its owner may be about to lock it."""
 
-
-def weights_folder(size: int, shared: Path = Path("/dev/shm")) -> Path:
+def weights_folder(size: int, shared: Path = scratch.SHARED) -> Path:
     """Make a new folder for `FileTransport` in `shared` memory, or where that has no room, among the temporary files.
 
     `size` bytes must fit, cut into blocks. Folders that a killed run left there are deleted first.
@@ -31,28 +26,11 @@ def weights_folder(size: int, shared: Path = Path("/dev/shm")) -> Path:
     needed = size + 2 * BLOCK_BYTES
     for parent in (shared, Path(tempfile.gettempdir())):
         if parent.is_dir() and os.access(parent, os.W_OK):
-            _sweep(parent)
+            scratch.sweep(parent, scratch.WEIGHTS)
             if shutil.disk_usage(parent).free > needed:
-                return Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+                return Path(tempfile.mkdtemp(prefix=scratch.WEIGHTS, dir=parent))
     folders = f"{shared} or {tempfile.gettempdir()}"
     raise UserError(f"no room for {needed / 2**30:.1f} GiB of weights in {folders}; free some, or set TMPDIR")
-
-
-def _sweep(parent: Path) -> None:
-    """Delete the folders that no owner locks any more; process ids would not do, containers may share /dev/shm."""
-    for folder in parent.glob(f"{PREFIX}*"):
-        try:
-            lock = os.open(folder, os.O_RDONLY)
-        except OSError:
-            continue  # another user's, or just deleted by its owner
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if time.time() - folder.stat().st_mtime > ABANDONED_AFTER:
-                shutil.rmtree(folder, ignore_errors=True)
-        except OSError:
-            continue
-        finally:
-            os.close(lock)
 
 
 class FileTransport(SharedTransport):
@@ -67,8 +45,7 @@ class FileTransport(SharedTransport):
         super().__init__(dtype)
         self.folder = folder
         self._files: list[Path] = []
-        self._lock = os.open(folder, os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_SH)
+        self._lock = scratch.hold(folder)
 
     def allocate(self, size: int) -> torch.Tensor:
         """See `SharedTransport.allocate`. Raises UserError where there is no room any more."""
@@ -91,6 +68,5 @@ class FileTransport(SharedTransport):
         """Delete the folder."""
         super().close()
         if self._lock >= 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            os.close(self._lock)
+            scratch.release(self.folder, self._lock)
             self._lock = -1

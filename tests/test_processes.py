@@ -9,11 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = str(Path(__file__).resolve().parents[2])
-CHILD = (
-    "import os, sys, time; from sapo_rl.rollout.lifeline import *; {call};"
-    " print(os.getpid(), flush=True); time.sleep(60)"
-)
+import pytest
+
+ROOT = str(Path(__file__).resolve().parents[1])
+CHILD = "import os, sys, time; from sapo_rl.processes import *; {call}; print(os.getpid(), flush=True); time.sleep(60)"
 
 
 def closed_by_death(read_end: int) -> bool:
@@ -42,12 +41,14 @@ def test_child_dies_with_a_killed_parent() -> None:
     os.close(held)
 
 
-def test_child_whose_parent_is_gone_already_ends_at_once() -> None:
-    process = subprocess.run(
-        [sys.executable, "-c", CHILD.format(call="die_with_parent(1 << 30)")], cwd=ROOT, capture_output=True, timeout=30
-    )
+@pytest.mark.parametrize("module", ["sapo_rl.rank", "sapo_rl.launch"])
+def test_rank_or_launcher_whose_parent_is_gone_ends_before_it_imports_torch(module: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "accelerate.py").write_text("raise SystemExit('imported')")
+    environment = {**os.environ, "SAPO_TRAIN_PARENT": str(1 << 30), "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    process = subprocess.run([sys.executable, "-m", module], env=environment, capture_output=True, timeout=60)
     assert process.returncode == -signal.SIGKILL
-    assert process.stdout == b""
+    assert process.stdout + process.stderr == b""
 
 
 def test_hangup_kills_the_whole_group() -> None:

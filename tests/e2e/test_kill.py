@@ -1,0 +1,169 @@
+"""One run that is killed again and again, at all its moments, equals one that nobody touched."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from command import finish, folders, new_run, records, start, steps_of, timeless
+from tiny import make_workspace
+
+pytestmark = pytest.mark.e2e
+
+PARTS = {"rank": "sapo_rl.rank", "engine": "sapo_rl.rollout.child", "worker": "sapo_rl.rewards.worker"}
+STEPS = 10
+OPTIONS = (f"trainer.steps={STEPS}", "checkpoint.every=1", "logging.wandb=off", "rollout.max_restarts=9")
+EVERY_RECORD_OF_STEPS = ("policy/loss", "eval/accuracy", "mismatch/probe_logp_diff")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    sections: dict[str, Any] = {"rollout": {"verify_every": 2}, "eval": {"every": 3, "prompts": 8}}
+    return make_workspace(tmp_path_factory.mktemp("workspace"), tiny_model, **sections)
+
+
+class Attempt:
+    """A start or resume, under way."""
+
+    def __init__(self, workspace: Path, *arguments: str) -> None:
+        self.workspace, self.before = workspace, folders(workspace)
+        self.process = start(workspace, *arguments, *OPTIONS)
+        self.launcher = psutil.Process(self.process.pid)
+        self.seen: set[psutil.Process] = set()
+
+    @property
+    def folder(self) -> Path:
+        (folder,) = folders(self.workspace) - self.before
+        return folder
+
+    def until(self, what: Callable[[], Any], seconds: float = 200) -> Any:
+        """Wait until something is the case, or the run has ended; return it."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            with contextlib.suppress(psutil.Error):
+                self.seen |= set(self.launcher.children(recursive=True))
+            if (found := what()) or self.process.poll() is not None:
+                return found
+            time.sleep(0.01)
+        raise AssertionError(f"it never came; the last was {records(self.folder)[-1:]}")
+
+    def part(self, name: str) -> psutil.Process | None:
+        """A process of the run."""
+        with contextlib.suppress(psutil.Error):
+            for process in self.launcher.children(recursive=True):
+                if PARTS[name] in process.cmdline():
+                    return process
+        return None
+
+    def send(self, name: str, *numbers: int) -> None:
+        process = self.launcher if name == "launcher" else self.until(lambda: self.part(name))
+        for number in numbers:
+            process.send_signal(number)
+
+    def end(self) -> tuple[int, str, str]:
+        """Wait for the end; no process outlives it."""
+        told = finish(self.process)
+        _, alive = psutil.wait_procs(self.seen, timeout=20)
+        assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+        return told
+
+
+def made(folder: Path) -> int:
+    """The last step that is recorded."""
+    return steps_of(folder)[-1]["step"] if (folder / "metrics.jsonl").is_file() and steps_of(folder) else 0
+
+
+def saved(folder: Path) -> int:
+    """The last step of which there is a checkpoint."""
+    return max((int(path.name[5:]) for path in (folder / "checkpoints").glob("step_*")), default=0)
+
+
+def left_behind() -> set[Path]:
+    """Folders of weights and of temporary files that no process owns."""
+    found = set()
+    for folder in [*Path("/dev/shm").glob("sapo-weights-*"), *Path(tempfile.gettempdir()).glob("sapo-run-*")]:
+        with contextlib.suppress(OSError):
+            lock = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                found.add(folder)
+            finally:
+                os.close(lock)
+    return found
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """All that was measured, without what tells of restarts."""
+    measured = [record for record in timeless(folder) if set(EVERY_RECORD_OF_STEPS) & set(record)]
+    return [{k: v for k, v in record.items() if k != "rollout/engine_restarts"} for record in measured]
+
+
+def test_a_run_killed_at_all_its_moments_equals_one_that_nobody_touched(workspace: Path) -> None:
+    whole = new_run(workspace, *OPTIONS)
+    composing = Attempt(workspace, "config=tiny.yaml")
+    time.sleep(0.5)
+    composing.send("launcher", signal.SIGKILL)
+    assert composing.end()[0] == -signal.SIGKILL
+
+    first = Attempt(workspace, "config=tiny.yaml")
+    first.until(lambda: first.part("rank"))
+    first.send("launcher", signal.SIGKILL)
+    assert first.end()[0] == -signal.SIGKILL
+
+    run = Attempt(workspace, "config=tiny.yaml")
+    run.send("engine", signal.SIGKILL)  # while it starts
+    run.send("worker", signal.SIGKILL)  # while it has nothing to do
+    folder = run.folder
+    again = f"resume={folder.relative_to(workspace)}"
+    code, _, err = finish(start(workspace, again, *OPTIONS))
+    assert code == 2 and f"still going on (process {run.process.pid} on {os.uname().nodename})" in err, err
+    run.until(lambda: made(folder) >= 1)
+    run.send("rank", signal.SIGSTOP, signal.SIGCONT)
+    run.send("launcher", signal.SIGSTOP, signal.SIGCONT)
+    run.until(lambda: saved(folder) >= 2)
+    run.send("rank", signal.SIGKILL)
+    code, _, err = run.end()
+    assert code == 128 + signal.SIGKILL and "was killed by SIGKILL" in err and "Traceback" not in err
+    assert f"-m sapo_rl {again}" in err
+
+    early = Attempt(workspace, again)
+    early.until(lambda: early.part("rank"))
+    early.send("launcher", signal.SIGINT)  # alone, and before there is a step to finish
+    code, _, err = early.end()
+    assert (code, err) == (130, "")
+
+    restarted, last = Attempt(workspace, again), saved(folder)
+    restarted.until(lambda: saved(folder) > last)
+    restarted.send("engine", signal.SIGABRT)
+    restarted.until(lambda: saved(folder) > last + 1)
+    restarted.send("launcher", signal.SIGHUP)
+    code, out, err = restarted.end()
+    assert code == 130 and "Traceback" not in err, out + err
+    assert again in out and saved(folder) == made(folder)
+
+    saving, last = Attempt(workspace, again), saved(folder)
+    saving.until(lambda: list((folder / "checkpoints").glob(".step_*.partial")) or saved(folder) > last)
+    saving.send("launcher", signal.SIGKILL)
+    assert saving.end()[0] == -signal.SIGKILL
+
+    left = left_behind()
+    final = Attempt(workspace, again)
+    final.until(lambda: made(folder) == STEPS)
+    with contextlib.suppress(psutil.Error, AttributeError):  # it has ended meanwhile
+        final.send("rank", signal.SIGABRT)
+    final.end()
+    if not (folder / "final").exists():
+        code, out, err = Attempt(workspace, again).end()
+        assert code == 0, out + err
+    assert numbers(folder) == numbers(whole)
+    assert [record["step"] for record in steps_of(folder)] == list(range(1, STEPS + 1))
+    assert not left & left_behind()
