@@ -1,4 +1,7 @@
-"""`sapo-train`, also as `python -m sapo_rl`. Ctrl-C, or a reader of its output that goes away, ends it quietly."""
+"""The commands `sapo-train`, also as `python -m sapo_rl`, and `sapo-serve`.
+
+Ctrl-C, or a reader of the output that goes away, ends them quietly.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,15 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
         sys.exit(128 + signal.SIGPIPE)
+
+
+def serve() -> None:
+    """Entry point of the console script `sapo-serve`."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the imports take their time; then vLLM's server decides
+    from sapo_rl.serve import main as command_line
+
+    command_line()
 
 
 if __name__ == "__main__":

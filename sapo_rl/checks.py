@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from sapo_rl import dotted
 from sapo_rl.config import Config, LaunchConfig
 from sapo_rl.errors import UserError, did_you_mean
+from sapo_rl.policy import model_folder
 
 LARGEST = 2**31 - 1
 """Bound on integers without one of their own: libraries hold counts in 32 bits."""
@@ -240,16 +239,14 @@ def _check_lora(config: Config) -> None:
 
 def _check_model(config: Config) -> None:
     path = config.model.path
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if looks_local and not Path(os.path.expanduser(path), "config.json").is_file():
-        hint = " (python scripts/fetch_model.py makes it)" if path.startswith(".cache/models/SmolLM2") else ""
-        raise ConfigError("model.path", f"'{path}' is no folder with a Hugging Face model{hint}")
-    if looks_local:
-        _check_lengths(config, Path(os.path.expanduser(path), "config.json"))
-
-
-def _check_lengths(config: Config, model_config: Path) -> None:
-    limit = json.loads(model_config.read_text(encoding="utf-8")).get("max_position_embeddings")
+    try:
+        folder = model_folder.local_folder(path)
+        shape = model_folder.look(folder) if folder else {}
+    except UserError as error:
+        fetched = path.startswith(".cache/models/SmolLM2") and not os.path.exists(path)
+        hint = " (python scripts/fetch_model.py makes it)" if fetched else ""
+        raise ConfigError("model.path", f"{error}{hint}") from error
+    limit = shape.get("max_position_embeddings")
     longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
     if limit is not None and longest > limit:
         raise ConfigError(

@@ -137,13 +137,13 @@ class RolloutConfig:
     """A completion is cut there and marked truncated."""
     temperature: float = number(1.0, least=0.01, most=2)
     """Sampling temperature, in the range that vLLM takes; log-probabilities are taken at the same temperature."""
-    top_p: float = number(1.0, above=0, most=1)
+    top_p: float = number(1.0, least=1e-6, most=1)
     """Nucleus sampling; 1 is off."""
     top_k: int = number(0, least=0)
     """Sample from the k likeliest tokens; 0 is off."""
     min_p: float = number(0.0, least=0, most=1)
     """Drop tokens less likely than this share of the likeliest; 0 is off."""
-    repetition_penalty: float = number(1.0, above=0)
+    repetition_penalty: float = number(1.0, least=0.01, most=100)
     """Above 1 repeats less; 1 is off."""
     mode: str = choice("auto", "auto", "sync", "overlap")
     """Write and train in turns, or write the next batch while this one trains; `auto` takes `overlap` with `servers`,

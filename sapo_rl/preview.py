@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import struct
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,6 +11,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from sapo_rl.config import Config
+from sapo_rl.policy import model_folder
 from sapo_rl.run.resume import Plan
 
 GIB = 2**30
@@ -68,12 +66,14 @@ def going_on(config: Config, resumed: Plan) -> dict[str, str]:
 
 
 def memory_estimate(config: Config) -> dict[str, str]:
-    """Return the memory that weights, optimiser, activations and logits take; `?` where the model is not local."""
-    folder = Path(config.model.path).expanduser()
-    count = count_parameters(folder)
+    """Return the memory that weights, optimiser, activations and logits take; `?` where they are not known."""
+    folder = model_folder.local_folder(config.model.path)
+    if folder is None:
+        return {"weights and optimiser": "? (the model is named on the hub)"}
+    shape = model_folder.text_part(model_folder.read_json(folder / model_folder.CONFIG))
+    count = model_folder.count_parameters(folder)
     if count is None:
-        return {"weights and optimiser": "? (the model is not on this machine)"}
-    shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return {"weights and optimiser": "? (the weights are no safetensors)"}
     rows = trainer_memory(config, count, shape) | {"vLLM's weights": count * element_size(config)}
     return {name: f"{value / GIB:.2f}" for name, value in rows.items()} | {"sum": f"{sum(rows.values()) / GIB:.2f}"}
 
@@ -114,23 +114,6 @@ def adapter_parameters(config: Config, shape: dict[str, Any]) -> int:
     names = config.model.lora.target_modules
     chosen = sum(size for name, size in sizes.items() if "all-linear" in names or name in names)
     return config.model.lora.rank * chosen * shape.get("num_hidden_layers", 0)
-
-
-def count_parameters(folder: Path) -> int | None:
-    """Count the elements of a model folder's safetensors from their headers; None where there are none."""
-    files = sorted(folder.glob("*.safetensors"))
-    total = 0
-    for file in files:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header: dict[str, Any] = json.loads(stream.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                elements = 1
-                for dimension in entry["shape"]:
-                    elements *= dimension
-                total += elements
-    return total if files else None
 
 
 def _table(title: str, rows: dict[str, str]) -> Table:

@@ -35,7 +35,7 @@ from sapo_rl.data import PromptSampler, build_prompts, load_rows, repetition_war
 from sapo_rl.errors import UserError
 from sapo_rl.loop import Run, publish_weights, train
 from sapo_rl.policy import checkpoint
-from sapo_rl.policy.model import DTYPES, Policy, load_policy, load_tokenizer, stop_tokens
+from sapo_rl.policy.model import DTYPES, Policy, check_shapes, load_policy, load_tokenizer, stop_tokens
 from sapo_rl.policy.parallel import loads_weights
 from sapo_rl.policy.trainer import PolicyTrainer, Reference, objective
 from sapo_rl.rewards import RewardPool
@@ -175,8 +175,9 @@ def _wait_for(engines: Sequence[Engine], config: Config, folder: Path, telemetry
 
 
 def _facts(config: ModelConfig) -> ModelFacts:
-    """Read what is known of the model before it is loaded; refuse adapters for which it has no place."""
+    """Read what is known of the model before it is loaded; refuse weights and adapters for which it has no place."""
     facts = model_facts(config)
+    check_shapes(config)
     if config.lora.rank:
         from sapo_rl.policy.lora import check_targets  # peft takes a second to import
 

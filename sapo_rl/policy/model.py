@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sapo_rl.config import ModelConfig
 from sapo_rl.errors import UserError
-from sapo_rl.policy import attention
+from sapo_rl.policy import attention, model_folder
 from sapo_rl.policy.logprobs import token_logps
 from sapo_rl.policy.packing import PackedBatch
 
@@ -128,7 +127,8 @@ def load_policy(config: ModelConfig, gradient_checkpointing: bool = False, empty
         empty: read no weights and take no memory for them: parameters are on the device `meta`.
 
     Raises:
-        UserError: the model cannot be found or read, or has a head that the packed log-probabilities do not cover.
+        UserError: the model cannot be found or read, lacks weights or has some that are no numbers, or has a head that
+            the packed log-probabilities do not cover.
     """
     source: dict[str, Any] = {"revision": config.revision or "main", "trust_remote_code": config.trust_remote_code}
     dtype = DTYPES[config.dtype] if config.lora.rank else torch.float32
@@ -142,9 +142,15 @@ def load_policy(config: ModelConfig, gradient_checkpointing: bool = False, empty
                 )
             model.tie_weights()  # the context has made two of a shared one
         else:
-            model = AutoModelForCausalLM.from_pretrained(config.path, **source, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model.path: cannot load '{config.path}': {_first_line(error)}") from error
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                config.path, **source, **options, output_loading_info=True
+            )
+            model, report = loaded
+            _check_loaded(config.path, model, sorted(report["missing_keys"]))
+    except (UserError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever a folder makes the library raise
+        raise UserError(f"model.path: cannot load '{config.path}': {_told(error)}") from error
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise UserError(f"model.path: '{config.path}' has no plain linear head; a causal language model is needed")
@@ -157,6 +163,35 @@ def load_policy(config: ModelConfig, gradient_checkpointing: bool = False, empty
     return Policy(model, DTYPES[config.dtype])
 
 
+def _check_loaded(path: str, model: PreTrainedModel, missing: list[str]) -> None:
+    """Raise where weights were made up, because the files have none, or are no numbers."""
+    if missing:
+        some = ", ".join(missing[:3]) + (", ..." if missing[3:] else "")
+        raise UserError(f"model.path: '{path}' lacks {len(missing)} weights of the model in its config.json: {some}")
+    for name, weight in model.named_parameters():
+        # A sum takes no memory; one of finite numbers may overflow.
+        if not weight.sum().isfinite() and not weight.isfinite().all():
+            raise UserError(f"model.path: '{path}' has weights that are no finite numbers: {name}")
+
+
+def check_shapes(config: ModelConfig) -> None:
+    """Compare a folder's safetensors with the model that its config describes, without loading any.
+
+    Raises:
+        UserError: a weight has another shape, or `load_policy` raises it.
+    """
+    folder = model_folder.local_folder(config.path)
+    if folder is None or "quantization_config" in model_folder.read_json(folder / model_folder.CONFIG):
+        return
+    found = model_folder.shapes(folder)
+    for name, weight in load_policy(config, empty=True).model.named_parameters():
+        if found.get(name, weight.shape) != weight.shape:
+            raise UserError(
+                f"model.path: {name} in '{config.path}' has the shape {list(found[name])}, config.json makes it "
+                f"{list(weight.shape)}"
+            )
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer.
 
@@ -167,21 +202,29 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(
             config.path, revision=config.revision or "main", trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model.path: no tokenizer at '{config.path}': {_first_line(error)}") from error
+    except Exception as error:  # whatever a folder makes the library raise
+        raise UserError(f"model.path: no tokenizer at '{config.path}': {_told(error)}") from error
 
 
 def stop_tokens(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that end a completion: the tokenizer's end of sequence and those of the generation config."""
+    """Return the ids that end a completion: the tokenizer's end of sequence and those of the generation config.
+
+    Raises:
+        UserError: there are none, or the generation config cannot be read.
+    """
     named: list[Any] = [tokenizer.eos_token_id]
-    with contextlib.suppress(OSError):  # a model without a generation config stops at the tokenizer's token alone
+    try:
         ids = GenerationConfig.from_pretrained(config.path, revision=config.revision or "main").eos_token_id
         named += ids if isinstance(ids, list) else [ids]
+    except OSError:  # a model without one stops at the tokenizer's token alone
+        pass
+    except Exception as error:
+        raise UserError(f"model.path: the generation config of '{config.path}': {_told(error)}") from error
     stops = sorted({token for token in named if isinstance(token, int)})
     if not stops:
         raise UserError(f"model.path: '{config.path}' names no end-of-sequence token, so no completion would end")
     return stops
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no more is said').splitlines()[0]}"

@@ -18,9 +18,25 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import asdict
 from typing import Any
 
+from pydantic import ValidationError
+
+from sapo_rl.rollout.bodies import (
+    MOST_BYTES,
+    Body,
+    GenerateBody,
+    InfoBody,
+    JoinBody,
+    LeaveBody,
+    LoadBody,
+    SamplingBody,
+    ScoreBody,
+    what_is_wrong,
+)
 from sapo_rl.rollout.engine import Request, Sampling
 from sapo_rl.rollout.key import VARIABLE
+from sapo_rl.rollout.pulse import Pulse
 from sapo_rl.rollout.vllm_terms import completions_of, sampling_params, scores_of, scoring_params
+from sapo_rl.rollout.weights.group import Meeting
 
 logger = logging.getLogger("vllm.sapo")
 
@@ -28,10 +44,13 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Method = Callable[..., Awaitable[dict[str, Any]]]
 
-WRONG_KEY, NOT_THOSE_WEIGHTS, FAILED, DEAD = 401, 409, 500, 503
+NOT_UNDERSTOOD, WRONG_KEY, UNKNOWN, NOT_SO, NOT_THOSE_WEIGHTS, TOO_LARGE = 400, 401, 404, 405, 409, 413
+FAILED, DEAD = 500, 503
 OWNED_SECONDS = 10.0
 """A run that was not heard of for so long is over: the next one may have the server. Trainers ask every second."""
+SILENT = "vLLM's core does not answer any more; start the server anew"
 
 
 class TrainerApi:
@@ -57,35 +76,50 @@ class TrainerApi:
         """When its trainer last asked for something."""
         self.running = 0
         self.idle = asyncio.Condition()
-        self.methods = {
-            f"/sapo/{method.__name__}": method
-            for method in (self.info, self.generate, self.score, self.join, self.load, self.leave)
+        self.pulse = Pulse()
+        self.methods: dict[str, tuple[Method, type[Body]]] = {
+            "/sapo/info": (self.info, InfoBody),
+            "/sapo/generate": (self.generate, GenerateBody),
+            "/sapo/score": (self.score, ScoreBody),
+            "/sapo/join": (self.join, JoinBody),
+            "/sapo/load": (self.load, LoadBody),
+            "/sapo/leave": (self.leave, LeaveBody),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, pass it on to vLLM, or refuse it."""
         if scope["type"] == "lifespan":
-            await self.app(scope, receive, send)
+            feeling = asyncio.ensure_future(self.pulse.feel(scope["app"].state.engine_client))
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                feeling.cancel()
         elif not self._knows_key(scope):
             await _refuse(scope, send)
-        elif scope["type"] == "http" and (method := self.methods.get(scope["path"])):
-            await self._answer(method, scope, receive, send)
-        else:
+        elif scope["type"] != "http":
             await self.app(scope, receive, send)
+        elif (body := await _gather(receive)) is None:
+            await _send_json(send, TOO_LARGE, {"error": f"the body has more than {MOST_BYTES} bytes"})
+        elif scope["path"].startswith("/sapo/"):
+            await self._answer(scope, body, receive, send)
+        elif scope["path"] == "/health" and self.pulse.lost:
+            await _send_json(send, DEAD, {"error": SILENT})
+        else:
+            await self.app(scope, _again(body, receive), send)
 
     def _knows_key(self, scope: Scope) -> bool:
         given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(given, b"Bearer " + self.key)
+        return bool(self.key) and hmac.compare_digest(given, b"Bearer " + self.key)
 
-    async def _answer(
-        self, method: Callable[..., Awaitable[dict[str, Any]]], scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        """Call the method, and stop it where the client goes away."""
-        body, more = b"", True
-        while more:
-            message = await receive()
-            body, more = body + message.get("body", b""), message.get("more_body", False)
-        call = asyncio.ensure_future(self._call(method, scope["app"].state.engine_client, body))
+    async def _answer(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        """Call the method that the path names, and stop it where the client goes away."""
+        if scope["path"] not in self.methods:
+            await _send_json(send, UNKNOWN, {"error": f"no such path; valid: {', '.join(self.methods)}"})
+            return
+        if scope["method"] != "POST":
+            await _send_json(send, NOT_SO, {"error": f"{scope['path']} takes POST, not {scope['method']}"})
+            return
+        call = asyncio.ensure_future(self._call(scope["path"], scope["app"].state.engine_client, body))
         gone = asyncio.ensure_future(_gone(receive))
         await asyncio.wait((call, gone), return_when=asyncio.FIRST_COMPLETED)
         gone.cancel()
@@ -94,13 +128,20 @@ class TrainerApi:
         else:
             call.cancel()
 
-    async def _call(
-        self, method: Callable[..., Awaitable[dict[str, Any]]], engine: Any, body: bytes
-    ) -> tuple[int, dict[str, Any]]:
+    async def _call(self, path: str, engine: Any, body: bytes) -> tuple[int, dict[str, Any]]:
+        method, schema = self.methods[path]
+        try:
+            arguments = schema.model_validate_json(body or b"{}")
+        except ValidationError as error:
+            return NOT_UNDERSTOOD, {"error": what_is_wrong(error)}
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        if self.pulse.lost:
+            return DEAD, {"error": SILENT}
         try:
-            return 200, await method(engine, **json.loads(body or b"{}"))
+            return 200, await method(engine, **dict(arguments))
+        except _Misfit as misfit:
+            return NOT_UNDERSTOOD, {"error": str(misfit)}
         except _OtherWeights as other:
             return NOT_THOSE_WEIGHTS, {"error": str(other)}
         except EngineDeadError as error:
@@ -131,11 +172,12 @@ class TrainerApi:
         token_ids: list[int],
         n: int,
         seed: int | None,
-        sampling: dict[str, Any],
+        sampling: SamplingBody,
         stop_token_ids: list[int],
     ) -> dict[str, Any]:
         """Complete one prompt `n` times."""
-        params = sampling_params(Request(token_ids, n, seed), Sampling(**sampling), stop_token_ids)
+        _check_tokens(engine, "stop_token_ids", stop_token_ids)
+        params = sampling_params(Request(token_ids, n, seed), Sampling(**dict(sampling)), stop_token_ids)
         output = await self._run(engine, label, token_ids, params)
         return {"completions": [asdict(one) for one in completions_of(output)]}
 
@@ -147,6 +189,9 @@ class TrainerApi:
     async def _run(self, engine: Any, label: str, token_ids: list[int], params: Any) -> Any:
         if label != self.label:
             raise _OtherWeights(f"holds the weights {self.label}, not {label}")
+        if len(token_ids) >= (longest := engine.vllm_config.model_config.max_model_len):
+            raise _Misfit(f"token_ids: has {len(token_ids)} tokens, must have fewer than {longest}")
+        _check_tokens(engine, "token_ids", token_ids)
         self.running += 1
         try:
             last = None
@@ -159,17 +204,18 @@ class TrainerApi:
             async with self.idle:
                 self.idle.notify_all()
 
-    async def join(self, engine: Any, name: str, meeting: str) -> dict[str, Any]:
+    async def join(self, engine: Any, name: str, meeting: Meeting) -> dict[str, Any]:
         """Have the workers come together with the trainer, and go back to the weights of the model's folder."""
         run, now = run_of(name), time.monotonic()
         if self.owner not in ("", run) and now - self.heard < OWNED_SECONDS:
             raise _OtherWeights("is in use by another run")
         self.owner, self.heard = run, now
         await self._quiet()
-        if self.changed:
-            await engine.collective_rpc("restore")
-            self.changed = False
-        await engine.collective_rpc("join_group", args=(meeting,))
+        with self.pulse.occupied():
+            if self.changed:
+                await engine.collective_rpc("restore")
+                self.changed = False
+            await engine.collective_rpc("join_group", args=(meeting.to_json(),))
         self.meeting = name
         return {}
 
@@ -179,7 +225,8 @@ class TrainerApi:
             raise _OtherWeights(f"is in the group {self.meeting}, not {meeting}")
         await self._quiet()
         self.changed = True
-        await engine.collective_rpc("receive_broadcast", args=(layout,))
+        with self.pulse.occupied():
+            await engine.collective_rpc("receive_broadcast", args=(layout,))
         # Only requests that came by vLLM's own paths can still run: they begin anew with the new weights.
         if not await engine.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM did not reset its prefix cache")
@@ -199,6 +246,10 @@ class TrainerApi:
             await self.idle.wait_for(lambda: self.running == 0)
 
 
+class _Misfit(Exception):
+    """A call asks for what this model cannot do."""
+
+
 class _OtherWeights(Exception):
     """The server does not hold the weights, is not in the group, or works for another run, than the request names."""
 
@@ -206,6 +257,34 @@ class _OtherWeights(Exception):
 def run_of(name: str) -> str:
     """Return the run that a label or a meeting belongs to."""
     return name.rpartition("/")[0]
+
+
+def _check_tokens(engine: Any, name: str, token_ids: list[int]) -> None:
+    vocabulary = engine.vllm_config.model_config.get_vocab_size()
+    if token_ids and (largest := max(token_ids)) >= vocabulary:
+        raise _Misfit(f"{name}: {largest} is no token of this model, they are below {vocabulary}")
+
+
+async def _gather(receive: Receive) -> bytes | None:
+    """Return the whole body; None where it is too large, of which no more is read, or the client goes away."""
+    parts, size, more = list[bytes](), 0, True
+    while more:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        size, more = size + len(parts[-1]), message.get("more_body", False)
+        if size > MOST_BYTES or message["type"] == "http.disconnect":
+            return None
+    return b"".join(parts)
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that gives the body, then what else comes."""
+    whole = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def give() -> MutableMapping[str, Any]:
+        return whole.pop() if whole else await receive()
+
+    return give
 
 
 async def _gone(receive: Receive) -> None:

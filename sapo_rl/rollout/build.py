@@ -75,8 +75,9 @@ def model_facts(config: ModelConfig) -> ModelFacts:
         whole = AutoConfig.from_pretrained(config.path, **options)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(whole, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model.path: cannot read '{config.path}': {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # whatever a folder makes the library raise
+        said = (str(error).strip() or "no more is said").splitlines()[0]
+        raise UserError(f"model.path: cannot read '{config.path}': {type(error).__name__}: {said}") from error
     text = whole.get_text_config()
     heads = text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // heads

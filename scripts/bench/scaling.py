@@ -11,7 +11,6 @@ GPUs after those that train. Efficiency is tokens a second for each GPU that tra
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import socket
 import subprocess
@@ -24,34 +23,63 @@ from pathlib import Path
 from typing import Any
 
 import report
-from vs_trl import PHASES, Task, prepare, run_ours, summary, write_recipe
-from workloads import MODEL, ROOT, SHAPES, WORKLOADS
+from vs_trl import PHASES, Task, environment, prepare, run_ours, summary, write_recipe
+from workloads import MODEL, SHAPES, WORKLOADS
 
-PORT = 8100
+START_SECONDS = 600.0
+"""In which a server must listen."""
+END_SECONDS = 30.0
+"""For a server to end by itself; then it is killed, and its children with it."""
 
 
 @contextmanager
 def serving(task: Task, first: int, count: int, overrides: list[str]) -> Iterator[list[str]]:
-    """Run `count` rollout servers on the GPUs from number `first` on; yields the overrides that use them."""
+    """Run `count` rollout servers on the GPUs from number `first` on; yields the overrides that use them.
+
+    Raises:
+        RuntimeError: a server ended, or did not listen in time; with the end of its log.
+    """
     recipe = f"config={write_recipe(task, None)}"
+    ports = free_ports(count)
     servers: list[subprocess.Popen[bytes]] = []
     try:
-        for index in range(count):
-            environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": str(first + index)}
-            command = [sys.executable, "-m", "sapo_rl.serve", recipe, *overrides, "--port", str(PORT + index)]
+        for index, port in enumerate(ports):
+            own = environment() | {"CUDA_VISIBLE_DEVICES": str(first + index)}
+            command = [sys.executable, "-m", "sapo_rl.serve", recipe, *overrides, "--port", str(port)]
             with (task.folder / f"server_{index}.log").open("w", encoding="utf-8") as log:
-                servers.append(subprocess.Popen(command, cwd=task.folder, env=environment, stdout=log, stderr=log))
-        for index, server in enumerate(servers):
-            while socket.socket().connect_ex(("127.0.0.1", PORT + index)):
-                if server.poll() is not None:
-                    raise RuntimeError((task.folder / f"server_{index}.log").read_text(encoding="utf-8")[-2000:])
+                servers.append(subprocess.Popen(command, cwd=task.folder, env=own, stdout=log, stderr=log))
+        deadline = time.monotonic() + START_SECONDS
+        for index, (server, port) in enumerate(zip(servers, ports, strict=True)):
+            while not listens(port):
+                if server.poll() is not None or time.monotonic() > deadline:
+                    said = (task.folder / f"server_{index}.log").read_text(encoding="utf-8", errors="replace")[-2000:]
+                    raise RuntimeError(f"server {index} does not listen:\n{said}")
                 time.sleep(0.5)
-        yield [f"rollout.servers=[{','.join(f'127.0.0.1:{PORT + index}' for index in range(count))}]"] if count else []
+        yield [f"rollout.servers=[{','.join(f'127.0.0.1:{port}' for port in ports)}]"] if count else []
     finally:
         for server in servers:
             server.terminate()
         for server in servers:
-            server.wait(60)
+            try:
+                server.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports of this machine that nobody listens on."""
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [listener.getsockname()[1] for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    return ports
+
+
+def listens(port: int) -> bool:
+    """Return whether somebody does on that port of this machine."""
+    with socket.socket() as asking:
+        return asking.connect_ex(("127.0.0.1", port)) == 0
 
 
 def measure(task: Task, gpus: int, launch: str, engines: int | None, overrides: list[str]) -> dict[str, Any]:

@@ -115,13 +115,17 @@ def recipe(task: Task, engines: int | None) -> dict[str, Any]:
     }
 
 
-def run(command: list[str], log: Path, limit: float) -> int | None:
-    """Run a program with its output in `log`; return its exit code, or None where `limit` seconds ended it."""
+def environment() -> dict[str, str]:
+    """Return the environment of a program that imports this checkout and `workloads`."""
     paths = [str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
-    with log.open("a", encoding="utf-8") as file:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+
+
+def run(command: list[str], log: Path, limit: float) -> int | None:
+    """Run a program with its output in a new `log`; return its exit code, or None where `limit` seconds ended it."""
+    with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            command, cwd=log.parent, env=environment, stdout=file, stderr=file, start_new_session=True
+            command, cwd=log.parent, env=environment(), stdout=file, stderr=file, start_new_session=True
         )
         try:
             return process.wait(limit)
@@ -155,12 +159,13 @@ def write_recipe(task: Task, engines: int | None) -> Path:
     return file
 
 
-def run_ours(task: Task, engines: int | None, overrides: list[str]) -> dict[str, Any]:
-    """Run sapo-train, and read its cycles from the run folder's metrics."""
-    file, log, settings = write_recipe(task, engines), task.folder / "sapo.log", recipe(task, engines)
+def run_ours(task: Task, engines: int | None, overrides: list[str], name: str = "sapo") -> dict[str, Any]:
+    """Run sapo-train, with its output in `<name>.log`, and read its cycles from the metrics of its own run folder."""
+    file, log, settings = write_recipe(task, engines), task.folder / f"{name}.log", recipe(task, engines)
+    earlier = set(task.folder.glob("runs/bench/*/metrics.jsonl"))
     code = run([sys.executable, "-m", "sapo_rl", f"config={file}", *overrides], log, task.limit)
-    found = sorted((task.folder / "runs/bench").glob("*/metrics.jsonl"), key=os.path.getmtime)
-    records = [json.loads(line) for line in found[-1].read_text(encoding="utf-8").splitlines()] if found else []
+    found = set(task.folder.glob("runs/bench/*/metrics.jsonl")) - earlier
+    records = [json.loads(line) for one in found for line in one.read_text(encoding="utf-8").splitlines()]
     return {"settings": settings, "overrides": overrides, "cycles": our_cycles(records), **ended(code, log)}
 
 
@@ -296,7 +301,7 @@ def main() -> None:
                 found = run_peer(task, batches, peer_overrides)
             else:
                 mode = ["rollout.mode=overlap"] if program == OVERLAPPED else []
-                found = run_ours(task, args.engines, args.set + mode)
+                found = run_ours(task, args.engines, args.set + mode, "sapo_overlap" if mode else "sapo")
             result["programs"][program] = found | {"summary": summary(found["cycles"], args.warm_up)}
             result["table"] = table(result["programs"], note)
             report.write(args.out, result)

@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,35 @@ def test_every_path_takes_the_key_and_the_key_is_nowhere_to_be_seen(
         assert key not in server.log.read_text()
         for one in [process, *process.children(recursive=True)]:
             assert key not in " ".join(one.cmdline())
+
+
+def test_a_call_that_vllm_would_hang_on_is_refused_and_the_server_writes_on(
+    servers: list[Server], key: str, fleet: list[ServerEngine], transport: NcclTransport, policy: PreTrainedModel
+) -> None:
+    transport.push(policy.named_parameters(), fleet[:1], 1)
+    good: dict[str, Any] = {"label": fleet[0].label, "token_ids": [2, 30], "n": 2, "seed": 5, "stop_token_ids": [EOS]}
+    good |= {"sampling": asdict(WARM)}
+    wrong = [
+        {"token_ids": [2, 1.5]},
+        {"token_ids": [2, 10**6]},
+        {"token_ids": [2] * 192},
+        {"n": 10**9},
+        {"seed": 2**70},
+        {"stop_token_ids": list(range(200)) * 20},
+        {"sampling": asdict(replace(WARM, temperature=1e-30))},
+    ]
+    headers = {"Authorization": f"Bearer {key}"}
+    url = f"http://{servers[0].address}"
+    with httpx.Client(base_url=url, headers=headers, trust_env=False, timeout=120.0) as client:
+        for change in wrong:
+            assert client.post("/sapo/generate", json=good | change).status_code == 400, change
+        for path in ("/sapo/generate", "/v1/completions"):
+            assert client.post(path, content=b"{").status_code == 400
+        assert len(client.post("/sapo/generate", json=good).json()["completions"]) == 2
+        (served,) = client.get("/v1/models").json()["data"]
+        text = client.post("/v1/completions", json={"model": served["id"], "prompt": "1+1", "max_tokens": 2})
+        assert text.status_code == 200
+        assert client.get("/health").status_code == 200
 
 
 def test_servers_write_what_the_trainers_weights_say(

@@ -159,14 +159,14 @@ def test_the_transport_follows_the_device() -> None:
 
 
 def test_servers_take_the_place_of_engines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SAPO_API_KEY", "secret")
+    monkeypatch.setenv("SAPO_API_KEY", "a_secret_of_letters")
     made = config(servers=["127.0.0.1:8000", "there:9000"])
     engines = build_engines(made, SMALL, CPU, Path("logs"), [5], "vllm_rank0/")
     assert all(isinstance(engine, ServerEngine) for engine in engines)
     settings = [engine.settings for engine in engines if isinstance(engine, ServerEngine)]
     assert [(one.address, one.key, one.max_model_len, one.stop_token_ids) for one in settings] == [
-        ("127.0.0.1:8000", "secret", 1024, [5]),
-        ("there:9000", "secret", 1024, [5]),
+        ("127.0.0.1:8000", "a_secret_of_letters", 1024, [5]),
+        ("there:9000", "a_secret_of_letters", 1024, [5]),
     ]
     transport = build_transport(made, SMALL, CPU, "run", True)
     assert isinstance(transport, NcclTransport)
