@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sapo_rl import compose, launch, run_folder
 from sapo_rl.config import Config, LaunchConfig
 from sapo_rl.errors import UserError
+from sapo_rl.preview import preview
 
 USAGE = """\
 sapo-train: reinforcement-learning fine-tuning under the SAPO objective
@@ -47,19 +49,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     if int(os.environ.get("RANK", "0")) > 0:  # started by torchrun or accelerate: rank 0 composes for all
         _run_rank(None)
         return
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or {"-h", "--help"} & set(arguments):
         print(usage())
         return
     ready = compose.Arguments(arguments)
+    outcome = Outcome(wants_traceback=os.environ.get(compose.FULL_ERROR) == "1")
     try:
         _refuse_launcher(arguments)
         ready = compose.register(flags_last(arguments))
-        code = _hydra(ready, arguments)
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        _complain(error, ready)
-        code = 2
-    if code:
+        _hydra(ready, arguments, outcome)
+    except Exception as error:
+        if outcome.program_failed:
+            raise
+        outcome.complain(error, ready)
+    if code := max(outcome.codes):
         sys.exit(code)
+
+
+@dataclass
+class Outcome:
+    """How the jobs of a command line have ended."""
+
+    wants_traceback: bool
+    """Whether what composing a config raises is to be shown with its traceback, not in two lines."""
+    codes: list[int] = field(default_factory=lambda: [0])
+    """Exit codes."""
+    program_failed: bool = False
+    """Whether a job has raised what no user can mend."""
+
+    def complain(self, error: Exception, arguments: compose.Arguments) -> None:
+        """Say in two lines what a user's files or arguments have caused; raise it where the traceback is wanted."""
+        if self.wants_traceback and not isinstance(error, UserError):
+            self.program_failed = True
+            raise error
+        print(f"sapo-train: {compose.explain(error, arguments)}", file=sys.stderr)
+        self.codes.append(2)
 
 
 def usage() -> str:
@@ -74,49 +98,84 @@ def flags_last(argv: Sequence[str]) -> list[str]:
         UserError: an unknown flag, or one with a wrong value.
     """
     parser = get_args_parser()
+    parser.allow_abbrev = False
 
     def refuse(message: str) -> NoReturn:
         raise UserError(f"{message}; the flags are those of Hydra: sapo-train --hydra-help")
 
     parser.error = refuse
-    overrides = parser.parse_intermixed_args(list(argv)).overrides
+    found = parser.parse_intermixed_args(list(argv))
+    _refuse_flags(found)
     flags = list(argv)
-    for override in overrides:
+    for override in found.overrides:
         flags.remove(override)
-    return [*overrides, *flags]
+    return [*found.overrides, *flags]
 
 
-def _hydra(ready: compose.Arguments, typed: list[str]) -> int:
-    """Let Hydra read the arguments and run one job or a sweep; return the worst exit code.
+def _refuse_flags(found: argparse.Namespace) -> None:
+    """Raise where a flag of Hydra's cannot be, or could run code out of a file."""
+    if found.experimental_rerun is not None:
+        raise UserError("--experimental-rerun: its file can run code; take resume=FOLDER")
+    if found.config_name is not None:
+        raise UserError(f"--config-name: write config={found.config_name}")
+    if found.config_path is not None:
+        raise UserError("--config-path: leave it out; a folder with groups of your own is --config-dir")
+    modes = {
+        "--run": found.run,
+        "--multirun": found.multirun,
+        "--cfg": found.cfg is not None,
+        "--info": found.info is not None,
+        "--shell-completion": found.shell_completion,
+    }
+    given = [name for name, is_given in modes.items() if is_given]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: only one of them can be")
+    if found.resolve and found.cfg is None:
+        raise UserError("--resolve: goes with --cfg job")
+    shells = r"(install|uninstall|query)=(bash|zsh|fish)"
+    if found.shell_completion and not re.fullmatch(shells, " ".join(found.overrides)):
+        raise UserError("--shell-completion: takes install=, uninstall= or query=, each with bash, zsh or fish")
+
+
+def _hydra(ready: compose.Arguments, typed: list[str], outcome: Outcome) -> None:
+    """Let Hydra read the arguments and run one job or a sweep; `outcome` gets the exit codes.
 
     What a job raises is worded here and not passed through Hydra, which would print lines of its own; Hydra's own
     errors are raised as they are, for `main` to word. A job that fails does not end the sweep.
     """
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    before = os.environ.get(compose.FULL_ERROR, "0")
+    os.environ[compose.FULL_ERROR] = "1"
     sys.argv = [sys.argv[0], *ready.argv]
-    codes = [0]
 
     @hydra.main(version_base="1.3", config_path=str(compose.CONFIGS), config_name="train")
     def job(composed: DictConfig) -> float | None:
         settings = HydraConfig.get()
+        overrides: list[Any] = OmegaConf.to_container(settings.overrides.task)  # pyright: ignore[reportAssignmentType]
+        own = replace(ready, argv=[*ready.argv, *overrides])  # in a sweep the latter are this job's own
         try:
-            compose.check_choices(composed, settings.overrides.task)
+            compose.check_choices(composed, overrides)
             config, frozen = compose.accept(composed, ready)
+            if config.dry_run:
+                preview(config, frozen)
+                return None
+        except Exception as error:
+            outcome.complain(error, own)
+            return None
+        try:
             return run(config, frozen, settings.runtime.choices["config"], typed, ready.files)
         except (UserError, OmegaConfBaseException) as error:
-            own = [*ready.argv, *settings.overrides.task]  # in a sweep the latter are this job's own
-            _complain(error, replace(ready, argv=own))
-            codes.append(2)
+            outcome.complain(error, own)
         except subprocess.CalledProcessError as error:
-            codes.append(error.returncode if error.returncode > 0 else 128 - error.returncode)
+            outcome.codes.append(error.returncode if error.returncode > 0 else 128 - error.returncode)
+        except Exception:
+            outcome.program_failed = True
+            raise
         return None
 
-    job()
-    return max(codes)
-
-
-def _complain(error: Exception, arguments: compose.Arguments) -> None:
-    print(f"sapo-train: {compose.explain(error, arguments)}", file=sys.stderr)
+    try:
+        job()
+    finally:
+        os.environ[compose.FULL_ERROR] = before
 
 
 def run(config: Config, frozen: str, recipe: str, typed: list[str], files: dict[str, Path]) -> float | None:
@@ -132,11 +191,6 @@ def run(config: Config, frozen: str, recipe: str, typed: list[str], files: dict[
     Returns:
         The last `eval/accuracy`, for sweepers that optimise.
     """
-    if config.dry_run:
-        from sapo_rl.preview import preview
-
-        preview(config, frozen)
-        return None
     if config.launch.machine_rank > 0 and "RANK" not in os.environ:  # machine 0 makes the folder
         _spawn(config.launch, None)
         return None
