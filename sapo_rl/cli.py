@@ -23,7 +23,6 @@ from omegaconf.errors import OmegaConfBaseException
 from sapo_rl import compose, launch, run_folder
 from sapo_rl.config import Config, LaunchConfig
 from sapo_rl.errors import UserError
-from sapo_rl.preview import preview
 
 USAGE = """\
 sapo-train: reinforcement-learning fine-tuning under the SAPO objective
@@ -156,6 +155,8 @@ def _hydra(ready: compose.Arguments, typed: list[str], outcome: Outcome) -> None
             compose.check_choices(composed, overrides)
             config, frozen = compose.accept(composed, ready)
             if config.dry_run:
+                from sapo_rl.preview import preview
+
                 preview(config, frozen)
                 return None
         except Exception as error:

@@ -1,9 +1,10 @@
-"""`dry_run=true`: what a run would do, without torch and without starting anything."""
+"""`dry_run=true`: what a run would do, and what would end it, without loading the model or starting vLLM."""
 
 from __future__ import annotations
 
 import json
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,27 @@ GIB = 2**30
 
 
 def preview(config: Config, frozen: str) -> None:
-    """Print the resolved config (`frozen`, YAML) as a tree, the batch arithmetic and an estimate of the memory."""
+    """Print the resolved config (`frozen`, YAML) as a tree, the batch arithmetic, the data, and the memory estimated.
+
+    Warnings go to stderr. Raises UserError for what a run would refuse in its data and reward functions.
+    """
+    from sapo_rl.run import rehearsal  # rollout.build needs the estimate below, and nothing of this
+
     console = Console()
     tree = Tree("config")
     _grow(tree, yaml.safe_load(frozen))
     console.print(tree)
     console.print(_table("batch", batch_arithmetic(config)))
-    console.print(_table("memory (GiB, a process that shards nothing)", memory_estimate(config)))
+    trial = rehearsal.rehearse(config)
+    console.print(_table("data", trial.data))
+    rows = memory_rows(config)
+    rows |= rehearsal.cpu_cache(config) if rows else {}
+    told = {name: f"{value / GIB:.2f}" for name, value in rows.items()} | {"sum": f"{sum(rows.values()) / GIB:.2f}"}
+    unknown = {"weights and optimiser": "? (the model is not on this machine)"}
+    console.print(_table("memory (GiB, a process that shards nothing)", told if rows else unknown))
+    for warning in [*trial.warnings, rehearsal.memory_warning(config, rows)]:
+        if warning is not None:
+            print(f"sapo-train: warning: {warning}", file=sys.stderr)
 
 
 def _grow(tree: Tree, node: dict[str, Any]) -> None:
@@ -52,15 +67,14 @@ def batch_arithmetic(config: Config) -> dict[str, str]:
     }
 
 
-def memory_estimate(config: Config) -> dict[str, str]:
-    """Return the memory that weights, optimiser, activations and logits take; `?` where the model is not local."""
+def memory_rows(config: Config) -> dict[str, float]:
+    """Return the bytes that weights, optimiser, activations and logits take; nothing where the model is not local."""
     folder = Path(config.model.path).expanduser()
     count = count_parameters(folder)
     if count is None:
-        return {"weights and optimiser": "? (the model is not on this machine)"}
+        return {}
     shape = json.loads((folder / "config.json").read_text())
-    rows = trainer_memory(config, count, shape) | {"vLLM's weights": count * element_size(config)}
-    return {name: f"{value / GIB:.2f}" for name, value in rows.items()} | {"sum": f"{sum(rows.values()) / GIB:.2f}"}
+    return trainer_memory(config, count, shape) | {"vLLM's weights": count * element_size(config)}
 
 
 def element_size(config: Config) -> int:

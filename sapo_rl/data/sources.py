@@ -89,8 +89,8 @@ def _hold_out(rows: Rows, count: int, columns: list[str], rng: random.Random) ->
     train = {number: row for number, row in rows.items() if wording(row) not in kept}
     if not train:
         raise UserError(
-            f"data.path: eval.prompts={count} of {len(rows)} rows are held out, which leaves none to train on; "
-            "hold out fewer or name data.eval_path or data.eval_split"
+            f"data.path: eval.prompts={count} of {len(rows)} rows are held out, which leaves none to train on (rows "
+            "with the same prompt leave too); hold out fewer or name data.eval_path or data.eval_split"
         )
     return train, held_out
 
