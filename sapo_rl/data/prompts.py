@@ -39,6 +39,8 @@ def check_wording(cfg: DataConfig) -> None:
     """
     if not _named(cfg.template, cfg):
         raise UserError(f"data.template: {cfg.template!r} holds no column; valid: {{prompt}}, or any column in braces")
+    for key in ("template", "response_prefix", "system_prompt"):
+        _check_characters(getattr(cfg, key) or "", f"data.{key}")
     for key, wording in (("template", cfg.template), ("response_prefix", cfg.response_prefix)):
         if {"answer", cfg.answer_column} & set(_named(wording, cfg)):
             raise UserError(f"data.{key}: {wording!r} would show the model the answer")
@@ -76,6 +78,8 @@ def build_prompts(rows: Rows, cfg: DataConfig, tokenizer: PreTrainedTokenizerBas
         _render(content, number, cfg, tokenizer) + _fill(cfg.response_prefix, rows[number], number, cfg)
         for number, content in contents.items()
     ]
+    for number, text in zip(contents, texts, strict=True):
+        _check_characters(text, f"row {number}: its prompt")
     # A chat template writes the special tokens itself.
     token_ids: list[list[int]] = tokenizer(texts, add_special_tokens=not cfg.chat_template)["input_ids"]  # pyright: ignore[reportAssignmentType]
     prompts = []
@@ -134,12 +138,16 @@ def content_of(row: dict[str, Any], number: int, cfg: DataConfig) -> str | Messa
     asked = [content] if isinstance(content, str) else [one["content"] for one in content if one["role"] != "system"]
     if not any(text.strip() for text in asked):
         raise UserError(f"row {number}: its prompt is empty")
+    _check_characters("".join(asked), f"row {number}: its prompt")
+    return content
+
+
+def _check_characters(text: str, what: str) -> None:
     try:
-        "".join(asked).encode()
+        text.encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        raise UserError(f"row {number}: its prompt holds {half!r}, one half of a character that was cut") from error
-    return content
+        raise UserError(f"{what} holds {half!r}, one half of a character that was cut") from error
 
 
 def _fill(wording: str, row: dict[str, Any], number: int, cfg: DataConfig) -> str:

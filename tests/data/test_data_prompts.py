@@ -171,6 +171,8 @@ CHAT = [{"role": "user", "content": "one"}]
         ([row([{"role": "system", "content": "A"}])], {}, "row 0: its prompt is empty"),
         ([row(), row("cut \ud83d")], {}, r"row 1: its prompt holds '\\ud83d', one half of a character"),
         ([row([{"role": "user", "content": "\udc00"}])], {}, r"row 0: its prompt holds '\\udc00'"),
+        ([row([*[{"role": "system", "content": "\udc00"}], *CHAT])], {}, r"row 0: its prompt holds '\\udc00'"),
+        ([row()], {"system_prompt": "\ud800"}, r"data\.system_prompt holds '\\ud800'"),
         ([row()], {"chat_template_args": {"tokenize": True}}, r"data\.chat_template_args: 'tokenize' is filled in"),
         ([row()], {"chat_template_args": {"messages": []}}, r"data\.chat_template_args: 'messages' is filled in"),
         (
