@@ -77,8 +77,11 @@ class Outcome:
     """Whether a job has raised what no user can mend."""
 
     def complain(self, error: Exception, arguments: compose.Arguments) -> None:
-        """Say in two lines what a user's files or arguments have caused; raise it where the traceback is wanted."""
-        if self.wants_traceback and not isinstance(error, UserError):
+        """Say in two lines what a user's files or arguments have caused.
+
+        It is raised where its traceback is wanted, and where a reader of the output has gone away.
+        """
+        if isinstance(error, BrokenPipeError) or (self.wants_traceback and not isinstance(error, UserError)):
             self.program_failed = True
             raise error
         print(f"sapo-train: {compose.explain(error, arguments)}", file=sys.stderr)

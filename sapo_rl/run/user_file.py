@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sapo_rl.checks import ConfigError
@@ -41,7 +42,7 @@ def load(path: Path, configs: Path) -> DictConfig:
             cannot be, other values than a section's keys where a section stands, or keys by which Hydra runs code.
     """
     try:
-        node = read_yaml(path, OmegaConf.load)
+        node = read_yaml(path, _load)
     except OmegaConfBaseException as error:  # such as a reference without its end
         raise UserError(f"{error.full_key or 'config'} ({path}): {str(error).splitlines()[0]}") from error
     if not isinstance(node, DictConfig):
@@ -54,6 +55,13 @@ def load(path: Path, configs: Path) -> DictConfig:
     except ConfigError as error:
         raise UserError(f"{error.key} ({path}): {error.problem}") from error
     return node
+
+
+def _load(stream: io.StringIO) -> DictConfig | ListConfig | None:
+    try:
+        return OmegaConf.load(stream)
+    except OSError:  # what it makes of a single value
+        return None
 
 
 def check_shape(content: dict[Any, Any], configs: Path) -> None:
