@@ -57,12 +57,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         _refuse_launcher(arguments)
         ready = compose.register(flags_last(arguments))
         _hydra(ready, arguments, outcome)
+    except JobFailed as error:  # a launcher ran it in a process of its own, where it was told
+        outcome.codes.append(error.code)
     except Exception as error:
         if outcome.program_failed:
             raise
         outcome.complain(error, ready)
     if code := max(outcome.codes):
         sys.exit(code)
+
+
+class JobFailed(Exception):
+    """How a job ended that one of Hydra's launchers, such as joblib, ran in another process: `code` is its exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
 
 
 @dataclass
@@ -73,6 +83,8 @@ class Outcome:
     """Whether what composing a config raises is to be shown with its traceback, not in two lines."""
     codes: list[int] = field(default_factory=lambda: [0])
     """Exit codes."""
+    process: int = field(default_factory=os.getpid)
+    """Where the command line was read; jobs in other processes have copies of this object, which are lost."""
     program_failed: bool = False
     """Whether a job has raised what no user can mend."""
 
@@ -86,6 +98,11 @@ class Outcome:
             raise error
         print(f"sapo-train: {compose.explain(error, arguments)}", file=sys.stderr)
         self.codes.append(2)
+
+    def hand_over(self) -> None:
+        """Raise JobFailed in a job's own process, the one way in which its exit code reaches the command line's."""
+        if os.getpid() != self.process:
+            raise JobFailed(max(self.codes))
 
 
 def usage() -> str:
@@ -164,7 +181,7 @@ def _hydra(ready: compose.Arguments, typed: list[str], outcome: Outcome) -> None
                 return None
         except Exception as error:
             outcome.complain(error, own)
-            return None
+            return outcome.hand_over()
         try:
             return run(config, frozen, settings.runtime.choices["config"], typed, ready.files)
         except (UserError, OmegaConfBaseException) as error:
@@ -174,7 +191,7 @@ def _hydra(ready: compose.Arguments, typed: list[str], outcome: Outcome) -> None
         except Exception:
             outcome.program_failed = True
             raise
-        return None
+        return outcome.hand_over()
 
     try:
         job()

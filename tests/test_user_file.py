@@ -191,6 +191,14 @@ def test_what_nobody_thought_of_is_told_too_and_its_traceback_on_demand(
         assert "model.path: ZeroDivisionError: by zero" in told and compose.FULL_ERROR in told
 
 
+def test_a_job_that_fails_in_a_process_of_its_own_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = iter([1, 2, 2, 2, 2])  # the command line's, then the job's, as a launcher such as joblib has it
+    monkeypatch.setattr("sapo_rl.cli.os.getpid", lambda: next(processes, 2))
+    code, _, told = sapo_train(*RECIPE, "trainer.steps=0", "-m")
+    assert code == 2 and "trainer.steps (command line): is 0; must be at least 1" in told
+    assert "Traceback" not in told and compose.FULL_ERROR not in told
+
+
 def test_a_failure_of_the_program_itself_is_no_mistake_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError("by zero")
