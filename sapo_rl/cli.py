@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class JobFailed(Exception):
-    """How a job ended that one of Hydra's launchers, such as joblib, ran in its own process; `code` is its exit code."""
+    """How a job ended that a launcher, such as joblib, ran in its own process; `code` is its exit code."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
