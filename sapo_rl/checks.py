@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from sapo_rl import dotted
-from sapo_rl.config import Config, LaunchConfig
-from sapo_rl.errors import UserError, did_you_mean
+from sapo_rl.config import Config
+from sapo_rl.errors import UserError, brief, did_you_mean
+from sapo_rl.paths import reading
 from sapo_rl.policy import model_folder
 
 LARGEST = 2**31 - 1
@@ -24,7 +25,7 @@ class ConfigError(UserError):
     def __init__(self, key: str, problem: str) -> None:
         super().__init__(f"{key}: {problem}")
         self.key = key
-        self.problem = problem
+        self.problem = brief(problem)
 
 
 def check(config: Config) -> None:
@@ -34,15 +35,11 @@ def check(config: Config) -> None:
         ConfigError: naming the first key that is out of range, unknown or at odds with another.
     """
     for key, value, metadata in _fields(config):
-        _check_field(key, value, metadata)
-    _check_launch(config.launch)
-    _check_batch(config)
-    _check_tensor_parallel(config)
-    _check_servers(config)
-    _check_loss(config)
-    _check_sources(config)
-    _check_lora(config)
-    _check_model(config)
+        with reading(key):
+            _check_field(key, value, metadata)
+    for section, rule in RULES.items():
+        with reading(section):
+            rule(config)
 
 
 def _fields(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -81,7 +78,8 @@ def _check_field(key: str, value: Any, metadata: Any) -> None:
             raise ConfigError(key, f"is {value}; must be {words[name]} {bound}")
 
 
-def _check_launch(launch: LaunchConfig) -> None:
+def _check_launch(config: Config) -> None:
+    launch = config.launch
     from sapo_rl.launch import SINGLE, profile_path
 
     if "RANK" in os.environ:  # the processes are there already, as many as they are
@@ -254,3 +252,16 @@ def _check_model(config: Config) -> None:
             f"is {config.rollout.max_completion_tokens}, with data.max_prompt_tokens = {config.data.max_prompt_tokens} "
             f"up to {longest} tokens; the model's limit is {limit}",
         )
+
+
+RULES = {
+    "launch": _check_launch,
+    "rollout, trainer": _check_batch,
+    "rollout.tensor_parallel": _check_tensor_parallel,
+    "rollout.servers": _check_servers,
+    "loss": _check_loss,
+    "data, reward": _check_sources,
+    "model.lora": _check_lora,
+    "model.path": _check_model,
+}
+"""Rules that span fields, by the keys that they are about."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -11,16 +13,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sapo_rl import compose, launch, run_folder, streams
@@ -79,16 +80,58 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments[0] == "keys":
         sys.exit(_show_keys(arguments[1:]))
     ready = compose.Arguments(arguments)
+    outcome = Outcome(wants_traceback=os.environ.get(compose.FULL_ERROR) == "1")
     try:
         _refuse_launcher(arguments)
         _refuse_hydra_folders(arguments)
         ready = compose.register(flags_last(arguments))
-        code = _hydra(ready, arguments)
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        _complain(error, ready)
-        code = 2
-    if code:
+        _hydra(ready, arguments, outcome)
+    except JobFailed as error:  # a launcher ran it in a process of its own, where it was told
+        outcome.codes.append(error.code)
+    except Exception as error:
+        if outcome.program_failed:
+            raise
+        outcome.complain(error, ready)
+    if code := max(outcome.codes):
         sys.exit(code)
+
+
+class JobFailed(Exception):
+    """How a job ended that a launcher, such as joblib, ran in its own process; `code` is its exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+@dataclass
+class Outcome:
+    """How the jobs of a command line have ended."""
+
+    wants_traceback: bool
+    """Whether what composing a config raises is to be shown with its traceback, not in two lines."""
+    codes: list[int] = field(default_factory=lambda: [0])
+    """Exit codes."""
+    process: int = field(default_factory=os.getpid)
+    """Where the command line was read; jobs in other processes have copies of this object, which are lost."""
+    program_failed: bool = False
+    """Whether a job has raised what no user can mend."""
+
+    def complain(self, error: Exception, arguments: compose.Arguments) -> None:
+        """Say in two lines what a user's files or arguments have caused.
+
+        It is raised where its traceback is wanted, and where a reader of the output has gone away.
+        """
+        if isinstance(error, BrokenPipeError) or (self.wants_traceback and not isinstance(error, UserError)):
+            self.program_failed = True
+            raise error
+        print(f"sapo-train: {compose.explain(error, arguments)}", file=sys.stderr)
+        self.codes.append(2)
+
+    def hand_over(self) -> None:
+        """Raise JobFailed in a job's own process, the one way in which its exit code reaches the command line's."""
+        if os.getpid() != self.process:
+            raise JobFailed(max(self.codes))
 
 
 def usage() -> str:
@@ -116,63 +159,113 @@ def flags_last(argv: Sequence[str]) -> list[str]:
         UserError: an unknown flag, or one with a wrong value.
     """
     parser = get_args_parser()
+    parser.allow_abbrev = False
 
     def refuse(message: str) -> NoReturn:
         raise UserError(f"{message}; the flags are those of Hydra: sapo-train --hydra-help")
 
     parser.error = refuse
-    overrides = parser.parse_intermixed_args(list(argv)).overrides
+    found = parser.parse_intermixed_args(list(argv))
+    _refuse_flags(found)
     flags = list(argv)
-    for override in overrides:
+    for override in found.overrides:
         flags.remove(override)
-    return [*overrides, *flags]
+    return [*found.overrides, *flags]
 
 
-def _hydra(ready: compose.Arguments, typed: list[str]) -> int:
-    """Let Hydra read the arguments and run one job or a sweep; return the worst exit code.
+def _refuse_flags(found: argparse.Namespace) -> None:
+    """Raise where a flag of Hydra's cannot be, or could run code out of a file."""
+    if found.experimental_rerun is not None:
+        raise UserError("--experimental-rerun: its file can run code; take resume=FOLDER")
+    if found.config_name is not None:
+        raise UserError(f"--config-name: write config={found.config_name}")
+    if found.config_path is not None:
+        raise UserError("--config-path: leave it out; a folder with groups of your own is --config-dir")
+    modes = {
+        "--run": found.run,
+        "--multirun": found.multirun,
+        "--cfg": found.cfg is not None,
+        "--info": found.info is not None,
+        "--shell-completion": found.shell_completion,
+    }
+    given = [name for name, is_given in modes.items() if is_given]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: only one of them can be")
+    if found.resolve and found.cfg is None:
+        raise UserError("--resolve: goes with --cfg job")
+    shells = r"(install|uninstall|query)=(bash|zsh|fish)"
+    if found.shell_completion and not re.fullmatch(shells, " ".join(found.overrides)):
+        raise UserError("--shell-completion: takes install=, uninstall= or query=, each with bash, zsh or fish")
+
+
+def _hydra(ready: compose.Arguments, typed: list[str], outcome: Outcome) -> None:
+    """Let Hydra read the arguments and run one job or a sweep; `outcome` gets the exit codes.
 
     A sweep tells which of its runs begins, and ends with a table of them; a run that fails does not end it. What a job
     raises is worded here and not passed through Hydra, which would print lines of its own; Hydra's own errors are
     raised as they are, for `main` to word.
     """
-    os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [sys.argv[0], *ready.argv]
-    codes = [0]
     results: list[sweep.Result] = []
 
     @hydra.main(version_base="1.3", config_path=str(compose.CONFIGS), config_name="train")
     def job(composed: DictConfig) -> float | None:
         settings = HydraConfig.get()
+        overrides: list[Any] = OmegaConf.to_container(settings.overrides.task)  # pyright: ignore[reportAssignmentType]
         one = sweep.this_job(settings, ready.argv, ready.files)
-        own, code = typed, 0
+        own, before = typed, len(outcome.codes)
         if one:
             streams.outlive()
             print(one.title, flush=True)
             own = sweep.own_arguments(typed, one)
         start = Start(settings.runtime.choices["config"], own, ready.files, one.number if one else None)
         try:
-            compose.check_choices(composed, settings.overrides.task)
-            config, frozen = compose.accept(composed, ready)
-            run(config, frozen, start)
-        except (UserError, OmegaConfBaseException) as error:
-            argv = [*ready.argv, *settings.overrides.task]  # in a sweep the latter are this job's own
-            _complain(error, replace(ready, argv=argv))
-            code = 2
-        except subprocess.CalledProcessError as error:
-            code = error.returncode if error.returncode > 0 else 128 - error.returncode
-        codes.append(code)
-        if one:
-            results.append(sweep.Result(one, start.folder, code))
+            _attempt(composed, overrides, ready, start, outcome)
+        finally:
+            code = max(outcome.codes[before:], default=0)
+            if one:
+                results.append(sweep.Result(one, start.folder, code))
+        outcome.hand_over()
         return run_folder.last_accuracy(start.folder) if start.folder and not code else None
 
-    job()
+    full_error = os.environ.get(compose.FULL_ERROR, "0")
+    os.environ[compose.FULL_ERROR] = "1"
+    try:
+        job()
+    finally:
+        os.environ[compose.FULL_ERROR] = full_error
     if any(result.folder for result in results):
         sweep.show(results)
-    return max(codes)
 
 
-def _complain(error: Exception, arguments: compose.Arguments) -> None:
-    print(f"sapo-train: {compose.explain(error, arguments)}", file=sys.stderr)
+def _attempt(
+    composed: DictConfig, overrides: list[Any], ready: compose.Arguments, start: Start, outcome: Outcome
+) -> None:
+    """Check a composed config, and show it or run it; `outcome` gets the exit code of what fails."""
+    own = replace(ready, argv=[*ready.argv, *overrides])  # in a sweep the latter are this job's own
+    try:
+        compose.check_choices(composed, overrides)
+        config, frozen = compose.accept(composed, ready)
+        if config.resume and config.run_dir:
+            raise ConfigError("run_dir", "a run that is resumed stays in its folder; leave run_dir out")
+        resumed = resume.plan(config, frozen) if config.resume else None
+        if config.dry_run:
+            from sapo_rl.preview import preview
+
+            preview(config, frozen, resumed)
+            return
+    except Exception as error:
+        outcome.complain(error, own)
+        return
+    try:
+        run(config, frozen, start)
+    except (UserError, OmegaConfBaseException) as error:
+        outcome.complain(error, own)
+    except subprocess.CalledProcessError as error:
+        outcome.codes.append(error.returncode if error.returncode > 0 else 128 - error.returncode)
+    except Exception:
+        outcome.program_failed = True
+        raise
 
 
 def run(config: Config, frozen: str, start: Start) -> None:
@@ -187,14 +280,6 @@ def run(config: Config, frozen: str, start: Start) -> None:
         UserError: the run folder cannot be made, or is not free.
         subprocess.CalledProcessError: the training ended with another exit code than 0.
     """
-    if config.resume and config.run_dir:
-        raise ConfigError("run_dir", "a run that is resumed stays in its folder; leave run_dir out")
-    resumed = resume.plan(config, frozen) if config.resume else None
-    if config.dry_run:
-        from sapo_rl.preview import preview
-
-        preview(config, frozen, resumed)
-        return
     streams.outlive()
     if config.launch.machine_rank > 0 and "RANK" not in os.environ:  # machine 0 makes the folder
         _spawn(config.launch, None)

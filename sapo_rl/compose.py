@@ -13,51 +13,25 @@ from typing import Any
 import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from sapo_rl.checks import ConfigError, check
 from sapo_rl.config import Config, LossConfig, RewardConfig, RewardFunctionConfig
-from sapo_rl.errors import UserError, did_you_mean
-from sapo_rl.run import references
+from sapo_rl.errors import UserError, brief, did_you_mean
+from sapo_rl.paths import expand, is_file, read_yaml
+from sapo_rl.run import references, user_file
+from sapo_rl.run.other_names import hint
 from sapo_rl.run_folder import CONFIG, is_secret, locate, worth_hiding
 
 PACKAGED = Path(__file__).parent / "configs"
 CONFIGS = PACKAGED if PACKAGED.is_dir() else Path(__file__).parents[1] / "configs"
 """The shipped configs: inside the wheel, or beside the package in a checkout."""
-
-
-ELSEWHERE = {
-    "num_generations": "rollout.group_size",
-    "n": "rollout.group_size",
-    "max_completion_length": "rollout.max_completion_tokens",
-    "max_tokens": "rollout.max_completion_tokens",
-    "max_prompt_length": "data.max_prompt_tokens",
-    "per_device_train_batch_size": "rollout.batch_size",
-    "train_batch_size": "rollout.batch_size",
-    "gradient_accumulation_steps": "trainer.tokens_per_micro_batch",
-    "num_iterations": "trainer.updates_per_rollout",
-    "beta": "loss.kl.coef",
-    "kl_coef": "loss.kl.coef",
-    "epsilon": "loss.clip_low",
-    "epsilon_high": "loss.clip_high",
-    "loss_type": "loss.name",
-    "sapo_temperature_pos": "loss.tau_pos",
-    "sapo_temperature_neg": "loss.tau_neg",
-    "lr": "trainer.learning_rate",
-    "lr_scheduler_type": "trainer.schedule",
-    "warmup_steps": "trainer.warmup_updates",
-    "max_steps": "trainer.steps",
-    "save_steps": "checkpoint.every",
-    "eval_steps": "eval.every",
-    "report_to": "logging.wandb",
-    "scale_rewards": "advantage.scale",
-    "mask_truncated_completions": "advantage.mask_truncated",
-    "r": "model.lora.rank",
-    "output_dir": "run_dir",
-}
-"""What other programs call some keys, and what they are called here."""
+FULL_ERROR = "HYDRA_FULL_ERROR"
+"""Variable that asks for the traceback of what composing a config raises."""
+PROBLEM = r"(Value .*|Invalid .*|Cannot .*|Incompatible .*|object of type .*|.*[Ii]nterpolation .*)"
+"""OmegaConf's lines that say what is wrong with a value."""
 ADDED_FUNCTION = r"\+reward\.functions\.([\w-]+)(\.(function|weight|timeout|on_error))?="
 
 
@@ -99,15 +73,25 @@ def register(argv: list[str]) -> Arguments:
         if re.match(ADDED_FUNCTION, argument):
             argument = argument.removeprefix("+")
         key, equals, value = argument.partition("=")
+        _check_choice(key, equals, value)
         if key != "config" or not equals:
             rewritten.append(argument)
             continue
-        items = [value] if Path(value).is_file() else value.strip("[]").split(",")
+        items = [value] if is_file(value) else value.strip("[]").split(",")
         names = [_register_one(item.strip(), known, files) for item in items]
         joined = ",".join(names)
         listed = value.startswith("[") and items != [value]
         rewritten.append(f"config=[{joined}]" if listed else f"config={joined}")
     return Arguments(_with_choices(rewritten), files, added)
+
+
+def _check_choice(key: str, equals: str, value: str) -> None:
+    """Raise where an argument has no key, or chooses from a group what is no name."""
+    if equals and not key.strip("+~ "):
+        raise UserError(f"'{key}={value}' (command line): there is no key before the =")
+    choices = [path.stem for path in (CONFIGS / key).glob("*.yaml")] if re.fullmatch(r"[a-z]+", key) else []
+    if equals and choices and key != "config" and "," not in value and not _reads_as_text(value, key):
+        raise UserError(f"{key} (command line): '{value}' is no name; {did_you_mean(value, choices)}")
 
 
 def _with_choices(argv: list[str]) -> list[str]:
@@ -137,7 +121,7 @@ def _chosen_keys(override: str) -> Iterator[tuple[str, Any]]:
     """What the file of a `GROUP=CHOICE` sets; nothing for another override, or a recipe."""
     group, _, choice = override.partition("=")
     file = CONFIGS / group / f"{choice}.yaml"
-    if group != "config" and re.fullmatch(r"\w+=[\w.-]+", override) and file.is_file():
+    if group != "config" and re.fullmatch(r"\w+=[\w.-]+", override) and is_file(file):
         yield from _leaves(OmegaConf.to_container(OmegaConf.load(file)), group)
 
 
@@ -172,21 +156,12 @@ def _quoted(text: str) -> str:
 def _register_one(value: str, known: dict[str, str], files: dict[str, Path]) -> str:
     if value in known:
         return value
-    path = Path(value).expanduser()
+    path = expand(value)
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"config: no recipe '{value}'; {did_you_mean(value, known)}, or a path to a .yaml file")
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"config: no file '{value}'")
-    try:
-        node = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"config: {value} is no valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(node, DictConfig):
-        raise UserError(f"config: {value} must hold a mapping of keys to values")
-    content: Any = OmegaConf.to_container(node)
-    for entry in content.get("defaults") or []:
-        if isinstance(entry, dict) and any(name.split()[-1].strip("/") == "config" for name in entry):
-            raise UserError(f"config: {value}: in `defaults`, name a recipe alone: [quickstart, _self_], not {entry}")
+    node = user_file.load(path, CONFIGS)
     stem = path.parent.name if path.name == "config.yaml" else path.stem
     if not _reads_as_text(stem):
         stem = "_" + re.sub(r"[^\w.-]", "_", stem, flags=re.ASCII)
@@ -196,11 +171,11 @@ def _register_one(value: str, known: dict[str, str], files: dict[str, Path]) -> 
     return name
 
 
-def _reads_as_text(name: str) -> bool:
+def _reads_as_text(name: str, group: str = "config") -> bool:
     """Whether Hydra takes `name` for the text that it is, not for a number or a mistake."""
     try:
-        return OverridesParser.create().parse_overrides([f"config={name}"])[0].value() == name
-    except OverrideParseException:
+        return OverridesParser.create().parse_overrides([f"{group}={name}"])[0].value() == name
+    except (OverrideParseException, ValueError):
         return False
 
 
@@ -229,6 +204,7 @@ def accept(composed: DictConfig, arguments: Arguments) -> tuple[Config, str]:
     _refuse_secrets(OmegaConf.to_container(composed))
     try:
         frozen = references.resolve(composed)
+        user_file.check_shape(frozen, CONFIGS)
         _settle_paths(frozen)
         chosen, frozen["run_dir"] = frozen["run_dir"], None  # of this start alone, not of a later one with this config
         text = yaml.safe_dump(frozen, sort_keys=False, allow_unicode=True)
@@ -279,28 +255,75 @@ def loads(frozen: str) -> Config:
 
 
 def explain(error: Exception, arguments: Arguments) -> str:
-    """Say a composition error in one or two lines: key, where it was set, nearest valid name."""
+    """Say a composition error in one or two lines: key or file, where it was set, nearest valid name.
+
+    Any exception is told: what a user's files and arguments have caused has many kinds.
+    """
+    try:
+        return brief(_explain(error, arguments))
+    except (UserError, RecursionError):  # a file that has changed meanwhile
+        return brief(_unforeseen(error, arguments))
+
+
+def _explain(error: Exception, arguments: Arguments) -> str:
     text = _chain(error)
     if isinstance(error, ConfigError):
         return f"{error.key} ({origin(error.key, arguments)}): {error.problem}"
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OverrideParseException) and str(error.override).endswith((".yaml", ".yml")):
-        return f"'{error.override}' (command line): write config={error.override}"
     if isinstance(error, OverrideParseException):
-        return f"'{error.override}' (command line) cannot be read as key=value: {str(error).splitlines()[0]}"
+        return _unreadable(error)
+    if ambiguous := _match(r"Ambiguous value for argument '(.*)'", text):
+        key, _, values = ambiguous.partition("=")
+        return f"'{ambiguous}' (command line): add -m to sweep over the values, or write {key}=[{values}] for a list"
+    if isinstance(error, MissingConfigException) and str(error.missing_cfg_file).startswith("config/"):
+        name = str(error.missing_cfg_file).removeprefix("config/")
+        file = arguments.files.get(_match(r"In 'config/([^']*)'", text), "command line")
+        return f"config ({file}): no recipe '{name}'; {did_you_mean(name, recipes())}"
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).partition("/")
         if group == "loss" and name in LossConfig.__dataclass_fields__["name"].metadata["choices"]:
             return f"loss: no choice '{name}'; write loss.name={name}"
         path = "; your own is model.path=..." if group == "model" else ""
+        if group == "hydra":  # a launcher or sweeper is called kind/name
+            kind, _, plugin = name.partition("/")
+            path = f"; others are packages: pip install hydra-{plugin}-{kind}"
         return f"{group}: no choice '{name}'; {did_you_mean(name, error.options)}{path}"
+    if group := _match(r"Could not override '([^']+)'\. No match in the defaults list", text):
+        file = arguments.files.get(_match(r"In 'config/([^']*)'", text), "command line")
+        name = group.partition("@")[0].removeprefix("config/")
+        return f"config ({file}): in `defaults`, no group '/{name}' to override; as in {user_file.DEFAULTS}"
     key = _match(r"Could not override '([^']+)'", text) or _match(r"full_key: (\S+)", text)
     if key and re.search(r"Key '[^']*' (is )?not in", text):
         return f"{key} ({origin(key, arguments)}): no such key; {nearest_key(key)}"
-    if key and (problem := _match(r"(Value .*|Invalid .*|Cannot .*|Incompatible .*|object of type .*)", text)):
-        return f"{key} ({origin(key, arguments)}): {problem}"
-    return " ".join(line.strip() for line in text.splitlines()[:2])
+    if key and (found := _match(r"([\w-]+) is not a subclass of RewardFunctionConfig", text)):
+        return f"{key} ({origin(key, arguments)}): is a {found}; set its keys, {key}.function=..., with + a new one's"
+    if key:
+        return f"{key} ({origin(key, arguments)}): {_match(PROBLEM, text) or _cause(text)}"
+    return _unforeseen(error, arguments)
+
+
+def _unreadable(error: OverrideParseException) -> str:
+    override = str(error.override)
+    if override.endswith((".yaml", ".yml")):
+        return f"'{override}' (command line): write config={override}"
+    return f"'{override}' (command line) cannot be read as key=value: {str(error).splitlines()[0]}"
+
+
+def _unforeseen(error: Exception, arguments: Arguments) -> str:
+    """Word an exception of which nothing else is known: the file or key that was being read, kind, text."""
+    notes = getattr(error, "__notes__", [])
+    where = notes[0] if notes else ", ".join(map(str, arguments.files.values())) or "the command line"
+    if isinstance(error, RecursionError):
+        return f"{where}: something in it refers to itself, or is nested too deeply"
+    kind = "" if isinstance(error, HydraException | OmegaConfBaseException) else f"{type(error).__name__}: "
+    return f"{where}: {kind}{_cause(_chain(error))}\n  {FULL_ERROR}=1 in the environment shows where it came about"
+
+
+def _cause(text: str) -> str:
+    """The first line, or two where the first only says in which file; OmegaConf's coordinates are none."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and "full_key:" not in line]
+    return " ".join(lines[: 2 if lines[0].startswith("In '") else 1]) if lines else ""
 
 
 def _chain(error: BaseException | None) -> str:
@@ -337,8 +360,7 @@ def _elsewhere(key: str) -> str:
     name = key.rpartition(".")[2]
     schema = _leaves(OmegaConf.to_container(OmegaConf.structured(Config)), "")
     found = [path.lstrip(".") for path, _ in schema if path.rpartition(".")[2] == name]
-    found += [ELSEWHERE[name]] if name in ELSEWHERE else []
-    return f"did you mean {' or '.join(found)}?" if found else ""
+    return hint(name, found)
 
 
 def origin(key: str, arguments: Arguments) -> str:
@@ -374,14 +396,15 @@ def _chosen(group: str, choices: dict[str, str], recipe_files: list[Path]) -> It
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    content = read_yaml(path) if is_file(path) else None
     return content if isinstance(content, dict) else {}
 
 
 def _holds(path: Path, key: str) -> bool:
     node: Any = _read(path)
-    for part in key.split("."):
-        if not isinstance(node, dict) or part not in node:
+    for part in re.sub(r"\[\d+\]", "", key).split("."):
+        named = {str(name): value for name, value in node.items()} if isinstance(node, dict) else {}
+        if part not in named:
             return False
-        node = node[part]
+        node = named[part]
     return True

@@ -50,12 +50,15 @@ def check(kind: str, path: str) -> None:
         raise UserError(_no_module(kind, path, module_name))
     if spec.origin is None or not spec.origin.endswith(".py"):
         return
-    source = Path(spec.origin).read_bytes()
     try:
+        source = Path(spec.origin).read_bytes()
         tree = ast.parse(source)
-    except (SyntaxError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"'{spec.origin}' cannot be read: {error.strerror}") from error
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None) or 1
-        raise UserError(f"{spec.origin}:{line}: syntax error: {getattr(error, 'msg', error)}") from error
+        cause = getattr(error, "msg", error) or "nested too deeply"
+        raise UserError(f"{spec.origin}:{line}: syntax error: {cause}") from error
     text = source.decode(errors="replace")
     if not re.search(rf"\b{re.escape(attribute)}\b", text) and "import *" not in text:
         known = [x.name for x in tree.body if isinstance(x, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]

@@ -17,8 +17,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-import yaml
-
 from sapo_rl import processes, streams
 
 if __name__ == "__main__":
@@ -27,6 +25,7 @@ if __name__ == "__main__":
 from sapo_rl.compose import CONFIGS
 from sapo_rl.config import LaunchConfig
 from sapo_rl.errors import UserError, did_you_mean
+from sapo_rl.paths import expand, is_file, read_yaml
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -61,11 +60,11 @@ def profile_path(name: str) -> Path:
         UserError: there is none, or it needs a package that is not installed.
     """
     shipped = {path.stem: path for path in (CONFIGS / "accelerate").glob("*.yaml")}
-    path = shipped.get(name, Path(name).expanduser())
-    if not path.is_file():
+    path = shipped.get(name, expand(name))
+    if not is_file(path):
         options = did_you_mean(name, [SINGLE, *shipped])
         raise UserError(f"launch.profile: no profile '{name}'; {options}, or the path of an Accelerate config")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = read_yaml(path)
     if not isinstance(content, dict) or "distributed_type" not in content:
         raise UserError(f"launch.profile: '{path}' is no Accelerate config (no distributed_type in it)")
     if content["distributed_type"] == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:

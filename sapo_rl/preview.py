@@ -1,7 +1,8 @@
-"""`dry_run=true`: what a run would do, without torch and without starting anything."""
+"""`dry_run=true`: what a run would do, and what would end it, without loading the model or starting vLLM."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import yaml
@@ -18,16 +19,28 @@ GIB = 2**30
 
 
 def preview(config: Config, frozen: str, resumed: Plan | None = None) -> None:
-    """Print the resolved config (`frozen`, YAML) as a tree, the batch arithmetic and an estimate of the memory.
+    """Print the resolved config (`frozen`, YAML) as a tree, the batch arithmetic, the data, and the memory estimated.
 
-    Of a run that is resumed, also from where it would go on, and what has changed since.
+    Of a run that is resumed, also from where it would go on, and what has changed since. Warnings go to stderr. Raises
+    UserError for what a run would refuse in its data and reward functions.
     """
+    from sapo_rl.run import rehearsal  # rollout.build needs the estimate below, and nothing of this
+
     console = Console()
     tree = Tree("config")
     _grow(tree, yaml.safe_load(frozen) | {"run_dir": config.run_dir})
     console.print(tree)
     console.print(_table("batch", batch_arithmetic(config)))
-    console.print(_table("memory (GiB, a process that shards nothing)", memory_estimate(config)))
+    trial = rehearsal.rehearse(config)
+    console.print(_table("data", trial.data))
+    rows = memory_rows(config)
+    rows |= rehearsal.cpu_cache(config) if rows else {}
+    told = {name: f"{value / GIB:.2f}" for name, value in rows.items()} | {"sum": f"{sum(rows.values()) / GIB:.2f}"}
+    unknown = {"weights and optimiser": "? (the weights are no local safetensors)"}
+    console.print(_table("memory (GiB, a process that shards nothing)", told if rows else unknown))
+    for warning in [*trial.warnings, rehearsal.memory_warning(config, rows)]:
+        if warning is not None:
+            print(f"sapo-train: warning: {warning}", file=sys.stderr)
     if resumed:
         console.print(_table("resume", going_on(config, resumed)))
 
@@ -65,17 +78,14 @@ def going_on(config: Config, resumed: Plan) -> dict[str, str]:
     } | (resumed.changes or {"changes": "none"})
 
 
-def memory_estimate(config: Config) -> dict[str, str]:
-    """Return the memory that weights, optimiser, activations and logits take; `?` where they are not known."""
+def memory_rows(config: Config) -> dict[str, float]:
+    """Return the bytes that weights, optimiser, activations and logits take; nothing where they are not known."""
     folder = model_folder.local_folder(config.model.path)
-    if folder is None:
-        return {"weights and optimiser": "? (the model is named on the hub)"}
+    count = model_folder.count_parameters(folder) if folder else None
+    if folder is None or count is None:
+        return {}
     shape = model_folder.text_part(model_folder.read_json(folder / model_folder.CONFIG))
-    count = model_folder.count_parameters(folder)
-    if count is None:
-        return {"weights and optimiser": "? (the weights are no safetensors)"}
-    rows = trainer_memory(config, count, shape) | {"vLLM's weights": count * element_size(config)}
-    return {name: f"{value / GIB:.2f}" for name, value in rows.items()} | {"sum": f"{sum(rows.values()) / GIB:.2f}"}
+    return trainer_memory(config, count, shape) | {"vLLM's weights": count * element_size(config)}
 
 
 def element_size(config: Config) -> int:

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from sapo_rl.errors import UserError
+from sapo_rl.paths import expand, is_file
 
 CONFIG = "config.yaml"
 """The resolved config; its presence marks a complete run folder."""
@@ -92,10 +93,10 @@ def locate(named: str) -> Path:
     Raises:
         UserError: there is no run.
     """
-    folder = Path(named).expanduser()
-    if not (folder / CONFIG).is_file():
+    folder = expand(named)
+    if not is_file(folder / CONFIG):
         folder /= LATEST
-    if not (folder / CONFIG).is_file():
+    if not is_file(folder / CONFIG):
         raise UserError(f"resume: '{named}' is no run folder (no {CONFIG} in it)")
     real = folder.resolve()
     if real == Path(os.path.abspath(folder)):

@@ -39,6 +39,8 @@ def check_wording(cfg: DataConfig) -> None:
     """
     if not _named(cfg.template, cfg):
         raise UserError(f"data.template: {cfg.template!r} holds no column; valid: {{prompt}}, or any column in braces")
+    for key in ("template", "response_prefix", "system_prompt"):
+        _check_characters(getattr(cfg, key) or "", f"data.{key}")
     for key, wording in (("template", cfg.template), ("response_prefix", cfg.response_prefix)):
         if {"answer", cfg.answer_column} & set(_named(wording, cfg)):
             raise UserError(f"data.{key}: {wording!r} would show the model the answer")
@@ -70,13 +72,14 @@ def build_prompts(rows: Rows, cfg: DataConfig, tokenizer: PreTrainedTokenizerBas
     check_wording(cfg)
     if not rows:
         return [], 0
-    names = check_columns(cfg, rows.values())
-    rows = {number: {name: row.get(name) for name in names} for number, row in rows.items()}
-    contents = {number: _content(row, number, cfg) for number, row in rows.items()}
+    rows = with_all_columns(rows, cfg)
+    contents = {number: content_of(row, number, cfg) for number, row in rows.items()}
     texts = [
         _render(content, number, cfg, tokenizer) + _fill(cfg.response_prefix, rows[number], number, cfg)
         for number, content in contents.items()
     ]
+    for number, text in zip(contents, texts, strict=True):
+        _check_characters(text, f"row {number}: its prompt")
     # A chat template writes the special tokens itself.
     token_ids: list[list[int]] = tokenizer(texts, add_special_tokens=not cfg.chat_template)["input_ids"]  # pyright: ignore[reportAssignmentType]
     prompts = []
@@ -84,7 +87,7 @@ def build_prompts(rows: Rows, cfg: DataConfig, tokenizer: PreTrainedTokenizerBas
         if not ids:
             raise UserError(f"row {number}: its prompt is empty")
         if len(ids) <= cfg.max_prompt_tokens:
-            prompts.append(Prompt(number, list(ids), content, _columns(rows[number], cfg)))
+            prompts.append(Prompt(number, list(ids), content, columns_of(rows[number], cfg)))
     if not prompts:
         shortest = min(map(len, token_ids))
         raise UserError(
@@ -110,16 +113,41 @@ def check_columns(cfg: DataConfig, rows: Iterable[dict[str, Any]]) -> list[str]:
     return names
 
 
-def _columns(row: dict[str, Any], cfg: DataConfig) -> dict[str, Any]:
+def with_all_columns(rows: Rows, cfg: DataConfig) -> Rows:
+    """Return the rows with None under each column that a row lacks; raises UserError as `check_columns` does."""
+    names = check_columns(cfg, rows.values())
+    return {number: {name: row.get(name) for name in names} for number, row in rows.items()}
+
+
+def columns_of(row: dict[str, Any], cfg: DataConfig) -> dict[str, Any]:
+    """Return what reward functions see of a row: every column but the prompt's, the answer also under `answer`."""
     columns = {name: value for name, value in row.items() if name != cfg.prompt_column}
     if cfg.answer_column is not None:
         columns["answer"] = row[cfg.answer_column]
     return columns
 
 
-def _content(row: dict[str, Any], number: int, cfg: DataConfig) -> str | Messages:
+def content_of(row: dict[str, Any], number: int, cfg: DataConfig) -> str | Messages:
+    """Return a row's prompt as the model is asked: worded text, or chat messages with the system prompt.
+
+    Raises:
+        UserError: naming the row: no text and no messages, nothing asked, or half of a character in it.
+    """
     prompt = row.get(cfg.prompt_column)
-    return _messages(prompt, number, cfg) if isinstance(prompt, list) else _fill(cfg.template, row, number, cfg)
+    content = _messages(prompt, number, cfg) if isinstance(prompt, list) else _fill(cfg.template, row, number, cfg)
+    asked = [content] if isinstance(content, str) else [one["content"] for one in content if one["role"] != "system"]
+    if not any(text.strip() for text in asked):
+        raise UserError(f"row {number}: its prompt is empty")
+    _check_characters("".join(asked), f"row {number}: its prompt")
+    return content
+
+
+def _check_characters(text: str, what: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise UserError(f"{what} holds {half!r}, one half of a character that was cut") from error
 
 
 def _fill(wording: str, row: dict[str, Any], number: int, cfg: DataConfig) -> str:
@@ -164,8 +192,6 @@ def _render(content: str | Messages, number: int, cfg: DataConfig, tokenizer: Pr
     if isinstance(messages, str):
         system = [] if cfg.system_prompt is None else [{"role": "system", "content": cfg.system_prompt}]
         messages = [*system, {"role": "user", "content": messages}]
-    if not messages:
-        raise UserError(f"row {number}: its prompt is empty")
     unfinished = messages[-1]["role"] == "assistant"
     if unfinished and cfg.response_prefix:
         raise UserError(f"data.response_prefix: row {number} ends in an assistant message, which is continued already")
@@ -177,9 +203,10 @@ def _render(content: str | Messages, number: int, cfg: DataConfig, tokenizer: Pr
             continue_final_message=unfinished,
             **cfg.chat_template_args,
         )
-    except (TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # a template computes, and raises what it likes
         given = " or data.chat_template_args" if cfg.chat_template_args else ""
-        raise UserError(f"row {number}: the chat template refuses the prompt{given}: {error}") from error
+        kind = "" if isinstance(error, TemplateError | TypeError | ValueError) else f"{type(error).__name__}: "
+        raise UserError(f"row {number}: the chat template refuses the prompt{given}: {kind}{error}") from error
 
 
 def _kind(value: Any) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from sapo_rl.errors import UserError
+from sapo_rl.paths import expand, is_file, parse_json, read_text
 
 SUFFIXES = (".jsonl", ".parquet")
 
@@ -19,10 +19,10 @@ def check_file(key: str, path: str | None) -> Path:
     """
     if not path:
         raise UserError(f"{key}: is missing; the path of a file that ends in {' or '.join(SUFFIXES)}")
-    file = Path(path).expanduser()
+    file = expand(path)
     if file.suffix not in SUFFIXES:
         raise UserError(f"{key}: '{path}' has an unknown ending; valid: {', '.join(SUFFIXES)}")
-    if not file.is_file():
+    if not is_file(file):
         raise UserError(f"{key}: there is no file '{path}' (from {Path.cwd()})")
     return file
 
@@ -47,26 +47,20 @@ def read_hub(path: str, subset: str | None, split: str) -> list[dict[str, Any]]:
 
     try:
         table = datasets.load_dataset(path, name=subset, split=split)
-    except (OSError, ValueError) as error:
+        return [dict(row) for row in table]
+    except Exception as error:  # whatever the dataset's files have the library raise
         where = f"'{path}'{f', subset {subset}' if subset else ''}, split '{split}'"
-        cause = next(iter(str(error).splitlines()), type(error).__name__)
+        told = error.__cause__ or error  # the library wraps what a file is at fault for
+        cause = next(iter(str(told).splitlines()), "") or type(told).__name__
         raise UserError(f"data.path: cannot load the dataset {where}: {cause}") from error
-    return [dict(row) for row in table]
 
 
 def _read_jsonl(file: Path) -> list[dict[str, Any]]:
     rows = []
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text: {error}") from error
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would also cut at U+2028 inside a string
+    for number, line in enumerate(read_text(file).split("\n"), start=1):  # splitlines would cut at U+2028 in a string
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}:{number}: no valid JSON: {error.msg} at column {error.colno}") from error
+        row = parse_json(line, f"{file}:{number}")
         if not isinstance(row, dict):
             raise UserError(f"{file}:{number}: must be a JSON object, is a {type(row).__name__}")
         rows.append(row)
@@ -78,6 +72,32 @@ def _read_parquet(file: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(file).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file}: cannot be read as Parquet: {error}") from error
+        names = pyarrow.parquet.read_schema(file).names
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise UserError(f"{file}: has two columns called '{doubled[0]}'; rename one")
+        table = pyarrow.parquet.read_table(file)
+    except (pyarrow.ArrowException, OSError, ValueError, LookupError) as error:
+        raise UserError(f"{file}: cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+    return [dict(zip(table.column_names, row, strict=True)) for row in zip(*_columns(table, file), strict=True)]
+
+
+def _columns(table: Any, file: Path) -> list[list[Any]]:
+    """The values of each column; raises UserError with column and row where one has no equal in Python."""
+    columns = []
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        try:
+            columns.append(column.to_pylist())
+        except Exception:  # such as a date beyond Python's
+            columns.append(_one_by_one(name, column, file))
+    return columns
+
+
+def _one_by_one(name: str, column: Any, file: Path) -> list[Any]:
+    values: list[Any] = []
+    try:
+        for scalar in column:
+            values.append(scalar.as_py())
+    except Exception as error:
+        raise UserError(f"{file}: column '{name}', row {len(values)}: {type(error).__name__}: {error}") from error
+    return values

@@ -167,6 +167,12 @@ CHAT = [{"role": "user", "content": "one"}]
         ([row([{"role": "user"}])], {}, "row 0: 'prompt' must hold messages"),
         ([row([{"role": "user", "content": [{"type": "text"}]}])], {}, "row 0: 'prompt' must hold messages"),
         ([row([])], {}, "row 0: its prompt is empty"),
+        ([row(), row(" \n")], {}, "row 1: its prompt is empty"),
+        ([row([{"role": "system", "content": "A"}])], {}, "row 0: its prompt is empty"),
+        ([row(), row("cut \ud83d")], {}, r"row 1: its prompt holds '\\ud83d', one half of a character"),
+        ([row([{"role": "user", "content": "\udc00"}])], {}, r"row 0: its prompt holds '\\udc00'"),
+        ([row([*[{"role": "system", "content": "\udc00"}], *CHAT])], {}, r"row 0: its prompt holds '\\udc00'"),
+        ([row()], {"system_prompt": "\ud800"}, r"data\.system_prompt holds '\\ud800'"),
         ([row()], {"chat_template_args": {"tokenize": True}}, r"data\.chat_template_args: 'tokenize' is filled in"),
         ([row()], {"chat_template_args": {"messages": []}}, r"data\.chat_template_args: 'messages' is filled in"),
         (
@@ -187,6 +193,11 @@ def test_unusable_rows_are_named(
 
 
 def test_tokenizers_that_cannot_do_it(tokenizer: PreTrainedTokenizerFast) -> None:
+    cfg = DataConfig(chat_template_args={"chat_template": "{{ 1 / 0 }}"})
+    with pytest.raises(
+        UserError, match=r"row 0: the chat template refuses .*args: ZeroDivisionError: division by zero"
+    ):
+        build_prompts([row()], cfg, tokenizer)
     tokenizer.chat_template = "{{ raise_exception('Roles must alternate') }}"
     with pytest.raises(UserError, match="row 0: the chat template refuses the prompt: Roles must alternate"):
         build_prompts([row()], DataConfig(), tokenizer)

@@ -122,6 +122,8 @@ def test_hub_datasets_by_folder_with_splits(tmp_path: Path, monkeypatch: pytest.
         ('{"prompt": "a"}\n{"prompt": \n', r"rows\.jsonl:2: no valid JSON"),
         ('{"prompt": "a"}\n\n["b"]\n', r"rows\.jsonl:3: must be a JSON object, is a list"),
         ("\n", "has no rows"),
+        ('{"a": 1}\n{"a": ' + "[" * 5000 + "]" * 5000 + "}", r"rows\.jsonl:2: is nested deeper than 50 levels"),
+        ('{"a": ' + "9" * 5000 + "}", r"rows\.jsonl:1: a whole number of more than 4,300 digits"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, text: str, message: str) -> None:
@@ -189,3 +191,28 @@ def test_mistakes_are_refused_early(fields: dict[str, Any], message: str) -> Non
 def test_an_absent_evaluation_file_is_refused_early(jsonl: str) -> None:
     with pytest.raises(UserError, match=r"data\.eval_path: there is no file"):
         check_source(DataConfig(source="file", path=jsonl, eval_path="absent.jsonl"))
+
+
+def test_parquet_that_has_no_equal_in_python_is_named_by_column_and_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    cfg = DataConfig(source="file", path=str(path))
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"]), path)
+    with pytest.raises(UserError, match=r"rows\.parquet: has two columns called 'prompt'; rename one") as raised:
+        load_rows(cfg, 0, seed=0)
+    assert len(str(raised.value).splitlines()) == 1
+    waits = pa.array([0, 2**62], type=pa.duration("ms"))
+    pq.write_table(pa.table({"prompt": ["a", "b"], "waits": waits}), path)
+    with pytest.raises(UserError, match=r"rows\.parquet: column 'waits', row 1: "):
+        load_rows(cfg, 0, seed=0)
+
+
+def test_datasets_that_do_not_load_are_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    files = {"script": "script.py", "json": "train.json", "csv": "train.csv"}
+    texts = {"script": "raise SystemExit", "json": '{"a": [1}', "csv": 'a,b\n1,"2\n3,4,5,6\n'}
+    for name, text in texts.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / files[name]).write_text(text)
+        with pytest.raises(UserError, match=r"data\.path: cannot load the dataset") as raised:
+            load_rows(DataConfig(source="huggingface", path=str(tmp_path / name)), 0, seed=0)
+        assert len(str(raised.value).splitlines()) == 1

@@ -1,0 +1,162 @@
+"""What a dry run tries out, so that a mistake is told before a run: the data, the reward functions, the memory."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sapo_rl.config import Config
+from sapo_rl.data import load_rows, repetition_warning
+from sapo_rl.data.prompts import Rows, columns_of, content_of, with_all_columns
+from sapo_rl.errors import UserError
+from sapo_rl.launch import SINGLE
+from sapo_rl.paths import expand, is_file, reading
+from sapo_rl.preview import GIB
+from sapo_rl.rewards import RewardPool
+from sapo_rl.types import Messages
+
+WHOLE = (SINGLE, "ddp", "multinode")
+"""Profiles under which every process holds the whole model."""
+REMEDIES = {
+    "activations": "lower trainer.tokens_per_micro_batch or set trainer.gradient_checkpointing=true",
+    "vLLM's cache": "lower rollout.cpu_kv_cache_gb",
+    "float32 weights": "take a smaller model or model.lora.rank=16, or more GPUs with launch=fsdp2",
+}
+"""What to change where a use of memory, by the beginning of its name, is the largest."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What trying out a config has shown."""
+
+    data: dict[str, str]
+    """Counts of rows and columns, and the longest prompt, in words and numbers."""
+    warnings: list[str]
+    """What a run would do without a word, or with one later."""
+
+
+def rehearse(config: Config) -> Trial:
+    """Read the data, word every prompt, and import the reward functions in a process that can be killed.
+
+    Raises:
+        UserError: as a run would, naming the file, row, column or function.
+    """
+    with reading("data"):
+        train, held_out = load_rows(config.data, config.eval.prompts)
+        train, held_out = with_all_columns(train, config.data), with_all_columns(held_out, config.data)
+        facts, warnings = _look_at(config, train, held_out)
+    with reading("reward"), RewardPool(replace(config.reward, workers=1)) as pool:
+        for rows, source in ((train, "the data"), (held_out, "the held-out data")):
+            for row in list(rows.values())[:1]:  # all have the same columns
+                pool.check_columns(columns_of(row, config.data), source)
+    return Trial(facts, warnings + _loss_warnings(config))
+
+
+def _look_at(config: Config, train: Rows, held_out: Rows) -> tuple[dict[str, str], list[str]]:
+    texts = {number: _text(content_of(row, number, config.data)) for number, row in train.items()}
+    for number, row in held_out.items():
+        content_of(row, number, config.data)
+    longest = max(texts.values(), key=len)
+    tokens = _tokens(config, longest)
+    length = f"{len(longest):,} characters" + (f", {tokens:,} tokens before the chat template" if tokens else "")
+    facts = {
+        "rows to train on": f"{len(train):,}",
+        "held-out rows": f"{len(held_out):,}",
+        "columns": ", ".join(map(str, next(iter(train.values())))),
+        "longest prompt": length,
+    }
+    prompts, limit = config.rollout.batch_size // config.rollout.group_size, config.data.max_prompt_tokens
+    warnings = [text] if (text := repetition_warning(len(train), prompts)) else []
+    if tokens > limit:
+        warnings.append(
+            f"the longest prompt has {tokens:,} tokens; above data.max_prompt_tokens={limit} they are left out"
+        )
+        shortest = min(_tokens(config, text) for text in texts.values())
+        if shortest > limit:
+            raise UserError(
+                f"data.max_prompt_tokens: all {len(train)} prompts are longer than {limit} tokens, the shortest has "
+                f"{shortest}"
+            )
+    return facts, warnings
+
+
+def _text(content: str | Messages) -> str:
+    return content if isinstance(content, str) else "\n".join(message["content"] for message in content)
+
+
+def _tokens(config: Config, text: str) -> int:
+    """The tokens of a text by a local model's tokenizer; 0 where there is none that is read without transformers."""
+    tokenizer = _tokenizer(expand(config.model.path) / "tokenizer.json")
+    return 0 if tokenizer is None else len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+@functools.cache
+def _tokenizer(file: Path) -> Any:
+    if not is_file(file):
+        return None
+    from tokenizers import Tokenizer
+
+    with reading(str(file)):
+        return Tokenizer.from_file(str(file))
+
+
+def _loss_warnings(config: Config) -> list[str]:
+    loss = config.loss
+    if loss.name != "sapo" or loss.gradient != "paper":
+        return []
+    from sapo_rl.losses import inert_temperature_warning  # imports torch
+
+    text = inert_temperature_warning(config.trainer.updates_per_rollout, loss.tau_pos, loss.tau_neg)
+    return [text] if text else []
+
+
+def memory_warning(config: Config, rows: Mapping[str, float]) -> str | None:
+    """Compare an estimate with this machine's memory.
+
+    Args:
+        config: the run's.
+        rows: bytes by use, of one process that shards nothing.
+
+    Returns:
+        What does not fit, and what to change; None where all fits.
+    """
+    gpu = gpu_memory()
+    share = 1 if config.launch.profile in WHOLE else config.launch.num_processes
+    taken = {name: value / (share if name.startswith("float32 weights") else 1) for name, value in rows.items()}
+    if gpu is None:
+        processes = config.launch.num_processes // config.launch.num_machines
+        needed, there, where = sum(taken.values()) * processes, psutil.virtual_memory().total, "this machine has"
+    else:
+        needed = sum(value for name, value in taken.items() if not name.startswith("vLLM"))
+        there, where = gpu, "the GPU has"
+    if needed <= there:
+        return None
+    name, largest = max(taken.items(), key=lambda item: item[1])
+    remedy = next((text for use, text in REMEDIES.items() if name.startswith(use)), "take a smaller model")
+    return (
+        f"the run takes about {needed / GIB:,.0f} GiB, {where} {there / GIB:,.0f} GiB; the most, "
+        f"{largest / GIB:,.0f} GiB, are for {name}: {remedy}"
+    )
+
+
+def cpu_cache(config: Config) -> dict[str, float]:
+    """Return the bytes of vLLM's cache where it runs on the CPU; nothing on a GPU, where it takes what is free."""
+    return {} if gpu_memory() else {"vLLM's cache": config.rollout.cpu_kv_cache_gb * GIB}
+
+
+@functools.cache
+def gpu_memory() -> int | None:
+    """Return the bytes of the smallest GPU's memory as the driver tells it; None without a GPU."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    sizes = [int(size) * 2**20 for size in told if size.isdecimal()]
+    return min(sizes, default=None)

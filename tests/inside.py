@@ -1,0 +1,34 @@
+"""The command line inside the test's own process: a second less than a process of its own, for what starts no run."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import sys
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+
+from sapo_rl import cli
+
+
+def sapo_train(*arguments: str) -> tuple[int, str, str]:
+    """Run the command line in the current folder; return the exit code and what was printed on stdout and stderr.
+
+    What it registers with Hydra, and the paths and arguments that it sets, are as before afterwards.
+    """
+    Plugins.instance()
+    store, before = ConfigStore.instance(), (sys.argv, list(sys.path))
+    kept, out, err, code = copy.deepcopy(store.repo), io.StringIO(), io.StringIO(), 0
+    GlobalHydra.instance().clear()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            cli.main(list(arguments))
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0
+    finally:
+        store.repo = kept
+        sys.argv, sys.path[:] = before
+    return code, out.getvalue(), err.getvalue()
