@@ -82,6 +82,7 @@ def trainer_memory(config: Config, count: int, shape: dict[str, Any]) -> dict[st
     return {
         "frozen weights": size * count if lora else 0,
         f"float32 weights, gradients, AdamW ({trained / 1e6:.3g}M parameters)": 16 * trained,
+        "copy of the weights to compute with": 0 if lora or size == 4 else size * count,
         f"activations ({tokens} tokens a micro-batch)": tokens * layers * per_token * size / 2,
         "logits (1024 tokens at a time, float32)": 3 * 4 * 1024 * shape.get("vocab_size", 0),
         "reference model": size * count if config.loss.kl.coef and not lora else 0,
