@@ -60,12 +60,20 @@ def memory_estimate(config: Config) -> dict[str, str]:
         return {"weights and optimiser": "? (the model is not on this machine)"}
     shape = json.loads((folder / "config.json").read_text())
     rows = trainer_memory(config, count, shape) | {"vLLM's weights": count * element_size(config)}
+    rows |= {"weights on their way to vLLM": buffer_bytes(config, count)}
     return {name: f"{value / GIB:.2f}" for name, value in rows.items()} | {"sum": f"{sum(rows.values()) / GIB:.2f}"}
 
 
 def element_size(config: Config) -> int:
     """Return the bytes of one number in the precision that the model computes in."""
     return 2 if config.model.dtype == "bfloat16" else 4
+
+
+def buffer_bytes(config: Config, count: int) -> int:
+    """Return the GPU memory that the way of `count` parameters to vLLM takes, as far as the config tells."""
+    if config.rollout.servers or config.rollout.transport == "file" or config.rollout.tensor_parallel > 1:
+        return 0
+    return min(count * element_size(config), int(config.rollout.sync_buffer_gb * GIB))
 
 
 def trainer_memory(config: Config, count: int, shape: dict[str, Any]) -> dict[str, float]:
