@@ -156,9 +156,10 @@ class RolloutConfig:
     servers: list[str] = field(default_factory=list)
     """Addresses of running `sapo-serve` processes, as host:port; they write in place of engines beside the trainer."""
     transport: str = choice("auto", "auto", "file", "ipc", "nccl")
-    """How weights reach vLLM: `file` (files in shared memory) and `ipc` (GPU memory) hold a copy of them that both map,
-    `nccl` (to `servers` only; gloo on the CPU) sends the copy that rank 0 holds; `auto` takes `nccl` with `servers`,
-    else `ipc` on a GPU."""
+    """How weights reach vLLM: `file` (files in shared memory), `ipc` (GPU memory) or `nccl` (to `servers` only; gloo on
+    the CPU); `auto` takes `nccl` with `servers`, else `ipc` on a GPU."""
+    sync_buffer_gb: float = number(4.0, above=0)
+    """GPU memory that `ipc` takes, in GiB: a model that does not fit goes through it part by part (docs/scaling.md)."""
     engines_per_gpu: str = choice("auto", "auto", "1", "2", "3", "4")
     """vLLM engines side by side on each GPU: the host's work bounds the decoding of small models, and each engine has a
     process of its own for it. `auto` takes 2 below 1e9 parameters, else 1, and 1 on the CPU."""

@@ -85,12 +85,20 @@ def memory_rows(config: Config) -> dict[str, float]:
     if folder is None or count is None:
         return {}
     shape = model_folder.text_part(model_folder.read_json(folder / model_folder.CONFIG))
-    return trainer_memory(config, count, shape) | {"vLLM's weights": count * element_size(config)}
+    rows = trainer_memory(config, count, shape) | {"vLLM's weights": count * element_size(config)}
+    return rows | {"weights on their way to vLLM": buffer_bytes(config, count)}
 
 
 def element_size(config: Config) -> int:
     """Return the bytes of one number in the precision that the model computes in."""
     return 2 if config.model.dtype == "bfloat16" else 4
+
+
+def buffer_bytes(config: Config, count: int) -> int:
+    """Return the GPU memory that the way of `count` parameters to vLLM takes, as far as the config tells."""
+    if config.rollout.servers or config.rollout.transport == "file" or config.rollout.tensor_parallel > 1:
+        return 0
+    return min(count * element_size(config), int(config.rollout.sync_buffer_gb * GIB))
 
 
 def trainer_memory(config: Config, count: int, shape: dict[str, Any]) -> dict[str, float]:
@@ -107,6 +115,7 @@ def trainer_memory(config: Config, count: int, shape: dict[str, Any]) -> dict[st
     return {
         "frozen weights": size * count if lora else 0,
         f"float32 weights, gradients, AdamW ({trained / 1e6:.3g}M parameters)": 16 * trained,
+        "copy of the weights to compute with": 0 if lora or size == 4 else size * count,
         f"activations ({tokens} tokens a micro-batch)": tokens * layers * per_token * size / 2,
         "logits (1024 tokens at a time, float32)": 3 * 4 * 1024 * shape.get("vocab_size", 0),
         "reference model": size * count if config.loss.kl.coef and not lora else 0,

@@ -55,7 +55,7 @@ from sapo_rl.types import Prompt
 
 OUT_OF_MEMORY = (
     "the trainer does not fit into the GPU's memory beside vLLM; lower trainer.tokens_per_micro_batch or "
-    "rollout.gpu_memory_utilization, or set rollout.sleep=1"
+    "rollout.gpu_memory_utilization or rollout.sync_buffer_gb, or set rollout.sleep=1"
 )
 TWICE = 1.0
 """Seconds in which a second signal is the first once more: a scheduler sends it to every process of the run."""

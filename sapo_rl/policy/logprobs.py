@@ -16,7 +16,9 @@ Statistics: TypeAlias = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, 
 Gradient: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
-def token_logps(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def token_logps(
+    hidden: Tensor, head: Tensor, targets: Tensor, temperature: float, head_copy: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return log-probability and entropy of each token.
 
     Args:
@@ -24,31 +26,34 @@ def token_logps(hidden: Tensor, head: Tensor, targets: Tensor, temperature: floa
         head: (V, d), the weight of the language-model head, in any dtype; multiplied in that of `hidden`.
         targets: (T,) int64, the tokens.
         temperature: the logits are divided by it, as vLLM's were when it sampled.
+        head_copy: `head` in the dtype of `hidden`, where there is such a copy; it gets no gradient.
 
     Returns:
         (T,) float32 log-probabilities with a gradient, and (T,) float32 entropies without, in nats.
     """
-    return _HeadLogps.apply(hidden, head, targets, temperature)  # type: ignore[return-value]
+    return _HeadLogps.apply(hidden, head, targets, temperature, head_copy)  # type: ignore[return-value]
 
 
 class _HeadLogps(torch.autograd.Function):
     """Chunks of logits, made anew in the backward pass instead of kept."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        weight = head.to(hidden.dtype)
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, temperature: float, head_copy: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        weight = head.to(hidden.dtype) if head_copy is None else head_copy
         of_logits = passes(hidden.device)[0]
         found = [of_logits(hidden[span] @ weight.T, targets[span], temperature) for span in _spans(len(hidden), head)]
         logps, entropy, normalisers = (torch.cat(column) for column in zip(*found, strict=True))
-        ctx.save_for_backward(hidden, head, targets, normalisers)
+        ctx.save_for_backward(hidden, head, targets, normalisers, head_copy)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
         return logps, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logps: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
-        hidden, head, targets, normalisers = ctx.saved_tensors
-        weight = head.to(hidden.dtype)
+    def backward(ctx: Any, grad_logps: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:  # type: ignore[override]
+        hidden, head, targets, normalisers, head_copy = ctx.saved_tensors
+        weight = head.to(hidden.dtype) if head_copy is None else head_copy
         at_logits = passes(hidden.device)[1]
         grad_logps = grad_logps.contiguous()
         grad_hidden = torch.empty_like(hidden)
@@ -60,7 +65,7 @@ class _HeadLogps(torch.autograd.Function):
             torch.mm(grad_logits, weight, out=grad_hidden[span])
             if grad_head is not None:
                 add_product(grad_head, grad_logits.T, hidden[span])
-        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None
+        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None, None
 
 
 def passes(device: torch.device) -> tuple[Statistics, Gradient]:

@@ -40,6 +40,8 @@ class Policy(nn.Module):
         self.dtype = dtype
         self.gather: Callable[[Tensor, torch.dtype], Tensor] = whole
         """From a rank's shard of a weight to the whole; in the dtype asked for, where it is sharded."""
+        self.head_copy: Tensor | None = None
+        """The head's weight in the compute dtype, where it need not be cast at every use."""
 
     def forward(self, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
         """Return (T,) float32 log-probabilities of the completion tokens at `temperature`, and their (T,) entropies."""
@@ -54,7 +56,7 @@ class Policy(nn.Module):
             ).last_hidden_state[0]
         head = self.model.get_output_embeddings()
         states = hidden.index_select(0, batch.hidden_index).to(self.dtype)
-        return token_logps(states, head.weight, batch.targets, temperature)  # type: ignore[arg-type]
+        return token_logps(states, head.weight, batch.targets, temperature, self.head_copy)  # type: ignore[arg-type]
 
     def compile_layers(self) -> None:
         """Compile each decoder layer in place; sizes stay symbolic, so that batches of all lengths share one graph."""

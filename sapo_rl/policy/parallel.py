@@ -22,6 +22,7 @@ from torch.utils import swap_tensors
 from sapo_rl.config import TrainerConfig
 from sapo_rl.errors import UserError
 from sapo_rl.policy.model import Policy, whole
+from sapo_rl.policy.working import WorkingCopy
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of each weight, beside the number of its steps."""
@@ -54,10 +55,13 @@ class Parallel:
         self._config = config
         self._accelerator = accelerator
         self._fused = fused
+        self._copy: WorkingCopy | None = None
         self.module, self.optimizer = self._spread()
 
     def _spread(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         policy = self.reference(self.policy)
+        if policy.dtype == torch.bfloat16:
+            self._copy = WorkingCopy(policy)
         return self._accelerator.prepare(policy), adamw(policy, self._config, self._fused)
 
     def reference(self, policy: Policy) -> Policy:
@@ -65,8 +69,17 @@ class Parallel:
         take_from_rank_0([*policy.parameters(), *policy.buffers()], self._accelerator.device)
         return policy
 
+    def passes(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of passes between which no weight changes: what they have in common is done once."""
+        return contextlib.nullcontext() if self._copy is None else self._copy.in_use()
+
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Return the context of a forward and backward pass; the ranks' gradients meet in the `last` of an update."""
+        """Return the context of a forward and backward pass; the ranks' gradients meet in the `last` of an update.
+
+        It lies in one of `passes`.
+        """
+        if self._copy is not None:
+            self._copy.differentiate()
         return contextlib.nullcontext() if last else self._accelerator.no_sync(self.module)
 
     def backward(self, loss: Tensor) -> None:

@@ -117,7 +117,7 @@ class PolicyTrainer:
         size = len(groups) // num_parts
         shares = [self._share(groups[i * size : (i + 1) * size]) for i in range(num_parts)]
         parts = [self._micro_batches(items) for items, _ in shares]
-        with timer("old_logps"):
+        with timer("old_logps"), self.parallel.passes():
             self._remember_logps(parts)
         traces: list[_Trace] = []
         losses: list[Tensor] = []
@@ -135,7 +135,8 @@ class PolicyTrainer:
         """Return the log-probability of each token after the first, at temperature 1."""
         item = Item(prompt=token_ids[:1], completion=token_ids[1:], advantage=0.0, weight=0.0)
         (batch,) = pack([[item]], len(token_ids))
-        logps, _ = self._module(batch.to(self.accelerator.device), 1.0)
+        with self.parallel.passes():
+            logps, _ = self._module(batch.to(self.accelerator.device), 1.0)
         return logps.tolist()
 
     def take_peak_memory(self) -> float:
@@ -215,9 +216,10 @@ class PolicyTrainer:
     def _update(self, part: Sequence[_MicroBatch], traces: list[_Trace]) -> tuple[Tensor, Tensor]:
         """Accumulate the gradient of one mini-batch and step; returns loss (all ranks) and gradient norm, 0-d."""
         total = torch.zeros((), device=self.accelerator.device)
-        for number, micro in enumerate(part, start=1):
-            with self.parallel.micro_batch(last=number == len(part)):
-                total += self._backward(micro, traces)
+        with self.parallel.passes():
+            for number, micro in enumerate(part, start=1):
+                with self.parallel.micro_batch(last=number == len(part)):
+                    total += self._backward(micro, traces)
         norm = self.parallel.step()
         self.schedule.step()
         self.updates += 1

@@ -14,12 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sapo_rl.config import Config, ModelConfig
 from sapo_rl.errors import UserError
-from sapo_rl.preview import element_size, trainer_memory
+from sapo_rl.preview import buffer_bytes, element_size, trainer_memory
 from sapo_rl.rollout.engine import Engine, EngineSettings
 from sapo_rl.rollout.key import read_key
 from sapo_rl.rollout.local import LocalEngine
 from sapo_rl.rollout.server import ServerEngine, ServerSettings
 from sapo_rl.rollout.weights.base import WeightTransport
+from sapo_rl.rollout.weights.blocks import ALIGNMENT
+from sapo_rl.rollout.weights.buckets import BucketTransport
 from sapo_rl.rollout.weights.file import FileTransport, weights_folder
 from sapo_rl.rollout.weights.ipc import IpcTransport
 from sapo_rl.rollout.weights.nccl import NcclTransport
@@ -43,6 +45,8 @@ class ModelFacts:
     """Elements of keys and values that one token takes in the cache."""
     shape: dict[str, Any]
     """The text model's Hugging Face config."""
+    largest: int = 0
+    """Elements of the largest weight."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ def model_facts(config: ModelConfig) -> ModelFacts:
         parameters=sum(weight.numel() for weight in model.parameters()),
         cache_elements=2 * text.num_hidden_layers * cache_heads * head_size,
         shape=text.to_dict(),
+        largest=max(weight.numel() for weight in model.parameters()),
     )
 
 
@@ -130,8 +135,7 @@ def sleep_level(config: Config, facts: ModelFacts, device: Device) -> int:
     if rollout.sleep != "auto":
         return int(rollout.sleep)
     trainer = sum(trainer_memory(config, facts.parameters, facts.shape).values())
-    in_transit = facts.parameters * element_size(config)
-    if trainer + in_transit <= (USABLE - rollout.gpu_memory_utilization) * device.memory:
+    if trainer + buffer_bytes(config, facts.parameters) <= (USABLE - rollout.gpu_memory_utilization) * device.memory:
         return 0
     return 1 if config.model.lora.rank else 2  # the weights without adapters are never sent: they must not be lost
 
@@ -155,8 +159,19 @@ def build_transport(config: Config, facts: ModelFacts, device: Device, run: str,
     if kind == "ipc" and device.name == "cpu":
         raise UserError("rollout.transport: ipc needs a GPU; set auto or file")
     if kind == "ipc" or (kind == "auto" and device.name != "cpu" and config.rollout.tensor_parallel == 1):
-        return IpcTransport(dtype)
+        return _gpu_transport(config, facts, dtype)
     return FileTransport(weights_folder(facts.parameters * dtype.itemsize), dtype)
+
+
+def _gpu_transport(config: Config, facts: ModelFacts, dtype: torch.dtype) -> WeightTransport[Any]:
+    """Return the transport through memory of the GPU: that holds all weights, or one bucket after the other."""
+    size, buffer = facts.parameters * dtype.itemsize, int(config.rollout.sync_buffer_gb * GIB)
+    if size <= buffer or config.rollout.tensor_parallel > 1:  # its engine may be on other GPUs too: it maps a copy
+        return IpcTransport(dtype)
+    half = max(buffer // 2, facts.largest * dtype.itemsize + ALIGNMENT)
+    keep = config.rollout.max_restarts > 0
+    files = FileTransport(weights_folder(size + facts.largest * dtype.itemsize if keep else 0), dtype)
+    return BucketTransport(IpcTransport(dtype), files, half, keep)
 
 
 def build_engines(

@@ -155,10 +155,17 @@ class Server:
             del self.running[name]
 
     def load_weights(self, layout: str) -> None:
-        """See `Engine.load_weights`. Wakes up as far as needed."""
+        """See `LoadingEngine.load_weights`. Wakes up as far as needed."""
+        self._receive("receive_shared", layout)
+
+    def stream_weights(self, layout: str) -> None:
+        """See `LoadingEngine.stream_weights`. Wakes up as far as needed."""
+        self._receive("receive_stream", layout)
+
+    def _receive(self, method: str, layout: str) -> None:
         if self.asleep:
             self.llm.wake_up(["weights"])
-        self.llm.collective_rpc("receive_shared", args=(layout,))
+        self.llm.collective_rpc(method, args=(layout,))
         if self.asleep:
             self.llm.wake_up(["kv_cache"])
             self.asleep = False

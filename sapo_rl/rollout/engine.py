@@ -160,8 +160,16 @@ class LoadingEngine(Engine, Protocol):
     """
 
     steady: Lock
-    """Held while the memory is written to that weights are loaded from: a restart waits for it."""
+    """Held while the memory is written to that weights are loaded from, or they stream: a restart waits for it."""
 
     def load_weights(self, layout: str, version: int) -> None:
         """Replace the weights by those in memory that `layout` describes, unchanged until the next are loaded."""
+        ...
+
+    def stream_weights(self, layout: str, later: str | None, version: int) -> bool:
+        """Replace the weights by those that arrive through the buffer that `layout` describes.
+
+        `later` describes memory from which they can be loaded once `steady` is free again, None where there is none.
+        Returns whether they are loaded; not where the engine was lost, which is for the next call to mend.
+        """
         ...

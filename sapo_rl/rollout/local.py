@@ -47,6 +47,10 @@ OUT_OF_MEMORY = (
 )
 ERROR = re.compile(r"(\(.*?pid=\d+\) )?(?P<said>(?!.*Engine core initialization failed)[\w.]*(Error|Exception)\b.*)")
 """A line that ends a traceback, of the child or of vLLM's core process; the last one tells why vLLM did not start."""
+NO_ROOM_BESIDE = (
+    "vLLM does not fit into the GPU's memory beside the trainer; lower rollout.gpu_memory_utilization, "
+    "rollout.sync_buffer_gb or trainer.tokens_per_micro_batch, or spread the trainer (launch=fsdp2)"
+)
 CLOSE_SECONDS = 10.0
 GROUP_SECONDS = 2.0
 
@@ -267,6 +271,18 @@ class LocalEngine:
         self._call("load_weights", layout)
         self.weight_version, self.asleep = version, False
 
+    def stream_weights(self, layout: str, later: str | None, version: int) -> bool:
+        """See `LoadingEngine.stream_weights`. Does not restart: that would wait for the end of the stream."""
+        line, self._weights = self._line, later
+        if line is None:  # another thread mends it, or nobody can
+            return False
+        try:
+            self._ask(line, "stream_weights", layout)
+        except Lost:
+            return False
+        self.weight_version, self.asleep = version, False
+        return True
+
     def score(self, token_ids: list[int]) -> list[float]:
         """See `Engine.score`."""
         self._wake_up()
@@ -311,10 +327,19 @@ class LocalEngine:
 
     def _exchange(self, method: str, *arguments: Any) -> Any:
         """One message there and back. Raises Lost where the child is gone, EngineError where it refused the call."""
-        call = self._running(method).call()
+        return self._ask(self._running(method), method, *arguments)
+
+    def _ask(self, line: Line, method: str, *arguments: Any) -> Any:
+        call = line.call()
         try:
             call.send(method, *arguments)
             return call.answer()
+        except EngineError as error:
+            lines = str(error).splitlines()
+            said = next((one.strip() for one in reversed(lines) if any(mark in one for mark in OUT_OF_MEMORY)), None)
+            if said is None:
+                raise
+            raise UserError(f"{NO_ROOM_BESIDE}\nIt said, while it was to {method}: {said[-400:]}") from None
         finally:
             call.end()
 
@@ -341,8 +366,8 @@ class LocalEngine:
                     self.start()
                     self._wait()
                     self.asleep = False
-                    if self._weights is not None:
-                        with self.steady:
+                    with self.steady:
+                        if self._weights is not None:
                             self._exchange("load_weights", self._weights)
                 except (Lost, EngineError, UserError) as error:
                     reason = str(error).splitlines()[0]

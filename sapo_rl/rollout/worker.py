@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 
 from sapo_rl.processes import die_with_parent
+from sapo_rl.rollout.weights.buckets import read_buckets
 from sapo_rl.rollout.weights.group import Group, Meeting, join, receive_tensors
-from sapo_rl.rollout.weights.shared import open_layout
+from sapo_rl.rollout.weights.shared import open_blocks, open_layout
 
 # A push need not bring every weight; vLLM would warn of every layer that it leaves as it is, each time.
 logging.getLogger("vllm.model_executor.model_loader.reload").setLevel(logging.ERROR)
@@ -29,12 +31,22 @@ class WeightReceiver:
     weight_group: Group | None = None
     shared_layout = ""
     shared_weights: tuple[tuple[str, torch.Tensor], ...] = ()
+    stream_layout = ""
+    stream_halves: tuple[torch.Tensor, ...] = ()
 
     def receive_shared(self, layout: str) -> None:
         """Replace the model's weights by those in memory of the trainer; return once they have been read."""
         if layout != self.shared_layout:
             self.shared_weights, self.shared_layout = tuple(open_layout(layout)), layout
         self._load(iter(self.shared_weights))
+
+    def receive_stream(self, layout: str) -> None:
+        """Replace the model's weights by those that arrive through a buffer of the trainer's."""
+        if layout != self.stream_layout:
+            self.stream_halves, self.stream_layout = tuple(open_blocks(json.loads(layout))), layout
+        self._load(read_buckets(layout, self.stream_halves, self._synchronize))
+        if self.device.type != "cpu":
+            torch.cuda.empty_cache()  # the tensors' own memory: the cache of keys and values may need it
 
     def join_group(self, meeting: str) -> None:
         """Come together with the trainer, and leave the group of an earlier time."""
@@ -75,6 +87,10 @@ class WeightReceiver:
         if self.device.type == "cpu":
             _repack_heads(self.model_runner.get_model())
         else:
+            self._synchronize()
+
+    def _synchronize(self) -> None:
+        if self.device.type != "cpu":
             torch.cuda.synchronize()
 
 

@@ -4,7 +4,8 @@
     python scripts/bench/sync.py --models tiny --engines 1 --out /tmp/sync.json     # on a CPU: transport `file` only
 
 Every push carries other weights; afterwards vLLM's log-probabilities must agree with the trainer's. `round trip` is a
-push without a weight: two messages to vLLM. `copy` is the cast into shared memory on the GPU. `sleep` is
+push without a weight: two messages to vLLM. `buckets` is `ipc` through a buffer of `--buffer` GiB, with the copy for
+restarts, `bare` the same without that copy. `copy` is the cast into shared memory on the GPU. `sleep` is
 an engine that frees cache and weights (level 2), and the push that wakes it up. `in place` and `general` are vLLM's two
 ways of loading the same tensors, without a message. The JSON is renewed after each measurement; what fails is in it
 with its error, what `--limit` leaves no time for is missing.
@@ -34,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 from sapo_rl.rollout.engine import EngineSettings
 from sapo_rl.rollout.local import LocalEngine
 from sapo_rl.rollout.weights.base import WeightTransport
+from sapo_rl.rollout.weights.buckets import BucketTransport
 from sapo_rl.rollout.weights.file import FileTransport, weights_folder
 from sapo_rl.rollout.weights.ipc import IpcTransport
 
@@ -139,6 +141,11 @@ def pushes(
     return {"first": times[0], "then": statistics.median(times[1:]), "all": times, "disagreement": worst}
 
 
+def bucketed(dtype: torch.dtype, size: int, buffer: float, keep: bool) -> BucketTransport:
+    """Return the transport through a buffer of `buffer` GiB, for weights of `size` bytes."""
+    return BucketTransport(IpcTransport(dtype), FileTransport(weights_folder(size), dtype), int(buffer * 2**29), keep)
+
+
 def measure_pushes(args: argparse.Namespace, model: Path, count: int, folder: Path, found: dict[str, Any]) -> None:
     """Measure both transports into `count` engines, and the parts of `ipc`."""
     trainer, dtype = Trainer(model, args.device, args.dtype), getattr(torch, args.dtype)
@@ -147,10 +154,17 @@ def measure_pushes(args: argparse.Namespace, model: Path, count: int, folder: Pa
     with contextlib.ExitStack() as stack:
         memory = IpcTransport(dtype)
         stack.callback(memory.close)
+        small: dict[str, WeightTransport[Any]] = {}
+        if args.device != "cpu":
+            small = {kind: bucketed(dtype, size, args.buffer, kind == "buckets") for kind in ("buckets", "bare")}
+        for transport in small.values():
+            stack.callback(transport.close)
         logs = [folder / f"{model.name}_{count}_{i}.log" for i in range(count)]
         engines = stack.enter_context(started([settings(args, model, log, count) for log in logs]))
         if args.device != "cpu":
             found["ipc"] = pushes(memory, trainer, engines, 12)
+            for kind, transport in small.items():
+                found[kind] = pushes(transport, trainer, engines, 6)
             found["copy"] = [timed(lambda: memory.fill(trainer.model.named_parameters())) for _ in range(5)]
             empty = json.dumps({"kind": "gpu", "dtype": args.dtype, "blocks": [], "tensors": []})
             found["round trip"] = [timed(lambda: engines[0].load_weights(empty, 0)) for _ in range(10)]
@@ -218,7 +232,7 @@ def table(measurements: dict[str, Any]) -> dict[str, Any]:
         [name, str(count), kind, f"{one['first']:.0f}", f"{one['then']:.1f}", f"{one['disagreement']:.3f}"]
         for name, cases in measurements.items()
         for count in ("1", "2")
-        for kind in ("ipc", "file")
+        for kind in ("ipc", "buckets", "bare", "file")
         if (one := cases.get(f"{count} engines", {}).get(kind))
     ]
     return {"columns": COLUMNS, "rows": rows, "note": "All in: cast, transfer, load, prefix cache reset; median."}
@@ -230,6 +244,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["0.5b", "1.5b", "135m"])
     parser.add_argument("--engines", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--limit", type=float, default=480, help="seconds after which nothing further is begun")
+    parser.add_argument("--buffer", type=float, default=1.0, help="GiB; half of it holds the largest weight")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--out", type=Path, required=True)

@@ -1,11 +1,13 @@
 """Tokens a second, MFU and peak memory of the trainer's update, for each thing that it could do otherwise.
 
     python scripts/bench/trainer.py --out docs/bench/trainer.json --limit 540
+    python scripts/bench/trainer.py --trees ../before . --parts 135m:short --out /tmp/two.json     # two versions
 
 A part, `SIZE[:VARIANT,...]` or `head-SIZE` (heads alone), is a process of its own; the JSON is renewed after each.
 
 Model FLOPs a token are 6 (parameters, a tied matrix once) + 6 (layers x query width x sequence length); recomputation
-is not counted. The share is of 989 TFLOP/s.
+is not counted. The share is of 989 TFLOP/s. `update` is the time of one; launches and the
+device's busy time are those of a profiled step, old log-probabilities included, by its number of updates.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -34,7 +37,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, LlamaConfig
 from workloads import ROOT, SHAPES
 
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, os.environ.get("SAPO_BENCH_TREE", str(ROOT)))
 from sapo_rl.config import Config, ModelConfig, RolloutConfig, TrainerConfig
 from sapo_rl.policy import attention, logprobs
 from sapo_rl.policy.model import Policy
@@ -42,6 +45,8 @@ from sapo_rl.policy.trainer import PolicyTrainer
 from sapo_rl.telemetry.timers import Timers
 from sapo_rl.types import Group, Prompt, Sample
 
+TREE = "SAPO_BENCH_TREE"
+"""Environment variable: the folder of the version to measure, where it is not this one."""
 PEAK = 989e12
 """Dense bfloat16 FLOP/s of one H100 or H200, from the data sheet."""
 CUDA = torch.cuda.is_available()
@@ -135,7 +140,10 @@ PARTS = (
     "head-1.5b",
 )
 NOTE = (__doc__ or "").split("\n\n")[-1].strip()
-COLUMNS = ["size", "variant", "tok/s", "MFU", "update", "old log-probs", "pack", "peak GiB", "graphs"]
+COLUMNS = [
+    "size", "variant", "tok/s", "MFU", "update", "launches", "device busy", "old log-probs", "pack", "peak GiB",
+    "graphs",
+]  # fmt: skip
 HEAD_COLUMNS = ["size", "head", "forward and backward", "GiB more", "gradient error"]
 
 
@@ -207,22 +215,26 @@ def measure(size: str, name: str, scale: int) -> dict[str, Any]:
         update, old_logps, whole = (
             statistics.median(step[f"time/{phase}"] for step in steps[2:]) for phase in ("update", "old_logps", "all")
         )
+        kernels = profile(lambda: trainer.train_on(groups, timers))
         found = {
             "tokens": tokens,
+            "updates": variant.updates,
             "tokens_per_second": tokens / update,
             "mfu": tokens / update * flops_per_token(policy, scale // 32) / PEAK if variant.load == "1k" else None,
             "seconds": {"update": update, "old_logps": old_logps, "pack": whole - update - old_logps},
+            "launches": sum(kernel["calls"] for kernel in kernels) / variant.updates,
+            "busy": sum(kernel["ms"] for kernel in kernels) / 1e3 / variant.updates,
             "first_step": steps[0]["time/all"],
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if CUDA else None,
             "graphs_by_step": graphs,
         }
         if name == "shipped":
-            found["kernels"] = profile(lambda: trainer.train_on(groups, timers))
+            found["kernels"] = kernels[:15]
     return found
 
 
 def profile(step: Callable[[], Any]) -> list[dict[str, Any]]:
-    """Return the fifteen kernels (operators on a CPU) that take most of one step, with their share of the total."""
+    """Return the kernels (operators on a CPU) of one step with their share of the total, those that take most first."""
     activities = [torch.profiler.ProfilerActivity.CUDA if CUDA else torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as found:
         step()
@@ -231,7 +243,8 @@ def profile(step: Callable[[], Any]) -> list[dict[str, Any]]:
     total = sum(getattr(event, field) for event in events) or 1
     return [
         {"kernel": e.key[:120], "calls": e.count, "ms": getattr(e, field) / 1e3, "share": getattr(e, field) / total}
-        for e in events[:15]
+        for e in events
+        if getattr(e, field) > 0
     ]
 
 
@@ -332,18 +345,22 @@ def run_part(part: str, scale: int) -> None:
 
 def row(found: dict[str, Any]) -> list[str]:
     """Return one line of the table."""
+    name = found["variant"] + (f" ({found['tree']})" if "tree" in found else "")
     if "error" in found:
-        return [found["size"], found["variant"], found["error"][:60], *[""] * (len(COLUMNS) - 3)]
+        return [found["size"], name, found["error"][:60], *[""] * (len(COLUMNS) - 3)]
     if "ms" in found:
         cells = [f"{found['ms']:.1f} ms", f"{found['extra_gib'] or 0:.1f}", f"{found['gradient_error']:.3f}"]
-        return [found["size"], found["variant"], *cells]
+        return [found["size"], name, *cells]
     seconds, mfu, peak = found["seconds"], found["mfu"], found["peak_gib"]
     return [
         found["size"],
-        found["variant"],
+        name,
         f"{found['tokens_per_second']:,.0f}",
         f"{mfu:.1%}" if mfu is not None else "",
-        *(f"{seconds[phase] * 1e3:.0f} ms" for phase in ("update", "old_logps", "pack")),
+        f"{seconds['update'] / found['updates'] * 1e3:.1f} ms",
+        f"{found['launches']:,.0f}",
+        f"{found['busy'] * 1e3:.1f} ms",
+        *(f"{seconds[phase] * 1e3:.0f} ms" for phase in ("old_logps", "pack")),
         f"{peak:.1f}" if peak is not None else "",
         f"{found['graphs_by_step'][1]} then {found['graphs_by_step'][-1]}",
     ]
@@ -353,6 +370,7 @@ def main() -> None:
     """Run the parts one after the other, each in a process of its own, while `--limit` lasts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=PARTS)
+    parser.add_argument("--trees", nargs="+", type=Path, default=[ROOT], help="folders of versions to compare")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--limit", type=float, default=1500.0, help="seconds for all parts together")
     parser.add_argument("--part-limit", type=float, default=280.0, help="seconds for one part")
@@ -364,21 +382,22 @@ def main() -> None:
         return
     deadline = time.monotonic() + options.limit
     found: list[dict[str, Any]] = []
-    for part in options.parts:
+    for part, tree in ((part, tree) for part in options.parts for tree in options.trees):
+        label = {"tree": tree.resolve().name} if len(options.trees) > 1 else {}
         command = [sys.executable, __file__, "--child", part, "--scale", str(options.scale)]
         if (left := deadline - time.monotonic()) < 5:
-            found.append({"size": part, "variant": "", "error": "no time left"})
+            found.append({"size": part, "variant": "", "error": "no time left", **label})
             continue
-        seconds = f"{min(left, options.part_limit):.0f}"
-        child = subprocess.Popen(["timeout", seconds, *command], stdout=subprocess.PIPE, text=True)
+        seconds, env = f"{min(left, options.part_limit):.0f}", os.environ | {TREE: str(tree.resolve())}
+        child = subprocess.Popen(["timeout", seconds, *command], stdout=subprocess.PIPE, text=True, env=env)
         assert child.stdout is not None
         for line in child.stdout:
             if line.startswith("{"):
-                found.append(json.loads(line))
+                found.append(json.loads(line) | label)
                 print(" | ".join(row(found[-1])), flush=True)
             save(options.out, found)
         if child.wait():
-            found.append({"size": part, "variant": "", "error": f"ended with status {child.returncode}"})
+            found.append({"size": part, "variant": "", "error": f"ended with status {child.returncode}", **label})
     save(options.out, found)
 
 

@@ -23,6 +23,7 @@ from sapo_rl.errors import UserError
 from sapo_rl.rollout.engine import Completion, EngineError, Request, Sampling
 from sapo_rl.rollout.local import LocalEngine
 from sapo_rl.rollout.stream import Rollouts, verify
+from sapo_rl.rollout.weights.buckets import BucketTransport
 from sapo_rl.rollout.weights.file import FileTransport, weights_folder
 from sapo_rl.types import Prompt
 
@@ -66,6 +67,15 @@ def engine(engines: tuple[LocalEngine, LocalEngine]) -> LocalEngine:
 @pytest.fixture(scope="module")
 def transport() -> Iterator[FileTransport]:
     transport = FileTransport(weights_folder(1 << 20), torch.float32)
+    yield transport
+    transport.close()
+
+
+@pytest.fixture(scope="module")
+def buckets() -> Iterator[BucketTransport]:
+    """A transport whose buffer is smaller than the model."""
+    memory, files = (FileTransport(weights_folder(1 << 20), torch.float32) for _ in range(2))
+    transport = BucketTransport(memory, files, half=1 << 17, keep=True)
     yield transport
     transport.close()
 
@@ -277,14 +287,18 @@ def test_pushed_weights_are_the_ones_that_generate(
 
 
 def test_weights_are_replaced_under_running_completions(
-    engine: LocalEngine, transport: FileTransport, policy: PreTrainedModel, trained: PreTrainedModel
+    engine: LocalEngine,
+    transport: FileTransport,
+    buckets: BucketTransport,
+    policy: PreTrainedModel,
+    trained: PreTrainedModel,
 ) -> None:
     prompt = [4 + i % 200 for i in range(200)]  # longer than a block of the key-value cache, so that it is cached
     (eos,) = engine.settings.stop_token_ids
     with Endless(engine) as others:
         for version, model in enumerate((trained, policy, trained, policy), start=1):
             done = len(others.answered)
-            transport.push(model.named_parameters(), [engine], version)
+            (transport if version < 3 else buckets).push(model.named_parameters(), [engine], version)
             assert engine.weight_version == version
             expected = likeliest(model, prompt, GREEDY.max_tokens, eos)
             for _ in range(2):  # the second time by what the cache has
@@ -296,9 +310,9 @@ def test_weights_are_replaced_under_running_completions(
 
 
 def test_a_killed_engine_comes_back_with_the_pushed_weights_and_repeats_the_call(
-    engine: LocalEngine, transport: FileTransport, trained: PreTrainedModel
+    engine: LocalEngine, buckets: BucketTransport, trained: PreTrainedModel
 ) -> None:
-    transport.push(trained.named_parameters(), [engine], version=4)
+    buckets.push(trained.named_parameters(), [engine], version=4)
     expected = tokens(engine.generate(requests(), LONG))
     victim = child_of(engine)
     with Endless(engine) as others:
@@ -315,6 +329,26 @@ def test_a_killed_engine_comes_back_with_the_pushed_weights_and_repeats_the_call
     assert child_of(engine).pid != victim.pid
     prompt = list(range(4, 60))
     assert verify(engine, prompt, logps_of(trained, prompt), "float32") < 1e-5
+
+
+def test_an_engine_that_is_killed_while_weights_arrive_comes_back_with_all_of_them(
+    engine: LocalEngine, buckets: BucketTransport, policy: PreTrainedModel
+) -> None:
+    victim, prompt = child_of(engine), list(range(4, 60))
+
+    def gathered() -> Iterator[tuple[str, torch.Tensor]]:
+        for index, (name, weight) in enumerate(policy.named_parameters()):
+            if index == len(list(policy.parameters())) - 2:
+                victim.kill()
+                victim.wait(10)
+            yield name, weight
+
+    before = engine.restarts
+    with Endless(engine) as others:
+        buckets.push(gathered(), [engine], version=5)
+        assert verify(engine, prompt, logps_of(policy, prompt), "float32") < 1e-5
+    assert sorted(others.answered) == others.taken
+    assert (engine.restarts, engine.weight_version) == (before + 1, 5)
 
 
 def test_an_engine_whose_core_process_is_killed_in_mid_call_comes_back(

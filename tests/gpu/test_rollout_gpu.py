@@ -18,6 +18,7 @@ from sapo_rl.rollout.build import close_all
 from sapo_rl.rollout.engine import Completion, Request, Sampling
 from sapo_rl.rollout.local import LocalEngine
 from sapo_rl.rollout.stream import verify
+from sapo_rl.rollout.weights.buckets import BucketTransport
 from sapo_rl.rollout.weights.file import FileTransport, weights_folder
 from sapo_rl.rollout.weights.ipc import IpcTransport
 from sapo_rl.rollout.weights.memory import SharedMemory
@@ -156,6 +157,27 @@ def test_file_and_shared_memory_bring_the_same_weights(fleet: Fleet, tiny_model:
     assert engines[0].score(PROMPT) == engines[1].score(PROMPT)
     transport.push(model.named_parameters(), engines, 4)
     file.close()
+
+
+def test_weights_through_a_small_buffer_are_those_of_a_whole_copy(fleet: Fleet, tiny_model: Path) -> None:
+    engines, whole = fleet
+    files = FileTransport(weights_folder(1 << 20), torch.bfloat16)
+    buckets = BucketTransport(IpcTransport(torch.bfloat16), files, half=64 << 10, keep=True)
+    for seed in (8, 9):
+        model = changed(tiny_model, seed)
+        whole.push(model.named_parameters(), engines[:1], seed)
+        buckets.push(model.named_parameters(), engines[1:], seed)
+        assert engines[0].score(PROMPT) == engines[1].score(PROMPT)
+    engines[1].sleep()
+    assert engines[0].score(PROMPT) == engines[1].score(PROMPT)  # woken up from the copy in the host's memory
+    for engine in engines:
+        engine.sleep()
+    model = changed(tiny_model, 10)
+    buckets.push(model.named_parameters(), engines, 10)
+    assert not any(engine.asleep for engine in engines)
+    assert max(mismatch(engine, model) for engine in engines) < PARITY
+    whole.push(model.named_parameters(), engines, 10)
+    buckets.close()
 
 
 def test_sleep_frees_memory_and_the_next_push_wakes_up(fleet: Fleet, tiny_model: Path) -> None:

@@ -44,7 +44,7 @@ def no_timer(name: str) -> Iterator[None]:
     yield
 
 
-def make_policy() -> Policy:
+def make_policy(dtype: torch.dtype = torch.float32) -> Policy:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32,
@@ -54,7 +54,7 @@ def make_policy() -> Policy:
         vocab_size=VOCABULARY,
         attn_implementation=attention.NAME,
     )
-    return Policy(LlamaForCausalLM(config), torch.float32)
+    return Policy(LlamaForCausalLM(config), dtype)
 
 
 def make_groups(seed: int, zero_spread: int = 0) -> list[Group]:
@@ -225,12 +225,12 @@ def test_updates_raise_the_likelihood_of_what_was_rewarded() -> None:
     assert likelihood(False) < before[1] - 0.01
 
 
-@pytest.mark.parametrize("interrupted", [1, 3])
-def test_checkpoint_continues_to_the_last_bit(tmp_path: Path, interrupted: int) -> None:
+@pytest.mark.parametrize(("interrupted", "dtype"), [(1, torch.float32), (3, torch.float32), (1, torch.bfloat16)])
+def test_checkpoint_continues_to_the_last_bit(tmp_path: Path, interrupted: int, dtype: torch.dtype) -> None:
     config = make_config(steps=4, schedule="cosine", warmup_updates=2)
 
     def fresh() -> PolicyTrainer:
-        return PolicyTrainer(make_policy(), None, config, Accelerator(cpu=True))
+        return PolicyTrainer(make_policy(dtype), None, config, Accelerator(cpu=True))
 
     whole = fresh()
     expected = [whole.train_on(make_groups(step), no_timer) for step in range(4)][interrupted:]
@@ -425,3 +425,40 @@ def test_a_checkpoint_of_other_weights_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             checkpoint.check(tmp_path / "step_000001", changed, trainer.accelerator)
+
+
+def test_an_update_in_bfloat16_is_to_the_last_bit_that_of_autocast_over_the_float32_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each micro-batch's gradients are rounded as autocast rounds them, then added up in float32."""
+    config = make_config(tokens_per_micro_batch=40, updates_per_rollout=2)
+    trainers = [PolicyTrainer(make_policy(torch.bfloat16), None, config, Accelerator(cpu=True)) for _ in range(2)]
+    start = weights_of(trainers[0])
+    monkeypatch.setattr(trainers[1].parallel, "passes", contextlib.nullcontext)
+    monkeypatch.setattr(trainers[1].parallel, "micro_batch", lambda last: contextlib.nullcontext())
+    for step in range(2):
+        found, expected = (trainer.train_on(make_groups(step), no_timer) for trainer in trainers)
+        assert found == expected
+        assert trainers[0].score([1, 2, 3, 4]) == trainers[1].score([1, 2, 3, 4])
+    for name, weight in trainers[1].policy.named_weights():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weights_of(trainers[0])[name], weight), name
+        assert not torch.equal(weight, start[name]), name
+
+
+def test_updates_that_bfloat16_would_lose_add_up_in_the_float32_weights() -> None:
+    rate, steps = 1e-6, 3
+    config = make_config(learning_rate=rate, updates_per_rollout=1)
+    trainer = PolicyTrainer(make_policy(torch.bfloat16), None, config, Accelerator(cpu=True))
+    name = "model.layers.0.mlp.up_proj.weight"
+    start, groups = weights_of(trainer)[name], make_groups(1)
+    for _ in range(steps):
+        trainer.train_on(groups, no_timer)
+    moved = (weights_of(trainer)[name] - start).abs()
+    assert moved.max() == pytest.approx(steps * rate, rel=0.05)  # Adam's steps on the same batch all have one size
+    half = start.bfloat16()
+    assert (half + rate).eq(half).float().mean() > 0.98
+
+
+def weights_of(trainer: PolicyTrainer) -> dict[str, torch.Tensor]:
+    return {name: weight.clone() for name, weight in trainer.policy.named_weights()}

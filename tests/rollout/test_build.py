@@ -22,6 +22,7 @@ from sapo_rl.rollout.build import (
     sleep_level,
 )
 from sapo_rl.rollout.server import ServerEngine
+from sapo_rl.rollout.weights.buckets import BucketTransport
 from sapo_rl.rollout.weights.file import FileTransport
 from sapo_rl.rollout.weights.ipc import IpcTransport
 from sapo_rl.rollout.weights.nccl import NcclTransport
@@ -149,6 +150,12 @@ def test_an_engine_alone_on_its_gpu_has_a_core_beside_it(engines: str, device: D
 
 def test_the_transport_follows_the_device() -> None:
     assert isinstance(build_transport(config(), SMALL, H200, "run", True), IpcTransport)
+    big = ModelFacts(3_000_000_000, 1000, {}, largest=600_000_000)
+    for made, kind in ((config(), BucketTransport), (config(sync_buffer_gb=6.0), IpcTransport)):
+        transport = build_transport(made, big, H200, "run", True)
+        assert isinstance(transport, kind)
+        transport.close()
+    assert isinstance(build_transport(config(tensor_parallel=2, transport="ipc"), big, H200, "run", True), IpcTransport)
     for made, device in ((config(), CPU), (config(transport="file"), H200)):
         transport = build_transport(made, facts(1000), device, "run", True)
         assert isinstance(transport, FileTransport)
@@ -220,6 +227,12 @@ def test_running_out_of_memory_names_the_settings(
         rank.main(tmp_path)
     assert stopped.value.code == 2
     told = capsys.readouterr().err
-    for name in ("trainer.tokens_per_micro_batch", "rollout.gpu_memory_utilization", "rollout.sleep=1", "2.00 GiB"):
+    for name in (
+        "trainer.tokens_per_micro_batch",
+        "rollout.gpu_memory_utilization",
+        "rollout.sync_buffer_gb",
+        "rollout.sleep=1",
+        "2.00 GiB",
+    ):
         assert name in told
     assert len(told.splitlines()) == 2

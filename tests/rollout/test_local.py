@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from tiny import engine_settings
 
 from sapo_rl.errors import UserError
 from sapo_rl.rollout.engine import EngineError, Request, Sampling
+from sapo_rl.rollout.line import Line
 from sapo_rl.rollout.local import LocalEngine, child_environment
 
 
@@ -76,3 +79,37 @@ def test_a_start_that_takes_too_long_names_the_setting(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^rollout\.start_timeout: vLLM was not ready within 0\.01 s; raise it, .*log"):
         engine.wait_ready()
     engine.close()
+
+
+@pytest.mark.parametrize(
+    ("said", "error", "words"),
+    [
+        (
+            "Traceback ...\nRuntimeError: CUDA Error: out of memory at cumem_allocator.cpp:145\n",
+            UserError,
+            r"beside the trainer; lower rollout\.gpu_memory_utilization, rollout\.sync_buffer_gb .*\n"
+            r"It said, while it was to load_weights: RuntimeError: CUDA Error: out of memory at cumem_allocator",
+        ),
+        (
+            "Traceback ...\nKeyError: 'lm_head.weight'\n",
+            EngineError,
+            r"(?s)refused the call.*KeyError: 'lm_head.weight'",
+        ),
+    ],
+)
+def test_a_refused_call_for_want_of_memory_names_what_helps(
+    said: str, error: type[Exception], words: str, tmp_path: Path
+) -> None:
+    engine = LocalEngine(engine_settings(tmp_path, tmp_path / "engine.log"))
+    ours, theirs = Pipe()
+    engine._line = Line(ours, patience=60)
+
+    def refuse() -> None:
+        number, *_ = theirs.recv()
+        theirs.send((number, "failed", said))
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(refuse)
+        with pytest.raises(error, match=words):
+            engine.load_weights("{}", 1)
+    theirs.close()

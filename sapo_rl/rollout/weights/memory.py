@@ -76,6 +76,19 @@ class SharedMemory:
         _check(_driver().cuMemFree_v2(ctypes.c_uint64(self.address)))
 
 
+def pin(memory: torch.Tensor) -> bool:
+    """Have the GPU copy to this memory of the host by itself; return whether it can. Undo it before it is freed."""
+    torch.cuda.synchronize()
+    address, size = ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.nbytes)
+    return _driver().cuMemHostRegister_v2(address, size, ctypes.c_uint(0)) == 0
+
+
+def unpin(memory: torch.Tensor) -> None:
+    """Undo `pin`; nothing may be under way."""
+    torch.cuda.synchronize()
+    _check(_driver().cuMemHostUnregister(ctypes.c_void_p(memory.data_ptr())))
+
+
 @functools.cache
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -78,10 +79,17 @@ class SharedTransport(WeightTransport[LoadingEngine]):
 def open_layout(layout: str) -> list[tuple[str, torch.Tensor]]:
     """Map the memory that another process described; return its tensors by name, in the order of the first push."""
     found = json.loads(layout)
-    open_block = {"gpu": _open_gpu, "host": map_file}[found["kind"]]
-    blocks = [open_block(handle, size) for handle, size in found["blocks"]]
+    if "index" in found:  # in a file: it was not known yet when the layout was given
+        found = json.loads(Path(found["index"]).read_text())
     dtype = getattr(torch, found["dtype"])
+    blocks = open_blocks(found)
     return [(name, view_of(blocks[index], dtype, shape, start)) for name, shape, index, start in found["tensors"]]
+
+
+def open_blocks(found: dict[str, Any]) -> list[torch.Tensor]:
+    """Map the blocks of a layout."""
+    open_block = {"gpu": _open_gpu, "host": map_file}[found["kind"]]
+    return [open_block(handle, size) for handle, size in found["blocks"]]
 
 
 def map_file(path: str | Path, size: int) -> torch.Tensor:
