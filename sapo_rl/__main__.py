@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 
-from sapo_rl import processes, streams
+from sapo_rl import processes
+from sapo_rl.processes import streams
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
     try:
         if "RANK" in os.environ:  # of a launcher that the user called, whose process id is not known
             processes.die_with_parent()
-        from sapo_rl.cli import main as command_line  # here: Ctrl-C may come before the imports are done
+        from sapo_rl.run.cli import main as command_line  # here: Ctrl-C may come before the imports are done
 
         command_line()
         sys.stdout.flush()
@@ -38,7 +39,7 @@ def serve() -> None:
     """Entry point of the console script `sapo-serve`."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the imports take their time; then vLLM's server decides
-    from sapo_rl.serve import main as command_line
+    from sapo_rl.run.serve import main as command_line
 
     command_line()
 

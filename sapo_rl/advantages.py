@@ -7,6 +7,12 @@ not apply to a sample; such rewards are left out of every sum, mean and standard
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
+
+from sapo_rl.config import RewardFunctionConfig
+from sapo_rl.config.loss import AdvantageConfig
+from sapo_rl.types import Group
 
 SCALES = ("group", "batch", "none")
 """What deviations from the baseline are divided by."""
@@ -19,14 +25,14 @@ SPREAD_TOLERANCE = 1e-9
 
 
 def advantages(
-    rewards_PGR: list[list[list[float | None]]],
+    rewards_P_G_R: list[list[list[float | None]]],
     weights_R: list[float],
     *,
     scale: str = "group",
     baseline: str = "mean",
     combine: str = "sum",
     eps: float = 1e-6,
-    batch_PGR: list[list[list[float | None]]] | None = None,
+    batch_P_G_R: list[list[list[float | None]]] | None = None,
 ) -> tuple[list[list[float | None]], list[list[float]]]:
     """Return each sample's weighted reward (None where no function applies) and its advantage (0 there).
 
@@ -40,13 +46,14 @@ def advantages(
     paper's final division of the whole batch by one number).
 
     Args:
-        rewards_PGR: rewards of each sample by each function.
+        rewards_P_G_R: rewards of each sample by each function.
         weights_R: weight of each function.
         scale: `group`, `batch` or `none`.
         baseline: `mean` or `leave_one_out`.
         combine: `sum` or `normalize`.
         eps: added to the standard deviation.
-        batch_PGR: the rewards of all ranks, over which `scale="batch"` takes its deviation; None takes `rewards_PGR`.
+        batch_P_G_R: the rewards of all ranks, over which `scale="batch"` takes its deviation; None takes
+            `rewards_P_G_R`.
 
     Raises:
         ValueError: an unknown option, rewards that do not match the weights, or a reward that is not finite.
@@ -55,28 +62,28 @@ def advantages(
     for option, value, valid in options:
         if value not in valid:
             raise ValueError(f"unknown {option} '{value}'; valid: {', '.join(valid)}")
-    rewards_PG = _weighted_sums(rewards_PGR, weights_R)
-    batch = rewards_PGR if batch_PGR is None else batch_PGR
+    rewards_P_G = _weighted_sums(rewards_P_G_R, weights_R)
+    batch = rewards_P_G_R if batch_P_G_R is None else batch_P_G_R
     if combine == "sum":
-        terms = [(1.0, rewards_PG, _weighted_sums(batch, weights_R))]
+        terms = [(1.0, rewards_P_G, _weighted_sums(batch, weights_R))]
     else:
-        terms = [(weight, _column(rewards_PGR, r), _column(batch, r)) for r, weight in enumerate(weights_R)]
-    totals_PG = [[0.0] * len(group) for group in rewards_PG]
+        terms = [(weight, _column(rewards_P_G_R, r), _column(batch, r)) for r, weight in enumerate(weights_R)]
+    totals_P_G = [[0.0] * len(group) for group in rewards_P_G]
     for weight, term_PG, batch_PG in terms:
         batch_std = _std([value for group in batch_PG for value in group if value is not None])
-        for total_G, term_G in zip(totals_PG, term_PG, strict=True):
+        for total_G, term_G in zip(totals_P_G, term_PG, strict=True):
             for g, value in enumerate(_normalised(term_G, scale, baseline, eps, batch_std)):
                 total_G[g] += weight * value
-    return rewards_PG, totals_PG
+    return rewards_P_G, totals_P_G
 
 
-def zero_spread(values_PG: list[list[float | None]] | list[list[float]]) -> list[bool]:
+def zero_spread(values_P_G: list[list[float | None]] | list[list[float]]) -> list[bool]:
     """Return for each group whether its values are all equal, up to a relative 1e-9, or fewer than two are given.
 
     Under `combine="normalize"`, where equal sums of rewards may hide unequal rewards, pass the advantages to learn
     which groups have no gradient; under `combine="sum"` rewards and advantages agree.
     """
-    return [_is_flat([value for value in group if value is not None]) for group in values_PG]
+    return [_is_flat([value for value in group if value is not None]) for group in values_P_G]
 
 
 def _is_flat(values: list[float]) -> bool:
@@ -85,10 +92,10 @@ def _is_flat(values: list[float]) -> bool:
     return max(values) - min(values) <= SPREAD_TOLERANCE * max(abs(value) for value in values)
 
 
-def _weighted_sums(rewards_PGR: list[list[list[float | None]]], weights_R: list[float]) -> list[list[float | None]]:
+def _weighted_sums(rewards_P_G_R: list[list[list[float | None]]], weights_R: list[float]) -> list[list[float | None]]:
     return [
         [_weighted_sum(rewards_R, weights_R, f"sample {g} of prompt {p}") for g, rewards_R in enumerate(rewards_GR)]
-        for p, rewards_GR in enumerate(rewards_PGR)
+        for p, rewards_GR in enumerate(rewards_P_G_R)
     ]
 
 
@@ -101,8 +108,8 @@ def _weighted_sum(rewards_R: list[float | None], weights_R: list[float], where: 
     return math.fsum(parts) if parts else None
 
 
-def _column(rewards_PGR: list[list[list[float | None]]], r: int) -> list[list[float | None]]:
-    return [[rewards_R[r] for rewards_R in rewards_GR] for rewards_GR in rewards_PGR]
+def _column(rewards_P_G_R: list[list[list[float | None]]], r: int) -> list[list[float | None]]:
+    return [[rewards_R[r] for rewards_R in rewards_GR] for rewards_GR in rewards_P_G_R]
 
 
 def _normalised(rewards_G: list[float | None], scale: str, baseline: str, eps: float, batch_std: float) -> list[float]:
@@ -127,3 +134,32 @@ def _std(values: list[float]) -> float:
         return 0.0
     mean = _mean(values)
     return math.hypot(*(value - mean for value in values)) / math.sqrt(len(values) - 1)  # squares could overflow
+
+
+def assign_advantages(
+    groups: list[Group],
+    functions: dict[str, RewardFunctionConfig],
+    settings: AdvantageConfig,
+    gather: Callable[[list[Any]], list[Any]],
+) -> None:
+    """Fill in each sample's weighted reward and its advantage within the group.
+
+    Args:
+        groups: this rank's, scored by all `functions`.
+        functions: the reward functions by name.
+        settings: how rewards become advantages.
+        gather: joins a list over the ranks; called only for `scale="batch"`.
+    """
+    values_P_G_R = [[[sample.rewards[name] for name in functions] for sample in group.samples] for group in groups]
+    rewards_P_G, advantages_P_G = advantages(
+        values_P_G_R,
+        [function.weight for function in functions.values()],
+        scale=settings.scale,
+        baseline=settings.baseline,
+        combine=settings.combine,
+        eps=settings.eps,
+        batch_P_G_R=gather(values_P_G_R) if settings.scale == "batch" else None,
+    )
+    for group, rewards_G, advantages_G in zip(groups, rewards_P_G, advantages_P_G, strict=True):
+        for sample, reward, advantage in zip(group.samples, rewards_G, advantages_G, strict=True):
+            sample.reward, sample.advantage = reward, advantage

@@ -54,3 +54,41 @@ class Group:
 
     prompt: Prompt
     samples: list[Sample]
+
+
+@dataclass(slots=True)
+class RewardStats:
+    """What happened while one batch was scored; dictionaries by the function's name in the config."""
+
+    errors: dict[str, int]
+    """Samples on which the function failed and that were scored 0."""
+    not_applicable: dict[str, int]
+    """Samples for which the function returned None."""
+    failures: dict[str, str]
+    """The text of the first failure of each function that failed."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How long the engines of a rank worked on one batch, in seconds from its start.
+
+    Example:
+        >>> Usage(until=[4.0, 2.0], whole=4.0)  # the second engine had nothing to do for the last two seconds
+    """
+
+    until: list[float]
+    """By engine: its last answer; 0 where it gave none."""
+    whole: float
+    """The last answer of all."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's scored completions of a step."""
+
+    groups: list[Group]
+    scoring: RewardStats
+    sampler_state: dict[str, Any]
+    """Where the order of prompts stands after it."""
+    usage: Usage
+    """How long the engines wrote on it."""

@@ -11,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 
-from sapo_rl import cli
+from sapo_rl.run import cli
 
 
 def sapo_train(*arguments: str) -> tuple[int, str, str]:

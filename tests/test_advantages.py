@@ -71,8 +71,8 @@ def test_batch_scale_over_ranks_is_that_of_one_process(combine: str) -> None:
     everything: Rewards = [[[1.0, 0.5], [0.0, None]], [[5.0, 1.0], [2.0, 0.0]], [[3.0, 2.0], [None, 7.0]]]
     options = {"scale": "batch", "combine": combine}
     _, whole = advantages(everything, [1.0, 2.0], **options)
-    _, first = advantages(everything[:1], [1.0, 2.0], **options, batch_PGR=everything)
-    _, rest = advantages(everything[1:], [1.0, 2.0], **options, batch_PGR=everything)
+    _, first = advantages(everything[:1], [1.0, 2.0], **options, batch_P_G_R=everything)
+    _, rest = advantages(everything[1:], [1.0, 2.0], **options, batch_P_G_R=everything)
     assert first + rest == whole
 
 

@@ -383,7 +383,7 @@ def test_servers_import_the_reward_and_are_gone_when_the_run_has_ended(
     popen = subprocess.Popen
 
     def start(command: list[str], **how: Any) -> subprocess.Popen[bytes]:
-        assert command[1:3] == ["-m", "sapo_rl.serve"]
+        assert command[1:3] == ["-m", "sapo_rl.run.serve"]
         started.append(popen([sys.executable, str(tmp_path / "stubborn.py"), *command[3:]], **how))
         return started[-1]
 

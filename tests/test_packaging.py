@@ -42,7 +42,7 @@ def test_unpacked_wheel_composes_a_recipe_outside_the_checkout(wheel: Path, tmp_
     zipfile.ZipFile(wheel).extractall(site)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    code = "import sys, sapo_rl.cli; print(sapo_rl.__file__, file=sys.stderr); sys.exit(sapo_rl.cli.main())"
+    code = "import sys, sapo_rl.run.cli; print(sapo_rl.__file__, file=sys.stderr); sys.exit(sapo_rl.run.cli.main())"
     result = subprocess.run(
         [sys.executable, "-c", code, "--cfg", "job", "config=quickstart"],
         cwd=elsewhere,
@@ -55,7 +55,7 @@ def test_unpacked_wheel_composes_a_recipe_outside_the_checkout(wheel: Path, tmp_
     assert "SmolLM2-135M" in result.stdout
 
 
-@pytest.mark.parametrize("module", ["sapo_rl.config", "sapo_rl.cli"])
+@pytest.mark.parametrize("module", ["sapo_rl.config", "sapo_rl.run.cli"])
 def test_modules_ahead_of_the_config_import_nothing_heavy(module: str) -> None:
     code = (
         f"import sys, {module}; "

@@ -41,7 +41,7 @@ def test_child_dies_with_a_killed_parent() -> None:
     os.close(held)
 
 
-@pytest.mark.parametrize("module", ["sapo_rl.rank", "sapo_rl.launch"])
+@pytest.mark.parametrize("module", ["sapo_rl.run.rank", "sapo_rl.run.launch"])
 def test_rank_or_launcher_whose_parent_is_gone_ends_before_it_imports_torch(module: str, tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit('imported')")
     (tmp_path / "accelerate.py").write_text("raise SystemExit('imported')")

@@ -17,6 +17,7 @@ import yaml
 from sapo_rl import run_folder
 from sapo_rl.config import Config
 from sapo_rl.errors import UserError
+from sapo_rl.run_folder import secrets
 
 SECRET = "s3cr3t-value"
 
@@ -182,11 +183,11 @@ def test_last_accuracy(tmp_path: Path) -> None:
     ],
 )
 def test_secret_keys(key: str) -> None:
-    assert run_folder.is_secret(key)
+    assert secrets.is_secret(key)
 
 
 def test_no_key_of_the_schema_counts_as_secret() -> None:
-    assert [key for key in keys_of(Config()) if run_folder.is_secret(key)] == []
+    assert [key for key in keys_of(Config()) if secrets.is_secret(key)] == []
 
 
 @pytest.mark.parametrize(
@@ -202,7 +203,7 @@ def test_no_key_of_the_schema_counts_as_secret() -> None:
     ],
 )
 def test_yaml_secrets_are_replaced_and_the_rest_is_kept(text: str) -> None:
-    redacted = run_folder.redact_yaml(text)
+    redacted = secrets.redact_yaml(text)
     assert SECRET not in redacted
     assert yaml.safe_load(redacted)["judge"]["weight"] == 1
     assert "redacted" in str(yaml.safe_load(redacted)["judge"]["api_key"])
@@ -220,7 +221,7 @@ def test_yaml_secrets_are_replaced_and_the_rest_is_kept(text: str) -> None:
     ],
 )
 def test_yaml_without_secrets_is_untouched(text: str) -> None:
-    assert run_folder.redact_yaml(text) == text
+    assert secrets.redact_yaml(text) == text
 
 
 @pytest.mark.parametrize(
@@ -236,7 +237,7 @@ def test_yaml_without_secrets_is_untouched(text: str) -> None:
     ],
 )
 def test_override_secrets(argument: str, expected: str) -> None:
-    assert run_folder.redact_override(argument) == expected
+    assert secrets.redact_override(argument) == expected
 
 
 def test_nothing_in_the_folder_holds_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

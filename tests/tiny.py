@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from sapo_rl.rollout.engine import EngineSettings
+    from sapo_rl.engines.base import EngineSettings
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -22,6 +23,18 @@ def odd(completions, prompts, **columns):
     assert len(prompts) == len(completions) == len(columns["answer"])
     return [sum(ord(c) % 2 for c in text) / max(1, len(text)) for text in completions]
 '''
+
+
+def make_stand_in(folder: Path, **facts: Any) -> Path:
+    """Write what passes for a model as long as nobody loads it: a config with these facts, and a file of weights."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100} | facts
+    (folder / "config.json").write_text(json.dumps(shape))
+    save_file({"weight": np.zeros(3)}, folder / "model.safetensors")
+    return folder
 
 
 def make_tiny_model(folder: Path, seed: int = 0) -> Path:
@@ -115,7 +128,7 @@ def logps_of(model: PreTrainedModel, token_ids: list[int], temperature: float = 
 
 def engine_settings(model: Path, log_path: Path, **changes: Any) -> EngineSettings:
     """Settings of an engine on the CPU that fits a tiny model; `changes` replace single fields."""
-    from sapo_rl.rollout.engine import EngineSettings
+    from sapo_rl.engines.base import EngineSettings
 
     settings: dict[str, Any] = {
         "model": str(model),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sapo_rl.errors import UserError
-from sapo_rl.paths import expand, is_file, parse_json, read_text
+from sapo_rl.errors.files import expand, is_file, parse_json, text_in
 
 SUFFIXES = (".jsonl", ".parquet")
 
@@ -57,7 +57,7 @@ def read_hub(path: str, subset: str | None, split: str) -> list[dict[str, Any]]:
 
 def _read_jsonl(file: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(read_text(file).split("\n"), start=1):  # splitlines would cut at U+2028 in a string
+    for number, line in enumerate(text_in(file).split("\n"), start=1):  # splitlines would cut at U+2028 in a string
         if not line.strip():
             continue
         row = parse_json(line, f"{file}:{number}")

@@ -14,7 +14,7 @@ from sapo_rl.losses.dppo import DPPOKLPolicyLossFn, DPPOPolicyLossFn, binary_kl,
 from sapo_rl.losses.gates import GATES, gate_rise, gate_value, gate_weight, half_weight_distance, temperatures
 from sapo_rl.losses.grpo import GRPOPolicyLossFn, clipped_token_losses
 from sapo_rl.losses.gspo import GSPOPolicyLossFn
-from sapo_rl.losses.metrics import Across, inert_temperature_warning, policy_metrics
+from sapo_rl.losses.metrics import Reduction, inert_temperature_warning, policy_metrics
 from sapo_rl.losses.ratio import bounded_ratio, log_ratio
 from sapo_rl.losses.reinforce import ReinforcePolicyLossFn, reinforce_token_losses
 from sapo_rl.losses.sapo import SAPOPolicyLossFn, one_sided_token_losses, sapo_token_losses
@@ -24,7 +24,6 @@ __all__ = [
     "AGGREGATION_MODES",
     "GATES",
     "POLICY_LOSS_FN",
-    "Across",
     "CISPOPolicyLossFn",
     "DPPOKLPolicyLossFn",
     "DPPOPolicyLossFn",
@@ -35,6 +34,7 @@ __all__ = [
     "LossOutputs",
     "MismatchCorrection",
     "PolicyLossFn",
+    "Reduction",
     "ReinforcePolicyLossFn",
     "SAPOPolicyLossFn",
     "TokenLosses",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sapo_rl.losses.aggregation import check_mode, padded_token_weights
 from sapo_rl.losses.ratio import RATIO_LEVELS, bounded_ratio, log_ratio
-from sapo_rl.registry import Registry
+from sapo_rl.plugins import Registry
 
 LARGEST_LOG_RATIO = 80.0
 """Bounds on the log ratio above this would let exp overflow in float32 (at 88.7)."""

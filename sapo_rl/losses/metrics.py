@@ -43,8 +43,11 @@ def _unchanged(values: Tensor) -> Tensor:
     return values
 
 
-class Across(NamedTuple):
-    """How the numbers of several ranks become one; every rank must go through the same of them. Alone, nothing does."""
+class Reduction(NamedTuple):
+    """Collectives that combine metrics over ranks (sums, extremes).
+
+    All ranks must call them in the same order. The default does nothing: one rank.
+    """
 
     total: Callable[[Tensor], Tensor] = _unchanged
     """(n,) to the sums over the ranks, (n,)."""
@@ -52,7 +55,7 @@ class Across(NamedTuple):
     """(n,), as long on every rank, to all ranks' values, (ranks * n,)."""
 
 
-ALONE = Across()
+ALONE = Reduction()
 
 
 @torch.no_grad()
@@ -68,7 +71,7 @@ def policy_metrics(
     tau_neg: float,
     rollout_logps: Tensor | None = None,
     num_tokens: int | None = None,
-    across: Across = ALONE,
+    across: Reduction = ALONE,
 ) -> dict[str, Tensor]:
     """Return a step's metrics from the packed tokens `(T,)` of all its updates together, each a 0-d float64 tensor.
 
@@ -126,14 +129,14 @@ def _count(number: int, like: Tensor) -> Tensor:
     return like.new_full((), number, dtype=torch.float64)  # torch.tensor would wait for the device
 
 
-def _mean(pairs: Mapping[str, tuple[Tensor, Tensor]], across: Across) -> dict[str, Tensor]:
+def _mean(pairs: Mapping[str, tuple[Tensor, Tensor]], across: Reduction) -> dict[str, Tensor]:
     """The means that the ranks' sums and counts, 0-d each, come to."""
     sums, counts = zip(*pairs.values(), strict=True)
     sums, counts = across.total(torch.stack([*sums, *counts])).chunk(2)
     return dict(zip(pairs, sums / counts, strict=True))
 
 
-def _extreme(columns: Mapping[str, Tensor], sign: int, across: Across) -> dict[str, Tensor]:
+def _extreme(columns: Mapping[str, Tensor], sign: int, across: Reduction) -> dict[str, Tensor]:
     """The largest of each column's values where `sign` is 1, the smallest where it is -1."""
     bound = {"value": -math.inf, "pad": (0, 1)}  # a rank may have none
     own = [torch.nn.functional.pad(sign * values.double(), **bound).amax() for values in columns.values()]
@@ -161,7 +164,7 @@ def _divergences(logps: Tensor, old_logps: Tensor, rollout_logps: Tensor | None)
     return {f"{name}_{kind}": kl_estimate(*pair, kind) for name, pair in pairs.items() for kind in ("k1", "k3")}
 
 
-def _percentile_99(values: Tensor, count: int, across: Across) -> Tensor:
+def _percentile_99(values: Tensor, count: int, across: Reduction) -> Tensor:
     """The value below or at which 99% of all ranks' `count` values are; only their largest ones leave a rank."""
     above = count - math.ceil(0.99 * count) + 1
     own = values.double().topk(min(above, len(values)), sorted=False).values

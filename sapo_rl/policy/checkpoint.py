@@ -29,9 +29,9 @@ from torch import Tensor
 from sapo_rl.errors import SharedError, UserError
 from sapo_rl.policy import manifest
 from sapo_rl.policy.manifest import Entry, reading
+from sapo_rl.policy.tensor_file import DATA_START, write_tensors
 from sapo_rl.policy.trainer import PolicyTrainer
 from sapo_rl.run_folder import checkpoints_in
-from sapo_rl.tensor_file import DATA_START, write_tensors
 
 PATTERN = "step_{:06d}"
 
@@ -62,7 +62,7 @@ def save(folder: Path, step: int, trainer: PolicyTrainer, state: dict[str, Any],
     def complete() -> dict[str, Entry]:
         record = partial / manifest.RECORD
         content = {"step": step, "updates": trainer.updates, "state": state}
-        record.write_text(json.dumps(content, indent=1, default=float))
+        record.write_text(json.dumps(content, indent=1, default=float), encoding="utf-8")
         entries[record.name] = manifest.entry_of(record)
         manifest.write_manifest(partial, step, entries)
         _sync(partial)
@@ -100,7 +100,7 @@ def _write_own(trainer: PolicyTrainer, partial: Path) -> dict[str, Entry]:
     generators, tensors = partial / f"random_{rank:05d}.json", partial / f"trainer_{rank:05d}.safetensors"
     digest, own = xxhash.xxh3_128(), _own_tensors(trainer)
     try:
-        generators.write_text(json.dumps(_random_state()))
+        generators.write_text(json.dumps(_random_state()), encoding="utf-8")
         write_tensors(tensors, own, digest)
     finally:
         deque(own, maxlen=0)  # to the end even where this rank has failed: the others would wait for it

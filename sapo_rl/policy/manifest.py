@@ -54,7 +54,7 @@ def write_manifest(checkpoint: Path, step: int, entries: Mapping[str, Entry]) ->
     """Write the manifest of a checkpoint of `step` steps whose other files, by name, are `entries`."""
     files = {name: entries[name]._asdict() for name in sorted(entries)}
     content = {"step": step, "files": files, "checksum": _checksum(step, files)}
-    (checkpoint / MANIFEST).write_text(json.dumps(content, indent=1))
+    (checkpoint / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Entry]:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from inspect import isabstract
-from itertools import accumulate
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from sapo_rl import dotted
-from sapo_rl.config import Config, LossConfig
+from sapo_rl import plugins
+from sapo_rl.config import Config, TrainerConfig
+from sapo_rl.config.loss import LossConfig
 from sapo_rl.errors import UserError
-from sapo_rl.losses import Across, LossInputs, LossOutputs, PolicyLossFn, build_loss, policy_metrics, token_weights
+from sapo_rl.losses import LossInputs, LossOutputs, PolicyLossFn, Reduction, build_loss, token_weights
 from sapo_rl.policy.model import Policy
 from sapo_rl.policy.packing import Item, PackedBatch, empty_batch, join, pack, spread, stream_tokens
 from sapo_rl.policy.parallel import parallel
 from sapo_rl.policy.schedule import make_schedule
+from sapo_rl.policy.trace import Trace, step_metrics, trace
 from sapo_rl.types import Group, Prompt, Sample
 
 
@@ -41,19 +43,6 @@ Reference: TypeAlias = Callable[[PackedBatch, float], tuple[Tensor, Tensor]]
 _AT_ONCE = 4
 """Micro-batches in a pass without gradients, which keeps one layer's activations where a pass with them keeps all."""
 
-_MEANS = {"policy/entropy": "entropy", "policy/kl_ref": "kl", "mismatch/correction_mean": "correction"}
-"""Metrics that are the mean of a column of the traces."""
-
-
-class _Trace(NamedTuple):
-    """What one micro-batch leaves for the step's metrics, on the device."""
-
-    columns: dict[str, Tensor]
-    """(T,) by name."""
-    sequence_ids: Tensor
-    """(T,) int64 in 0..num_sequences-1"""
-    num_sequences: int
-
 
 def objective(config: LossConfig) -> Callable[[LossInputs], LossOutputs]:
     """Return the loss that the config describes.
@@ -66,7 +55,7 @@ def objective(config: LossConfig) -> Callable[[LossInputs], LossOutputs]:
     if "." not in config.name:
         return build_loss(**settings)
     try:
-        settings["name"] = found = dotted.find("policy loss", config.name)
+        settings["name"] = found = plugins.find("policy loss", config.name)
         if not (isinstance(found, type) and issubclass(found, PolicyLossFn)) or isabstract(found):
             raise UserError(f"policy loss '{config.name}' is no subclass of PolicyLossFn that has token_losses")
         return build_loss(**settings)
@@ -119,7 +108,7 @@ class PolicyTrainer:
         parts = [self._micro_batches(items) for items, _ in shares]
         with timer("old_logps"), self.parallel.passes():
             self._remember_logps(parts)
-        traces: list[_Trace] = []
+        traces: list[Trace] = []
         losses: list[Tensor] = []
         norms: list[Tensor] = []
         with timer("update"):
@@ -127,8 +116,10 @@ class PolicyTrainer:
                 loss, norm = self._update(parts[update % num_parts], traces)
                 losses.append(loss)
                 norms.append(norm)
-            metrics = self._metrics(traces, losses, norms)
-        return metrics | self._imbalance([loads for _, loads in shares])
+            across = Reduction(self._sum, self._joined)
+            metrics = step_metrics(traces, losses, norms, self.config.loss, self.accelerator.device, across)
+        rate = {"policy/learning_rate": float(self.schedule.get_last_lr()[0])}
+        return metrics | rate | self._imbalance([loads for _, loads in shares])
 
     @torch.no_grad()
     def score(self, token_ids: Sequence[int]) -> list[float]:
@@ -138,6 +129,10 @@ class PolicyTrainer:
         with self.parallel.passes():
             logps, _ = self._module(batch.to(self.accelerator.device), 1.0)
         return logps.tolist()
+
+    def named_weights(self) -> Iterable[tuple[str, Tensor]]:
+        """Yield the policy's weights as `Policy.named_weights` does; every rank must read them."""
+        return self.policy.named_weights()
 
     def take_peak_memory(self) -> float:
         """Return the most GPU memory that the trainer's tensors took since the last call, in GiB; 0 on the CPU."""
@@ -213,7 +208,7 @@ class PolicyTrainer:
             logps, _ = model(join(batches), self.config.rollout.temperature)
             yield from logps.split([len(batch.targets) for batch in batches])
 
-    def _update(self, part: Sequence[_MicroBatch], traces: list[_Trace]) -> tuple[Tensor, Tensor]:
+    def _update(self, part: Sequence[_MicroBatch], traces: list[Trace]) -> tuple[Tensor, Tensor]:
         """Accumulate the gradient of one mini-batch and step; returns loss (all ranks) and gradient norm, 0-d."""
         total = torch.zeros((), device=self.accelerator.device)
         with self.parallel.passes():
@@ -225,7 +220,7 @@ class PolicyTrainer:
         self.updates += 1
         return self._sum(total), norm
 
-    def _backward(self, micro: _MicroBatch, traces: list[_Trace]) -> Tensor:
+    def _backward(self, micro: _MicroBatch, traces: list[Trace]) -> Tensor:
         batch = micro.batch
         logps, entropy = self._module(batch, self.config.rollout.temperature)
         old_logps = logps.detach() if micro.old_logps is None else micro.old_logps
@@ -244,50 +239,8 @@ class PolicyTrainer:
         )
         self.parallel.backward(outputs.loss)
         if not micro.filler:
-            traces.append(_trace(micro, logps.detach(), old_logps, entropy, outputs))
+            traces.append(trace(micro.batch, logps.detach(), old_logps, entropy, outputs))
         return outputs.loss.detach()
-
-    def _metrics(self, traces: Sequence[_Trace], losses: Sequence[Tensor], norms: Sequence[Tensor]) -> dict[str, float]:
-        """Reduce the tokens of all updates and ranks once; one transfer from the device."""
-        found: dict[str, Tensor] = {
-            "policy/loss": torch.stack(list(losses)).mean(),
-            "policy/grad_norm": torch.stack(list(norms)).mean(),
-            "policy/grad_norm_max": torch.stack(list(norms)).max(),
-        }
-        names, num_tokens = self._extent(traces)
-        if num_tokens:
-            columns = {name: self._column(traces, name) for name in names}
-            for name, column in _MEANS.items():
-                if column in columns:
-                    found[name] = self._sum(columns.pop(column).sum()) / num_tokens
-            found |= policy_metrics(
-                **columns,
-                sequence_ids=self._sequence_ids(traces),
-                num_sequences=sum(trace.num_sequences for trace in traces),
-                tau_pos=self.config.loss.tau_pos,
-                tau_neg=self.config.loss.tau_neg,
-                num_tokens=num_tokens,
-                across=Across(self._sum, self._joined),
-            )
-        values = torch.stack([value.double() for value in found.values()]).tolist()
-        return dict(zip(found, values, strict=True)) | {"policy/learning_rate": float(self.schedule.get_last_lr()[0])}
-
-    def _extent(self, traces: Sequence[_Trace]) -> tuple[list[str], int]:
-        """The columns of the ranks' traces, of which some may have none, and how many tokens all have together."""
-        own = (list(traces[0].columns) if traces else [], sum(len(trace.sequence_ids) for trace in traces))
-        everyone: list[tuple[list[str], int]] = gather_object([own])
-        return next((names for names, _ in everyone if names), []), sum(count for _, count in everyone)
-
-    def _column(self, traces: Sequence[_Trace], name: str) -> Tensor:
-        """One column of this rank's traces, (T,) float64."""
-        none = torch.empty(0, dtype=torch.float64, device=self.accelerator.device)
-        return torch.cat([none, *(trace.columns[name].double() for trace in traces)])
-
-    def _sequence_ids(self, traces: Sequence[_Trace]) -> Tensor:
-        """The sequence of each token, (T,) int64, counted over all of this rank's traces."""
-        starts = accumulate((trace.num_sequences for trace in traces), initial=0)
-        none = torch.empty(0, dtype=torch.int64, device=self.accelerator.device)
-        return torch.cat([none, *(trace.sequence_ids + start for trace, start in zip(traces, starts, strict=False))])
 
     def _sum(self, value: Tensor) -> Tensor:
         reduced = self.accelerator.reduce(value.to(self.accelerator.device), "sum")
@@ -303,20 +256,17 @@ class PolicyTrainer:
         return max(gather_object([value]))
 
 
+def divergence(step: int, stats: Mapping[str, float], settings: TrainerConfig) -> str | None:
+    """Return what to say where the step's loss or gradient is not finite, and what to change; else None."""
+    for name, value in (("loss", stats["policy/loss"]), ("gradient norm", stats["policy/grad_norm"])):
+        if not math.isfinite(value):
+            return (
+                f"step {step}: the {name} is {value}; it is not saved, and checkpoints before it are untouched\n"
+                f"  lower trainer.learning_rate (is {settings.learning_rate:g}) or trainer.max_grad_norm "
+                f"(is {settings.max_grad_norm:g}), or raise trainer.warmup_updates (is {settings.warmup_updates})"
+            )
+    return None
+
+
 def _item(prompt: Prompt, sample: Sample, weight: float) -> Item:
     return Item(prompt.token_ids, sample.token_ids, sample.advantage, weight, sample.rollout_logps)
-
-
-def _trace(micro: _MicroBatch, logps: Tensor, old_logps: Tensor, entropy: Tensor, outputs: LossOutputs) -> _Trace:
-    columns = {
-        "logps": logps,
-        "old_logps": old_logps,
-        "entropy": entropy,
-        "advantages": micro.batch.advantages,
-        "gradient_weight": outputs.gradient_weight,
-        "rollout_logps": micro.batch.rollout_logps,
-        "kl": outputs.kl,
-        "correction": outputs.correction,
-    }
-    kept = {name: column for name, column in columns.items() if column is not None}
-    return _Trace(kept, micro.batch.sequence_ids, micro.batch.num_sequences)

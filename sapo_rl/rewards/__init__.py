@@ -6,11 +6,11 @@ Importing this package loads none of the libraries that the verifiers use.
 from __future__ import annotations
 
 from sapo_rl.rewards.gym import reasoning_gym
-from sapo_rl.rewards.inbox import Inbox
 from sapo_rl.rewards.lookup import check_function, resolve
 from sapo_rl.rewards.math import math_verify
-from sapo_rl.rewards.pool import RewardPool, RewardStats
 from sapo_rl.rewards.registry import REWARD_FUNCTIONS, RewardFunction
+from sapo_rl.rewards.runner.inbox import Inbox
+from sapo_rl.rewards.runner.pool import RewardPool
 from sapo_rl.rewards.text import exact_match, format_tags, length_limit, numeric_answer, numeric_digits, regex
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "Inbox",
     "RewardFunction",
     "RewardPool",
-    "RewardStats",
     "check_function",
     "exact_match",
     "format_tags",

@@ -6,11 +6,11 @@ import inspect
 import re
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from sapo_rl import dotted
+from sapo_rl import plugins
 from sapo_rl.config import RewardFunctionConfig
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.rewards.registry import PACKAGES, REWARD_FUNCTIONS, RewardFunction
-from sapo_rl.rewards.scoring import GIVEN
+from sapo_rl.rewards.runner.scoring import GIVEN
 
 KIND = "reward function"
 
@@ -25,7 +25,7 @@ def resolve(function: str) -> RewardFunction:
     """
     if "." not in function:
         return REWARD_FUNCTIONS.get(function)
-    found = dotted.find(KIND, function)
+    found = plugins.find(KIND, function)
     if not callable(found):
         raise UserError(f"{KIND} '{function}' is a {type(found).__name__}, not a function")
     return found
@@ -48,7 +48,7 @@ def check_function(name: str, cfg: RewardFunctionConfig) -> None:
         raise UserError(f"{where}.args: '{taken[0]}' is filled in at every call and cannot be set")
     if "." in cfg.function:
         try:
-            dotted.check(KIND, cfg.function)
+            plugins.check(KIND, cfg.function)
         except UserError as error:
             raise UserError(f"{where}.function: {error}") from error
         return
@@ -60,7 +60,7 @@ def check_function(name: str, cfg: RewardFunctionConfig) -> None:
         )
     if cfg.function in PACKAGES:
         module, project = PACKAGES[cfg.function]
-        if dotted.find_spec(module) is None:
+        if plugins.find_spec(module) is None:
             raise UserError(f"{where}.function: '{cfg.function}' needs a package: pip install {project}")
     _check_arguments(where, REWARD_FUNCTIONS.get(cfg.function), cfg.args)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from sapo_rl.registry import Registry
+from sapo_rl.plugins import Registry
 
 RewardFunction: TypeAlias = Callable[..., Any]
 """Returns `list[float | None]`, or a coroutine of it; None where the function does not apply to the sample."""

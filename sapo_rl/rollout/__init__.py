@@ -1,1 +1,1 @@
-"""Rollouts: vLLM in a process of its own, the weights on their way to it, and the samples on their way back."""
+"""Prompts in, groups of samples out: requests over the engines, and batches ahead of the trainer."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sapo_rl import config
+from sapo_rl.config import loss
 
 BOUNDS = {"above": "above", "least": "at least", "most": "at most"}
 """Kinds of bounds in a field's metadata, and how they are said."""
@@ -89,7 +90,8 @@ def _valid(metadata: Any) -> str:
 def _meanings() -> dict[str, dict[str, str]]:
     """The docstring under each field, by class and field."""
     found: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(config)).body:
+    bodies = [ast.parse(inspect.getsource(module)).body for module in (config, loss)]
+    for node in [node for body in bodies for node in body]:
         if isinstance(node, ast.ClassDef):
             pairs = zip(node.body, node.body[1:], strict=False)
             found[node.name] = {

@@ -15,10 +15,10 @@ from sapo_rl.config import Config
 from sapo_rl.data import load_rows, repetition_warning
 from sapo_rl.data.prompts import Rows, columns_of, content_of, with_all_columns
 from sapo_rl.errors import UserError
-from sapo_rl.launch import SINGLE
-from sapo_rl.paths import expand, is_file, reading
-from sapo_rl.preview import GIB
+from sapo_rl.errors.files import expand, is_file, reading
 from sapo_rl.rewards import RewardPool
+from sapo_rl.run.launch import SINGLE
+from sapo_rl.sizing import GIB
 from sapo_rl.types import Messages
 
 WHOLE = (SINGLE, "ddp", "multinode")

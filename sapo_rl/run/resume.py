@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from sapo_rl import run_folder
-from sapo_rl.checks import ConfigError
 from sapo_rl.config import Config
 from sapo_rl.policy import manifest
+from sapo_rl.run.checks import ConfigError
 
 FIXED = (
     "model.path",

@@ -11,10 +11,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sapo_rl.checks import ConfigError
-from sapo_rl.config import Config, LossConfig, RewardFunctionConfig
+from sapo_rl.config import Config, RewardFunctionConfig
+from sapo_rl.config.loss import LossConfig
 from sapo_rl.errors import UserError
-from sapo_rl.paths import is_file, read_yaml
+from sapo_rl.errors.files import is_file, read_yaml
+from sapo_rl.run.checks import ConfigError
 
 DEFAULTS = "[quickstart, {override /loss: grpo}, _self_]"
 """An example for messages."""

@@ -12,13 +12,13 @@ from rich.text import Text
 
 from sapo_rl.config import Config
 from sapo_rl.run_folder import METRICS, python, resume_command
-from sapo_rl.telemetry.completions import Row, rows, write_completions
-from sapo_rl.telemetry.console import Display, open_display
 from sapo_rl.telemetry.metrics import MetricsLog, Record, read_metrics, sample_metrics
 from sapo_rl.telemetry.progress import Progress
+from sapo_rl.telemetry.sinks.completions import Row, rows, write_completions
+from sapo_rl.telemetry.sinks.console import Display, open_display
+from sapo_rl.telemetry.sinks.wandb import WandbSink, open_wandb
 from sapo_rl.telemetry.summary import summary
 from sapo_rl.telemetry.timers import Timers
-from sapo_rl.telemetry.wandb import WandbSink, open_wandb
 
 __all__ = ["Record", "Row", "Telemetry", "Timers", "read_metrics", "rows", "sample_metrics"]
 

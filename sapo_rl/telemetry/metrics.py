@@ -13,7 +13,7 @@ from typing import Any, SupportsFloat, TypeAlias
 from sapo_rl.advantages import zero_spread
 from sapo_rl.errors import UserError
 from sapo_rl.run_folder import write_atomic
-from sapo_rl.telemetry.completions import Row
+from sapo_rl.telemetry.sinks.completions import Row
 
 Record: TypeAlias = dict[str, Any]
 """`step` (int), `time` (seconds of the run so far), and metrics by name: finite numbers, None, or a warning's text."""

@@ -36,7 +36,7 @@ class Progress:
     evals: list[Record] = field(default_factory=list)
     """All evaluation records."""
     resumed_after: int = 0
-    """The last step of an earlier process, whose clock tells nothing of this one's speed."""
+    """Step from which this process resumed; earlier records are left out of speed and ETA."""
     sample: dict[str, Any] | None = None
     """The last completion, as a row of the Parquet file."""
 

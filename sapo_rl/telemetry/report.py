@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sapo_rl import streams
 from sapo_rl.errors import UserError
+from sapo_rl.processes import streams
 from sapo_rl.run_folder import CONFIG, METRICS
 from sapo_rl.telemetry.metrics import read_metrics
 from sapo_rl.telemetry.progress import (

@@ -67,7 +67,7 @@ def write(path: Path, result: dict[str, Any]) -> None:
     """Write `result` as JSON, whole or not at all. Its `table` (`columns`, `rows`, `note`) is what the docs show."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 

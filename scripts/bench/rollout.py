@@ -27,9 +27,9 @@ from workloads import MODEL, ROOT, WORKLOADS, chat_rows
 sys.path.insert(0, str(ROOT))
 from sapo_rl.config import Config, DataConfig, ModelConfig, RolloutConfig
 from sapo_rl.data import build_prompts
+from sapo_rl.engines.build import build_engines, close_all, device_of, model_facts
 from sapo_rl.policy.model import load_tokenizer, stop_tokens
-from sapo_rl.rollout.build import build_engines, close_all, device_of, model_facts
-from sapo_rl.rollout.stream import Rollouts
+from sapo_rl.rollout.collector import Rollouts
 from sapo_rl.types import Prompt
 
 SETS = ("512:graphs:1", "512:graphs:4", "1024:graphs:2", "256:graphs:2", "512:eager:1")

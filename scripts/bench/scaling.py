@@ -45,7 +45,7 @@ def serving(task: Task, first: int, count: int, overrides: list[str]) -> Iterato
     try:
         for index, port in enumerate(ports):
             own = environment() | {"CUDA_VISIBLE_DEVICES": str(first + index)}
-            command = [sys.executable, "-m", "sapo_rl.serve", recipe, *overrides, "--port", str(port)]
+            command = [sys.executable, "-m", "sapo_rl.run.serve", recipe, *overrides, "--port", str(port)]
             with (task.folder / f"server_{index}.log").open("w", encoding="utf-8") as log:
                 servers.append(subprocess.Popen(command, cwd=task.folder, env=own, stdout=log, stderr=log))
         deadline = time.monotonic() + START_SECONDS

@@ -101,14 +101,14 @@ def records_of(cell: Path) -> list[Record]:
     run = run_folder(cell)
     if run is None or not (run / "metrics.jsonl").is_file():
         return []
-    lines = (run / "metrics.jsonl").read_text().split("\n")[:-1]
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in lines if line]
 
 
 def outcome(cell: Path) -> str:
     """Return how a cell ended: one of `FINAL`, `failed`, or `unfinished`."""
     file = cell / "outcome.json"
-    return json.loads(file.read_text())["outcome"] if file.is_file() else "unfinished"
+    return json.loads(file.read_text(encoding="utf-8"))["outcome"] if file.is_file() else "unfinished"
 
 
 def is_complete(cell: Path, records: Sequence[Record]) -> bool:
@@ -116,7 +116,7 @@ def is_complete(cell: Path, records: Sequence[Record]) -> bool:
     run = run_folder(cell)
     if run is None:
         return False
-    steps = yaml.safe_load((run / "config.yaml").read_text())["trainer"]["steps"]
+    steps = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["trainer"]["steps"]
     return any(record["step"] == steps and ACCURACY in record for record in records)
 
 
@@ -168,7 +168,9 @@ class Running:
             found = "failed"
         if found is None:
             return "unfinished"
-        (self.folder / "outcome.json").write_text(json.dumps({"outcome": found, "exit_code": self.process.returncode}))
+        (self.folder / "outcome.json").write_text(
+            json.dumps({"outcome": found, "exit_code": self.process.returncode}), encoding="utf-8"
+        )
         if found in FINAL and (run := run_folder(self.folder)):
             shutil.rmtree(run / "checkpoints", ignore_errors=True)
         return found
@@ -188,7 +190,7 @@ def start(cell: Cell, folder: Path, card: str | None, threads: int) -> Running:
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
     if card is not None:
         environment["CUDA_VISIBLE_DEVICES"] = card
-    with (folder / "log.txt").open("a") as log:
+    with (folder / "log.txt").open("a", encoding="utf-8") as log:
         command = [*PROGRAM, *arguments]
         process = subprocess.Popen(
             command,
@@ -245,7 +247,10 @@ def run_all(
                     how = slots.pop(slot).close()
                     say(f"{one.cell.name}: {how} after {time.monotonic() - one.started:.0f} s")
                     if how == "failed":
-                        print(*(one.folder / "log.txt").read_text(errors="replace").splitlines()[-20:], sep="\n")
+                        print(
+                            *(one.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-20:],
+                            sep="\n",
+                        )
                     after()
             time.sleep(0.5)
     finally:
@@ -296,7 +301,7 @@ def main() -> None:
     args = arguments()
     deadline = time.monotonic() + args.seconds
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # else the runs would outlive us
-    grid = yaml.safe_load(args.grid.read_text())
+    grid = yaml.safe_load(args.grid.read_text(encoding="utf-8"))
     if (own := args.grid.parent / grid["config"]).is_file():  # cells run elsewhere
         grid["config"] = str(own.resolve())
     crossed = {key: yaml.safe_load(f"[{values}]") for key, values in (one.split("=", 1) for one in args.axis)}

@@ -32,12 +32,12 @@ from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 from workloads import ROOT, SHAPES, Shape
 
 sys.path.insert(0, str(ROOT))
-from sapo_rl.rollout.engine import EngineSettings
-from sapo_rl.rollout.local import LocalEngine
-from sapo_rl.rollout.weights.base import WeightTransport
-from sapo_rl.rollout.weights.buckets import BucketTransport
-from sapo_rl.rollout.weights.file import FileTransport, weights_folder
-from sapo_rl.rollout.weights.ipc import IpcTransport
+from sapo_rl.engines.base import EngineSettings
+from sapo_rl.engines.process import LocalEngine
+from sapo_rl.weights.base import WeightTransport
+from sapo_rl.weights.buckets import BucketTransport
+from sapo_rl.weights.file import FileTransport, weights_folder
+from sapo_rl.weights.ipc import IpcTransport
 
 MODELS = {"135m": Shape(576, 1536, 30, 9, 3, 49152)} | SHAPES
 PROBE = list(range(100, 164))
@@ -193,7 +193,7 @@ def inside(folder: Path, dtype: Any) -> None:
     """Print as JSON what vLLM's two ways of loading take in its own process, in milliseconds."""
     from vllm import LLM
 
-    from sapo_rl.rollout.worker import keeps_checkpoint_format
+    from sapo_rl.engines.vllm.worker import keeps_checkpoint_format
 
     llm = LLM(
         str(folder), dtype=dtype, enforce_eager=True, skip_tokenizer_init=True, max_model_len=256,

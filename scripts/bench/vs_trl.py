@@ -143,7 +143,9 @@ def run_peer(task: Task, batches: tuple[int, ...], overrides: dict[str, Any]) ->
     for batch in batches:
         arguments = peer_arguments(task, batch) | overrides
         settings, out, log = (task.folder / f"trl_{batch}.{end}" for end in ("json", "jsonl", "log"))
-        settings.write_text(json.dumps({"model": str(task.model), "rows": task.rows, "arguments": arguments}))
+        settings.write_text(
+            json.dumps({"model": str(task.model), "rows": task.rows, "arguments": arguments}), encoding="utf-8"
+        )
         code = run([sys.executable, str(HERE / "peer_trl.py"), str(settings), str(out)], log, task.limit)
         cycles = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
         result = {"settings": arguments, "cycles": cycles, **ended(code, log)}

@@ -198,12 +198,12 @@ def test_parquet_that_has_no_equal_in_python_is_named_by_column_and_row(tmp_path
     cfg = DataConfig(source="file", path=str(path))
     pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"]), path)
     with pytest.raises(UserError, match=r"rows\.parquet: has two columns called 'prompt'; rename one") as raised:
-        load_rows(cfg, 0, seed=0)
+        load_rows(cfg, 0)
     assert len(str(raised.value).splitlines()) == 1
     waits = pa.array([0, 2**62], type=pa.duration("ms"))
     pq.write_table(pa.table({"prompt": ["a", "b"], "waits": waits}), path)
     with pytest.raises(UserError, match=r"rows\.parquet: column 'waits', row 1: "):
-        load_rows(cfg, 0, seed=0)
+        load_rows(cfg, 0)
 
 
 def test_datasets_that_do_not_load_are_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,5 +214,5 @@ def test_datasets_that_do_not_load_are_told_in_a_line(tmp_path: Path, monkeypatc
         (tmp_path / name).mkdir()
         (tmp_path / name / files[name]).write_text(text)
         with pytest.raises(UserError, match=r"data\.path: cannot load the dataset") as raised:
-            load_rows(DataConfig(source="huggingface", path=str(tmp_path / name)), 0, seed=0)
+            load_rows(DataConfig(source="huggingface", path=str(tmp_path / name)), 0)
         assert len(str(raised.value).splitlines()) == 1

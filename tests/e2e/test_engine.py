@@ -19,13 +19,14 @@ from tiny import engine_settings, logps_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sapo_rl.config import RolloutConfig
-from sapo_rl.errors import UserError
-from sapo_rl.rollout.engine import Completion, EngineError, Request, Sampling
-from sapo_rl.rollout.local import LocalEngine
-from sapo_rl.rollout.stream import Rollouts, verify
-from sapo_rl.rollout.weights.buckets import BucketTransport
-from sapo_rl.rollout.weights.file import FileTransport, weights_folder
+from sapo_rl.engines.base import Completion, Request, Sampling
+from sapo_rl.engines.parity import verify
+from sapo_rl.engines.process import LocalEngine
+from sapo_rl.errors import EngineError, UserError
+from sapo_rl.rollout.collector import Rollouts
 from sapo_rl.types import Prompt
+from sapo_rl.weights.buckets import BucketTransport
+from sapo_rl.weights.file import FileTransport, weights_folder
 
 pytestmark = pytest.mark.e2e
 

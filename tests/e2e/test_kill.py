@@ -19,7 +19,7 @@ from tiny import make_workspace
 
 pytestmark = pytest.mark.e2e
 
-PARTS = {"rank": "sapo_rl.rank", "engine": "sapo_rl.rollout.child", "worker": "sapo_rl.rewards.worker"}
+PARTS = {"rank": "sapo_rl.run.rank", "engine": "sapo_rl.engines.vllm.child", "worker": "sapo_rl.rewards.runner.worker"}
 STEPS = 10
 OPTIONS = (f"trainer.steps={STEPS}", "checkpoint.every=1", "logging.wandb=off", "rollout.max_restarts=9")
 EVERY_RECORD_OF_STEPS = ("policy/loss", "eval/accuracy", "mismatch/probe_logp_diff")

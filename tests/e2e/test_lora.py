@@ -13,13 +13,13 @@ from tiny import engine_settings, make_workspace
 from transformers import AutoModelForCausalLM
 
 from sapo_rl.config import LoraConfig, ModelConfig
+from sapo_rl.engines.base import Request, Sampling
+from sapo_rl.engines.parity import verify
+from sapo_rl.engines.process import LocalEngine
 from sapo_rl.policy.lora import LoraPolicy
 from sapo_rl.policy.model import load_policy
 from sapo_rl.policy.packing import Item, pack
-from sapo_rl.rollout.engine import Request, Sampling
-from sapo_rl.rollout.local import LocalEngine
-from sapo_rl.rollout.stream import verify
-from sapo_rl.rollout.weights.file import FileTransport, weights_folder
+from sapo_rl.weights.file import FileTransport, weights_folder
 
 pytestmark = pytest.mark.e2e
 
@@ -102,7 +102,7 @@ def test_engine_that_dies_comes_back_with_the_weights_of_a_partial_push(tiny_mod
             transport.push(policy.named_weights(), [engine], version)
             expected = score(policy, ids)
             assert verify(engine, ids, expected, "float32") < 1e-5
-        (child,) = [p for p in psutil.Process().children() if "sapo_rl.rollout.child" in p.cmdline()]
+        (child,) = [p for p in psutil.Process().children() if "sapo_rl.engines.vllm.child" in p.cmdline()]
         child.kill()
         assert verify(engine, ids, expected, "float32") < 1e-5
         assert engine.restarts == 1

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from tiny import engine_settings, make_workspace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sapo_rl.rollout.engine import Request, Sampling
-from sapo_rl.rollout.local import LocalEngine
+from sapo_rl.engines.base import Request, Sampling
+from sapo_rl.engines.process import LocalEngine
 
 pytestmark = pytest.mark.e2e
 
@@ -201,7 +201,7 @@ def test_engine_that_dies_is_replaced_and_nothing_changes(workspace: Path, whole
     process = start(workspace, "config=tiny.yaml", "checkpoint.every=0")
     folder = wait_for_step(process, workspace, before, 2)
     children = psutil.Process(process.pid).children(recursive=True)
-    (engine,) = [child for child in children if "sapo_rl.rollout.child" in child.cmdline()]
+    (engine,) = [child for child in children if "sapo_rl.engines.vllm.child" in child.cmdline()]
     engine.kill()
     code, out, err = finish(process)
     assert code == 0, out + err
@@ -218,7 +218,7 @@ def test_interrupt_saves_and_tells_how_to_go_on(workspace: Path) -> None:
     before = folders(workspace)
     process = start(workspace, "config=tiny.yaml", "trainer.steps=500", "checkpoint.every=400")
     folder = wait_for_step(process, workspace, before, 2)
-    rank = next(c for c in psutil.Process(process.pid).children() if "sapo_rl.rank" in c.cmdline())
+    rank = next(c for c in psutil.Process(process.pid).children() if "sapo_rl.run.rank" in c.cmdline())
     family = [process.pid, *(child.pid for child in rank.children(recursive=True))]
     rank.send_signal(signal.SIGTERM)
     code, out, err = finish(process, seconds=120)

@@ -26,12 +26,14 @@ from tiny import logps_of, make_workspace
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sapo_rl.config import RolloutConfig
-from sapo_rl.rollout.engine import Completion, EngineLost, Request, Sampling
-from sapo_rl.rollout.server import ServerEngine, ServerSettings
-from sapo_rl.rollout.spread import Spread
-from sapo_rl.rollout.stream import Rollouts, verify, verify_all
-from sapo_rl.rollout.weights.nccl import NcclTransport
+from sapo_rl.engines.base import Completion, Request, Sampling
+from sapo_rl.engines.parity import verify, verify_all
+from sapo_rl.engines.remote import RemoteEngine, RemoteSettings
+from sapo_rl.errors import EngineLost
+from sapo_rl.rollout.collector import Rollouts
+from sapo_rl.rollout.dispatch import Dispatcher
 from sapo_rl.types import Prompt
+from sapo_rl.weights.broadcast import NcclTransport
 
 pytestmark = pytest.mark.e2e
 
@@ -62,7 +64,7 @@ class Server:
 
     def start(self) -> None:
         with open(self.log, "ab") as log:
-            command = [sys.executable, "-m", "sapo_rl.serve", "--port", str(self.port), "config=tiny.yaml"]
+            command = [sys.executable, "-m", "sapo_rl.run.serve", "--port", str(self.port), "config=tiny.yaml"]
             self.process = subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=log, stderr=log)
 
     def kill(self) -> None:
@@ -124,9 +126,9 @@ def wait_until(holds: Callable[[], bool], seconds: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def fleet(servers: list[Server], key: str) -> Iterator[list[ServerEngine]]:
-    settings = [ServerSettings(server.address, key, "float32", 192, [EOS], 300.0, 120.0) for server in servers]
-    engines = [ServerEngine(one) for one in settings]
+def fleet(servers: list[Server], key: str) -> Iterator[list[RemoteEngine]]:
+    settings = [RemoteSettings(server.address, key, "float32", 192, [EOS], 300.0, 120.0) for server in servers]
+    engines = [RemoteEngine(one) for one in settings]
     for engine in engines:
         engine.wait_ready()
     yield engines
@@ -156,13 +158,13 @@ def noisy(tiny_model: Path, seed: int) -> PreTrainedModel:
     return model
 
 
-def answers(engine: ServerEngine, requests: list[Request], sampling: Sampling) -> dict[int, list[Completion]]:
+def answers(engine: RemoteEngine, requests: list[Request], sampling: Sampling) -> dict[int, list[Completion]]:
     left = list(enumerate(requests))
     return dict(engine.stream(lambda: left.pop(0) if left else None, 64, sampling))
 
 
 def test_every_path_takes_the_key_and_the_key_is_nowhere_to_be_seen(
-    servers: list[Server], key: str, fleet: list[ServerEngine]
+    servers: list[Server], key: str, fleet: list[RemoteEngine]
 ) -> None:
     paths = ["/", "/health", "/metrics", "/docs", "/v1/models", "/v1/completions", "/collective_rpc", "/sapo/info"]
     for path in [*paths, "/sapo/load", "/update_weights", "/sleep", "/inference/v1/generate", "/no/such"]:
@@ -184,10 +186,16 @@ def test_every_path_takes_the_key_and_the_key_is_nowhere_to_be_seen(
 
 
 def test_a_call_that_vllm_would_hang_on_is_refused_and_the_server_writes_on(
-    servers: list[Server], key: str, fleet: list[ServerEngine], transport: NcclTransport, policy: PreTrainedModel
+    servers: list[Server], key: str, fleet: list[RemoteEngine], transport: NcclTransport, policy: PreTrainedModel
 ) -> None:
     transport.push(policy.named_parameters(), fleet[:1], 1)
-    good: dict[str, Any] = {"label": fleet[0].label, "token_ids": [2, 30], "n": 2, "seed": 5, "stop_token_ids": [EOS]}
+    good: dict[str, Any] = {
+        "weight_id": fleet[0].weight_id,
+        "token_ids": [2, 30],
+        "n": 2,
+        "seed": 5,
+        "stop_token_ids": [EOS],
+    }
     good |= {"sampling": asdict(WARM)}
     wrong = [
         {"token_ids": [2, 1.5]},
@@ -213,7 +221,7 @@ def test_a_call_that_vllm_would_hang_on_is_refused_and_the_server_writes_on(
 
 
 def test_servers_write_what_the_trainers_weights_say(
-    fleet: list[ServerEngine], transport: NcclTransport, policy: PreTrainedModel
+    fleet: list[RemoteEngine], transport: NcclTransport, policy: PreTrainedModel
 ) -> None:
     transport.push(policy.named_parameters(), fleet, 7)
     requests = [Request([2, 30 + i, 40, 50 + i], 3, seed=100 * i) for i in range(6)]
@@ -238,7 +246,7 @@ def test_servers_write_what_the_trainers_weights_say(
 
 
 def test_a_run_that_sends_some_weights_gets_the_others_from_the_models_folder(
-    fleet: list[ServerEngine], transport: NcclTransport, policy: PreTrainedModel, tiny_model: Path
+    fleet: list[RemoteEngine], transport: NcclTransport, policy: PreTrainedModel, tiny_model: Path
 ) -> None:
     mixed = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     some = {name: weight for name, weight in policy.named_parameters() if "down_proj" in name}
@@ -252,12 +260,12 @@ def test_a_run_that_sends_some_weights_gets_the_others_from_the_models_folder(
 
 
 def test_a_server_works_for_one_run_at_a_time(
-    fleet: list[ServerEngine], transport: NcclTransport, policy: PreTrainedModel, tiny_model: Path
+    fleet: list[RemoteEngine], transport: NcclTransport, policy: PreTrainedModel, tiny_model: Path
 ) -> None:
     """The second run waits; it gets the server when the first one ends."""
     tokens, newer = list(range(5, 60)), noisy(tiny_model, 3)
     transport.push(policy.named_parameters(), fleet[:1], 1)
-    late = ServerEngine(fleet[0].settings)
+    late = RemoteEngine(fleet[0].settings)
     waiting = NcclTransport(torch.float32, "cpu", "late", sends=True, seconds=120.0)
     waiting.push(newer.named_parameters(), [late], 1)
     time.sleep(3)  # it asks every second
@@ -272,7 +280,7 @@ def test_a_server_works_for_one_run_at_a_time(
 
 def test_one_of_two_dies_in_mid_batch_and_is_taken_back_with_current_weights(
     servers: list[Server],
-    fleet: list[ServerEngine],
+    fleet: list[RemoteEngine],
     transport: NcclTransport,
     policy: PreTrainedModel,
     tiny_model: Path,
@@ -289,7 +297,7 @@ def test_one_of_two_dies_in_mid_batch_and_is_taken_back_with_current_weights(
             servers[1].kill()  # most of its requests still wait for their turn
 
     requests = [Request([2, 30 + i, 40], 4) for i in range(40)]
-    Spread(fleet, requests, 80, Sampling(1.0, 1.0, 0, 0.0, 1.0, 64, False), 60.0, answer).run()
+    Dispatcher(fleet, requests, 80, Sampling(1.0, 1.0, 0, 0.0, 1.0, 64, False), 60.0, answer).run()
     assert answered == Counter(range(40))
     (told,) = [record.message for record in caplog.records]
     assert f"{servers[1].address} does not answer" in told
@@ -315,7 +323,7 @@ def test_one_of_two_dies_in_mid_batch_and_is_taken_back_with_current_weights(
 
 
 def test_a_run_of_two_ranks_goes_on_when_a_server_dies(
-    workspace: Path, environment: dict[str, str], servers: list[Server], fleet: list[ServerEngine]
+    workspace: Path, environment: dict[str, str], servers: list[Server], fleet: list[RemoteEngine]
 ) -> None:
     addresses = ",".join(server.address for server in servers)
     process = subprocess.Popen(

@@ -15,15 +15,16 @@ from gpu.waits import update_without_waiting
 from tiny import engine_settings
 from torch._dynamo.utils import counters
 
-from sapo_rl.config import Config, KLConfig, LoraConfig, LossConfig, ModelConfig, RolloutConfig, TrainerConfig
+from sapo_rl.config import Config, LoraConfig, ModelConfig, RolloutConfig, TrainerConfig
+from sapo_rl.config.loss import KLConfig, LossConfig
+from sapo_rl.engines.parity import verify
+from sapo_rl.engines.process import LocalEngine
 from sapo_rl.policy.lora import LoraPolicy
 from sapo_rl.policy.model import load_policy
 from sapo_rl.policy.packing import Item, pack
 from sapo_rl.policy.trainer import PolicyTrainer
-from sapo_rl.rollout.local import LocalEngine
-from sapo_rl.rollout.stream import verify
-from sapo_rl.rollout.weights.ipc import IpcTransport
 from sapo_rl.types import Group, Prompt, Sample
+from sapo_rl.weights.ipc import IpcTransport
 
 pytestmark = pytest.mark.gpu
 
@@ -90,7 +91,7 @@ def test_partial_pushes_survive_sleep_and_restart(tiny_model: Path, tmp_path: Pa
             assert verify(engine, IDS, score(policy), "bfloat16") < 0.05
             engine.sleep()
         assert verify(engine, IDS, score(policy), "bfloat16") < 0.05  # wakes up by itself
-        (child,) = [p for p in psutil.Process().children() if "sapo_rl.rollout.child" in p.cmdline()]
+        (child,) = [p for p in psutil.Process().children() if "sapo_rl.engines.vllm.child" in p.cmdline()]
         child.kill()
         assert verify(engine, IDS, score(policy), "bfloat16") < 0.05
         assert engine.restarts == 1

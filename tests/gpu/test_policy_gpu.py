@@ -191,7 +191,7 @@ def test_no_graph_is_compiled_after_the_second_step() -> None:
     for step in range(6):
         trainer.train_on(as_groups(make_items(step, prompts=12 + step)), no_timer)
         graphs.append(counters["stats"]["unique_graphs"])
-    with torch.no_grad():
+    with torch.no_grad(), trainer.parallel.passes():
         trainer.policy(empty_batch().to(CUDA), 1.0)
     assert graphs[0] > 0
     assert counters["stats"]["unique_graphs"] == graphs[1]

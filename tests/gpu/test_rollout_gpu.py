@@ -14,14 +14,14 @@ import torch
 from tiny import engine_settings
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sapo_rl.rollout.build import close_all
-from sapo_rl.rollout.engine import Completion, Request, Sampling
-from sapo_rl.rollout.local import LocalEngine
-from sapo_rl.rollout.stream import verify
-from sapo_rl.rollout.weights.buckets import BucketTransport
-from sapo_rl.rollout.weights.file import FileTransport, weights_folder
-from sapo_rl.rollout.weights.ipc import IpcTransport
-from sapo_rl.rollout.weights.memory import SharedMemory
+from sapo_rl.engines.base import Completion, Request, Sampling
+from sapo_rl.engines.build import close_all
+from sapo_rl.engines.parity import verify
+from sapo_rl.engines.process import LocalEngine
+from sapo_rl.weights.buckets import BucketTransport
+from sapo_rl.weights.file import FileTransport, weights_folder
+from sapo_rl.weights.ipc import IpcTransport
+from sapo_rl.weights.memory import SharedMemory
 
 pytestmark = pytest.mark.gpu
 
@@ -108,7 +108,7 @@ def test_memory_is_shared_with_another_process() -> None:
     memory.tensor().copy_(torch.arange(4 * MIB, device="cuda") % 251)
     torch.cuda.synchronize()
     code = (
-        "import sys, torch; from sapo_rl.rollout.weights.memory import SharedMemory;"
+        "import sys, torch; from sapo_rl.weights.memory import SharedMemory;"
         "found = SharedMemory.open(bytes.fromhex(sys.argv[1]), int(sys.argv[2])).tensor();"
         "print(found.long().sum().item(), found[-1].item(), found.device)"
     )

@@ -73,7 +73,7 @@ def test_a_stopped_run_leaves_no_process_and_no_memory(workspace: Path, sent: si
     wait_for_step(process, workspace, before, 2)
     family = psutil.Process(process.pid).children(recursive=True)
     assert used_memory() > memory + SLACK and len(family) >= 3  # a rank, its vLLM, its rewards
-    (rank,) = (member for member in family if "sapo_rl.rank" in member.cmdline())
+    (rank,) = (member for member in family if "sapo_rl.run.rank" in member.cmdline())
     rank.send_signal(sent)
     code, out, err = finish(process)
     assert code == (137 if sent == signal.SIGKILL else 130), out + err

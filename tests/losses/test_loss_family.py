@@ -10,7 +10,7 @@ import torch
 from losses.batches import inputs_of, make_batch
 from torch import Tensor
 
-from sapo_rl.config import LossConfig
+from sapo_rl.config.loss import LossConfig
 from sapo_rl.losses import (
     POLICY_LOSS_FN,
     LossInputs,

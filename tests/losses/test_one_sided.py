@@ -14,13 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sapo_rl.losses import (
-    GATES,
-    SAPOPolicyLossFn,
-    clipped_token_losses,
-    one_sided_token_losses,
-    sapo_token_losses,
-)
+from sapo_rl.losses import GATES, SAPOPolicyLossFn, clipped_token_losses, one_sided_token_losses, sapo_token_losses
 
 VECTORS = json.loads((Path(__file__).parent / "sapo_vectors.json").read_text())["vectors"]
 PLAIN: dict[str, Callable[[Tensor, float], Tensor]] = {

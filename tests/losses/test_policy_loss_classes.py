@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sapo_rl.config import LossConfig
+from sapo_rl.config.loss import LossConfig
 from sapo_rl.errors import UserError
 from sapo_rl.losses import (
     POLICY_LOSS_FN,

@@ -20,10 +20,11 @@ import pytest
 from command import finish, folders, run, start, steps_of, wait_for_step
 from tiny import make_workspace
 
-from sapo_rl import launch
-from sapo_rl.checks import ConfigError, check
-from sapo_rl.compose import CONFIGS, loads
 from sapo_rl.config import LaunchConfig
+from sapo_rl.paths import CONFIGS
+from sapo_rl.run import launch
+from sapo_rl.run.checks import ConfigError, check
+from sapo_rl.run.compose import loads
 
 SHORT = ("eval.prompts=0", "logging.wandb=off", "checkpoint.save_final=false")
 Machine: TypeAlias = Callable[..., "subprocess.Popen[str]"]
@@ -216,8 +217,8 @@ def test_launcher_gets_what_the_config_says() -> None:
     assert command[3] == f"--config_file={settings.profile}"
     assert {"--num_processes=16", "--num_machines=2", "--machine_rank=1", "--main_process_ip=10.0.0.1"} <= set(command)
     assert {"--main_process_port=29501", "--rdzv_conf=timeout=60"} <= set(command)
-    assert command[-3:] == ["-m", "sapo_rl.rank", "runs/x"]
-    assert launch.command(LaunchConfig(), None) == [sys.executable, "-m", "sapo_rl.rank"]
+    assert command[-3:] == ["-m", "sapo_rl.run.rank", "runs/x"]
+    assert launch.command(LaunchConfig(), None) == [sys.executable, "-m", "sapo_rl.run.rank"]
 
 
 @pytest.mark.parametrize(

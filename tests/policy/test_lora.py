@@ -16,26 +16,25 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sapo_rl.checks import ConfigError, check
 from sapo_rl.config import (
     Config,
     DataConfig,
-    KLConfig,
     LoraConfig,
-    LossConfig,
     ModelConfig,
     RewardConfig,
     RewardFunctionConfig,
     RolloutConfig,
     TrainerConfig,
 )
+from sapo_rl.config.loss import KLConfig, LossConfig
 from sapo_rl.errors import UserError
 from sapo_rl.policy import checkpoint
 from sapo_rl.policy.lora import LoraPolicy, check_targets
 from sapo_rl.policy.model import Policy, load_policy
 from sapo_rl.policy.trainer import PolicyTrainer
-from sapo_rl.preview import adapter_parameters
+from sapo_rl.run.checks import ConfigError, check
 from sapo_rl.run_folder import latest_checkpoint
+from sapo_rl.sizing import adapter_parameters
 from sapo_rl.types import Group, Prompt, Sample
 
 SOME = ["q_proj", "up_proj"]

@@ -19,16 +19,8 @@ import torch
 from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sapo_rl.config import (
-    AdvantageConfig,
-    Config,
-    CorrectionConfig,
-    KLConfig,
-    LossConfig,
-    ModelConfig,
-    RolloutConfig,
-    TrainerConfig,
-)
+from sapo_rl.config import Config, ModelConfig, RolloutConfig, TrainerConfig
+from sapo_rl.config.loss import AdvantageConfig, CorrectionConfig, KLConfig, LossConfig
 from sapo_rl.errors import UserError
 from sapo_rl.policy import attention, checkpoint
 from sapo_rl.policy.model import Policy

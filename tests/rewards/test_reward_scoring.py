@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sapo_rl.rewards.scoring import ScoreError, call_arguments, evaluate, readable
+from sapo_rl.rewards.runner.scoring import ScoreError, call_arguments, evaluate, readable
 from sapo_rl.types import Group, Prompt, Sample
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from sapo_rl.telemetry.completions import prompt_text, write_completions
+from sapo_rl.telemetry.sinks.completions import prompt_text, write_completions
 
 
 def test_every_sample_is_a_row(tmp_path: Path, make_group) -> None:

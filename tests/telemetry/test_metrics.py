@@ -91,16 +91,16 @@ def test_rewards_are_told_apart_by_name_and_missing_ones_left_out(make_group) ->
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=5), min_size=1, max_size=5))
-def test_sample_metrics_do_not_depend_on_the_order_of_groups(rewards_PG: list[list[float]]) -> None:
+def test_sample_metrics_do_not_depend_on_the_order_of_groups(rewards_P_G: list[list[float]]) -> None:
     groups = [
         rows(
             1,
             Group(Prompt(index, [1], "p", {}), [Sample([1], False, 0, rewards={"f": r}, reward=r) for r in rewards_G]),
         )
-        for index, rewards_G in enumerate(rewards_PG)
+        for index, rewards_G in enumerate(rewards_P_G)
     ]
     found = sample_metrics(groups)
     assert found == pytest.approx(sample_metrics(groups[::-1]))
-    flat = [reward for rewards_G in rewards_PG for reward in rewards_G]
+    flat = [reward for rewards_G in rewards_P_G for reward in rewards_G]
     assert found["reward/std"] == pytest.approx(statistics.stdev(flat), abs=1e-9)
     assert 0 <= found["group/zero_spread_fraction"] <= 1

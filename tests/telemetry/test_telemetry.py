@@ -17,8 +17,8 @@ from rich.console import Console
 from sapo_rl.config import Config
 from sapo_rl.run_folder import METRICS
 from sapo_rl.telemetry import Telemetry, read_metrics, sample_metrics
-from sapo_rl.telemetry.live import panel
 from sapo_rl.telemetry.progress import Progress
+from sapo_rl.telemetry.sinks.live import panel
 
 BEFORE = [("What is 1 - 8?", "I think so"), ("What is 2 - 8?", "Two")]
 AFTER = [("What is 1 - 8?", "-7"), ("What is 2 - 8?", "-6")]

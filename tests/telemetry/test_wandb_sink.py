@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sapo_rl.telemetry.wandb import choose_mode, spread
+from sapo_rl.telemetry.sinks.wandb import choose_mode, spread
 
 SECRET = "s3cr3t-value"
 SCRIPT = """

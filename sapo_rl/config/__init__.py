@@ -1,0 +1,311 @@
+"""The configuration's schema, what may be set, of which type and in which range: a docstring under each field.
+
+Values live in `configs/`, rules that span fields in `sapo_rl.run.checks`. Nothing heavy is imported to check a config.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from sapo_rl.config.fields import LONGEST_WAIT, MISSING, MOST_SAMPLES, choice, number
+from sapo_rl.config.loss import AdvantageConfig, LossConfig
+
+
+@dataclass
+class LoraConfig:
+    """Adapters that are trained in place of the model's own weights; docs/lora.md."""
+
+    rank: int = number(0, least=0)
+    """Rank of the adapters; 0 trains the whole model. With adapters take about ten times the learning rate."""
+    alpha: float = number(32.0, above=0)
+    """What an adapter adds is multiplied by alpha / rank."""
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Linear modules that get an adapter, e.g. `[q_proj, v_proj]`; `all-linear` stands for all but the head."""
+
+
+@dataclass
+class ModelConfig:
+    """The policy: which model, and in which precision it computes."""
+
+    path: str = MISSING
+    """A Hugging Face model folder, or a name on the hub."""
+    revision: Optional[str] = None
+    """Branch, tag or commit, where `path` is a name on the hub."""
+    dtype: str = choice("bfloat16", "bfloat16", "float32")
+    """Precision of forward and backward passes and of vLLM. The weights that are trained are always float32."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Leave off unless you have read that code."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass
+class DataConfig:
+    """Where prompts come from and how they are worded."""
+
+    source: str = choice(MISSING, "arithmetic", "reasoning_gym", "huggingface", "file")
+    """`arithmetic` and `reasoning_gym` generate prompts; `huggingface` and `file` (JSONL, Parquet) read them."""
+    path: Optional[str] = None
+    """Dataset on the hub (`huggingface`), file (`file`), or dataset of the package reasoning-gym (`reasoning_gym`)."""
+    subset: Optional[str] = None
+    """Configuration of a hub dataset, e.g. `main` of gsm8k."""
+    split: str = "train"
+    """Split of a hub dataset to train on."""
+    eval_path: Optional[str] = None
+    """File with held-out prompts, where `source` is `file`."""
+    eval_split: Optional[str] = None
+    """Split of a hub dataset to evaluate on. With neither this nor `eval_path`, `eval.prompts` rows are held out."""
+    prompt_column: str = "prompt"
+    """Column with the prompt: text, or chat messages."""
+    answer_column: Optional[str] = "answer"
+    """Column that reward functions see as `answer`; null where there is none."""
+    template: str = "{prompt}"
+    """Wording put around a text prompt: `{prompt}`, or any other column in braces."""
+    response_prefix: str = ""
+    """What every reply begins with, e.g. `<think>`; columns in braces. Rewards see what the model wrote after it."""
+    system_prompt: Optional[str] = None
+    """System message put before the prompt; needs the chat template."""
+    chat_template: bool = True
+    """Apply the tokenizer's chat template. Text prompts become one user message."""
+    chat_template_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the chat template, e.g. `enable_thinking: false`."""
+    size: int = number(4096, least=1)
+    """Prompts to generate, for the generators."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the generator, e.g. `digits: 2` for arithmetic."""
+    max_prompt_tokens: int = number(512, least=1)
+    """Longer prompts are dropped and counted, never cut."""
+    shuffle: bool = True
+    """Draw prompts in a new seeded order every epoch."""
+    split_seed: int = number(0, least=0)
+    """Chooses the held-out rows and what generators make: with another `seed` alone, runs are evaluated on the same."""
+
+
+@dataclass
+class RewardFunctionConfig:
+    """One reward function."""
+
+    function: str = MISSING
+    """A built-in's name, or the dotted path of your own `f(completions, prompts, **columns)`: `package.module.name`."""
+    weight: float = 1.0
+    """Factor in the weighted sum of rewards; 0 logs the reward without training on it."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments passed to the function at every call."""
+    timeout: float = number(30.0, above=0, most=LONGEST_WAIT)
+    """Seconds that one sample may take; then the worker is killed and the sample counts as failed."""
+    on_error: str = choice("raise", "raise", "zero")
+    """A failed sample ends the run with its text (`raise`), or scores 0 and is counted (`zero`)."""
+
+
+@dataclass
+class RewardConfig:
+    """How completions are scored."""
+
+    functions: dict[str, RewardFunctionConfig] = field(default_factory=dict)
+    """Reward functions by the name under which they are logged."""
+    workers: int = number(1, least=1)
+    """Processes that score in parallel, for each rank."""
+    start_timeout: float = number(120.0, above=0, most=LONGEST_WAIT)
+    """Seconds that importing one function may take; then it is tried once more in a fresh process."""
+    env: list[str] = field(default_factory=list)
+    """Environment variables named like a key, token or password that functions see nevertheless: `[JUDGE_API_KEY]`."""
+
+
+@dataclass
+class RolloutConfig:
+    """How vLLM writes completions."""
+
+    batch_size: int = number(64, least=2)
+    """Completions in one step, all ranks together; a multiple of `group_size`."""
+    group_size: int = number(8, least=2, most=MOST_SAMPLES)
+    """Completions of one prompt, normalised together."""
+    max_completion_tokens: int = number(256, least=1)
+    """A completion is cut there and marked truncated."""
+    temperature: float = number(1.0, least=0.01, most=2)
+    """Sampling temperature, in the range that vLLM takes; log-probabilities are taken at the same temperature."""
+    top_p: float = number(1.0, least=1e-6, most=1)
+    """Nucleus sampling; 1 is off."""
+    top_k: int = number(0, least=0)
+    """Sample from the k likeliest tokens; 0 is off."""
+    min_p: float = number(0.0, least=0, most=1)
+    """Drop tokens less likely than this share of the likeliest; 0 is off."""
+    repetition_penalty: float = number(1.0, least=0.01, most=100)
+    """Above 1 repeats less; 1 is off."""
+    mode: str = choice("auto", "auto", "sync", "overlap")
+    """Write and train in turns, or write the next batch while this one trains; `auto` takes `overlap` with `servers`,
+    else `sync`."""
+    max_staleness: int = number(1, least=0, most=8)
+    """With `overlap`: how many weight versions a batch may lag behind the policy that it trains, and so how many
+    batches are generated ahead. 0 disables overlap. With `servers` or `reproducible`: at most 1."""
+    logprobs: bool = False
+    """Keep vLLM's own log-probabilities of the sampled tokens (costs a third of its speed)."""
+    servers: list[str] = field(default_factory=list)
+    """Addresses of running `sapo-serve` processes, as host:port; they write in place of engines beside the trainer."""
+    transport: str = choice("auto", "auto", "file", "ipc", "nccl")
+    """How weights reach vLLM: `file` (files in shared memory), `ipc` (GPU memory) or `nccl` (to `servers` only; gloo on
+    the CPU); `auto` takes `nccl` with `servers`, else `ipc` on a GPU."""
+    sync_buffer_gb: float = number(0.0, least=0)
+    """GPU memory that `ipc` takes, in GiB: a model that does not fit goes through it part by part (docs/scaling.md). 0
+    holds a whole copy of the weights."""
+    engines_per_gpu: str = choice("auto", "auto", "1", "2", "3", "4")
+    """vLLM engines side by side on each GPU: the host's work bounds the decoding of small models, and each engine has a
+    process of its own for it. `auto` takes 2 below 1e9 parameters, else 1, and 1 on the CPU."""
+    tensor_parallel: int = number(1, least=1)
+    """GPUs of one machine over which an engine spreads a model that is too big for one: ranks next to each other share
+    an engine, or a server has as many GPUs. Weights go by `file` then."""
+    gpu_memory_utilization: float = number(0.35, above=0, most=1)
+    """Share of the GPU's memory that all its engines together may take."""
+    sleep: str = choice("auto", "auto", "0", "1", "2")
+    """While the trainer works, vLLM keeps its memory (0), frees its cache and moves its weights to the host (1), or
+    frees both (2); `auto` takes 0 where an estimate says that all fits, else 2, with LoRA 1."""
+    max_num_seqs: int = number(256, least=1)
+    """Completions that each engine decodes at once."""
+    cpu_kv_cache_gb: float = number(1.0, above=0)
+    """Memory for the key-value cache where vLLM runs on the CPU, in GiB."""
+    enforce_eager: bool = False
+    """Run vLLM without CUDA graphs: starts sooner, decodes slower. Always so on the CPU."""
+    start_timeout: float = number(600.0, above=0, most=LONGEST_WAIT)
+    """Seconds that vLLM may take to start; also, how long a run waits when none of its `servers` answers."""
+    timeout: float = number(1800.0, above=0, most=LONGEST_WAIT)
+    """Seconds that one batch of rollouts, or one push of weights, may take before the engine counts as hung."""
+    max_restarts: int = number(2, least=0)
+    """How often in a run a dead engine is started anew before the run gives up."""
+    verify_every: int = number(10, least=0)
+    """Steps between two checks that vLLM runs the trainer's weights; 0 checks never."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the next batch is written while this one trains."""
+        return self.max_staleness > 0 and (self.mode == "overlap" or (self.mode == "auto" and bool(self.servers)))
+
+
+@dataclass
+class TrainerConfig:
+    """How the policy is updated."""
+
+    steps: int = number(100, least=1)
+    """Rollout batches to train on."""
+    updates_per_rollout: int = number(4, least=1)
+    """Optimiser updates on each rollout batch."""
+    mini_batches: Optional[int] = None
+    """Parts into which the rollout batch is cut, one update each, gone through again until all updates are done; null
+    takes `updates_per_rollout`, so that each sample is seen once."""
+    learning_rate: float = number(1e-6, above=0)
+    """Peak learning rate of AdamW."""
+    weight_decay: float = number(0.0, least=0)
+    """AdamW's weight decay."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's two decay rates."""
+    adam_eps: float = number(1e-8, above=0)
+    """AdamW's epsilon."""
+    schedule: str = choice("constant", "constant", "linear", "cosine")
+    """Learning rate after the warm-up."""
+    warmup_updates: int = number(0, least=0)
+    """Updates over which the learning rate rises from 0."""
+    max_grad_norm: float = number(1.0, above=0)
+    """Gradients are clipped to this norm."""
+    tokens_per_micro_batch: int = number(8192, least=1)
+    """Packed tokens in one forward and backward pass; the gradient does not depend on it, memory does."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a quarter slower."""
+    compile: bool = True
+    """Compile the decoder layers (bfloat16 on a GPU only): faster by far, after up to a minute at the first step."""
+
+
+@dataclass
+class EvalConfig:
+    """Measurement on held-out prompts."""
+
+    every: int = number(10, least=0)
+    """Steps between two evaluations; 0 evaluates before the first step and at the end only."""
+    prompts: int = number(64, least=0)
+    """Held-out prompts; 0 evaluates never."""
+    samples: int = number(0, least=0, most=MOST_SAMPLES)
+    """Also the mean reward of this many samples a prompt at the training temperature; 0 is greedy only."""
+    reward: Optional[str] = None
+    """Name of the reward function whose greedy mean is `eval/accuracy`; null takes the first."""
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept for a resume, and at the end."""
+
+    every: int = number(50, least=0)
+    """Steps between two checkpoints; 0 keeps none."""
+    keep_last: int = number(2, least=1)
+    """Older checkpoints are deleted once a newer one is complete."""
+    save_final: bool = True
+    """Write the trained model as a Hugging Face folder `final/` at the end."""
+
+
+@dataclass
+class LoggingConfig:
+    """What is shown and where."""
+
+    console: str = choice("auto", "auto", "live", "plain", "none")
+    """A live panel on a terminal, else one line a step (`auto`); or one of them always."""
+    wandb: str = choice("auto", "auto", "online", "offline", "off")
+    """Weights & Biases: online where an API key is set, else offline files (`auto`)."""
+    project: str = "sapo-train"
+    """W&B project."""
+    name: Optional[str] = None
+    """W&B run name; null takes the run folder's."""
+    tags: list[str] = field(default_factory=list)
+    """W&B tags."""
+    completions: int = number(8, least=0)
+    """Completions in each W&B table; all of them are in the run folder."""
+
+
+@dataclass
+class LaunchConfig:
+    """On how many processes and machines the run is spread, and how. See docs/scaling.md."""
+
+    profile: str = "single"
+    """`single` is one process. Else settings of Accelerate: `ddp`, `fsdp2`, `zero2`, `zero3`, `multinode`, or the path
+    of a file such as `accelerate config` writes. Not used where torchrun or accelerate started the processes."""
+    num_processes: int = number(1, least=1)
+    """Processes on all machines together, one a GPU, as `accelerate launch` counts them."""
+    num_machines: int = number(1, least=1)
+    """Machines; the same command runs on each, with its own `machine_rank`."""
+    machine_rank: int = number(0, least=0)
+    """This machine's number; machine 0 makes the run folder."""
+    main_process_ip: Optional[str] = None
+    """Address of machine 0, where there are several machines."""
+    main_process_port: int = number(29500, least=1, most=65535)
+    """Port of machine 0 at which the machines meet."""
+    timeout: float = number(1800.0, above=0, most=LONGEST_WAIT)
+    """Seconds that processes wait for each other, at the start and in the middle, before the run counts as broken."""
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    description: str = ""
+    """One line about the recipe, shown by a bare `sapo-train`."""
+    seed: int = number(0, least=0, most=2**32 - 1)
+    """Seeds data order, sampling and initialisation."""
+    reproducible: bool = False
+    """Deterministic kernels and a seed for every completion: the same run twice gives the same numbers. Slower."""
+    run_dir: Optional[str] = None
+    """The run folder, new or empty; in a sweep the parent of its runs' folders. null takes `runs/<recipe>/<time>`."""
+    resume: Optional[str] = None
+    """A run folder to continue from its last checkpoint, or the folder of a recipe: its newest run."""
+    dry_run: bool = False
+    """Print what would happen and stop."""
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether rollouts go on while weights are replaced, so that batches overlap with each other too."""
+        return self.rollout.overlaps and not self.rollout.servers and not self.reproducible

@@ -1,0 +1,25 @@
+"""How the schema's fields are declared: with choices or bounds, which `checks` holds values to."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any
+
+MISSING: Any = "???"
+"""OmegaConf's marker for a value that the user must give."""
+
+MOST_SAMPLES = 16384
+"""Completions that vLLM writes of one prompt."""
+
+LONGEST_WAIT = 1e6
+"""Seconds; the kernel's waits end at 24 days."""
+
+
+def choice(default: str, *options: str, own: str = "") -> Any:
+    """A text field that admits `options` only, or also the dotted path of the user's `own`: the word for messages."""
+    return field(default=default, metadata={"choices": options, "own": own})
+
+
+def number(default: Any, *, above: float | None = None, least: float | None = None, most: float | None = None) -> Any:
+    """A number field with an open lower bound (`above`), a closed one (`least`) or a closed upper bound (`most`)."""
+    return field(default=default, metadata={"above": above, "least": least, "most": most})

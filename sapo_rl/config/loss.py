@@ -1,0 +1,93 @@
+"""The sections on advantages and the objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+from sapo_rl.config.fields import choice, number
+
+
+@dataclass
+class AdvantageConfig:
+    """How rewards of a group become advantages."""
+
+    scale: str = choice("group", "group", "batch", "none")
+    """Divide by the standard deviation of the group, of the whole batch, or not at all."""
+    baseline: str = choice("mean", "mean", "leave_one_out")
+    """Subtract the group's mean, or the mean of the other samples."""
+    combine: str = choice("sum", "sum", "normalize")
+    """Several rewards: weighted sum, then normalised; or each normalised, then summed by weight (GDPO)."""
+    eps: float = number(1e-6, above=0)
+    """Added to the standard deviation."""
+    skip_zero_spread: bool = True
+    """Leave groups whose rewards are all equal out of the update. The gradient is the same, the time is saved."""
+    mask_truncated: bool = False
+    """Leave completions that the length limit cut out of the update; their rewards still enter the group's mean."""
+
+
+@dataclass
+class KLConfig:
+    """Penalty on the distance to the model that training started from."""
+
+    coef: float = number(0.0, least=0)
+    """Weight of the penalty; 0 keeps no reference model."""
+    kind: str = choice("k3", "k1", "k2", "k3")
+    """Estimator: `k1` log-ratio, `k2` half its square, `k3` low-variance and positive."""
+
+
+@dataclass
+class CorrectionConfig:
+    """Correction of the mismatch between vLLM's and the trainer's log-probabilities; needs `rollout.logprobs`."""
+
+    mode: str = choice("none", "none", "token_truncate", "token_mask", "sequence_mask")
+    """Truncated importance sampling by token, or tokens (IcePop) or sequences masked outside the range."""
+    low: float = number(0.5, least=0)
+    """Smallest trainer/vLLM ratio that the masks keep."""
+    high: float = number(2.0, above=0)
+    """Largest ratio: the truncation, or what the masks keep."""
+    stale_negative_kl: Optional[float] = None
+    """Drop sequences of negative advantage whose mean log-ratio old - now is above this; null keeps all."""
+
+
+@dataclass
+class LossConfig:
+    """The objective of an update."""
+
+    name: str = choice(
+        "sapo", "sapo", "grpo", "gspo", "cispo", "reinforce", "dppo", "dppo_kl", "vespo", own="policy loss"
+    )
+    """Policy loss, or the dotted path of a class of your own: `package.module.Name`; docs/sapo.md."""
+    tau_pos: float = number(1.0, above=0)
+    """SAPO's temperature where the advantage is positive. The gradient's weight halves at |ratio - 1| = 1.763 / tau."""
+    tau_neg: float = number(1.05, above=0)
+    """SAPO's temperature for the other tokens; the paper takes it above `tau_pos`."""
+    strict_temperatures: bool = True
+    """Refuse `tau_neg < tau_pos`, which the paper found to be the least stable."""
+    gradient: str = choice("paper", "paper", "detached")
+    """`paper` differentiates through the gate; `detached` is the published Trinity-RFT form."""
+    gate: str = choice("sigmoid", "sigmoid", "erf", "arctan", "softsign")
+    """Shape of SAPO's gate."""
+    sides: str = choice("both", "both", "one")
+    """Sides of ratio 1 that SAPO's gate damps: `both` (the paper), or `one`, where a token moves with its advantage."""
+    ratio_level: str = choice("token", "token", "sequence")
+    """Ratio of each token, or the length-normalised ratio of its sequence."""
+    log_ratio_clamp: float = number(20.0, above=0, most=80)
+    """Bound on |log ratio| before it is exponentiated; float32 overflows at 88.7."""
+    clip_low: float = number(0.2, least=0)
+    """Lower clip range of grpo, gspo and cispo; bound on the divergence of dppo and dppo_kl (where 0.05 is usual)."""
+    clip_high: float = number(0.2, least=0)
+    """Upper clip range, or bound where the advantage is positive."""
+    dual_clip: Optional[float] = None
+    """Bound on the ratio of negative advantages in grpo, above 1; null is off."""
+    loss_agg_mode: str = choice(
+        "seq-mean-token-mean", "seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
+    )
+    """How token losses become one number, over the whole batch of an update and all ranks."""
+    loss_agg_norm: Optional[float] = None
+    """Divisor of `seq-mean-token-sum-norm`; null takes `rollout.max_completion_tokens`."""
+    old_logps: str = choice("recompute", "recompute", "rollout", "decoupled")
+    """What the ratio is taken against: the trainer's log-probabilities before the step's first update (`recompute`),
+    vLLM's when it sampled (`rollout`), or the former with a correction towards the latter (`decoupled`)."""
+    kl: KLConfig = field(default_factory=KLConfig)
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)

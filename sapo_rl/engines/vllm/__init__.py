@@ -1,0 +1,1 @@
+"""What runs inside vLLM's own processes: the child, the server's middleware, the worker that receives weights."""

@@ -1,0 +1,307 @@
+"""What a rollout server answers beside vLLM's own paths, and the guard of all paths. Runs inside vLLM's server.
+
+vLLM's own key guards some of its paths only, and the paths that replace weights exist in its development mode, where
+they run any method of the worker. This takes a key on every path and adds the few calls that a trainer needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import os
+import time
+import traceback
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import asdict
+from typing import Any
+
+from pydantic import ValidationError
+
+from sapo_rl.engines.base import Request, Sampling
+from sapo_rl.engines.key import VARIABLE
+from sapo_rl.engines.vllm.adapter import completions_of, sampling_params, scores_of, scoring_params
+from sapo_rl.engines.vllm.bodies import (
+    MOST_BYTES,
+    Body,
+    GenerateBody,
+    InfoBody,
+    JoinBody,
+    LeaveBody,
+    LoadBody,
+    SamplingBody,
+    ScoreBody,
+    what_is_wrong,
+)
+from sapo_rl.engines.vllm.pulse import Pulse
+from sapo_rl.weights.rendezvous import Rendezvous
+
+logger = logging.getLogger("vllm.sapo")
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Method = Callable[..., Awaitable[dict[str, Any]]]
+
+NOT_UNDERSTOOD, WRONG_KEY, UNKNOWN, NOT_SO, NOT_THOSE_WEIGHTS, TOO_LARGE = 400, 401, 404, 405, 409, 413
+FAILED, DEAD = 500, 503
+OWNED_SECONDS = 10.0
+"""A run that was not heard of for so long is over: the next one may have the server. Trainers ask every second."""
+SILENT = "vLLM's core does not answer any more; start the server anew"
+
+
+class TrainerApi:
+    """ASGI middleware around vLLM's server: `/sapo/<method>` calls the method of that name below, JSON in and out.
+
+    The trainer gives weights an id. A request names the weight_id that it wants completions from, and is refused where
+    the server holds other weights: a server that was restarted, or that another run took over, can give no wrong
+    answer. What comes before a weight_id's last `/` names the run; a server works for one at a time.
+    """
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        self.key = os.environ[VARIABLE].encode()
+        self.weight_id: str | None = None
+        """Of the weights; None are those of the model's folder, or half loaded."""
+        self.changed = False
+        """Whether any weights are not those of the model's folder."""
+        self.meeting: str | None = None
+        """Name of the group with the trainer."""
+        self.owner = ""
+        """The run that the server works for; empty is none."""
+        self.heard = 0.0
+        """When its trainer last asked for something."""
+        self.running = 0
+        self.idle = asyncio.Condition()
+        self.pulse = Pulse()
+        self.methods: dict[str, tuple[Method, type[Body]]] = {
+            "/sapo/info": (self.info, InfoBody),
+            "/sapo/generate": (self.generate, GenerateBody),
+            "/sapo/score": (self.score, ScoreBody),
+            "/sapo/join": (self.join, JoinBody),
+            "/sapo/load": (self.load, LoadBody),
+            "/sapo/leave": (self.leave, LeaveBody),
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, pass it on to vLLM, or refuse it."""
+        if scope["type"] == "lifespan":
+            feeling = asyncio.ensure_future(self.pulse.feel(scope["app"].state.engine_client))
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                feeling.cancel()
+        elif not self._knows_key(scope):
+            await _refuse(scope, send)
+        elif scope["type"] != "http":
+            await self.app(scope, receive, send)
+        elif (body := await _gather(receive)) is None:
+            await _send_json(send, TOO_LARGE, {"error": f"the body has more than {MOST_BYTES} bytes"})
+        elif scope["path"].startswith("/sapo/"):
+            await self._answer(scope, body, receive, send)
+        elif scope["path"] == "/health" and self.pulse.lost:
+            await _send_json(send, DEAD, {"error": SILENT})
+        else:
+            await self.app(scope, _again(body, receive), send)
+
+    def _knows_key(self, scope: Scope) -> bool:
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        return bool(self.key) and hmac.compare_digest(given, b"Bearer " + self.key)
+
+    async def _answer(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        """Call the method that the path names, and stop it where the client goes away."""
+        if scope["path"] not in self.methods:
+            await _send_json(send, UNKNOWN, {"error": f"no such path; valid: {', '.join(self.methods)}"})
+            return
+        if scope["method"] != "POST":
+            await _send_json(send, NOT_SO, {"error": f"{scope['path']} takes POST, not {scope['method']}"})
+            return
+        call = asyncio.ensure_future(self._call(scope["path"], scope["app"].state.engine_client, body))
+        gone = asyncio.ensure_future(_gone(receive))
+        await asyncio.wait((call, gone), return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        if call.done():
+            await _send_json(send, *call.result())
+        else:
+            call.cancel()
+
+    async def _call(self, path: str, engine: Any, body: bytes) -> tuple[int, dict[str, Any]]:
+        method, schema = self.methods[path]
+        try:
+            arguments = schema.model_validate_json(body or b"{}")
+        except ValidationError as error:
+            return NOT_UNDERSTOOD, {"error": what_is_wrong(error)}
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if self.pulse.lost:
+            return DEAD, {"error": SILENT}
+        try:
+            return 200, await method(engine, **dict(arguments))
+        except _Misfit as misfit:
+            return NOT_UNDERSTOOD, {"error": str(misfit)}
+        except _OtherWeights as other:
+            return NOT_THOSE_WEIGHTS, {"error": str(other)}
+        except EngineDeadError as error:
+            return DEAD, {"error": f"vLLM's core died: {error}"}
+        except Exception:  # the client has to know why: the same call would fail again
+            logger.exception("a trainer's call failed")
+            return FAILED, {"error": traceback.format_exc(limit=-4)}
+
+    async def info(self, engine: Any, run: str) -> dict[str, Any]:
+        """Say which weights are held, and what does not change; the run that asks is still there."""
+        if run == self.owner:
+            self.heard = time.monotonic()
+        settings = engine.vllm_config
+        return {
+            "weight_id": self.weight_id,
+            "meeting": self.meeting,
+            "workers": settings.parallel_config.world_size,
+            "device": settings.device_config.device_type,
+            "model": settings.model_config.model,
+            "dtype": str(settings.model_config.dtype).removeprefix("torch."),
+            "max_model_len": settings.model_config.max_model_len,
+        }
+
+    async def generate(
+        self,
+        engine: Any,
+        weight_id: str,
+        token_ids: list[int],
+        n: int,
+        seed: int | None,
+        sampling: SamplingBody,
+        stop_token_ids: list[int],
+    ) -> dict[str, Any]:
+        """Complete one prompt `n` times."""
+        _check_tokens(engine, "stop_token_ids", stop_token_ids)
+        params = sampling_params(Request(token_ids, n, seed), Sampling(**dict(sampling)), stop_token_ids)
+        output = await self._run(engine, weight_id, token_ids, params)
+        return {"completions": [asdict(one) for one in completions_of(output)]}
+
+    async def score(self, engine: Any, weight_id: str, token_ids: list[int]) -> dict[str, Any]:
+        """Return log p(token | those before it) of all tokens but the first."""
+        output = await self._run(engine, weight_id, token_ids, scoring_params())
+        return {"logps": scores_of(output)}
+
+    async def _run(self, engine: Any, weight_id: str, token_ids: list[int], params: Any) -> Any:
+        if weight_id != self.weight_id:
+            raise _OtherWeights(f"holds the weights {self.weight_id}, not {weight_id}")
+        if len(token_ids) >= (longest := engine.vllm_config.model_config.max_model_len):
+            raise _Misfit(f"token_ids: has {len(token_ids)} tokens, must have fewer than {longest}")
+        _check_tokens(engine, "token_ids", token_ids)
+        self.running += 1
+        try:
+            last = None
+            prompt = {"prompt_token_ids": token_ids}
+            async for output in engine.generate(prompt, params, uuid.uuid4().hex):
+                last = output
+            return last
+        finally:
+            self.running -= 1
+            async with self.idle:
+                self.idle.notify_all()
+
+    async def join(self, engine: Any, name: str, meeting: Rendezvous) -> dict[str, Any]:
+        """Have the workers come together with the trainer, and go back to the weights of the model's folder."""
+        run, now = run_of(name), time.monotonic()
+        if self.owner not in ("", run) and now - self.heard < OWNED_SECONDS:
+            raise _OtherWeights("is in use by another run")
+        self.owner, self.heard = run, now
+        await self._quiet()
+        with self.pulse.occupied():
+            if self.changed:
+                await engine.collective_rpc("restore")
+                self.changed = False
+            await engine.collective_rpc("join_group", args=(meeting.to_json(),))
+        self.meeting = name
+        return {}
+
+    async def load(self, engine: Any, meeting: str, weight_id: str, layout: str) -> dict[str, Any]:
+        """Receive weights."""
+        if meeting != self.meeting:
+            raise _OtherWeights(f"is in the group {self.meeting}, not {meeting}")
+        await self._quiet()
+        self.changed = True
+        with self.pulse.occupied():
+            await engine.collective_rpc("receive_broadcast", args=(layout,))
+        # Only requests that came by vLLM's own paths can still run: they begin anew with the new weights.
+        if not await engine.reset_prefix_cache(reset_running_requests=True):
+            raise RuntimeError("vLLM did not reset its prefix cache")
+        self.weight_id = weight_id
+        return {}
+
+    async def leave(self, engine: Any, run: str) -> dict[str, Any]:
+        """Be free for the next run."""
+        if run == self.owner:
+            self.owner = ""
+        return {}
+
+    async def _quiet(self) -> None:
+        """Refuse new requests until weights are loaded, and return when those that run are finished."""
+        self.weight_id = None
+        async with self.idle:
+            await self.idle.wait_for(lambda: self.running == 0)
+
+
+class _Misfit(Exception):
+    """A call asks for what this model cannot do."""
+
+
+class _OtherWeights(Exception):
+    """The server does not hold the weights, is not in the group, or works for another run, than the request names."""
+
+
+def run_of(name: str) -> str:
+    """Return the run that a weight_id or a meeting belongs to."""
+    return name.rpartition("/")[0]
+
+
+def _check_tokens(engine: Any, name: str, token_ids: list[int]) -> None:
+    vocabulary = engine.vllm_config.model_config.get_vocab_size()
+    if token_ids and (largest := max(token_ids)) >= vocabulary:
+        raise _Misfit(f"{name}: {largest} is no token of this model, they are below {vocabulary}")
+
+
+async def _gather(receive: Receive) -> bytes | None:
+    """Return the whole body; None where it is too large, of which no more is read, or the client goes away."""
+    parts, size, more = list[bytes](), 0, True
+    while more:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        size, more = size + len(parts[-1]), message.get("more_body", False)
+        if size > MOST_BYTES or message["type"] == "http.disconnect":
+            return None
+    return b"".join(parts)
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that gives the body, then what else comes."""
+    whole = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def give() -> MutableMapping[str, Any]:
+        return whole.pop() if whole else await receive()
+
+    return give
+
+
+async def _gone(receive: Receive) -> None:
+    """Return when the client has closed its connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _refuse(scope: Scope, send: Send) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+    else:
+        await _send_json(send, WRONG_KEY, {"error": "wrong or missing API key: Authorization: Bearer <key>"})
+
+
+async def _send_json(send: Send, status: int, content: dict[str, Any]) -> None:
+    body = json.dumps(content).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,90 @@
+"""Held-out prompts to numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from accelerate.utils import gather_object
+
+from sapo_rl.config import Config
+from sapo_rl.rewards import RewardPool
+from sapo_rl.rollout.collector import Rollouts
+from sapo_rl.rollout.share import Share
+from sapo_rl.telemetry import Telemetry, Timers
+from sapo_rl.types import Group, Messages, Prompt
+
+EXAMPLES = 3
+"""Held-out prompts that are shown with their completions."""
+
+
+class Evaluator:
+    """Measures the weights that the engines hold on the held-out prompts.
+
+    Args:
+        held_out: the prompts, the same on all ranks; with none, nothing is measured.
+        share: which of them are this rank's.
+        rollouts: generates.
+        rewards: scores.
+        telemetry: gets the numbers.
+        timers: times the phase `eval`.
+        config: the run's.
+        before: (prompt, greedy completion) pairs of the first evaluation, where the run is resumed.
+    """
+
+    def __init__(
+        self,
+        held_out: Sequence[Prompt],
+        share: Share,
+        rollouts: Rollouts,
+        rewards: RewardPool,
+        telemetry: Telemetry,
+        timers: Timers,
+        config: Config,
+        before: Sequence[Sequence[str]],
+    ) -> None:
+        self.before = [(prompt, text) for prompt, text in before]
+        """(prompt, greedy completion) pairs of the run's first evaluation."""
+        self._any, self._own = bool(held_out), share.of(held_out)
+        self._rollouts, self._rewards = rollouts, rewards
+        self._telemetry, self._timers = telemetry, timers
+        self._functions, self._samples = list(config.reward.functions), config.eval.samples
+        self._judge = config.eval.reward or next(iter(self._functions), "")
+
+    def run(self, step: int) -> None:
+        """Measure the greedy completions, and the mean of several samples where asked for; every rank calls it."""
+        if not self._any:
+            return
+        with self._timers("eval"):
+            greedy = self._rollouts.greedy(self._own)
+            self._rewards.score(greedy)
+            sampled: list[Group] = []
+            if self._samples:
+                sampled = self._rollouts.generate(self._own, -step, self._samples)
+                self._rewards.score(sampled)
+        greedy, sampled = gather_object(greedy), gather_object(sampled)
+        metrics = {"eval/accuracy": mean_reward(greedy, self._judge), "eval/mean_length": mean_length(greedy)}
+        if len(self._functions) > 1:
+            metrics |= {f"eval/rewards/{name}": mean_reward(greedy, name) for name in self._functions}
+        if sampled:
+            metrics["eval/reward_mean"] = mean_reward(sampled, self._judge)
+        examples = [(_shown(group.prompt.content), group.samples[0].text) for group in greedy[:EXAMPLES]]
+        self.before = self.before or examples
+        self._telemetry.log_eval(step, metrics, examples)
+
+
+def mean_reward(groups: Sequence[Group], name: str) -> float:
+    """Return the mean of one reward over the samples to which it applies; 0 where it applies to none."""
+    values = [sample.rewards[name] for group in groups for sample in group.samples]
+    scored = [value for value in values if value is not None]
+    return sum(scored) / max(1, len(scored))
+
+
+def mean_length(groups: Sequence[Group]) -> float:
+    """Return the mean number of completion tokens."""
+    lengths = [len(sample.token_ids) for group in groups for sample in group.samples]
+    return sum(lengths) / len(lengths)
+
+
+def _shown(content: str | Messages) -> str:
+    """A prompt as one text: the last message of a chat."""
+    return content if isinstance(content, str) else content[-1]["content"]

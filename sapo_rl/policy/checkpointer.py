@@ -1,0 +1,56 @@
+"""What a run saves of its policy: checkpoints while it goes on, and the trained model at its end."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from sapo_rl import run_folder
+from sapo_rl.config import CheckpointConfig
+from sapo_rl.policy import checkpoint
+from sapo_rl.policy.trainer import PolicyTrainer
+
+
+class Checkpointer:
+    """Saves into one run folder; every rank calls it.
+
+    Args:
+        folder: the run folder.
+        trainer: its weights and optimiser are saved.
+        tokenizer: goes with the trained model.
+        config: how often, and how many stay.
+    """
+
+    def __init__(
+        self, folder: Path, trainer: PolicyTrainer, tokenizer: PreTrainedTokenizerBase, config: CheckpointConfig
+    ) -> None:
+        self._folder, self._trainer, self._tokenizer, self._config = folder, trainer, tokenizer, config
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint from which `resume=` continues as if nothing had happened. Raises as `checkpoint.save`."""
+        folder = self._folder / run_folder.CHECKPOINTS
+        checkpoint.save(folder, step, self._trainer, state, self._config.keep_last)
+
+    def finish(self, step: int, state: dict[str, Any], complete: bool) -> None:
+        """Leave the trained model, or, where the run was stopped before its end, the checkpoint to resume from."""
+        if self._config.every and step % self._config.every:
+            self.save(step, state)
+        if complete and self._config.save_final:
+            self._export(self._folder / run_folder.FINAL, self._trainer.accelerator.is_main_process)
+
+    def _export(self, folder: Path, is_main: bool) -> None:
+        """Write the model as a Hugging Face folder, whole or not at all; one from before a resume is replaced."""
+        partial = folder.with_name(f".{folder.name}.partial")
+        try:
+            self._trainer.policy.export(partial, is_main)
+            if is_main:
+                self._tokenizer.save_pretrained(partial)
+                run_folder.open_up(partial)
+                shutil.rmtree(folder, ignore_errors=True)
+                partial.rename(folder)
+        finally:
+            if is_main:
+                shutil.rmtree(partial, ignore_errors=True)  # of what a full disk has stopped

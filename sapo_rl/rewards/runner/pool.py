@@ -1,0 +1,219 @@
+"""Scoring in worker processes that can be killed.
+
+A reward function is user code on a model's words: it may hang in C, exhaust memory or end its process. Nothing inside a
+process stops all of these, so functions run in workers that are replaced when they die and killed when they are late.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from multiprocessing.connection import wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from sapo_rl.config import RewardConfig
+from sapo_rl.errors import UserError, did_you_mean
+from sapo_rl.rewards.runner.blame import Blame, Call, Outcome
+from sapo_rl.rewards.runner.inbox import Inbox
+from sapo_rl.rewards.runner.process import WorkerProcess
+from sapo_rl.rewards.runner.scoring import GIVEN
+from sapo_rl.rewards.runner.workers import CLOSED, Workers
+from sapo_rl.types import Group, RewardStats
+
+logger = logging.getLogger(__name__)
+
+
+class RewardPool:
+    """Scores groups of samples in `cfg.workers` processes; a context manager, whose exit leaves no process behind.
+
+    Functions are called on whole groups. A call fails when it raises, returns anything but one finite number or None
+    for each sample, takes longer than `timeout`, or takes its process down. Which samples are at fault is then found by
+    further calls (`Blame`): they end the run (`on_error: raise`) or score 0 and are counted (`zero`), the others keep
+    the value that they get alone.
+
+    Whatever functions have started ends with the pool, also where this process is killed. Use it in one thread at a
+    time.
+
+    Args:
+        cfg: the functions, how many workers run them, and which secrets these see.
+        log: file that takes what functions print, bounded; None leaves it to this process's stdout and stderr.
+    """
+
+    def __init__(self, cfg: RewardConfig, log: Path | None = None) -> None:
+        self._cfg = cfg
+        self._workers = Workers(cfg, log)
+        self._queue: deque[Call] = deque()
+        self._groups: list[Group] = []
+        self._stats = self._new_stats()
+        self._blame = Blame({name: function.timeout for name, function in cfg.functions.items()})
+        self._needs: dict[str, list[str]] = {}
+        """Columns without which a function cannot be called, by its name."""
+
+    def __enter__(self) -> RewardPool:
+        """Start the workers and wait until they have imported the functions.
+
+        Raises:
+            UserError: a function that cannot be imported, named, or a log that cannot be written.
+        """
+        try:
+            self._workers.open()
+            while not all(worker.ready for worker in self._workers):
+                self._advance()
+            self._needs = next(iter(self._workers)).needs
+        except BaseException:
+            self._workers.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the workers."""
+        self._workers.close()
+
+    def check_columns(self, columns: Collection[str], source: str) -> None:
+        """Refuse columns with which the functions cannot be called; the pool has been entered.
+
+        Args:
+            columns: what prompts bring along.
+            source: whose prompts, for the message.
+
+        Raises:
+            UserError: a column has the name of something else that functions are given, or one of theirs is missing.
+        """
+        for column in GIVEN:
+            if column in columns:
+                raise UserError(
+                    f"{source} has a column '{column}', but under that name reward functions get what the model was "
+                    "asked and wrote; rename the column"
+                )
+        for name, function in self._cfg.functions.items():
+            for column in self._needs.get(name, []):
+                if column not in columns:
+                    raise UserError(
+                        f"reward function '{name}' ({function.function}) needs '{column}', which is no "
+                        f"column of {source} and not in reward.functions.{name}.args; {did_you_mean(column, columns)}"
+                    )
+
+    def score(self, groups: Sequence[Group]) -> RewardStats:
+        """Set `sample.rewards[name]` of every sample in `groups` for every function of the config.
+
+        Raises:
+            UserError: a failed sample of a function whose `on_error` is `raise`.
+        """
+        for group in groups:
+            self._add(group)
+        return self.finish()
+
+    def follow(self, inbox: Inbox) -> None:
+        """Score groups while they come in; return once the inbox is closed. `finish` completes what is left.
+
+        Raises:
+            UserError: as `score`.
+        """
+        with self._abandoning():
+            while not inbox.connection.closed:
+                if inbox.connection in self._advance(inbox) and (group := inbox.take()) is not None:
+                    self._add(group)
+
+    def finish(self) -> RewardStats:
+        """Score what is left of the groups that came in since the last call; return what happened to all of them.
+
+        Raises:
+            UserError: as `score`.
+        """
+        with self._abandoning():
+            while self._queue or any(worker.task is not None for worker in self._workers):
+                self._advance()
+        samples = [sample for group in self._groups for sample in group.samples]
+        for name in self._cfg.functions:
+            self._stats.not_applicable[name] = sum(sample.rewards[name] is None for sample in samples)
+        done, self._stats, self._groups = self._stats, self._new_stats(), []
+        return done
+
+    def _add(self, group: Group) -> None:
+        self._groups.append(group)
+        self._queue.extend(Call(name, group, list(range(len(group.samples)))) for name in self._cfg.functions)
+
+    def _new_stats(self) -> RewardStats:
+        return RewardStats(dict.fromkeys(self._cfg.functions, 0), dict.fromkeys(self._cfg.functions, 0), {})
+
+    def _advance(self, inbox: Inbox | None = None) -> list[Any]:
+        """Hand out tasks, wait for the next event, here or in the inbox, and deal with it; return what was ready."""
+        self._workers.fill()
+        for worker in self._workers:
+            if self._queue and worker.ready and worker.task is None:
+                self._give(worker, self._queue.popleft())
+        busy = [worker for worker in self._workers if worker.busy]
+        soonest = min((worker.deadline for worker in busy), default=math.inf if inbox else 0.0)
+        patience = None if soonest == math.inf else max(0.0, soonest - time.monotonic())
+        answered = wait([*(worker.connection for worker in busy), *([inbox.connection] if inbox else [])], patience)
+        for worker in busy:
+            outcome = worker.receive() if worker.connection in answered else None
+            if outcome is None and time.monotonic() >= worker.deadline:
+                outcome = worker.late()
+            if outcome is not None:
+                self._settle(worker, outcome)
+        return answered
+
+    def _give(self, worker: WorkerProcess, call: Call) -> None:
+        try:
+            worker.send(call, self._blame.limit(call))
+        except OSError:  # it died while it had nothing to do
+            self._queue.appendleft(call)
+            self._workers.replace(worker)
+
+    def _settle(self, worker: WorkerProcess, outcome: Outcome) -> None:
+        call, worker.task, worker.deadline = worker.task, None, math.inf
+        if call is None:
+            self._failed_to_start(worker, outcome)
+            return
+        if outcome.dead:
+            self._workers.replace(worker)
+        for position, value in zip(call.positions, outcome.scores or [], strict=outcome.scores is not None):
+            call.group.samples[position].rewards[call.name] = value
+        verdict = self._blame.after(call, outcome)
+        self._queue.extendleft(reversed(verdict.first))
+        self._queue.extend(verdict.last)
+        if verdict.failed is not None:
+            self._fail(verdict.failed, verdict.cause)
+
+    def _failed_to_start(self, worker: WorkerProcess, outcome: Outcome) -> None:
+        cause = self._workers.with_hint(outcome.cause)
+        if not outcome.dead or worker.retried:
+            raise UserError(f"reward functions cannot be loaded: {cause}")
+        logger.warning("a worker for reward functions did not start (%s); starting another", cause)
+        self._workers.replace(worker, retried=True)
+
+    def _fail(self, call: Call, cause: str) -> None:
+        cfg = self._cfg.functions[call.name]
+        index, excerpt = call.group.prompt.index, call.group.samples[call.positions[0]].text[:80]
+        text = (
+            f"reward function '{call.name}' ({cfg.function}) failed on a completion of prompt {index}: "
+            f"{self._workers.with_hint(cause)}\n  completion: {excerpt!r}"
+        )
+        if cfg.on_error == "raise":
+            raise UserError(f"{text}; reward.functions.{call.name}.on_error=zero scores such samples 0")
+        for position in call.positions:
+            call.group.samples[position].rewards[call.name] = 0.0
+        self._stats.errors[call.name] += len(call.positions)
+        self._stats.failures.setdefault(call.name, text)
+
+    @contextlib.contextmanager
+    def _abandoning(self) -> Iterator[None]:
+        """Forget what is not finished, where scoring is interrupted."""
+        try:
+            yield
+        except BaseException as error:
+            self._queue.clear()
+            self._stats, self._groups = self._new_stats(), []
+            self._workers.end([worker for worker in self._workers if worker.task is not None])
+            if self._workers.closed:
+                raise RuntimeError(CLOSED) from error
+            raise

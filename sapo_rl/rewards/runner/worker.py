@@ -1,0 +1,74 @@
+"""The process in which reward functions run: `python -m sapo_rl.rewards.runner.worker FD`, with a lifeline as stdin.
+
+It is handed its functions once, then answers one call after the other until the other end closes. The parent sends
+pickles; an answer is a line of JSON with the number of its call, so that code which evaluates a model's words here
+cannot make the parent run any, and what a function writes to descriptors that are not its own is no answer. A guardian
+(`sapo_rl.rewards.runner.guardian`) stands between the two and ends what functions have started.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+from sapo_rl.errors import UserError
+from sapo_rl.processes import die_with_parent, streams
+from sapo_rl.rewards.lookup import resolve
+from sapo_rl.rewards.registry import PACKAGES, RewardFunction
+from sapo_rl.rewards.runner.guardian import LOST, fork_guarded
+from sapo_rl.rewards.runner.scoring import ScoreError, evaluate, needed_columns, shorten
+
+_LONGEST = 10_000  # characters of a failure's text; the parent shortens it further
+
+
+def main() -> None:
+    """Serve until the parent closes the connection or dies."""
+    descriptor = int(sys.argv[1])
+    die_with_parent(fork_guarded(descriptor))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # one from outside is not the function's KeyboardInterrupt
+    os.set_inheritable(descriptor, False)
+    streams.outlive()
+    connection = Connection(descriptor)
+    try:
+        _serve(connection, partial(_reply, connection, os.getpid()))
+    except (EOFError, OSError):  # by the parent, which asks no more, or by a function
+        signal.raise_signal(LOST)
+
+
+def _serve(connection: Connection, reply: Callable[..., None]) -> None:
+    functions: dict[str, tuple[RewardFunction, dict[str, Any]]] = {}
+    try:
+        for name, (path, settings) in connection.recv().items():
+            reply(0, loading=name)
+            if path in PACKAGES:
+                importlib.import_module(PACKAGES[path][0])  # now, for a sample's time limit must not pay for it
+            functions[name] = resolve(path), settings
+    except (UserError, ImportError) as error:
+        reply(0, failed=shorten(str(error), _LONGEST))
+        return
+    reply(0, needs={name: needed_columns(*function) for name, function in functions.items()})
+    while True:
+        call, name, arguments = connection.recv()
+        function, settings = functions[name]
+        try:
+            reply(call, scores=evaluate(function, arguments, settings))
+        except ScoreError as error:
+            reply(call, failed=shorten(str(error), _LONGEST))
+
+
+def _reply(connection: Connection, own: int, call: int, **answer: Any) -> None:
+    if os.getpid() != own:  # a function has forked, and both return
+        os._exit(0)
+    with open(connection.fileno(), "wb", closefd=False) as stream:
+        stream.write(json.dumps({"call": call, **answer}).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The worker processes of a pool: as many as asked for, with what they may see and where they print."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from sapo_rl.config import RewardConfig
+from sapo_rl.errors import UserError
+from sapo_rl.rewards.runner.environment import hidden
+from sapo_rl.rewards.runner.process import WorkerProcess
+
+CLOSED = "the pool of reward functions is closed"
+
+
+class Workers:
+    """Keeps `cfg.workers` processes; iterates over them.
+
+    Args:
+        cfg: the functions, how many workers run them, and which secrets these see.
+        log: file that takes what functions print; None leaves it to this process's stdout and stderr.
+    """
+
+    def __init__(self, cfg: RewardConfig, log: Path | None) -> None:
+        self.closed = False
+        self._cfg = cfg
+        self._log = log
+        self._workers: list[WorkerProcess] = []
+        self._hidden: list[str] = []
+
+    def __iter__(self) -> Iterator[WorkerProcess]:
+        return iter(self._workers)
+
+    def open(self) -> None:
+        """Start all workers, without waiting for them.
+
+        Raises:
+            UserError: the log cannot be written.
+        """
+        self.closed = False
+        if self._log is not None:
+            try:
+                self._log.parent.mkdir(parents=True, exist_ok=True)
+                self._log.touch()
+            except OSError as error:
+                raise UserError(f"what reward functions print cannot be written: {error}") from error
+        self.fill()
+
+    def fill(self, retried: bool = False) -> None:
+        """Start a worker for each that is missing; `retried` is that of `WorkerProcess`.
+
+        Raises:
+            RuntimeError: they are closed.
+        """
+        if self.closed:  # by the thread that opened them, while another scores
+            raise RuntimeError(CLOSED)
+        self._hidden = hidden(os.environ, self._cfg.env)
+        environment = {name: value for name, value in os.environ.items() if name not in self._hidden}
+        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)  # what we could import
+        while len(self._workers) < self._cfg.workers:
+            self._workers.append(WorkerProcess(self._cfg, environment, self._log, retried))
+
+    def replace(self, worker: WorkerProcess, retried: bool = False) -> None:
+        """End one worker and start another in its place."""
+        self.end([worker])
+        self.fill(retried)
+
+    def end(self, workers: Sequence[WorkerProcess]) -> None:
+        """End some of the workers and all that they have started."""
+        self._workers = [worker for worker in self._workers if worker not in workers]
+        for worker in workers:
+            worker.hang_up()
+        for worker in workers:
+            worker.kill()
+
+    def close(self) -> None:
+        """End all workers, for good."""
+        self.closed = True
+        self.end([*self._workers])
+
+    def with_hint(self, cause: str) -> str:
+        """Add to a failure that names a variable which functions do not see how they get to see it."""
+        name = next((name for name in self._hidden if re.search(rf"\b{re.escape(name)}\b", cause)), None)
+        return cause if name is None else f"{cause}; reward.env=[{name}] lets functions see that variable"

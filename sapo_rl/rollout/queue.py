@@ -1,0 +1,136 @@
+"""The batches of a run, generated and scored, one after the other or ahead of the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, TypeVar
+
+from sapo_rl.config import Config
+from sapo_rl.data import PromptSampler
+from sapo_rl.rewards import Inbox, RewardPool
+from sapo_rl.rollout.collector import RolloutResult, Rollouts
+from sapo_rl.rollout.prefetch import Prefetcher
+from sapo_rl.rollout.share import Share
+from sapo_rl.types import Batch, Prompt
+
+T = TypeVar("T")
+Timer = Callable[[str], AbstractContextManager[None]]
+"""Gives the context of a phase by its name."""
+
+
+class PendingBatch(NamedTuple):
+    """A rollout batch in flight."""
+
+    writing: Future[RolloutResult]
+    finished: Inbox
+    """Gets its groups one by one."""
+    sampler_state: dict[str, Any]
+    """What to save once the batch is trained on."""
+
+
+class BatchQueue:
+    """Draws prompts, has them completed and scored, and yields `(step, batch)` for every step that is left.
+
+    With `rollout.mode=overlap` the next batches are generated while one is trained on: between taking a batch and
+    publishing the weights that it was trained into, call `ready_for_new_weights`.
+
+    Args:
+        prompts: all of the run, the same on all ranks.
+        sampler: draws each step's.
+        share: which of them are this rank's.
+        rollouts: generates with this rank's engines.
+        rewards: scores.
+        timers: times the phases `rollout` and `reward`.
+        config: the run's.
+        step: the last step done.
+        stopping: whether to end after the step at hand; asked before each, and the same on all ranks.
+
+    Example:
+        >>> for step, batch in batches:
+        ...     stats = trainer.train_on(batch.groups, timers)
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        sampler: PromptSampler,
+        share: Share,
+        rollouts: Rollouts,
+        rewards: RewardPool,
+        timers: Timer,
+        config: Config,
+        step: int,
+        stopping: Callable[[], bool],
+    ) -> None:
+        self.step = step
+        """The step of the batch that was yielded last."""
+        self.last = config.trainer.steps
+        self._prompts, self._sampler, self._share = prompts, sampler, share
+        self._rollouts, self._rewards, self._timers = rollouts, rewards, timers
+        self._stopping = stopping
+        self._sampler_state = sampler.state_dict()
+        self._ahead = Prefetcher(
+            self._begin,
+            self._finish,
+            last=self.last,
+            prefetch=config.rollout.max_staleness if config.rollout.overlaps else 0,
+            in_flight=config.in_flight,
+        )
+
+    def __iter__(self) -> Iterator[tuple[int, Batch]]:
+        while self.step < self.last and not self._stopping():
+            self.step += 1
+            batch = self._ahead.take(self.step)
+            self._sampler_state = batch.sampler_state
+            yield self.step, batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the order of prompts stands after the batch that was yielded last; the sampler may be ahead."""
+        return self._sampler_state
+
+    def sleep(self) -> None:
+        """Have the engines give the trainer their memory, where both do not fit; the next weights wake them."""
+        self._rollouts.sleep()
+
+    def take_waited(self) -> float:
+        """Return the seconds that the training has waited for batches since the last call."""
+        return self._ahead.take_waited()
+
+    def ready_for_new_weights(self) -> None:
+        """Block until no batch is being generated, unless batches may span a weight update."""
+        self._ahead.ready_for_new_weights()
+
+    def wait(self) -> None:
+        """Block until the engines have nothing to do. Raises what making a batch raised."""
+        self._ahead.wait()
+
+    def close(self) -> None:
+        """Make nothing more; what is being made is not waited for."""
+        self._ahead.close()
+
+    def _begin(self, step: int) -> PendingBatch:
+        """Draw prompts, the same on all ranks, and have this rank's completed."""
+        prompts = self._share.of([self._prompts[index] for index in self._sampler.next()])
+        finished = Inbox()
+        writing = _in_thread(lambda: self._rollouts.write(prompts, step, on_group=finished.put), finished.close)
+        return PendingBatch(writing, finished, self._sampler.state_dict())
+
+    def _finish(self, pending: PendingBatch) -> Batch:
+        """Score the groups of a batch, while others of it are being generated."""
+        with self._timers("rollout"):
+            self._rewards.follow(pending.finished)
+            written = pending.writing.result()
+        with self._timers("reward"):
+            scoring = self._rewards.finish()
+        return Batch(written.groups, scoring, pending.sampler_state, written.usage)
+
+
+def _in_thread(work: Callable[[], T], at_end: Callable[[], None]) -> Future[T]:
+    """Start `work` in a thread of its own, then `at_end`, whether it succeeded or not."""
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(work)
+    future.add_done_callback(lambda _: at_end())
+    pool.shutdown(wait=False)  # of new work
+    return future

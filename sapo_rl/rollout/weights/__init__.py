@@ -1,1 +1,0 @@
-"""How the trainer's weights reach vLLM."""

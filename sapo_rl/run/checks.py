@@ -1,0 +1,267 @@
+"""Is a config possible? Rules on single fields, then rules that span several; no torch, no model, no network."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from sapo_rl import plugins
+from sapo_rl.config import Config
+from sapo_rl.errors import UserError, brief, did_you_mean
+from sapo_rl.errors.files import reading
+from sapo_rl.policy import model_folder
+
+LARGEST = 2**31 - 1
+"""Bound on integers without one of their own: libraries hold counts in 32 bits."""
+
+
+class ConfigError(UserError):
+    """A value that cannot be; `key` is its dotted name, so that the command line can say where it was set."""
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(f"{key}: {problem}")
+        self.key = key
+        self.problem = brief(problem)
+
+
+def check(config: Config) -> None:
+    """Refuse a config that cannot run.
+
+    Raises:
+        ConfigError: naming the first key that is out of range, unknown or at odds with another.
+    """
+    for key, value, metadata in _fields(config):
+        with reading(key):
+            _check_field(key, value, metadata)
+    for section, rule in RULES.items():
+        with reading(section):
+            rule(config)
+
+
+def _fields(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for field in dataclasses.fields(node):
+        value, key = getattr(node, field.name), f"{prefix}{field.name}"
+        children = value.items() if isinstance(value, dict) else [("", value)]
+        for name, child in children:
+            child_key = f"{key}.{name}" if name else key
+            if dataclasses.is_dataclass(child):
+                yield from _fields(child, f"{child_key}.")
+            elif not name:
+                yield child_key, child, field.metadata
+
+
+def _check_field(key: str, value: Any, metadata: Any) -> None:
+    options, own = metadata.get("choices"), metadata.get("own")
+    if own and "." in value:
+        try:
+            plugins.check(own, value)
+        except UserError as error:
+            raise ConfigError(key, str(error)) from error
+    elif options and value not in options:
+        if value == "False" and "off" in options:
+            raise ConfigError(key, 'without quotes, YAML reads off as false; write "off"')
+        path = "\n  your own is a dotted path such as my_module.MyClass" if own else ""
+        raise ConfigError(key, f"unknown value '{value}'; {did_you_mean(str(value), options)}{path}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(key, f"is {value}; must be a finite number")
+    bounds = {"above": lambda x, b: x > b, "least": lambda x, b: x >= b, "most": lambda x, b: x <= b}
+    words = {"above": "above", "least": "at least", "most": "at most"}
+    for name, holds in bounds.items():
+        bound = metadata.get(name)
+        if bound is None and name == "most" and isinstance(value, int):
+            bound = LARGEST
+        if bound is not None and value is not None and not holds(value, bound):
+            raise ConfigError(key, f"is {value}; must be {words[name]} {bound}")
+
+
+def _check_launch(config: Config) -> None:
+    launch = config.launch
+    from sapo_rl.run.launch import SINGLE, profile_path
+
+    if "RANK" in os.environ:  # the processes are there already, as many as they are
+        return
+    if launch.profile == SINGLE:
+        if launch.num_processes > 1:
+            raise ConfigError("launch.num_processes", f"is {launch.num_processes}, with launch=single; set launch=ddp")
+        return
+    try:
+        profile_path(launch.profile)
+    except UserError as error:
+        raise _with_key(error, "launch.profile") from error
+    if launch.num_processes % launch.num_machines or launch.num_processes == 1:
+        raise ConfigError(
+            "launch.num_processes",
+            f"is {launch.num_processes}, for launch.num_machines = {launch.num_machines} and all machines together; "
+            f"e.g. {8 * launch.num_machines} with 8 GPUs on each",
+        )
+    if launch.num_machines > 1 and launch.main_process_ip is None:
+        raise ConfigError("launch.main_process_ip", "must be given: the address of machine 0")
+    if launch.machine_rank >= launch.num_machines:
+        raise ConfigError(
+            "launch.machine_rank",
+            f"is {launch.machine_rank}; must be below launch.num_machines = {launch.num_machines}",
+        )
+
+
+def _check_batch(config: Config) -> None:
+    rollout, trainer = config.rollout, config.trainer
+    if rollout.batch_size % rollout.group_size:
+        near = max(1, round(rollout.batch_size / rollout.group_size)) * rollout.group_size
+        raise ConfigError(
+            "rollout.batch_size",
+            f"is {rollout.batch_size}, which rollout.group_size = {rollout.group_size} does not divide; e.g. {near}",
+        )
+    prompts = rollout.batch_size // rollout.group_size
+    parts = trainer.updates_per_rollout if trainer.mini_batches is None else trainer.mini_batches
+    key = "trainer.updates_per_rollout" if trainer.mini_batches is None else "trainer.mini_batches"
+    if parts < 1 or trainer.updates_per_rollout % parts:
+        raise ConfigError(
+            "trainer.mini_batches",
+            f"is {parts}; must divide trainer.updates_per_rollout = {trainer.updates_per_rollout}",
+        )
+    if prompts % (parts * config.launch.num_processes):
+        raise ConfigError(
+            key,
+            f"cuts a step's {prompts} prompts into {parts} part(s) on {config.launch.num_processes} process(es); "
+            "rollout.batch_size / rollout.group_size must be a multiple of that",
+        )
+    if len(trainer.betas) != 2 or not all(0 <= beta < 1 for beta in trainer.betas):
+        raise ConfigError("trainer.betas", f"is {trainer.betas}; must be two numbers from 0 to below 1")
+
+
+def _check_tensor_parallel(config: Config) -> None:
+    rollout, launch = config.rollout, config.launch
+    if rollout.tensor_parallel == 1 or rollout.servers:
+        return
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", launch.num_processes // launch.num_machines))
+    if ranks % rollout.tensor_parallel:
+        raise ConfigError(
+            "rollout.tensor_parallel",
+            f"is {rollout.tensor_parallel}, which does not divide the {ranks} rank(s) of a machine; "
+            f"e.g. launch=fsdp2 launch.num_processes={rollout.tensor_parallel * launch.num_machines}",
+        )
+    if rollout.transport == "ipc":
+        raise ConfigError("rollout.transport", "'ipc' does not reach the GPUs of other ranks; set auto or file")
+
+
+def _check_servers(config: Config) -> None:
+    rollout = config.rollout
+    for address in rollout.servers:
+        host, colon, port = address.rpartition(":")
+        if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
+            raise ConfigError("rollout.servers", f"'{address}' is no address; valid: host:port, e.g. 127.0.0.1:8000")
+    if len(set(rollout.servers)) < len(rollout.servers):
+        raise ConfigError("rollout.servers", f"names a server twice: {', '.join(rollout.servers)}")
+    if rollout.servers and rollout.transport not in ("auto", "nccl"):
+        raise ConfigError(
+            "rollout.transport", f"'{rollout.transport}' does not reach rollout.servers; set auto or nccl"
+        )
+    if rollout.servers and rollout.sleep not in ("auto", "0"):
+        raise ConfigError("rollout.sleep", f"is {rollout.sleep}; rollout.servers never sleep: set auto or 0")
+    if rollout.transport == "nccl" and not rollout.servers:
+        raise ConfigError("rollout.transport", "'nccl' is for rollout.servers, and none is given; set auto")
+
+
+def _check_loss(config: Config) -> None:
+    loss = config.loss
+    if loss.name == "sapo" and loss.strict_temperatures and loss.tau_neg < loss.tau_pos:
+        raise ConfigError(
+            "loss.tau_neg",
+            f"is {loss.tau_neg}, below loss.tau_pos = {loss.tau_pos}, which the paper found unstable; "
+            "raise it, or set loss.strict_temperatures=false",
+        )
+    if loss.name == "sapo" and loss.sides == "one" and loss.gradient != "paper":
+        raise ConfigError("loss.sides", f"'one' needs loss.gradient=paper, which is {loss.gradient}")
+    if loss.dual_clip is not None and loss.dual_clip <= 1:
+        raise ConfigError("loss.dual_clip", f"is {loss.dual_clip}; must be above 1, or null")
+    if loss.loss_agg_norm is not None and loss.loss_agg_norm <= 0:
+        raise ConfigError("loss.loss_agg_norm", f"is {loss.loss_agg_norm}; must be above 0, or null")
+    correction = loss.correction
+    if correction.mode != "none" and not config.rollout.logprobs:
+        raise ConfigError("loss.correction.mode", f"'{correction.mode}' needs rollout.logprobs=true")
+    if loss.old_logps == "rollout" and not config.rollout.logprobs:
+        raise ConfigError("loss.old_logps", "'rollout' needs rollout.logprobs=true")
+    if loss.old_logps == "decoupled" and correction.mode == "none":
+        raise ConfigError("loss.old_logps", "'decoupled' needs a loss.correction.mode, e.g. token_truncate")
+    if correction.low >= correction.high:
+        raise ConfigError(
+            "loss.correction.low", f"is {correction.low}; must be below loss.correction.high = {correction.high}"
+        )
+
+
+def _check_sources(config: Config) -> None:
+    from sapo_rl.data import check_source
+    from sapo_rl.rewards import check_function
+
+    try:
+        check_source(config.data)
+    except UserError as error:
+        raise _with_key(error, "data.source") from error
+    functions = config.reward.functions
+    if not functions:
+        raise ConfigError("reward.functions", "is empty; name at least one, e.g. with reward=numeric")
+    for name, function in functions.items():
+        try:
+            check_function(name, function)
+        except UserError as error:
+            raise _with_key(error, f"reward.functions.{name}.function") from error
+    for name in config.reward.env:
+        if name not in os.environ:
+            raise ConfigError("reward.env", f"there is no environment variable '{name}'")
+    if not any(function.weight for function in functions.values()):
+        raise ConfigError("reward.functions", "every weight is 0: nothing to train on")
+    judge = config.eval.reward
+    if judge is not None and judge not in functions:
+        raise ConfigError("eval.reward", f"unknown reward '{judge}'; {did_you_mean(judge, functions)}")
+
+
+def _with_key(error: UserError, key: str) -> ConfigError:
+    """Take the key off the front of the message, where it names one."""
+    found = re.match(r"((?:data|reward|launch)\.[\w.]+): (.*)", str(error), re.DOTALL)
+    return ConfigError(found[1], found[2]) if found else ConfigError(key, str(error))
+
+
+def _check_lora(config: Config) -> None:
+    lora = config.model.lora
+    if lora.rank and not lora.target_modules:
+        raise ConfigError("model.lora.target_modules", "is empty; name linear modules, or all-linear for all of them")
+    if lora.rank and config.rollout.sleep == "2":
+        raise ConfigError(
+            "rollout.sleep", "2 discards weights that are not sent again with model.lora.rank above 0; set auto, 0 or 1"
+        )
+
+
+def _check_model(config: Config) -> None:
+    path = config.model.path
+    try:
+        folder = model_folder.local_folder(path)
+        shape = model_folder.look(folder) if folder else {}
+    except UserError as error:
+        fetched = path.startswith(".cache/models/SmolLM2") and not os.path.exists(path)
+        hint = " (python scripts/fetch_model.py makes it)" if fetched else ""
+        raise ConfigError("model.path", f"{error}{hint}") from error
+    limit = shape.get("max_position_embeddings")
+    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            "rollout.max_completion_tokens",
+            f"is {config.rollout.max_completion_tokens}, with data.max_prompt_tokens = {config.data.max_prompt_tokens} "
+            f"up to {longest} tokens; the model's limit is {limit}",
+        )
+
+
+RULES = {
+    "launch": _check_launch,
+    "rollout, trainer": _check_batch,
+    "rollout.tensor_parallel": _check_tensor_parallel,
+    "rollout.servers": _check_servers,
+    "loss": _check_loss,
+    "data, reward": _check_sources,
+    "model.lora": _check_lora,
+    "model.path": _check_model,
+}
+"""Rules that span fields, by the keys that they are about."""

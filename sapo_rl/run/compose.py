@@ -1,0 +1,257 @@
+"""From a command line to a checked config: recipes by name or path, and errors that say where a value was set."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from sapo_rl.config import Config, RewardConfig, RewardFunctionConfig
+from sapo_rl.errors import UserError, did_you_mean
+from sapo_rl.errors.files import expand, is_file
+from sapo_rl.paths import CONFIGS
+from sapo_rl.run import references, user_file
+from sapo_rl.run.checks import ConfigError, check
+from sapo_rl.run_folder import CONFIG, locate
+from sapo_rl.run_folder.secrets import is_secret, worth_hiding
+
+FULL_ERROR = "HYDRA_FULL_ERROR"
+"""Variable that asks for the traceback of what composing a config raises."""
+ADDED_FUNCTION = r"\+reward\.functions\.([\w-]+)(\.(function|weight|timeout|on_error))?="
+
+
+def recipes() -> dict[str, str]:
+    """Return the shipped recipes' names, each with its one-line description."""
+    files = sorted((CONFIGS / "config").glob("*.yaml"))
+    return {
+        file.stem: str((yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("description", ""))
+        for file in files
+    }
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A command line, made ready for Hydra."""
+
+    argv: list[str]
+    """The arguments, files replaced by the names under which they are registered."""
+    files: dict[str, Path] = field(default_factory=dict)
+    """The user's files by those names."""
+    added: list[str] = field(default_factory=list)
+    """Names of reward functions that the command line adds to those of the recipe."""
+
+
+def register(argv: list[str]) -> Arguments:
+    """Make user files known to Hydra as recipes.
+
+    `config=path/to/file.yaml` becomes `config=<stem>`; `resume=FOLDER` becomes the recipe that the folder holds. A new
+    reward function (`+reward.functions.NAME.function=...`) is entered into the schema, to which Hydra cannot add it.
+
+    Raises:
+        UserError: a file that is missing or no mapping, or a name that no recipe has.
+    """
+    added = list(dict.fromkeys(found[1] for argument in argv if (found := re.match(ADDED_FUNCTION, argument))))
+    functions = {name: RewardFunctionConfig() for name in added}
+    ConfigStore.instance().store(name="schema", node=Config(reward=RewardConfig(functions=functions)))
+    known, files, rewritten = recipes(), {}, []
+    for argument in _with_resumed(argv):
+        if re.match(ADDED_FUNCTION, argument):
+            argument = argument.removeprefix("+")
+        key, equals, value = argument.partition("=")
+        _check_choice(key, equals, value)
+        if key != "config" or not equals:
+            rewritten.append(argument)
+            continue
+        items = [value] if is_file(value) else value.strip("[]").split(",")
+        names = [_register_one(item.strip(), known, files) for item in items]
+        joined = ",".join(names)
+        listed = value.startswith("[") and items != [value]
+        rewritten.append(f"config=[{joined}]" if listed else f"config={joined}")
+    return Arguments(_with_choices(rewritten), files, added)
+
+
+def _check_choice(key: str, equals: str, value: str) -> None:
+    """Raise where an argument has no key, or chooses from a group what is no name."""
+    if equals and not key.strip("+~ "):
+        raise UserError(f"'{key}={value}' (command line): there is no key before the =")
+    choices = [path.stem for path in (CONFIGS / key).glob("*.yaml")] if re.fullmatch(r"[a-z]+", key) else []
+    if equals and choices and key != "config" and "," not in value and not _reads_as_text(value, key):
+        raise UserError(f"{key} (command line): '{value}' is no name; {did_you_mean(value, choices)}")
+
+
+def _with_choices(argv: list[str]) -> list[str]:
+    """Have `GROUP=CHOICE` win over a recipe that sets keys of the group by itself: Hydra lets the recipe win."""
+    typed = _keys(argv)
+    expanded = list[str]()
+    for argument in argv:
+        expanded.append(argument)
+        expanded += [f"{key}={_as_override(value)}" for key, value in _chosen_keys(argument) if key not in typed]
+    return expanded
+
+
+def check_choices(composed: DictConfig, overrides: Sequence[str]) -> None:
+    """Raise ConfigError where a recipe hides a part of `GROUP=CHOICE`, as it does in a sweep over choices."""
+    typed = _keys(overrides)
+    for override in overrides:
+        for key, value in _chosen_keys(override):
+            if key not in typed and OmegaConf.select(composed, key) != value:
+                raise ConfigError(key, f"hides what {override} sets it to, {value}; take it out there")
+
+
+def _keys(overrides: Sequence[str]) -> set[str]:
+    return {override.partition("=")[0].lstrip("+~") for override in overrides}
+
+
+def _chosen_keys(override: str) -> Iterator[tuple[str, Any]]:
+    """What the file of a `GROUP=CHOICE` sets; nothing for another override, or a recipe."""
+    group, _, choice = override.partition("=")
+    file = CONFIGS / group / f"{choice}.yaml"
+    if group != "config" and re.fullmatch(r"\w+=[\w.-]+", override) and is_file(file):
+        yield from leaves(OmegaConf.to_container(OmegaConf.load(file)), group)
+
+
+def leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and the value of every leaf below a mapping."""
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}.{name}")
+        else:
+            yield f"{prefix}.{name}", value
+
+
+def _as_override(value: Any) -> str:
+    return _quoted(value) if isinstance(value, str) else json.dumps(value)
+
+
+def _with_resumed(argv: list[str]) -> list[str]:
+    folders = [argument.partition("=")[2] for argument in argv if argument.startswith("resume=")]
+    if not folders:
+        return argv
+    if any(argument.startswith("config=") for argument in argv):
+        raise UserError("resume continues with the config of its run folder: leave config= out, override single keys")
+    folder = locate(folders[-1])
+    # Quoted: Hydra would stumble over some characters of a path.
+    others = [argument for argument in argv if not argument.startswith("resume=")]
+    return [f"config={folder / CONFIG}", f"resume={_quoted(str(folder))}", *others]
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "\\'") + "'"
+
+
+def _register_one(value: str, known: dict[str, str], files: dict[str, Path]) -> str:
+    if value in known:
+        return value
+    path = expand(value)
+    if path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"config: no recipe '{value}'; {did_you_mean(value, known)}, or a path to a .yaml file")
+    if not is_file(path):
+        raise UserError(f"config: no file '{value}'")
+    node = user_file.load(path, CONFIGS)
+    stem = path.parent.name if path.name == "config.yaml" else path.stem
+    if not _reads_as_text(stem):
+        stem = "_" + re.sub(r"[^\w.-]", "_", stem, flags=re.ASCII)
+    name = next(name for name in _candidates(stem) if name not in known and name not in files)
+    files[name] = path
+    ConfigStore.instance().store(group="config", name=name, node=node, package="_global_")
+    return name
+
+
+def _reads_as_text(name: str, group: str = "config") -> bool:
+    """Whether Hydra takes `name` for the text that it is, not for a number or a mistake."""
+    try:
+        return OverridesParser.create().parse_overrides([f"{group}={name}"])[0].value() == name
+    except (OverrideParseException, ValueError):
+        return False
+
+
+def _candidates(stem: str) -> Iterator[str]:
+    yield stem
+    number = 2
+    while True:
+        yield f"{stem}-{number}"
+        number += 1
+
+
+def accept(composed: DictConfig, arguments: Arguments) -> tuple[Config, str]:
+    """Turn what Hydra composed into real dataclasses, checked, and into the YAML that the run folder keeps.
+
+    The YAML is resolved but for what comes from the environment, which it only refers to: `${oc.env:NAME}` is read anew
+    by every rank.
+
+    Raises:
+        ConfigError: naming the key.
+        OmegaConfBaseException: a key that does not exist.
+    """
+    OmegaConf.set_struct(composed, False)
+    functions = composed.reward.functions
+    for name in arguments.added:  # the recipe's come first
+        functions[name] = functions.pop(name)
+    _refuse_secrets(OmegaConf.to_container(composed))
+    try:
+        frozen = references.resolve(composed)
+        user_file.check_shape(frozen, CONFIGS)
+        _settle_paths(frozen)
+        chosen, frozen["run_dir"] = frozen["run_dir"], None  # of this start alone, not of a later one with this config
+        text = yaml.safe_dump(frozen, sort_keys=False, allow_unicode=True)
+        config = loads(text)  # as every rank will: it refuses keys that a + has added where there are none
+        config.run_dir = chosen
+    except MissingMandatoryValue as error:
+        key = first_match(r"full_key: (\S+)", str(error)) or first_match(r"value: (\S+)", str(error))
+        raise ConfigError(key, "must be given") from error
+    check(config)
+    return config, text
+
+
+def _refuse_secrets(node: Any, key: str = "") -> None:
+    if isinstance(node, dict):
+        for name, value in node.items():
+            _refuse_secrets(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for value in node:
+            _refuse_secrets(value, key)
+    elif is_secret(key) and worth_hiding(node):
+        raise ConfigError(key, "is a secret in plain text; refer to it as ${oc.env:NAME} instead")
+
+
+def _settle_paths(frozen: dict[str, Any]) -> None:
+    """Name local models and files by their whole and real path: a resume may start elsewhere, and links move on."""
+    model, data = frozen["model"], frozen["data"]
+    if os.path.isfile(Path(model["path"]).expanduser() / "config.json"):
+        model["path"] = _real(model["path"])
+    if data["source"] in ("file", "huggingface"):
+        data |= {key: _real(data[key]) for key in ("path", "eval_path") if data[key] is not None}
+
+
+def _real(text: str) -> str:
+    """The real path, or `text` itself where there is no such file; a link from a name with another ending stays."""
+    path = Path(text).expanduser()
+    if not os.path.exists(path):
+        return text
+    real = path.resolve()
+    return str(real if real.suffix == path.suffix else path.parent.resolve() / path.name)
+
+
+def loads(frozen: str) -> Config:
+    """Turn the text of a frozen config (`config.yaml` of a run folder) into a `Config`."""
+    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(frozen))
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    return config
+
+
+def first_match(pattern: str, text: str) -> str:
+    """Return what the first group of a pattern matches in a text; empty where nothing does."""
+    found = re.search(pattern, text)
+    return found.group(1) if found else ""

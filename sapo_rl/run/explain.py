@@ -1,0 +1,176 @@
+"""What Hydra and OmegaConf raise about a user's config, in two lines that name the key or file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sapo_rl.config import Config, RewardFunctionConfig
+from sapo_rl.config.loss import LossConfig
+from sapo_rl.errors import UserError, brief, did_you_mean
+from sapo_rl.errors.files import is_file, read_yaml
+from sapo_rl.paths import CONFIGS
+from sapo_rl.run import user_file
+from sapo_rl.run.checks import ConfigError
+from sapo_rl.run.compose import FULL_ERROR, Arguments, first_match, leaves, recipes
+from sapo_rl.run.other_names import hint
+
+PROBLEM = r"(Value .*|Invalid .*|Cannot .*|Incompatible .*|object of type .*|.*[Ii]nterpolation .*)"
+"""OmegaConf's lines that say what is wrong with a value."""
+
+
+def explain(error: Exception, arguments: Arguments) -> str:
+    """Say a composition error in one or two lines: key or file, where it was set, nearest valid name.
+
+    Any exception is told: what a user's files and arguments have caused has many kinds.
+    """
+    try:
+        return brief(_explain(error, arguments))
+    except (UserError, RecursionError):  # a file that has changed meanwhile
+        return brief(_unforeseen(error, arguments))
+
+
+def _explain(error: Exception, arguments: Arguments) -> str:
+    text = _chain(error)
+    if isinstance(error, ConfigError):
+        return f"{error.key} ({origin(error.key, arguments)}): {error.problem}"
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error)
+    if ambiguous := first_match(r"Ambiguous value for argument '(.*)'", text):
+        key, _, values = ambiguous.partition("=")
+        return f"'{ambiguous}' (command line): add -m to sweep over the values, or write {key}=[{values}] for a list"
+    if isinstance(error, MissingConfigException) and str(error.missing_cfg_file).startswith("config/"):
+        name = str(error.missing_cfg_file).removeprefix("config/")
+        file = arguments.files.get(first_match(r"In 'config/([^']*)'", text), "command line")
+        return f"config ({file}): no recipe '{name}'; {did_you_mean(name, recipes())}"
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, name = str(error.missing_cfg_file).partition("/")
+        if group == "loss" and name in LossConfig.__dataclass_fields__["name"].metadata["choices"]:
+            return f"loss: no choice '{name}'; write loss.name={name}"
+        path = "; your own is model.path=..." if group == "model" else ""
+        if group == "hydra":  # a launcher or sweeper is called kind/name
+            kind, _, plugin = name.partition("/")
+            path = f"; others are packages: pip install hydra-{plugin}-{kind}"
+        return f"{group}: no choice '{name}'; {did_you_mean(name, error.options)}{path}"
+    if group := first_match(r"Could not override '([^']+)'\. No match in the defaults list", text):
+        file = arguments.files.get(first_match(r"In 'config/([^']*)'", text), "command line")
+        name = group.partition("@")[0].removeprefix("config/")
+        return f"config ({file}): in `defaults`, no group '/{name}' to override; as in {user_file.DEFAULTS}"
+    key = first_match(r"Could not override '([^']+)'", text) or first_match(r"full_key: (\S+)", text)
+    if key and re.search(r"Key '[^']*' (is )?not in", text):
+        return f"{key} ({origin(key, arguments)}): no such key; {nearest_key(key)}"
+    if key and (found := first_match(r"([\w-]+) is not a subclass of RewardFunctionConfig", text)):
+        return f"{key} ({origin(key, arguments)}): is a {found}; set its keys, {key}.function=..., with + a new one's"
+    if key:
+        return f"{key} ({origin(key, arguments)}): {first_match(PROBLEM, text) or _cause(text)}"
+    return _unforeseen(error, arguments)
+
+
+def _unreadable(error: OverrideParseException) -> str:
+    override = str(error.override)
+    if override.endswith((".yaml", ".yml")):
+        return f"'{override}' (command line): write config={override}"
+    return f"'{override}' (command line) cannot be read as key=value: {str(error).splitlines()[0]}"
+
+
+def _unforeseen(error: Exception, arguments: Arguments) -> str:
+    """Word an exception of which nothing else is known: the file or key that was being read, kind, text."""
+    notes = getattr(error, "__notes__", [])
+    where = notes[0] if notes else ", ".join(map(str, arguments.files.values())) or "the command line"
+    if isinstance(error, RecursionError):
+        return f"{where}: something in it refers to itself, or is nested too deeply"
+    kind = "" if isinstance(error, HydraException | OmegaConfBaseException) else f"{type(error).__name__}: "
+    return f"{where}: {kind}{_cause(_chain(error))}\n  {FULL_ERROR}=1 in the environment shows where it came about"
+
+
+def _cause(text: str) -> str:
+    """The first line, or two where the first only says in which file; OmegaConf's coordinates are none."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and "full_key:" not in line]
+    return " ".join(lines[: 2 if lines[0].startswith("In '") else 1]) if lines else ""
+
+
+def _chain(error: BaseException | None) -> str:
+    texts = []
+    while error is not None:
+        texts.append(str(error))
+        error = error.__cause__
+    return "\n".join(texts)
+
+
+def nearest_key(key: str) -> str:
+    """The valid names beside the first part of `key` that is wrong, or how to add an entry that is not there."""
+    node: Any = OmegaConf.structured(Config)
+    for part in key.split("."):
+        if not isinstance(node, DictConfig):
+            return ""
+        options = [str(option) for option in node]
+        if not options and key.startswith("reward.functions."):  # names of the user's own
+            node = OmegaConf.structured(RewardFunctionConfig)
+        elif part not in options:
+            return _elsewhere(key) or did_you_mean(part, options)
+        else:
+            node = None if OmegaConf.is_missing(node, part) else node[part]
+    return f"to add it, write +{key}=..."
+
+
+def _elsewhere(key: str) -> str:
+    """Point to a key that is right but for its section, or that other programs call so."""
+    name = key.rpartition(".")[2]
+    schema = leaves(OmegaConf.to_container(OmegaConf.structured(Config)), "")
+    found = [path.lstrip(".") for path, _ in schema if path.rpartition(".")[2] == name]
+    return hint(name, found)
+
+
+def origin(key: str, arguments: Arguments) -> str:
+    """Return where the effective value of `key` was set: the command line, a file, or the defaults."""
+    argv = arguments.argv
+    if any(argument.partition("=")[0].lstrip("+~") == key for argument in argv):
+        return "command line"
+    choices = dict(argument.split("=", 1) for argument in argv if re.fullmatch(r"\w+=[^=]*", argument))
+    names = [name.strip() for name in choices.get("config", "default").strip("[]").split(",")]
+    paths = [arguments.files.get(name, CONFIGS / "config" / f"{name}.yaml") for name in reversed(names)]
+    for path in paths:
+        if _holds(path, key):
+            return str(path)
+    group, _, rest = key.partition(".")
+    for path in [CONFIGS / group / f"{choice}.yaml" for choice in _chosen(group, choices, paths)]:
+        if _holds(path, rest):
+            return str(path)
+    return "default"
+
+
+def _chosen(group: str, choices: dict[str, str], recipe_files: list[Path]) -> Iterator[str]:
+    """The group's option, as the command line, the recipe or train.yaml picks it: the first that says so wins."""
+    if group in choices:
+        yield choices[group]
+        return
+    for path in [*recipe_files, CONFIGS / "train.yaml"]:
+        for entry in (_read(path) or {}).get("defaults") or []:
+            if isinstance(entry, dict):
+                for name, option in entry.items():
+                    if name.removeprefix("override").strip().strip("/") == group:
+                        yield str(option)
+                        return
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = read_yaml(path) if is_file(path) else None
+    return content if isinstance(content, dict) else {}
+
+
+def _holds(path: Path, key: str) -> bool:
+    node: Any = _read(path)
+    for part in re.sub(r"\[\d+\]", "", key).split("."):
+        named = {str(name): value for name, value in node.items()} if isinstance(node, dict) else {}
+        if part not in named:
+            return False
+        node = named[part]
+    return True

@@ -1,0 +1,95 @@
+"""`dry_run=true`: what a run would do, and what would end it, without loading the model or starting vLLM."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.tree import Tree
+
+from sapo_rl.config import Config
+from sapo_rl.policy import model_folder
+from sapo_rl.run.resume import Plan
+from sapo_rl.sizing import GIB, buffer_bytes, element_size, trainer_memory
+
+
+def preview(config: Config, frozen: str, resumed: Plan | None = None) -> None:
+    """Print the resolved config (`frozen`, YAML) as a tree, the batch arithmetic, the data, and the memory estimated.
+
+    Of a run that is resumed, also from where it would go on, and what has changed since. Warnings go to stderr. Raises
+    UserError for what a run would refuse in its data and reward functions.
+    """
+    from sapo_rl.run import rehearsal  # rollout.build needs the estimate below, and nothing of this
+
+    console = Console()
+    tree = Tree("config")
+    _grow(tree, yaml.safe_load(frozen) | {"run_dir": config.run_dir})
+    console.print(tree)
+    console.print(_table("batch", batch_arithmetic(config)))
+    trial = rehearsal.rehearse(config)
+    console.print(_table("data", trial.data))
+    rows = memory_rows(config)
+    rows |= rehearsal.cpu_cache(config) if rows else {}
+    told = {name: f"{value / GIB:.2f}" for name, value in rows.items()} | {"sum": f"{sum(rows.values()) / GIB:.2f}"}
+    unknown = {"weights and optimiser": "? (the weights are no local safetensors)"}
+    console.print(_table("memory (GiB, a process that shards nothing)", told if rows else unknown))
+    for warning in [*trial.warnings, rehearsal.memory_warning(config, rows)]:
+        if warning is not None:
+            print(f"sapo-train: warning: {warning}", file=sys.stderr)
+    if resumed:
+        console.print(_table("resume", going_on(config, resumed)))
+
+
+def _grow(tree: Tree, node: dict[str, Any]) -> None:
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            _grow(tree.add(f"[bold]{escape(key)}"), value)
+        else:
+            tree.add(f"{escape(key)}: {escape(str(value))}")
+
+
+def batch_arithmetic(config: Config) -> dict[str, str]:
+    """Return the counts that follow from the config, in words and numbers."""
+    rollout, trainer = config.rollout, config.trainer
+    prompts = rollout.batch_size // rollout.group_size
+    parts = trainer.mini_batches or trainer.updates_per_rollout
+    return {
+        "completions a step": f"{rollout.batch_size} = {prompts} prompts x {rollout.group_size}",
+        "updates a step": f"{trainer.updates_per_rollout}, on {rollout.batch_size // parts} completions each",
+        "passes over each completion": str(trainer.updates_per_rollout // parts),
+        "processes": f"{config.launch.num_processes}, with {prompts // config.launch.num_processes} prompts each",
+        "completions in all": str(rollout.batch_size * trainer.steps),
+        "updates in all": str(trainer.updates_per_rollout * trainer.steps),
+        "longest sequence": f"{config.data.max_prompt_tokens + rollout.max_completion_tokens} tokens",
+    }
+
+
+def going_on(config: Config, resumed: Plan) -> dict[str, str]:
+    """Return from where a run would go on, how much is left, and which keys have changed since."""
+    left = config.trainer.steps - resumed.step
+    return {
+        "from": f"step {resumed.step}, update {resumed.updates}: {resumed.checkpoint}",
+        "left": f"{left} of {config.trainer.steps} steps, {left * config.trainer.updates_per_rollout} updates",
+    } | (resumed.changes or {"changes": "none"})
+
+
+def memory_rows(config: Config) -> dict[str, float]:
+    """Return the bytes that weights, optimiser, activations and logits take; nothing where they are not known."""
+    folder = model_folder.local_folder(config.model.path)
+    count = model_folder.count_parameters(folder) if folder else None
+    if folder is None or count is None:
+        return {}
+    shape = model_folder.text_part(model_folder.read_json(folder / model_folder.CONFIG))
+    rows = trainer_memory(config, count, shape) | {"vLLM's weights": count * element_size(config)}
+    return rows | {"weights on their way to vLLM": buffer_bytes(config, count)}
+
+
+def _table(title: str, rows: dict[str, str]) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(escape(name), escape(value))
+    return table

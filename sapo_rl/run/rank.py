@@ -1,0 +1,297 @@
+"""One rank of a run: `python -m sapo_rl.run.rank RUN_FOLDER` builds the parts and hands them to the loop."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+from sapo_rl import processes
+
+if __name__ == "__main__":
+    processes.begin()
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
+
+from sapo_rl import run_folder
+from sapo_rl.config import Config, ModelConfig
+from sapo_rl.data import PromptSampler, build_prompts, load_rows, repetition_warning
+from sapo_rl.engines.base import Engine
+from sapo_rl.engines.build import ModelFacts, build_engines, build_transport, close_all, device_of, model_facts
+from sapo_rl.errors import UserError
+from sapo_rl.evaluation import Evaluator
+from sapo_rl.policy import checkpoint
+from sapo_rl.policy.checkpointer import Checkpointer
+from sapo_rl.policy.model import DTYPES, Policy, check_shapes, load_policy, load_tokenizer, stop_tokens
+from sapo_rl.policy.parallel import loads_weights
+from sapo_rl.policy.trainer import PolicyTrainer, Reference, objective
+from sapo_rl.processes import streams
+from sapo_rl.rewards import RewardPool
+from sapo_rl.rollout.collector import Rollouts
+from sapo_rl.rollout.publisher import WeightPublisher
+from sapo_rl.rollout.queue import BatchQueue
+from sapo_rl.rollout.share import Share
+from sapo_rl.run import compose, ranks, resume
+from sapo_rl.telemetry import Telemetry, Timers
+from sapo_rl.train import Parts, train
+from sapo_rl.types import Prompt
+
+OUT_OF_MEMORY = (
+    "the trainer does not fit into the GPU's memory beside vLLM; lower trainer.tokens_per_micro_batch or "
+    "rollout.gpu_memory_utilization or rollout.sync_buffer_gb, or set rollout.sleep=1"
+)
+SIGNAL_DEBOUNCE_SECONDS = 1.0
+"""Seconds in which a second SIGINT or SIGTERM counts as a duplicate (schedulers signal every process of a run) and does
+not force an immediate exit."""
+
+
+def main(folder: Path | None) -> None:
+    """Run this rank to its end; `folder` is None on ranks that learn it from rank 0. A user's mistake exits with 2."""
+    stops = Stops()
+    streams.outlive()
+    os.environ.update(streams.UTF8)  # for the processes that this one starts
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        with contextlib.ExitStack() as stack:
+            parts = build(folder, stack, stops)
+            stops.watch(parts.telemetry)
+            complete = train(parts)
+    except torch.OutOfMemoryError as error:
+        ranks.fail(UserError(f"{OUT_OF_MEMORY}\nIt said: {str(error).splitlines()[0]}"))
+    except Exception as error:
+        ranks.fail(worded(error, folder))
+    except KeyboardInterrupt:
+        ranks.quit_now(128 + signal.SIGINT)
+    if not complete:
+        sys.exit(128 + signal.SIGINT)
+
+
+def worded(error: Exception, folder: Path | None) -> Exception:
+    """Say in a sentence that the disk is full or a folder is gone; other errors stay as they are."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left on device" in str(error):  # safetensors has an error of its own
+        return UserError(f"{error} (the run folder is {folder}); free some of it, then resume")
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return UserError(f"the folder that the run was started in does not exist any more: {error}")
+    gone = folder is not None and not (folder / run_folder.CONFIG).is_file()
+    if gone and isinstance(error, OSError | SafetensorError | UserError):
+        return UserError(
+            f"the run folder '{folder}' was deleted or moved while the run was going on: {str(error).splitlines()[0]}\n"
+            "  start the run anew, or, where it was moved, resume it there"
+        )
+    return error
+
+
+def build(folder: Path | None, stack: contextlib.ExitStack, stops: Stops) -> Parts:
+    """Build the parts, vLLM beside the others; a mistake that they find ends it. `stack` closes them in reverse."""
+    folder, frozen, token = ranks.share(folder)
+    config = compose.loads(frozen)
+    accelerator = stack.enter_context(ranks.join(config, folder))
+    _seed(config, accelerator.process_index)
+    header = _device_facts(accelerator)
+    if accelerator.is_main_process:
+        run_folder.add_device(folder, header)
+
+    objective(config.loss)  # one of the user's own is imported before anything is started
+    tokenizer = load_tokenizer(config.model)
+    printed = folder / "logs" / f"rewards_rank{accelerator.process_index}.log"
+    rewards = stack.enter_context(RewardPool(config.reward, printed))
+    resumed = _last_checkpoint(config, folder, accelerator) if config.resume else None
+    device, facts = device_of(accelerator.local_process_index), _facts(config.model)
+    transport = build_transport(config, facts, device, token, accelerator.is_main_process)
+    stack.callback(transport.close)
+    stream = f"vllm_rank{accelerator.process_index}/{resumed.name if resumed else ''}"
+    engines = build_engines(config, facts, device, folder / "logs", stop_tokens(config.model, tokenizer), stream)
+    stack.callback(close_all, engines)  # before the transport: they may have its memory mapped
+    for engine in engines:
+        engine.start()  # takes longest: prompts and the trainer's copy of the model are made meanwhile
+
+    prompts, held_out, dropped = _prompts(config, tokenizer, rewards)
+    per_step = config.rollout.batch_size // config.rollout.group_size
+    sampler = PromptSampler(len(prompts), per_step, config.seed, config.data.shuffle)
+    trainer = PolicyTrainer(*_models(config, not loads_weights(accelerator)), config, accelerator)
+    step, state = checkpoint.load(resumed, trainer) if resumed else (0, {})
+    if resumed:
+        sampler.load_state_dict(state["sampler"])
+    telemetry = Telemetry(
+        config, folder, accelerator.is_main_process, step if resumed else None, state.get("wandb_id"), header
+    )
+    stack.enter_context(telemetry)
+    left_out = f"{dropped} prompts are longer than data.max_prompt_tokens: they are left out" if dropped else None
+    for text in filter(None, (left_out, repetition_warning(len(prompts), per_step))):
+        telemetry.warn(text)
+    timers = Timers(partial(torch.cuda.Event, enable_timing=True) if accelerator.device.type == "cuda" else None)
+    rollouts = Rollouts(engines, config.rollout, tokenizer, config.seed, config.reproducible)
+    sharing = 1 if config.rollout.servers else config.rollout.tensor_parallel
+    share = Share.of_rank(accelerator.process_index, accelerator.num_processes, sharing)
+    parts = Parts(
+        config=config,
+        frozen=frozen,
+        batches=BatchQueue(prompts, sampler, share, rollouts, rewards, timers, config, step, stops.asked_anywhere),
+        trainer=trainer,
+        weights=WeightPublisher(trainer, transport, engines, rollouts, prompts[0], config.model.dtype, timers),
+        evaluator=Evaluator(held_out, share, rollouts, rewards, telemetry, timers, config, state.get("before", [])),
+        checkpoints=Checkpointer(folder, trainer, tokenizer, config.checkpoint),
+        telemetry=telemetry,
+        timers=timers,
+    )
+    if resumed:
+        for line in _how_it_goes_on(resumed, trainer, resume.changes(state["config"], frozen)):
+            telemetry.note(line)
+    _wait_for(engines, config, folder, telemetry)
+    if resumed or config.rollout.servers:  # which may still hold those of an earlier run
+        parts.weights.publish(step)
+    return parts
+
+
+def _wait_for(engines: Sequence[Engine], config: Config, folder: Path, telemetry: Telemetry) -> None:
+    servers = ", ".join(config.rollout.servers)
+    telemetry.note(f"waiting for {servers}" if servers else f"vLLM is starting; it writes to {folder / 'logs'}")
+    start = time.monotonic()
+    for engine in engines:
+        engine.wait_ready()
+    telemetry.note(f"vLLM is ready, after another {time.monotonic() - start:.0f} s")
+
+
+def _facts(config: ModelConfig) -> ModelFacts:
+    """Read what is known of the model before it is loaded; refuse weights and adapters for which it has no place."""
+    facts = model_facts(config)
+    check_shapes(config)
+    if config.lora.rank:
+        from sapo_rl.policy.lora import check_targets  # peft takes a second to import
+
+        check_targets(config)
+    return facts
+
+
+def _last_checkpoint(config: Config, folder: Path, accelerator: Accelerator) -> Path:
+    """Find what to go on from, and look it through before anything is started."""
+    found = run_folder.latest_checkpoint(folder / run_folder.CHECKPOINTS)
+    policy, _ = _models(config, empty=True)
+    checkpoint.check(found, {name: weight.shape for name, weight in policy.trainable_weights()}, accelerator)
+    return found
+
+
+def _how_it_goes_on(resumed: Path, trainer: PolicyTrainer, changes: dict[str, str]) -> Iterator[str]:
+    settings, rate = trainer.config.trainer, trainer.schedule.get_last_lr()[0]
+    yield f"goes on from {resumed}, after step {run_folder.step_of(resumed)}"
+    rising = f", rising until update {settings.warmup_updates}" if trainer.updates < settings.warmup_updates else ""
+    yield (
+        f"learning rate {rate:.3g} after update {trainer.updates} of {trainer.planned}, schedule {settings.schedule} "
+        f"with a peak of {settings.learning_rate:g}{rising}"
+    )
+    if changes:
+        yield "changed since: " + ", ".join(f"{key} {text}" for key, text in changes.items())
+
+
+def _models(config: Config, empty: bool) -> tuple[Policy, Reference | None]:
+    """Load the policy, and what a KL penalty keeps to: with adapters the policy without them."""
+    policy = load_policy(config.model, config.trainer.gradient_checkpointing, empty)
+    if config.model.lora.rank:
+        from sapo_rl.policy.lora import LoraPolicy
+
+        adapted = LoraPolicy(policy, config.model.lora, config.seed, config.model.path)
+        return adapted, adapted.without_adapters if config.loss.kl.coef else None
+    if not config.loss.kl.coef:
+        return policy, None
+    return policy, load_policy(config.model, empty=empty).to(DTYPES[config.model.dtype])
+
+
+def _prompts(
+    config: Config, tokenizer: PreTrainedTokenizerBase, rewards: RewardPool
+) -> tuple[list[Prompt], list[Prompt], int]:
+    rows, held_out_rows = load_rows(config.data, config.eval.prompts)
+    prompts, dropped = build_prompts(rows, config.data, tokenizer)
+    held_out, also_dropped = build_prompts(held_out_rows, config.data, tokenizer) if held_out_rows else ([], 0)
+    for some, source in ((prompts[:1], "the data"), (held_out[:1], "the held-out data")):
+        for prompt in some:  # all have the same columns
+            rewards.check_columns(prompt.columns, source)
+    return prompts, held_out, dropped + also_dropped
+
+
+def _seed(config: Config, rank: int) -> None:
+    random.seed(config.seed + rank)
+    np.random.seed((config.seed + rank) % 2**32)
+    torch.manual_seed(config.seed + rank)
+    if config.reproducible:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def _device_facts(accelerator: Accelerator) -> dict[str, str | int | float]:
+    facts: dict[str, str | int | float] = {"device": "cpu", "processes": accelerator.num_processes}
+    if accelerator.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(accelerator.device)
+        facts |= {"device": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
+    return facts | {"torch_threads": torch.get_num_threads()}
+
+
+class Stops:
+    """What Ctrl-C, SIGTERM and SIGHUP do in this rank, from its making on.
+
+    Before training they end it at once. Then the first ends the run after its step, with a checkpoint, and a second one
+    at once; what comes within `SIGNAL_DEBOUNCE_SECONDS` seconds of the first is the first once more.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        """Whether to end after the step at hand."""
+        self._first: float | None = None
+        self._telemetry: Telemetry | None = None
+        self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
+        for number in processes.stopping_signals():
+            signal.signal(number, self._heard)
+
+    def watch(self, telemetry: Telemetry) -> None:
+        """Stop the run from now on, not the process; at once, where a library has swallowed an earlier interrupt."""
+        self._telemetry = telemetry
+        self.asked = self._first is not None
+
+    def asked_anywhere(self) -> bool:
+        """Return whether any rank was asked to stop; every rank calls it."""
+        return any(gather_object([self.asked]))
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            self._leave_terminal()
+        now = time.monotonic()
+        if self._first is not None and now - self._first <= SIGNAL_DEBOUNCE_SECONDS:
+            return
+        again, self._first = self._first is not None, now
+        if again or self._telemetry is None:
+            raise KeyboardInterrupt
+        self.asked = True
+        self._telemetry.warn("stopping after this step; once more stops at once")
+
+    def _leave_terminal(self) -> None:
+        """Write to nowhere instead of to a terminal that has been closed: an error there would end the run."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for fd in self._terminals:
+            if not os.isatty(fd):
+                os.dup2(nowhere, fd)
+        os.close(nowhere)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)

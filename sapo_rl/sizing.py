@@ -1,0 +1,56 @@
+"""Estimates of the memory that a run takes, from its config and the shape of its model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sapo_rl.config import Config
+
+GIB = 2**30
+
+
+def element_size(config: Config) -> int:
+    """Return the bytes of one number in the precision that the model computes in."""
+    return 2 if config.model.dtype == "bfloat16" else 4
+
+
+def trainer_memory(config: Config, count: int, shape: dict[str, Any]) -> dict[str, float]:
+    """Estimate the bytes that the trainer takes, by use.
+
+    `count` is the number of parameters, `shape` the model's Hugging Face config.
+    """
+    width, layers = shape.get("hidden_size", 0), shape.get("num_hidden_layers", 0)
+    size = element_size(config)
+    tokens = config.trainer.tokens_per_micro_batch
+    per_token = 2 * width if config.trainer.gradient_checkpointing else 34 * width
+    lora = config.model.lora.rank
+    trained = adapter_parameters(config, shape) if lora else count
+    return {
+        "frozen weights": size * count if lora else 0,
+        f"float32 weights, gradients, AdamW ({trained / 1e6:.3g}M parameters)": 16 * trained,
+        "copy of the weights to compute with": 0 if lora or size == 4 else size * count,
+        f"activations ({tokens} tokens a micro-batch)": tokens * layers * per_token * size / 2,
+        "logits (1024 tokens at a time, float32)": 3 * 4 * 1024 * shape.get("vocab_size", 0),
+        "reference model": size * count if config.loss.kl.coef and not lora else 0,
+    }
+
+
+def adapter_parameters(config: Config, shape: dict[str, Any]) -> int:
+    """Return the parameters of the adapters: `rank` x (inputs + outputs) each, of modules as in Llama's layers."""
+    width, inner = shape.get("hidden_size", 0), shape.get("intermediate_size", 0)
+    heads = shape.get("num_attention_heads", 1)
+    head_size = shape.get("head_dim") or width // heads
+    queries, keys = heads * head_size, (shape.get("num_key_value_heads") or heads) * head_size
+    sizes = {"q_proj": width + queries, "k_proj": width + keys, "v_proj": width + keys, "o_proj": queries + width}
+    sizes |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), width + inner)
+    names = config.model.lora.target_modules
+    chosen = sum(size for name, size in sizes.items() if "all-linear" in names or name in names)
+    return config.model.lora.rank * chosen * shape.get("num_hidden_layers", 0)
+
+
+def buffer_bytes(config: Config, count: int) -> int:
+    """Return the GPU memory that the way of `count` parameters to vLLM takes, as far as the config tells."""
+    if config.rollout.servers or config.rollout.transport == "file" or config.rollout.tensor_parallel > 1:
+        return 0
+    whole = count * element_size(config)
+    return min(whole, int(config.rollout.sync_buffer_gb * GIB) or whole)

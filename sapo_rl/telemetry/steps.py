@@ -1,0 +1,95 @@
+"""A step's numbers, of all ranks together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from accelerate.utils import gather_object
+
+from sapo_rl.telemetry import Telemetry
+from sapo_rl.telemetry.metrics import sample_metrics
+from sapo_rl.telemetry.sinks.completions import Row, rows
+from sapo_rl.telemetry.timers import Timers
+from sapo_rl.types import Batch, Usage
+
+
+class RankReport(NamedTuple):
+    """One rank's share of a step's metrics, gathered on all ranks before logging."""
+
+    groups: list[list[Row]]
+    errors: dict[str, int]
+    """Samples that a reward function could not score, by its name."""
+    usage: Usage
+    restarts: int
+    """Of its engines, so far."""
+    peak: float
+    """Its trainer's peak memory in GiB."""
+
+
+class StepLog:
+    """Gathers what every rank knows of a step, and hands it to the telemetry once.
+
+    Args:
+        telemetry: gets the metrics and the samples.
+        timers: the phases of the step.
+        in_flight: whether batches span weight updates: an engine without work for this batch has work for the next.
+    """
+
+    def __init__(self, telemetry: Telemetry, timers: Timers, in_flight: bool) -> None:
+        self._telemetry, self._timers, self._in_flight = telemetry, timers, in_flight
+        self._warned_inapplicable: set[str] = set()
+        self._warned_no_signal = False
+
+    def log(self, step: int, batch: Batch, stats: Mapping[str, float], restarts: int, peak: float) -> None:
+        """Write the step's numbers and completions; every rank calls it.
+
+        Args:
+            step: its number.
+            batch: this rank's, with rewards and advantages.
+            stats: what the updates say, the same on all ranks.
+            restarts: of this rank's engines, so far.
+            peak: the most GPU memory that this rank's trainer took, in GiB.
+        """
+        scoring = batch.scoring
+        own_groups = [rows(step, group) for group in batch.groups]
+        everyone: list[RankReport] = gather_object(
+            [RankReport(own_groups, scoring.errors, batch.usage, restarts, peak)]
+        )
+        groups = [group for rank in everyone for group in rank.groups]
+        metrics = sample_metrics(groups)
+        self._warn(step, batch, metrics)
+        phases = self._timers.take()
+        tokens = sum(row["tokens"] for group in groups for row in group)
+        own = {
+            "perf/tokens_per_second": tokens / phases["time/step"],
+            "perf/completion_tokens": float(tokens),
+            "perf/peak_memory_gib": max(rank.peak for rank in everyone),
+            "rollout/engine_restarts": float(sum(rank.restarts for rank in everyone)),
+            "rollout/staleness": step - 1.0 - min(row["weight_version"] for group in groups for row in group),
+        } | {f"rewards/{name}/errors": float(sum(rank.errors[name] for rank in everyone)) for name in scoring.errors}
+        if not self._in_flight:
+            own["rollout/idle_fraction"] = idle_fraction([rank.usage for rank in everyone])
+        self._telemetry.log_step(step, {**metrics, **own, **stats, **phases}, groups)
+
+    def _warn(self, step: int, batch: Batch, metrics: Mapping[str, float]) -> None:
+        scoring = batch.scoring
+        for name, text in scoring.failures.items():
+            self._telemetry.warn(f"{text} (reward {name}: {scoring.errors[name]} samples scored 0)")
+        inapplicable = {name for name in scoring.errors if f"rewards/{name}/mean" not in metrics}
+        for name in sorted(inapplicable - self._warned_inapplicable):
+            self._warned_inapplicable.add(name)
+            self._telemetry.warn(f"reward {name} applied to no completion of step {step}: it returned None for all")
+        if metrics["group/zero_spread_fraction"] == 1 and not self._warned_no_signal:
+            self._warned_no_signal = True
+            self._telemetry.warn(f"step {step} teaches nothing: the samples of each group all have the same reward")
+
+
+def idle_fraction(usages: Sequence[Usage]) -> float:
+    """Return the share of the engines' time after their last answer, while others still write.
+
+    `usages` are those of all ranks, which start together: a rank that is ready waits for the slowest one.
+    """
+    until = [seconds for usage in usages for seconds in usage.until]
+    whole = max(usage.whole for usage in usages)
+    return 1 - sum(until) / (len(until) * whole) if whole else 0.0

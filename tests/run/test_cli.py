@@ -1,0 +1,471 @@
+"""The command line up to the moment a run would start: what it accepts, what it refuses, and in which words."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import inside
+import pytest
+import yaml
+from tiny import make_stand_in
+
+from sapo_rl.run import keys
+from sapo_rl.run.compose import register
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder that passes for a model as long as nobody loads it."""
+    return make_stand_in(tmp_path / "model")
+
+
+def sapo_train(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sapo_rl", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def composed(*arguments: str, cwd: Path) -> dict:
+    result = sapo_train(*arguments, "--cfg", "job", cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return yaml.safe_load(result.stdout)
+
+
+def test_bare_command_prints_usage_and_every_recipe(tmp_path: Path) -> None:
+    result = sapo_train(cwd=tmp_path)
+    assert result.returncode == 0
+    assert "sapo-train config=NAME" in result.stdout
+    for recipe in (ROOT / "configs" / "config").glob("*.yaml"):
+        description = yaml.safe_load(recipe.read_text())["description"]
+        assert any(recipe.stem in line and description in line for line in result.stdout.splitlines())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_current_folder_that_is_gone_is_told(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = ["sh", "-c", 'rmdir "$PWD"; "$@"', "sh", sys.executable, "-m", "sapo_rl", "config=quickstart"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=gone, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "") and len(result.stderr.splitlines()) == 1, result.stderr
+    assert "the current folder does not exist any more" in result.stderr
+
+
+def test_help_is_ours_wherever_it_stands(tmp_path: Path) -> None:
+    assert sapo_train("config=quickstart", "--help", cwd=tmp_path).stdout == sapo_train(cwd=tmp_path).stdout
+
+
+def test_every_key_is_told_with_its_default_range_and_meaning(tmp_path: Path) -> None:
+    composed_defaults = composed("config=default", "--resolve", cwd=tmp_path)
+    told = {key.name: key for key in keys.every_key()}
+    for name, key in told.items():
+        assert key.meaning and "\n" not in key.meaning, name
+        if "NAME" in name or name == "description":
+            continue
+        value = composed_defaults
+        for part in name.split("."):
+            value = value[part]
+        assert value == (json.loads(key.default) if key.default else "???"), name
+    assert told["loss.tau_pos"].valid == "above 0" and told["rollout.top_p"].valid == "at least 1e-06, at most 1"
+    assert told["seed"].valid == "at least 0, at most 4294967295"
+    assert told["data.source"].valid.startswith("one of arithmetic, reasoning_gym")
+    assert told["model.revision"].type == "str or null"
+    shown = sapo_train("keys", "loss.tau_n", "reward.functions.NAME.timeout", cwd=tmp_path, COLUMNS="120").stdout
+    assert [line for line in shown.splitlines() if not line.startswith(" ")] == [
+        "loss.tau_neg: float, above 0; default 1.05",
+        "reward.functions.NAME.timeout: float, above 0, at most 1e+06; default 30.0",
+    ]
+    unknown = sapo_train("keys", "loss.tau_ngg", cwd=tmp_path)
+    assert unknown.returncode == 2 and "no key 'loss.tau_ngg'; did you mean 'tau_neg'?" in unknown.stderr
+
+
+def test_recipe_beats_group_defaults_and_the_command_line_beats_the_recipe(tmp_path: Path) -> None:
+    config = composed("config=quickstart", "trainer.steps=3", cwd=tmp_path)
+    recipe = yaml.safe_load((ROOT / "configs/config/quickstart.yaml").read_text())
+    assert config["trainer"]["learning_rate"] == float(recipe["trainer"]["learning_rate"])
+    assert config["trainer"]["steps"] == 3
+    assert config["loss"]["gradient"] == "paper"
+
+
+def test_flags_may_stand_between_overrides(tmp_path: Path) -> None:
+    assert composed("config=quickstart", "--resolve", "trainer.steps=7", cwd=tmp_path)["trainer"]["steps"] == 7
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+@pytest.mark.parametrize("with_defaults", [True, False])
+def test_user_file_by_path(tmp_path: Path, absolute: bool, with_defaults: bool) -> None:
+    text = "trainer: {steps: 7}\n"
+    if with_defaults:
+        text = "defaults:\n  - override /loss: grpo\n  - _self_\n" + text
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    config = composed(f"config={file if absolute else 'mine.yaml'}", cwd=tmp_path)
+    assert config["trainer"]["steps"] == 7
+    assert config["loss"]["name"] == ("grpo" if with_defaults else "sapo")
+
+
+def test_user_file_with_the_name_of_a_recipe_is_the_users(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.yaml").write_text("trainer: {steps: 77}\n")
+    assert composed("config=./quickstart.yaml", cwd=tmp_path)["trainer"]["steps"] == 77
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("2024.yaml", "_2024"),
+        ("null.yaml", "_null"),
+        ("t\u00efny.yaml", "_t_ny"),
+        ("a=b.yaml", "_a_b"),
+        ("a,b.yaml", "_a_b"),
+        ("it's mine.yaml", "_it_s_mine"),
+        ("two words.yaml", "two words"),
+        ("a =dir/7b.v2.yaml", "7b.v2"),
+    ],
+)
+def test_files_and_folders_may_have_any_name(tmp_path: Path, name: str, recipe: str) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("trainer: {steps: 7}\n")
+    ready = register([f"config={file}"])
+    assert ready.files == {recipe: file} and ready.argv == [f"config={recipe}"]
+    assert sapo_train(f"config={name}", "--cfg", "job", cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["t\u00efny", "a=b", "it's, [mine]"])
+def test_a_run_folder_of_any_name_is_resumed(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.yaml").write_text("trainer: {steps: 7}\n")
+    config = composed(f"resume={name}", cwd=tmp_path)
+    assert (config["resume"], config["trainer"]["steps"]) == (name, 7)
+
+
+def test_a_resume_goes_to_the_real_folder_of_a_link_and_to_the_newest_run_of_a_recipe(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "runs/x" / name).mkdir(parents=True)
+        (tmp_path / "runs/x" / name / "config.yaml").write_text("trainer: {steps: 7}\n")
+    (tmp_path / "runs/x/latest").symlink_to("b")
+    for named in ("runs/x/latest", "runs/x"):  # `latest` moves on while the run trains
+        assert composed(f"resume={named}", cwd=tmp_path)["resume"] == "runs/x/b"
+    assert composed(f"resume={tmp_path}/runs/x", cwd=tmp_path)["resume"] == f"{tmp_path}/runs/x/b"
+    assert composed("resume=runs/x/a", cwd=tmp_path)["resume"] == "runs/x/a"
+
+
+def test_local_models_and_files_are_frozen_by_their_real_and_whole_paths(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "latest").symlink_to("model")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "1"}\n')
+    (tmp_path / "blob").write_text('{"prompt": "a", "answer": "1"}\n')
+    (tmp_path / "link.jsonl").symlink_to("blob")
+    files = ("data=file", "data.path=rows.jsonl", "data.eval_path=link.jsonl")
+    own = ("config=quickstart", "model.path=latest", "data.args={}")
+    shown = sapo_train(*own, *files, "dry_run=true", cwd=tmp_path, COLUMNS="500")
+    assert shown.returncode == 0, shown.stderr
+    for words in (f"path: {model}\n", f"path: {tmp_path}/rows.jsonl\n", f"eval_path: {tmp_path}/link.jsonl\n"):
+        assert words in shown.stdout
+    (tmp_path / "chain_sum").mkdir()
+    shown = sapo_train("config=chain_sum", f"model.path={model}", "dry_run=true", cwd=tmp_path)
+    assert "path: chain_sum\n" in shown.stdout, shown.stderr
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"a: [1", b"7", b"- 1"])
+def test_a_file_that_is_no_config_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    result = sapo_train(f"resume={tmp_path}", "--cfg", "job", cwd=tmp_path)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert f"{tmp_path}/config.yaml" in result.stderr
+
+
+def test_composing_imports_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from sapo_rl.run.cli import main\n"
+        "try: main(['config=quickstart', 'model.path=nowhere'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'vllm', 'accelerate', 'wandb'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "model.path" in result.stderr
+
+
+BAD = {
+    "misspelt key": (["loss.tau_ngg=1"], ["loss.tau_ngg", "command line", "tau_neg"]),
+    "misspelt group": (["los.tau_neg=1"], ["los", "loss"]),
+    "wrong type": (["loss.tau_neg=abc"], ["loss.tau_neg", "abc", "command line"]),
+    "wrong bool": (["reproducible=perhaps"], ["reproducible", "perhaps"]),
+    "tau of zero": (["loss.tau_pos=0"], ["loss.tau_pos", "above 0", "command line"]),
+    "one detached side": (["loss.sides=one", "loss.gradient=detached"], ["loss.sides", "loss.gradient=paper"]),
+    "tau order": (["loss.tau_neg=0.9"], ["loss.tau_neg", "strict_temperatures"]),
+    "group of one": (["rollout.group_size=1"], ["rollout.group_size", "at least 2"]),
+    "batch that the group does not divide": (["rollout.batch_size=60"], ["rollout.batch_size", "group_size", "64"]),
+    "more parts than prompts": (
+        ["trainer.updates_per_rollout=16", "trainer.mini_batches=16"],
+        ["trainer.mini_batches", "8 prompts"],
+    ),
+    "secret in plain text": (["+reward.functions.correct.args.api_key=abc123"], ["api_key", "oc.env"]),
+    "parts that do not divide the updates": (["trainer.mini_batches=3"], ["trainer.mini_batches", "divide"]),
+    "unknown loss": (["loss.name=sappo"], ["loss.name", "sapo"]),
+    "loss of no module": (["loss.name=absent_losses.Mine"], ["loss.name", "command line", "no module 'absent_losses'"]),
+    "loss that its module lacks": (["loss.name=sapo_rl.losses.sapo.SAPOLos"], ["loss.name", "no 'SAPOLos'", "SAPOPo"]),
+    "loss without a module": (["loss.name=.Mine"], ["loss.name", "'.Mine' is no dotted path"]),
+    "unknown loss group": (["loss=sappo"], ["loss", "sappo", "sapo"]),
+    "unknown reward": (["reward.functions.correct.function=numeric_anser"], ["numeric_anser", "numeric_answer"]),
+    "secret in a list": (["+reward.functions.correct.args.api_keys=[abc123]"], ["args.api_keys", "oc.env"]),
+    "secret of digits": (["+reward.functions.correct.args.password=123"], ["args.password", "oc.env"]),
+    "secret that is not there": (["reward.env=[NO_SUCH_KEY]"], ["reward.env", "NO_SUCH_KEY"]),
+    "misspelt key with plus": (["+loss.kl.coeff=0.1"], ["loss.kl.coeff", "coef"]),
+    "unknown section with plus": (["+my.own.key=3"], ["my", "valid"]),
+    "infinite": (["trainer.learning_rate=inf"], ["trainer.learning_rate", "finite"]),
+    "not a number": (["reward.functions.correct.weight=nan"], ["reward.functions.correct.weight", "finite"]),
+    "new reward without plus": (["reward.functions.mine.function=a.b"], ["functions.mine", "+reward.functions.mine"]),
+    "misspelt key of a reward": (["reward.functions.correct.weigth=2"], ["correct.weigth", "weight"]),
+    "unknown reward module": (["reward.functions.correct.function=no_such_module.f"], ["no_such_module"]),
+    "unknown source": (["data.source=arithmetics"], ["data.source", "arithmetic"]),
+    "missing file": (["data.source=file", "data.path=none.jsonl"], ["none.jsonl"]),
+    "unknown gym dataset": (["data.source=reasoning_gym", "data.path=chain_summ"], ["chain_summ", "chain_sum"]),
+    "unknown recipe": (["config=quickstrat"], ["quickstrat", "quickstart"]),
+    "missing recipe file": (["config=nowhere.yaml"], ["nowhere.yaml"]),
+    "missing model": (["model.path=./nowhere"], ["model.path", "nowhere"]),
+    "unknown aggregation": (["loss.loss_agg_mode=token-meen"], ["loss.loss_agg_mode", "token-mean"]),
+    "old log-probs without log-probs": (["loss.old_logps=rollout"], ["loss.old_logps", "rollout.logprobs"]),
+    "decoupled without correction": (["loss.old_logps=decoupled"], ["loss.old_logps", "loss.correction.mode"]),
+    "correction without log-probs": (["loss.correction.mode=token_mask"], ["loss.correction.mode", "rollout.logprobs"]),
+    "eval of an unknown reward": (["eval.reward=corect"], ["eval.reward", "correct"]),
+    "resume of nothing": (["resume=runs/none"], ["resume", "runs/none"]),
+    "bad syntax": (["trainer.steps=[1"], ["trainer.steps"]),
+    "unknown flag": (["--multi-run"], ["--multi-run", "--hydra-help"]),
+    "temperature that vLLM refuses": (["rollout.temperature=2.5"], ["rollout.temperature", "at most 2"]),
+    "temperature that vLLM raises": (["rollout.temperature=0.001"], ["rollout.temperature", "at least 0.01"]),
+    "group that vLLM refuses": (
+        ["rollout.group_size=16400", "rollout.batch_size=131200"],
+        ["rollout.group_size", "at most 16384"],
+    ),
+    "more samples than vLLM writes": (["eval.samples=20000"], ["eval.samples", "at most 16384"]),
+    "negative top_k": (["rollout.top_k=-1"], ["rollout.top_k", "at least 0"]),
+    "top_p above 1": (["rollout.top_p=1.5"], ["rollout.top_p", "at most 1"]),
+    "negative min_p": (["rollout.min_p=-0.1"], ["rollout.min_p", "at least 0"]),
+    "no repetition penalty": (["rollout.repetition_penalty=0"], ["rollout.repetition_penalty", "at least 0.01"]),
+    "absurd penalty": (["rollout.repetition_penalty=1e300"], ["rollout.repetition_penalty", "at most 100"]),
+    "top_p that float32 takes for 0": (["rollout.top_p=1e-300"], ["rollout.top_p", "at least 1e-06"]),
+    "negative seed": (["seed=-1"], ["seed", "at least 0"]),
+    "seed that NumPy refuses": (["seed=4294967296"], ["seed", "at most 4294967295"]),
+    "absurd count": (["rollout.top_k=99999999999999999999"], ["rollout.top_k", "at most 2147483647"]),
+    "wait without end": (["rollout.timeout=1e12"], ["rollout.timeout", "at most"]),
+    "argument that is filled in": (
+        ["+data.chat_template_args.add_generation_prompt=false"],
+        ["data.chat_template_args", "add_generation_prompt"],
+    ),
+    "negative steps": (["trainer.steps=-1"], ["trainer.steps", "at least 1"]),
+}
+
+
+def test_what_comes_from_the_environment_stays_a_reference_under_every_key(tmp_path: Path, model: Path) -> None:
+    written = {
+        "key": "${oc.env:MINE}",
+        "wandb_token": "${oc.env:MINE}",
+        "headers": {"Authorization": "Bearer ${oc.env:MINE}"},
+        "url": "https://me:${oc.env:MINE}@host",
+        "many": ["plain", "${oc.env:MINE}"],
+        "again": "${description}",
+        "decoded": "${oc.decode:${oc.env:MINE}}",
+        "absent": "${oc.env:ABSENT,}",
+    }
+    (tmp_path / "my_rewards.py").write_text("def f(completions, **columns): ...\n")
+    own = {"description": "${oc.env:MINE}", "trainer": {"steps": "${oc.decode:${oc.env:MY_STEPS}}"}}
+    own["reward"] = {"functions": {"f": {"function": "my_rewards.f", "args": written}}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"defaults": ["quickstart", "_self_"], **own}))
+    arguments = ("config=mine.yaml", f"model.path={model}")
+    shown = sapo_train(*arguments, "dry_run=true", cwd=tmp_path, MINE="4711", MY_STEPS="7", COLUMNS="200")
+    assert shown.returncode == 0, shown.stderr
+    assert "4711" not in shown.stdout + shown.stderr
+    for value in ("${oc.env:MINE}", "Bearer ${oc.env:MINE}", "https://me:${oc.env:MINE}@host", "'${oc.env:MINE}']"):
+        assert value in shown.stdout
+    assert "steps: 7" in shown.stdout and "num_processes: 1" in shown.stdout
+
+
+def test_off_without_quotes_is_told_from_false(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("defaults: [quickstart]\nlogging: {wandb: off}\n")
+    result = sapo_train("config=mine.yaml", "dry_run=true", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("sapo-train: logging.wandb") and 'write "off"' in result.stderr
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_config_ends_in_two_lines_and_code_2(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    overrides, words = BAD[case]
+    given = [] if any(o.startswith(("model.path", "resume")) for o in overrides) else [f"model.path={model}"]
+    recipe = [] if any(o.startswith(("config=", "resume")) for o in overrides) else ["config=quickstart"]
+    monkeypatch.chdir(tmp_path)
+    code, _, told = inside.sapo_train(*recipe, *given, *overrides)
+    assert code == 2, told
+    lines = told.strip().splitlines()
+    assert 1 <= len(lines) <= 2 and "Traceback" not in told, told
+    for word in words:
+        assert word in told
+    assert not (tmp_path / "runs").exists()
+
+
+def test_mistake_in_a_users_file_names_the_file(tmp_path: Path, model: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    for text, words in {
+        "loss: {tau_negg: 1}\n": ["loss.tau_negg", "tau_neg"],
+        "loss: {tau_neg: -1}\n": ["loss.tau_neg", "above 0"],
+        "trainer: {steps: many}\n": ["trainer.steps", "many"],
+    }.items():
+        file.write_text(text)
+        groups = ("data=arithmetic", "reward=numeric", f"model.path={model}")
+        result = sapo_train("config=mine.yaml", *groups, cwd=tmp_path)
+        assert result.returncode == 2
+        assert len(result.stderr.strip().splitlines()) <= 2, result.stderr
+        assert all(word in result.stderr for word in [*words, "mine"]), result.stderr
+
+
+def test_dry_run_shows_config_batches_and_memory_and_leaves_nothing(tmp_path: Path, model: Path) -> None:
+    result = sapo_train("config=quickstart", f"model.path={model}", "dry_run=true", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for words in ("tau_neg: 1.05", "64 = 8 prompts x 8", "memory"):
+        assert words in result.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("command", [["dry_run=true"], []])
+def test_a_model_whose_files_are_not_those_of_a_model_is_refused_at_once(
+    tmp_path: Path, model: Path, command: list[str]
+) -> None:
+    (model / "model.safetensors").write_text("version https://git-lfs\noid sha256:00\nsize 1000\n")
+    result = sapo_train("config=quickstart", f"model.path={model}", *command, cwd=tmp_path)
+    assert result.returncode == 2
+    told = f"sapo-train: model.path (command line): {model}/model.safetensors is a Git LFS pointer"
+    assert result.stderr.startswith(told) and "git lfs pull" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_completion_offers_recipes(tmp_path: Path) -> None:
+    line = "sapo-train config=quick"
+    environment = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_CWORD": "1"}
+    result = sapo_train("-sc", "query=bash", cwd=tmp_path, **environment)
+    assert "config=quickstart" in result.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "abc"}, ["RANK is 'abc'", "whole number"]),
+        ({"WORLD_SIZE": "x"}, ["WORLD_SIZE is 'x'"]),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "-1"}, ["LOCAL_WORLD_SIZE is '-1'"]),
+        ({"RANK": "1"}, ["RANK is 1", "WORLD_SIZE is 1"]),
+        ({"WORLD_SIZE": "2"}, ["WORLD_SIZE is 2", "without RANK"]),
+    ],
+)
+def test_variables_that_no_launcher_has_set_are_named(
+    tmp_path: Path, model: Path, variables: dict[str, str], words: list[str]
+) -> None:
+    result = sapo_train("config=quickstart", f"model.path={model}", cwd=tmp_path, **variables)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert all(word in result.stderr for word in [*words, "unset"])
+
+
+@pytest.mark.parametrize(
+    ("imported", "module", "code"), [("hydra", "sapo_rl", 130), ("torch", "sapo_rl.run.rank", -signal.SIGINT)]
+)
+def test_ctrl_c_in_the_first_seconds_is_quiet(tmp_path: Path, imported: str, module: str, code: int) -> None:
+    (tmp_path / f"{imported}.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", module, "config=quickstart"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (code, "", "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["config=quickstart", "--cfg", "job"]])
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "sapo_rl", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environment, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("argument", ["dry_run=true", "-m"])
+def test_what_needs_no_ranks_is_refused_under_a_launcher(tmp_path: Path, argument: str) -> None:
+    result = sapo_train("config=quickstart", argument, cwd=tmp_path, RANK="0", WORLD_SIZE="2")
+    assert result.returncode == 2
+    assert argument.partition("=")[0] in result.stderr and "without a launcher" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+OWN_LOSS = "loss: {name: gspo, clip_low: 3e-4, tau_pos: 2.0}\n"
+
+
+def test_a_choice_on_the_command_line_beats_what_a_recipe_sets_of_its_group(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(OWN_LOSS)
+    loss = composed("config=mine.yaml", "loss=grpo", "loss.clip_high=0.28", cwd=tmp_path)["loss"]
+    assert (loss["name"], loss["clip_low"], loss["clip_high"], loss["tau_pos"]) == ("grpo", 0.2, 0.28, 2.0)
+    frozen = tmp_path / "run"
+    frozen.mkdir()
+    (frozen / "config.yaml").write_text(OWN_LOSS)
+    resumed = composed(f"resume={frozen}", "loss=grpo", "launch=ddp", cwd=tmp_path)
+    assert (resumed["loss"]["name"], resumed["launch"]["profile"]) == ("grpo", "ddp")
+
+
+def test_a_sweep_over_choices_that_the_recipe_hides_is_refused(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(OWN_LOSS)
+    own = ("config=mine.yaml", "data=arithmetic", "reward=numeric", f"model.path={model}")
+    result = sapo_train(*own, "loss=sapo,grpo", "-m", "dry_run=true", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "loss.name (mine.yaml): hides what loss=sapo sets it to, sapo" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("learning_rate=1e-6", "trainer.learning_rate"),
+        ("num_generations=8", "rollout.group_size"),
+        ("trainer.lr=1e-6", "trainer.learning_rate"),
+        ("loss.kl_coef=0.1", "loss.kl.coef"),
+        ("beta=0.04", "loss.kl.coef"),
+        ("rollout.max_tokens=64", "rollout.max_completion_tokens"),
+    ],
+)
+def test_keys_of_other_programs_and_of_other_sections_are_pointed_to_ours(
+    tmp_path: Path, typed: str, meant: str
+) -> None:
+    result = sapo_train("config=quickstart", typed, cwd=tmp_path)
+    assert result.returncode == 2
+    assert f"no such key; did you mean {meant}?" in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["config=quickstart", "loss=gspo"], "loss: no choice 'gspo'; write loss.name=gspo"),
+        (["config=quickstart", "model=Qwen/Qwen3-0.6B"], "model: no choice 'Qwen/Qwen3-0.6B'; valid: smollm2-135m"),
+        (["config=quickstart", "model=Qwen/Qwen3-0.6B"], "your own is model.path="),
+        (["again.yaml"], "'again.yaml' (command line): write config=again.yaml"),
+        (["config=again.yaml"], "config: again.yaml: in `defaults`, name a recipe alone: [quickstart, _self_]"),
+        (["config=over.yaml"], "config: over.yaml: in `defaults`, name a recipe alone: [quickstart, _self_]"),
+    ],
+)
+def test_what_is_meant_is_told(tmp_path: Path, arguments: list[str], told: str) -> None:
+    (tmp_path / "again.yaml").write_text("defaults: [{/config: quickstart}]\n")
+    (tmp_path / "over.yaml").write_text("defaults:\n- override /config: quickstart\n")
+    result = sapo_train(*arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert told in result.stderr and "Traceback" not in result.stderr, result.stderr

@@ -1,0 +1,250 @@
+"""A user's recipe and flags: a mistake in them ends in two lines with the key or the file, and no file runs code."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+from inside import sapo_train
+from omegaconf import OmegaConf
+from tiny import make_stand_in
+
+from sapo_rl.config import Config
+from sapo_rl.errors import UserError, brief
+from sapo_rl.errors.files import DEEPEST, parse_json
+from sapo_rl.run import compose
+from sapo_rl.run.other_names import NONE_HERE, OTHER_NAMES
+
+GROUPS = ("data=arithmetic", "reward=numeric", "model.path=model")
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's folder with a model that passes as long as nobody loads it."""
+    make_stand_in(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(*arguments: str) -> str:
+    """What is said of a command line that is refused as it should be."""
+    code, _, told = sapo_train(*arguments)
+    lines = told.splitlines()
+    assert code == 2 and 1 <= len(lines) <= 2 and len(told) < 1600, told
+    assert lines[0].startswith("sapo-train: ") and "Traceback" not in told, told
+    return told
+
+
+ANCHORS = "\n".join(f"k{n}: &k{n} [{', '.join([f'*k{n - 1}'] * 9 if n else ['1'] * 9)}]" for n in range(9))
+SHAPES = {
+    "loss: grpo": ["loss (mine.yaml): is 'grpo'", "{override /loss: grpo}, _self_]", "keys under `loss:`"],
+    "launch: ddp": ["launch (mine.yaml): is 'ddp'", "override /launch: ddp"],
+    "loss: gspo": ["loss (mine.yaml): is 'gspo'; write loss: {name: gspo}"],
+    "model: Qwen/Qwen3-0.6B": ["model (mine.yaml)", "write model: {path: Qwen/Qwen3-0.6B}"],
+    "loss: .inf": ["loss (mine.yaml): is inf, must be a mapping"],
+    "loss:": ["loss (mine.yaml): is empty"],
+    "data: {args: [a]}": ["data.args (mine.yaml): is ['a'], must be a mapping"],
+    "reward: {functions: {b: mod.f}}": ["reward.functions.b (mine.yaml): is 'mod.f'; write b: {function: mod.f}"],
+    "trainer: {steps: [1]}": ["trainer.steps (mine.yaml): is [1], must be one value"],
+    "trainer: {betas: 3}": ["trainer.betas (mine.yaml): is 3, must be a list"],
+    "trainer: {betas: [a, b]}": ["trainer.betas[0] (mine.yaml)", "'a'"],
+    "trainer: {5: 6}": ["trainer.5 (mine.yaml): no such key"],
+    "trainer: {steps: '${nope}'}": ["trainer.steps (mine.yaml): Interpolation key 'nope' not found"],
+    "trainer: {steps: '${oc.env:NOPE}'}": ["trainer.steps (mine.yaml)", "NOPE"],
+    "trainer: {steps: '${'}": ["trainer.steps (mine.yaml)"],
+    "logging: {tags: '${data}'}": ["logging.tags"],
+    f"rollout: {{temperature: {'9' * 400}}}": ["rollout.temperature (mine.yaml)", "more than 300 digits"],
+    "seed: !!int abc": ["mine.yaml", "abc"],
+    "seed: !!bool maybe": ["mine.yaml", "maybe"],
+    "a: !!python/object/apply:os.getcwd []": ["mine.yaml:1: no valid YAML", "os.getcwd"],
+    "model: &m {path: *m}": ["mine.yaml:1: '*m' stands inside what it refers to"],
+    f"a: {'[' * 100}{']' * 100}": ["mine.yaml:1: is nested deeper than 50 levels"],
+    ANCHORS: ["mine.yaml: holds more than 100,000 values"],
+    "- 1": ["mine.yaml must hold a mapping"],
+    "a: b: c": ["mine.yaml:1: no valid YAML"],
+    "trainer: {}\ntrainer: {}": ["mine.yaml:2: no valid YAML: found duplicate key trainer"],
+    "defaults: quickstart": ["mine.yaml: `defaults` is 'quickstart', must be a list"],
+    "defaults: [5]": ["mine.yaml: in `defaults`, 5 is neither"],
+    "defaults: [{model: a, data: b}]": ["mine.yaml: in `defaults`, {'model': 'a', 'data': 'b'} is neither"],
+    "defaults: [mine]": ["mine.yaml: in `defaults`, 'mine' is this file itself"],
+    "defaults: [quickstrat]": ["config (mine.yaml): no recipe 'quickstrat'; did you mean 'quickstart'"],
+    "defaults: [{override loss: grpo}]": [
+        "config (mine.yaml): in `defaults`, no group '/loss'",
+        "override /loss: grpo",
+    ],
+    "defaults: [/train]": ["mine.yaml: something in it refers to itself"],
+    "lora: {rank: 8}": ["lora (mine.yaml): no such key; did you mean model.lora?"],
+}
+
+
+@pytest.mark.parametrize("text", SHAPES)
+def test_a_recipe_that_cannot_be_is_named_with_its_key_or_line(workspace: Path, text: str) -> None:
+    (workspace / "mine.yaml").write_text(text)
+    told = refused("config=mine.yaml", *GROUPS)
+    assert all(word in told for word in SHAPES[text]), told
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hydra: {callbacks: {x: {_target_: os.mkdir, path: made}}}",
+        "hydra: {job_logging: {version: 1, handlers: {x: {(): os.mkdir, path: made}}}}",
+        "hydra: {sweeper: {_target_: os.mkdir, path: made}}",
+        "hydra: {launcher: {_target_: os.mkdir, path: made}}",
+        "hydra: {sweeper: {params: {+hydra.callbacks.x._target_: os.mkdir}}}",
+        "hydra: {searchpath: [file:///tmp]}",
+        "hydra: null",
+        "defaults: [{override /hydra/job_logging: default}]",
+        "defaults: [{/loss@hydra.callbacks: sapo}]",
+    ],
+)
+def test_a_recipe_or_run_folder_runs_no_code(workspace: Path, text: str) -> None:
+    (workspace / "config.yaml").write_text(text)
+    for arguments in (("config=config.yaml",), ("resume=.",)):
+        told = refused(*arguments, *GROUPS, "dry_run=true")
+        assert "config.yaml" in told and "hydra" in told and "run code" in told
+    assert sorted(path.name for path in workspace.iterdir()) == ["config.yaml", "model"]
+
+
+def test_a_recipe_may_say_what_a_sweep_goes_over(workspace: Path) -> None:
+    (workspace / "mine.yaml").write_text("hydra: {mode: MULTIRUN, sweeper: {params: {loss.tau_pos: '0.1,5.0'}}}")
+    code, _, told = sapo_train("config=mine.yaml", *GROUPS)
+    assert code == 2 and told.count("loss.tau_neg") == 1 and "below loss.tau_pos = 5.0" in told, told
+
+
+def test_no_pickle_is_read(workspace: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (Path("touched"),)  # pyright: ignore[reportReturnType]
+
+    (workspace / "config.pickle").write_bytes(pickle.dumps(Evil()))
+    told = refused("--experimental-rerun", "config.pickle", "config=quickstart")
+    assert "--experimental-rerun" in told and "resume=" in told
+    assert not (workspace / "touched").exists()
+
+
+LONG = "x" * 3000
+RECIPE = ("config=quickstart", "model.path=model")
+TYPED = {
+    "no name": ([*RECIPE, "model=null"], ["model (command line): 'null' is no name; valid: smollm2-135m"]),
+    "a number": ([*RECIPE, "model=5"], ["model (command line): '5' is no name"]),
+    "no key": ([*RECIPE, "+=1"], ["'+=1' (command line): there is no key"]),
+    "text for a function": (
+        [*RECIPE, "reward.functions.correct=mod.f"],
+        ["reward.functions.correct (command line)", "reward.functions.correct.function=..."],
+    ),
+    "no home": (["config=~nosuch/x.yaml"], ["config: no file '~nosuch/x.yaml'"]),
+    "no home to resume": (["resume=~nosuch"], ["resume: '~nosuch' is no run folder"]),
+    "a file that begins with ~": (["config=~there.yaml"], ["trainer.steps (~there.yaml)"]),
+    "long recipe": ([f"config={LONG}.yaml"], ["config: no file", "characters) ..."]),
+    "long run folder": ([f"resume={LONG}"], ["resume: ", "is no run folder"]),
+    "long data": ([*RECIPE, "data.source=file", f"data.path={LONG}.jsonl"], ["data.path (command line)", ".jsonl'"]),
+    "long module": ([*RECIPE, f"loss.name=a.{LONG}"], ["loss.name (command line)", "there is no module 'a'"]),
+    "long value": ([*RECIPE, f"loss.name={LONG}"], ["loss.name (command line)", "characters) ...", "dotted path"]),
+    "a NUL": (["config=a\0b.yaml"], ["config: no file 'a\\x00b.yaml'"]),
+    "a loop of links": (["config=loop.yaml"], ["config: no file 'loop.yaml'"]),
+    "no reference": ([*RECIPE, "trainer.steps=${nope}"], ["trainer.steps (command line)", "'nope' not found"]),
+    "400 digits": ([*RECIPE, f"rollout.temperature={'9' * 400}"], ["rollout.temperature (command line)"]),
+    "a sweep without -m": ([*RECIPE, "loss.tau_neg=1.0,1.05"], ["add -m to sweep", "loss.tau_neg=[1.0,1.05]"]),
+    "no launcher": ([*RECIPE, "hydra/launcher=joblib"], ["pip install hydra-joblib-launcher"]),
+    "no profile": (
+        [*RECIPE, "launch.profile=bad.yaml", "launch.num_processes=2"],
+        ["launch.profile (command line)", "bad.yaml"],
+    ),
+    "resolve": ([*RECIPE, "--resolve"], ["--resolve: goes with --cfg"]),
+    "two modes": ([*RECIPE, "--run", "-m"], ["--run and --multirun"]),
+    "a sweep that is shown": ([*RECIPE, "-m", "--cfg", "job"], ["--multirun and --cfg"]),
+    "no shell": (["-sc", "nope"], ["--shell-completion: takes install="]),
+    "Hydra's name for it": (["-cn", "quickstart"], ["write config=quickstart"]),
+    "another folder": (["-cp", "x", *RECIPE], ["--config-path", "--config-dir"]),
+}
+
+
+@pytest.mark.parametrize("case", TYPED)
+def test_odd_arguments_are_told_in_two_lines(workspace: Path, case: str) -> None:
+    (workspace / "loop.yaml").symlink_to("loop.yaml")
+    (workspace / "~there.yaml").write_text("trainer: {steps: many}")
+    (workspace / "bad.yaml").write_bytes(b"distributed_type: \xff")
+    arguments, words = TYPED[case]
+    told = refused(*arguments)
+    assert all(word in told for word in words), told
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_what_nobody_thought_of_is_told_too_and_its_traceback_on_demand(
+    monkeypatch: pytest.MonkeyPatch, wanted: bool
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setitem(compose.check.__globals__["RULES"], "model.path", broken)
+    monkeypatch.setenv(compose.FULL_ERROR, "1" if wanted else "0")
+    if wanted:
+        with pytest.raises(ZeroDivisionError):
+            sapo_train(*RECIPE)
+    else:
+        told = refused(*RECIPE)
+        assert "model.path: ZeroDivisionError: by zero" in told and compose.FULL_ERROR in told
+
+
+def test_a_job_that_fails_in_a_process_of_its_own_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = iter([1, 2, 2, 2, 2])  # the command line's, then the job's, as a launcher such as joblib has it
+    monkeypatch.setattr("sapo_rl.run.cli.os.getpid", lambda: next(processes, 2))
+    code, _, told = sapo_train(*RECIPE, "trainer.steps=0", "-m")
+    assert code == 2 and "trainer.steps (command line): is 0; must be at least 1" in told
+    assert "Traceback" not in told and compose.FULL_ERROR not in told
+
+
+def test_a_failure_of_the_program_itself_is_no_mistake_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr("sapo_rl.run.cli.run", broken)
+    with pytest.raises(ZeroDivisionError):
+        sapo_train(*RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("data.train_batch_size=8", ["rollout.batch_size", "prompts there", "completions", "rollout.group_size"]),
+        ("per_device_train_batch_size=8", ["trainer.tokens_per_micro_batch", "in tokens"]),
+        ("trainer.total_epochs=3", ["trainer.steps", "an epoch has"]),
+        ("data.max_response_length=64", ["rollout.max_completion_tokens"]),
+        ("num_train_epochs=3", ["trainer.steps", "an epoch has"]),
+        ("trainer.total_training_steps=9", ["trainer.steps", "updates"]),
+        ("actor_rollout_ref.rollout.n=8", ["rollout.group_size"]),
+        ("trainer.output_dir=x", ["there is none", "runs/<recipe>/<time>"]),
+    ],
+)
+def test_names_of_other_trainers_are_told_with_their_unit(typed: str, words: list[str]) -> None:
+    told = refused(*RECIPE, typed)
+    assert all(word in told for word in ["no such key", *words]), told
+
+
+def test_every_key_that_is_pointed_to_exists() -> None:
+    for key, _ in OTHER_NAMES.values():
+        node = OmegaConf.to_container(OmegaConf.structured(Config))
+        for part in key.split("."):
+            assert isinstance(node, dict) and part in node, key
+            node = node[part]
+    assert not OTHER_NAMES.keys() & NONE_HERE.keys()
+
+
+def test_messages_are_kept_short_and_printable() -> None:
+    told = str(UserError("a: " + "b" * 5000 + " end"))
+    assert len(told) < 800 and told.startswith("a: bbb") and told.endswith("b end")
+    assert re.search(r"\(\d,\d{3} characters\)", told)
+    assert brief("first\nsecond\n\nthird\n") == "first ... (1 more lines)\nthird"
+    assert brief("\x1b[2J\ud800\tx") == "\\x1b[2J\\ud800\\tx"
+
+
+def test_json_of_a_user_is_bounded() -> None:
+    assert parse_json("[" * DEEPEST + "]" * DEEPEST, "f:1")
+    for text in ("[" * (DEEPEST + 1) + "]" * (DEEPEST + 1), "[" * 100_000):
+        with pytest.raises(UserError, match="f:1: is nested deeper than 50 levels"):
+            parse_json(text, "f:1")
+    with pytest.raises(UserError, match=r"f:1: a whole number of more than 4,300 digits"):
+        parse_json("9" * 5000, "f:1")
