@@ -1,0 +1,155 @@
+"""The code on the pages: docs/extending.md's worked examples, run in a user's folder as the page says."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib
+import json
+import math
+import re
+import runpy
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from inside import sapo_train
+from tiny import engine_settings, logps_of
+
+ROOT = Path(__file__).resolve().parents[1]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """Language and text of each block of code."""
+    return FENCE.findall((ROOT / page).read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files of docs/extending.md, each under the name in its first line; the current one."""
+    for language, text in blocks("docs/extending.md"):
+        if language in ("python", "yaml"):
+            name = text.partition("\n")[0].removeprefix("# ")
+            (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def module(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports one of the page's modules by name; it is forgotten afterwards."""
+
+    def load(name: str) -> ModuleType:
+        monkeypatch.syspath_prepend(str(folder))
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return importlib.import_module(name)
+
+    return load
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/sapo.md"])
+def test_python_on_other_pages_runs(page: str) -> None:
+    texts = [text for language, text in blocks(page) if language == "python"]
+    assert texts
+    for text in texts:
+        exec(compile(text, page, "exec"), {"__name__": "example"})
+
+
+def test_the_loss_has_the_gradient_that_it_names(module: Any) -> None:
+    import torch
+
+    from sapo_rl.losses import LossInputs, build_loss
+
+    logps = torch.tensor([-0.5, -1.0, -2.0], dtype=torch.float64, requires_grad=True)
+    old = torch.tensor([-0.5, -2.0, -1.0], dtype=torch.float64)
+    advantages = torch.tensor([1.0, 1.0, -2.0], dtype=torch.float64)
+    inputs = LossInputs(
+        logps=logps,
+        old_logps=old,
+        advantages=advantages,
+        sequence_ids=torch.tensor([0, 0, 1]),
+        num_sequences=2,
+        token_weights=torch.full((3,), 0.5, dtype=torch.float64),
+    )
+    outputs = build_loss(module("my_losses").Truncated, clip_high=0.5)(inputs)
+    outputs.loss.backward()
+    weights = [1.0, 1.5, math.exp(-1.0)]  # the ratio of the second token is e, cut at 1.5
+    expected = [-0.5 * weight * advantage for weight, advantage in zip(weights, advantages.tolist(), strict=True)]
+    assert logps.grad is not None and logps.grad.tolist() == pytest.approx(expected, rel=1e-12)
+    ratio = (logps.detach() - old).exp()
+    by_weight = -advantages * ratio * outputs.gradient_weight * 0.5
+    assert by_weight.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_reward_functions_score_each_completion(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import httpx
+
+    arriving = asyncio.Barrier(2)
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        await asyncio.wait_for(arriving.wait(), 30)  # the second is asked before the first is answered
+        asked = json.loads(request.content)
+        assert request.headers["Authorization"] == "Bearer secret" and asked["prompt"] == "How?"
+        return httpx.Response(200, json={"score": len(asked["completion"]) / 10})
+
+    client = functools.partial(httpx.AsyncClient, transport=httpx.MockTransport(answer))
+    monkeypatch.setattr(httpx, "AsyncClient", client)
+    monkeypatch.setenv("JUDGE_API_KEY", "secret")
+    given: dict[str, Any] = {"prompts": ["How?"] * 2, "completions": ["so", "thus"], "answer": [1, 1]}
+    rewards = module("my_rewards")
+    assert rewards.brief(**given, most=3) == [1.0, 0.0]
+    assert asyncio.run(rewards.judge(**given, url="http://judge/")) == [0.2, 0.4]
+
+
+def test_the_recipe_with_all_of_them_passes_a_dry_run(
+    folder: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_API_KEY", "secret")
+    runpy.run_path("make_rows.py")
+    first = json.loads((folder / "rows.jsonl").read_text().partition("\n")[0])
+    assert first["word"].count(first["letter"]) == first["count"]
+    code, shown, told = sapo_train("config=mine.yaml", f"model.path={tiny_model}", "dry_run=true")
+    assert code == 0, told
+    table = [" ".join(line.replace("│", " ").split()) for line in shown.splitlines()]
+    assert "held-out rows 16" in table and "columns word, letter, count" in table, shown
+
+
+def test_the_engine_writes_scores_and_takes_weights(module: Any, tiny_model: Path, tmp_path: Path) -> None:
+    import torch
+    from tiny import make_tiny_model, make_tokenizer
+    from transformers import AutoModelForCausalLM
+
+    from sapo_rl.config import RolloutConfig
+    from sapo_rl.engines.parity import verify
+    from sapo_rl.rollout.collector import Rollouts
+    from sapo_rl.types import Prompt
+
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    engine = module("my_engine").PlainEngine(engine_settings(tiny_model, tmp_path / "log"))
+    engine.start()
+    engine.wait_ready()
+    config = RolloutConfig(group_size=2, max_completion_tokens=4, logprobs=True)
+    rollouts = Rollouts([engine], config, tokenizer, seed=0, reproducible=True)
+    prompts = [Prompt(index, tokenizer(text)["input_ids"], text, {}) for index, text in enumerate(("1 + 1", "2 + 5"))]
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+
+    groups = rollouts.generate(prompts, step=1)
+    assert groups == rollouts.generate(prompts, step=1) != rollouts.generate(prompts, step=2)
+    for group in groups:
+        for sample in group.samples:
+            expected = logps_of(model, [*group.prompt.token_ids, *sample.token_ids])[len(group.prompt.token_ids) - 1 :]
+            assert sample.rollout_logps == pytest.approx(expected, abs=1e-5)
+            assert 1 <= len(sample.token_ids) <= 4 and sample.weight_version == 0
+    likeliest = model(torch.tensor([prompts[0].token_ids])).logits[0, -1].argmax()
+    assert rollouts.greedy(prompts, 1)[0].samples[0].token_ids == [likeliest]
+
+    other = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path / "other", seed=1))
+    module("my_engine").CopyTransport().push(other.named_parameters(), [engine], version=3)
+    token_ids = [*prompts[0].token_ids, *groups[0].samples[0].token_ids]
+    assert verify(engine, token_ids, logps_of(other, token_ids), "float32") < 1e-5
+    assert rollouts.generate(prompts, step=1)[0].samples[0].weight_version == 3
+    engine.close()
