@@ -2,18 +2,38 @@
 # Everything that a change must pass: lint, types, unit tests, then the end-to-end tests with real vLLM.
 #
 #   bash scripts/test.sh                       all of it, 12 minutes at most on two cores
+#   bash scripts/test.sh --fast                lint, and the unit tests that need no vLLM and start no run (aim: two minutes)
 #   bash scripts/test.sh PYTEST-ARGUMENT ...   pytest alone, e.g. -m "not e2e", or tests/losses
 set -euo pipefail
 # shellcheck source=scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" dev gym math
-if [ $# -gt 0 ]; then
+# Without a marker, but not fast: they load vLLM, start programs, or wait for what hangs.
+slow=(
+    tests/engines/test_child.py
+    tests/engines/test_process.py
+    tests/engines/test_vllm_serve.py
+    tests/rewards/test_reward_pool.py
+    tests/run/test_fuzz.py
+    tests/run/test_serve.py
+    tests/run/test_signals.py
+    tests/run/test_sweep.py
+    tests/test_bench.py
+    tests/test_packaging.py
+)
+if [ $# -gt 0 ] && [ "$*" != --fast ]; then
     exec .venv/bin/python -m pytest "$@"
 fi
 failed=""
 say "ruff"
 .venv/bin/ruff check --output-format concise || failed="$failed ruff"
-say "pyright"
-.venv/bin/pyright || failed="$failed pyright"
+if [ "${1:-}" = --fast ]; then
+    chosen=(-m "not (e2e or multi or gpu)" "${slow[@]/#/--ignore=}")
+else
+    say "pyright"
+    .venv/bin/pyright || failed="$failed pyright"
+    chosen=(--durations=10)
+fi
 say "pytest"
-.venv/bin/python -m pytest --durations=10 -n 2 --dist loadfile || failed="$failed pytest"
+.venv/bin/python -m pytest "${chosen[@]}" -n 2 --dist loadfile || failed="$failed pytest"
 [ -z "$failed" ] || die "failed:$failed"
+say "all passed"
