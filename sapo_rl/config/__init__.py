@@ -92,9 +92,12 @@ class RewardFunctionConfig:
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments passed to the function at every call."""
     timeout: float = number(30.0, above=0, most=LONGEST_WAIT)
-    """Seconds that one sample may take; then the worker is killed and the sample counts as failed."""
+    """Seconds that one sample may take; then the call is ended, if need be with its worker, and the sample failed."""
     on_error: str = choice("raise", "raise", "zero")
     """A failed sample ends the run with its text (`raise`), or scores 0 and is counted (`zero`)."""
+    concurrency: Optional[int] = number(None, least=1)
+    """Calls of it that a worker has under way at once; null takes 64 for an `async def`, 1 for any other function,
+    which cannot have more."""
 
 
 @dataclass

@@ -10,7 +10,7 @@ from sapo_rl import plugins
 from sapo_rl.config import RewardFunctionConfig
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.rewards.registry import PACKAGES, REWARD_FUNCTIONS, RewardFunction
-from sapo_rl.rewards.runner.scoring import GIVEN
+from sapo_rl.rewards.runner.scoring import GIVEN, is_coroutine
 
 KIND = "reward function"
 
@@ -40,7 +40,7 @@ def check_function(name: str, cfg: RewardFunctionConfig) -> None:
 
     Raises:
         UserError: unknown built-in, missing package or module, a file that does not parse or never mentions the
-            function, or `args` that a built-in does not take.
+            function, or `args` or a `concurrency` that a built-in does not take.
     """
     where = f"reward.functions.{name}"
     taken = [key for key in cfg.args if key in GIVEN]
@@ -62,7 +62,22 @@ def check_function(name: str, cfg: RewardFunctionConfig) -> None:
         module, project = PACKAGES[cfg.function]
         if plugins.find_spec(module) is None:
             raise UserError(f"{where}.function: '{cfg.function}' needs a package: pip install {project}")
-    _check_arguments(where, REWARD_FUNCTIONS.get(cfg.function), cfg.args)
+    function = REWARD_FUNCTIONS.get(cfg.function)
+    check_concurrency(name, cfg, is_coroutine(function))
+    _check_arguments(where, function, cfg.args)
+
+
+def check_concurrency(name: str, cfg: RewardFunctionConfig, coroutine: bool) -> None:
+    """Refuse several calls at once of a function that is no `coroutine` function.
+
+    Raises:
+        UserError: `cfg.concurrency` is above 1, and calls of the function are not coroutines.
+    """
+    if not coroutine and (cfg.concurrency or 1) > 1:
+        raise UserError(
+            f"reward.functions.{name}.concurrency: is {cfg.concurrency}, but '{cfg.function}' is no `async def`, and "
+            "of other functions a worker makes one call at a time; leave it out, or raise reward.workers"
+        )
 
 
 def _check_arguments(where: str, function: RewardFunction, args: dict[str, Any]) -> None:

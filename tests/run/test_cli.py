@@ -231,6 +231,10 @@ BAD = {
     "not a number": (["reward.functions.correct.weight=nan"], ["reward.functions.correct.weight", "finite"]),
     "new reward without plus": (["reward.functions.mine.function=a.b"], ["functions.mine", "+reward.functions.mine"]),
     "misspelt key of a reward": (["reward.functions.correct.weigth=2"], ["correct.weigth", "weight"]),
+    "several calls of a plain reward at once": (
+        ["+reward.functions.correct.concurrency=4"],
+        ["reward.functions.correct.concurrency", "is 4", "async def", "reward.workers"],
+    ),
     "unknown reward module": (["reward.functions.correct.function=no_such_module.f"], ["no_such_module"]),
     "unknown source": (["data.source=arithmetics"], ["data.source", "arithmetic"]),
     "missing file": (["data.source=file", "data.path=none.jsonl"], ["none.jsonl"]),

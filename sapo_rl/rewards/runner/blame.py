@@ -1,7 +1,8 @@
 """Who is at fault where a call of a reward function fails: some of its samples, the group as a whole, or nobody.
 
 A failed call on a group is repeated sample by sample. A worker may also die or stop by no fault of the function, where
-memory is short or somebody kills it, so a function is blamed for a death or a timeout only when it happens again.
+memory is short or somebody kills it, so a function is blamed for a death or a timeout only when it happens again. Where
+a worker dies with several calls under way, nobody knows whose fault it was: each is repeated with no other beside it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class Call:
     """Whether the same call has taken a worker down before, or was too late."""
     patient: bool = False
     """Whether the time limit is that of one sample for each of its samples."""
+    alone: bool = False
+    """Whether its worker may have no other call under way."""
     search: _Search | None = None
     """The search that the call is a part of."""
 
@@ -40,7 +43,9 @@ class Outcome:
     dead: bool = False
     """Whether the worker is gone or of no use any more."""
     late: bool = False
-    """Whether the time limit was over; the worker counts as dead then too."""
+    """Whether the time limit was over; the worker lives on where it could cancel the call."""
+    shared: bool = False
+    """Whether the dead worker had other calls under way, so that any of them may be at fault."""
 
 
 @dataclass(slots=True)
@@ -93,10 +98,13 @@ class Blame:
     def after(self, call: Call, outcome: Outcome) -> Verdict:
         """Return what follows from the end of `call`."""
         failed = outcome.scores is None
+        if outcome.shared:
+            return Verdict(first=[replace(call, alone=True)])
         if failed and len(call.positions) > 1:
             search = _Search(call, outcome, len(call.positions))
-            return Verdict(first=[Call(call.name, call.group, [one], search=search) for one in call.positions])
-        if failed and outcome.dead and not call.repeated:
+            alone = call.alone
+            return Verdict(first=[Call(call.name, call.group, [i], alone=alone, search=search) for i in call.positions])
+        if failed and (outcome.dead or outcome.late) and not call.repeated:
             return Verdict(first=[replace(call, repeated=True)])
         search = call.search
         if search is not None:

@@ -12,6 +12,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,7 @@ from typing import Any
 
 from sapo_rl.config import RewardConfig
 from sapo_rl.errors import UserError, did_you_mean
+from sapo_rl.rewards.lookup import check_concurrency
 from sapo_rl.rewards.runner.blame import Blame, Call, Outcome
 from sapo_rl.rewards.runner.inbox import Inbox
 from sapo_rl.rewards.runner.process import WorkerProcess
@@ -59,13 +61,17 @@ class RewardPool:
         """Start the workers and wait until they have imported the functions.
 
         Raises:
-            UserError: a function that cannot be imported, named, or a log that cannot be written.
+            UserError: a function that cannot be imported, named, or has too large a `concurrency`; a log that cannot
+                be written.
         """
         try:
             self._workers.open()
             while not all(worker.ready for worker in self._workers):
                 self._advance()
-            self._needs = next(iter(self._workers)).needs
+            first = next(iter(self._workers))
+            for name, function in self._cfg.functions.items():
+                check_concurrency(name, function, name in first.under_way.coroutines)
+            self._needs = first.needs
         except BaseException:
             self._workers.close()
             raise
@@ -129,7 +135,7 @@ class RewardPool:
             UserError: as `score`.
         """
         with self._abandoning():
-            while self._queue or any(worker.task is not None for worker in self._workers):
+            while self._queue or any(worker.under_way.calls for worker in self._workers):
                 self._advance()
         samples = [sample for group in self._groups for sample in group.samples]
         for name in self._cfg.functions:
@@ -147,35 +153,46 @@ class RewardPool:
     def _advance(self, inbox: Inbox | None = None) -> list[Any]:
         """Hand out tasks, wait for the next event, here or in the inbox, and deal with it; return what was ready."""
         self._workers.fill()
-        for worker in self._workers:
-            if self._queue and worker.ready and worker.task is None:
-                self._give(worker, self._queue.popleft())
+        while sum(self._give_next(worker) for worker in self._workers):  # in turns, so that all get as many
+            pass
         busy = [worker for worker in self._workers if worker.busy]
         soonest = min((worker.deadline for worker in busy), default=math.inf if inbox else 0.0)
         patience = None if soonest == math.inf else max(0.0, soonest - time.monotonic())
         answered = wait([*(worker.connection for worker in busy), *([inbox.connection] if inbox else [])], patience)
         for worker in busy:
-            outcome = worker.receive() if worker.connection in answered else None
-            if outcome is None and time.monotonic() >= worker.deadline:
-                outcome = worker.late()
-            if outcome is not None:
-                self._settle(worker, outcome)
+            ends = worker.receive() if worker.connection in answered else []
+            if not ends and time.monotonic() >= worker.deadline:
+                ends = worker.overdue()
+            if any(call is not None and outcome.dead for call, outcome in ends):
+                self._workers.replace(worker)
+            if len(ends) > 1 and ends[0][1].shared:
+                cause = f"{len(ends)} calls under way ({ends[0][1].cause})"
+                logger.warning("a worker for reward functions ended with %s; repeating them one at a time", cause)
+            for call, outcome in ends:
+                if call is None:
+                    self._failed_to_start(worker, outcome)
+                else:
+                    self._settle(call, outcome)
         return answered
 
-    def _give(self, worker: WorkerProcess, call: Call) -> None:
+    def _give_next(self, worker: WorkerProcess) -> bool:
+        """Give a worker the first call that it can take; return whether there was one."""
+        names, idle = worker.room(), not worker.under_way.calls
+        found = (i for i, call in enumerate(self._queue) if call.name in names and (idle or not call.alone))
+        place = next(found, None) if names else None
+        if place is None:
+            return False
+        call = self._queue[place]
         try:
             worker.send(call, self._blame.limit(call))
-        except OSError:  # it died while it had nothing to do
-            self._queue.appendleft(call)
+        except OSError:  # it died while it waited, or does not read: nobody's fault
+            self._queue.extendleft(replace(one, alone=True) for one in worker.under_way.calls)
             self._workers.replace(worker)
+        else:
+            del self._queue[place]
+        return True
 
-    def _settle(self, worker: WorkerProcess, outcome: Outcome) -> None:
-        call, worker.task, worker.deadline = worker.task, None, math.inf
-        if call is None:
-            self._failed_to_start(worker, outcome)
-            return
-        if outcome.dead:
-            self._workers.replace(worker)
+    def _settle(self, call: Call, outcome: Outcome) -> None:
         for position, value in zip(call.positions, outcome.scores or [], strict=outcome.scores is not None):
             call.group.samples[position].rewards[call.name] = value
         verdict = self._blame.after(call, outcome)
@@ -193,11 +210,7 @@ class RewardPool:
 
     def _fail(self, call: Call, cause: str) -> None:
         cfg = self._cfg.functions[call.name]
-        index, excerpt = call.group.prompt.index, call.group.samples[call.positions[0]].text[:80]
-        text = (
-            f"reward function '{call.name}' ({cfg.function}) failed on a completion of prompt {index}: "
-            f"{self._workers.with_hint(cause)}\n  completion: {excerpt!r}"
-        )
+        text = _failure(call, cfg.function, self._workers.with_hint(cause))
         if cfg.on_error == "raise":
             raise UserError(f"{text}; reward.functions.{call.name}.on_error=zero scores such samples 0")
         for position in call.positions:
@@ -213,7 +226,15 @@ class RewardPool:
         except BaseException as error:
             self._queue.clear()
             self._stats, self._groups = self._new_stats(), []
-            self._workers.end([worker for worker in self._workers if worker.task is not None])
+            self._workers.end([worker for worker in self._workers if worker.under_way.calls])
             if self._workers.closed:
                 raise RuntimeError(CLOSED) from error
             raise
+
+
+def _failure(call: Call, function: str, cause: str) -> str:
+    index, excerpt = call.group.prompt.index, call.group.samples[call.positions[0]].text[:80]
+    return (
+        f"reward function '{call.name}' ({function}) failed on a completion of prompt {index}: {cause}\n"
+        f"  completion: {excerpt!r}"
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import signal
 import socket
@@ -12,24 +11,29 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from sapo_rl.config import RewardConfig
 from sapo_rl.rewards.runner.blame import Call, Outcome
 from sapo_rl.rewards.runner.guardian import LOST, kill_descendants
-from sapo_rl.rewards.runner.scoring import LARGEST, call_arguments, readable
+from sapo_rl.rewards.runner.scoring import call_arguments, readable
+from sapo_rl.rewards.runner.under_way import Task, UnderWay
 
 _CHUNK = 1 << 20  # bytes read at once, more than most answers have
 _LONGEST_ANSWER = 1 << 24  # bytes; 16384 samples, the most of a group, take 400 kB
 _BOOT_SECONDS = 60.0  # until a worker begins to import
 _SEND_SECONDS = 5  # that a worker may read nothing of what it is sent
 _STATUS_SECONDS = 2.0  # from the end of the connection to that of the process, where both end together
+_CANCEL_SECONDS = 2.0  # from the cancellation of a call to its end
 _END_SECONDS = 10.0  # for the guardian to end everything
 _LONGEST_LOG = 1 << 26  # bytes; begun anew then
 _FOREIGN = "it wrote to a file descriptor that is not its own, or closed it, or changed the module json"
+
+End: TypeAlias = tuple[Call | None, Outcome]
+"""A call that has ended, None for the start of a worker, and how."""
 
 
 class WorkerProcess:
@@ -49,17 +53,13 @@ class WorkerProcess:
         """Whether it has imported all functions."""
         self.needs: dict[str, list[str]] = {}
         """Columns without which a function cannot be called, by the function's name; known once it is ready."""
-        self.task: Call | None = None
-        """The call that it is at."""
+        self.under_way = UnderWay(cfg.functions)
+        """The calls that it is at; knows which functions are coroutine functions once it is ready."""
         self.retried = retried
         self._cfg = cfg
         self._log = log
         self._loading = ""
-        self._limit = cfg.start_timeout
-        self.deadline = time.monotonic() + max(self._limit, _BOOT_SECONDS)
-        """When the answer that is waited for counts as late, on the monotonic clock."""
-        self._number = 0
-        """Number of the call that is answered next; loading the functions is the first."""
+        self._start_deadline = time.monotonic() + max(cfg.start_timeout, _BOOT_SECONDS)
         self._read = b""
         ours, theirs = socket.socketpair()
         # A worker that was stopped reads nothing, and the pool must not wait for that without end.
@@ -81,48 +81,73 @@ class WorkerProcess:
     @property
     def busy(self) -> bool:
         """Whether an answer is expected."""
-        return self.task is not None or not self.ready
+        return bool(self.under_way.calls) or not self.ready
 
-    def send(self, task: Call, limit: float) -> None:
+    @property
+    def deadline(self) -> float:
+        """When the first answer that is waited for counts as late, on the monotonic clock."""
+        return self.under_way.deadline if self.ready else self._start_deadline
+
+    def room(self) -> Collection[str]:
+        """Return the names of the functions of which it can take another call now."""
+        return self.under_way.room() if self.ready else ()
+
+    def send(self, call: Call, limit: float) -> None:
         """Start a call that has `limit` seconds.
 
         Raises:
-            OSError: the process is dead, or does not read.
+            OSError: the process is dead, or does not read; the call has not begun.
         """
         if self._log is not None:
             with contextlib.suppress(OSError):  # somebody has deleted it
                 if self._log.stat().st_size > _LONGEST_LOG:
                     os.truncate(self._log, 0)
-        self._number += 1
-        self.connection.send((self._number, task.name, call_arguments(task.group, task.positions)))
-        self.task, self._limit, self.deadline = task, limit, time.monotonic() + limit
+        number = self.under_way.add(Task(call, limit, time.monotonic() + limit))
+        try:
+            self.connection.send((number, call.name, call_arguments(call.group, call.positions)))
+        except OSError:
+            self.under_way.remove(number)
+            raise
 
-    def receive(self) -> Outcome | None:
-        """Read what is waiting; return how the call, or the start, has ended, or None where it goes on.
-
-        A start that succeeds has no outcome: the worker is `ready` then.
-        """
+    def receive(self) -> list[End]:
+        """Read what is waiting; return which calls have ended by it, and how, or that the start has failed."""
         try:
             found = os.read(self.connection.fileno(), _CHUNK)
         except OSError:
             found = b""
+        calls = self.under_way.calls
         if not found:
-            return Outcome(None, self._while_loading(self._end()), dead=True)
+            return self._dead(self._ending(), calls)
         self._read += found
         if not found.endswith(b"\n") and len(self._read) < _LONGEST_ANSWER:
-            return None
+            return []
         lines, self._read = self._read.splitlines(), b""
-        outcome = None
-        for line in lines:  # several only while it starts
-            outcome = self._understand(line) if outcome is None else Outcome(None, _FOREIGN, dead=True)
-        return outcome
+        ends: list[End] = []
+        for line in lines:
+            understood = self._understand(line)
+            if understood is None:
+                return self._dead(_FOREIGN, calls)
+            ends += understood
+        return ends
 
-    def late(self) -> Outcome:
-        """Return the outcome of a call, or of a start, that took longer than it may."""
-        if self.ready:
-            return Outcome(None, f"took longer than {self._limit:g} s", dead=True, late=True)
-        cause = self._while_loading(f"took longer than {self._limit:g} s; reward.start_timeout sets how long it may")
-        return Outcome(None, cause, dead=True, late=True)
+    def overdue(self) -> list[End]:
+        """Cancel the calls that take longer than they may; return what has ended where that does not help.
+
+        Only calls of coroutine functions can be cancelled, and have a moment to end then.
+        """
+        if not self.ready:
+            limit = f"{self._cfg.start_timeout:g} s"
+            return self._dead(f"took longer than {limit}; reward.start_timeout sets how long it may", [])
+        now = time.monotonic()
+        late = self.under_way.late(now)
+        stuck = [task for task in late.values() if task.cancelled or task.call.name not in self.under_way.coroutines]
+        if stuck:
+            return self._dead(stuck[0].cause, self.under_way.calls, late=True)
+        for number, task in late.items():
+            task.cancelled, task.deadline = True, now + _CANCEL_SECONDS
+            with contextlib.suppress(OSError):  # it is dead, which `receive` tells, or stuck
+                self.connection.send((number, "", None))
+        return []
 
     def hang_up(self) -> None:
         """Have the process end, with all that it started; `kill` waits for it."""
@@ -140,32 +165,48 @@ class WorkerProcess:
             self._process.kill()
             self._process.wait()
 
-    def _understand(self, line: bytes) -> Outcome | None:
-        """Check one answer, of which nothing can be taken for granted."""
+    def _understand(self, line: bytes) -> list[End] | None:
+        """Check one answer, of which nothing can be taken for granted; None where it is none."""
         try:
             answer = json.loads(line)
         except (ValueError, RecursionError):
-            answer = None
-        if isinstance(answer, dict) and answer.get("call") == self._number:
-            if isinstance(answer.get("failed"), str):
-                return Outcome(None, readable(answer["failed"]))
-            if not self.ready and (name := str(answer.get("loading"))) in self._cfg.functions:
-                self._loading, self.deadline = name, time.monotonic() + self._limit
-                return None
-            if not self.ready and (needs := _as_columns(answer.get("needs"))) is not None:
-                self.needs, self.ready, self.deadline = needs, True, math.inf
-                return None
-            scores = _as_scores(answer.get("scores"), len(self.task.positions) if self.task else 0)
-            if self.ready and scores is not None:
-                return Outcome(scores)
-        return Outcome(None, self._while_loading(_FOREIGN), dead=True)
+            return None
+        if not isinstance(answer, dict):
+            return None
+        if not self.ready:
+            return self._understand_start(answer)
+        found = self.under_way.understand(answer)
+        return None if found is None else [*found]
+
+    def _understand_start(self, answer: dict[str, Any]) -> list[End] | None:
+        if answer.get("call") != 0:
+            return None
+        if isinstance(answer.get("failed"), str):
+            return [(None, Outcome(None, readable(answer["failed"])))]
+        if (name := str(answer.get("loading"))) in self._cfg.functions:
+            self._loading, self._start_deadline = name, time.monotonic() + self._cfg.start_timeout
+            return []
+        needs = _as_columns(answer.get("needs"))
+        coroutines = _as_columns({"coroutines": answer.get("coroutines")})
+        if needs is None or coroutines is None:
+            return None
+        self.under_way.coroutines = {*coroutines["coroutines"]} & self._cfg.functions.keys()
+        self.needs, self.ready = needs, True
+        return []
+
+    def _dead(self, cause: str, calls: list[Call], late: bool = False) -> list[End]:
+        """Return how `calls`, or the start, end by the end of the process."""
+        self.under_way.clear()
+        if not self.ready:
+            return [(None, Outcome(None, self._while_loading(cause), dead=True, late=late))]
+        return [(call, Outcome(None, cause, dead=True, late=late, shared=len(calls) > 1)) for call in calls]
 
     def _while_loading(self, cause: str) -> str:
         if self.ready or not self._loading:
             return cause
         return f"importing '{self._cfg.functions[self._loading].function}' for '{self._loading}': {cause}"
 
-    def _end(self) -> str:
+    def _ending(self) -> str:
         """Say how the process ended; one that has closed the connection may live on."""
         try:
             code = self._process.wait(_STATUS_SECONDS)
@@ -177,15 +218,6 @@ class WorkerProcess:
         if code >= 0:
             return f"its process ended with exit code {code}{printed}"
         return f"its process ended by signal {-code} ({signal.strsignal(-code)}){printed}"
-
-
-def _as_scores(found: Any, count: int) -> list[float | None] | None:
-    """Return what a worker answered as `count` scores; None where it is anything else."""
-    if not isinstance(found, list) or len(found) != count:
-        return None
-    if not all(one is None or (type(one) in (int, float) and abs(one) <= LARGEST) for one in found):
-        return None
-    return [None if one is None else float(one) for one in found]
 
 
 def _as_columns(found: Any) -> dict[str, list[str]] | None:

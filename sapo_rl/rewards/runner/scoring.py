@@ -19,6 +19,9 @@ GIVEN = ("completions", "prompts", "completion_ids")
 LARGEST = 1e100
 """Sums and squares of larger rewards could overflow."""
 
+LONGEST_FAILURE = 10_000
+"""Characters of a failure's text that a worker answers; what is shown of it is shortened further."""
+
 MOST_CHARACTERS = 1000
 """Of a failure's text, in what is shown and kept."""
 
@@ -60,7 +63,7 @@ def needed_columns(function: RewardFunction, settings: dict[str, Any]) -> list[s
 def evaluate(function: RewardFunction, arguments: dict[str, list[Any]], settings: dict[str, Any]) -> list[float | None]:
     """Call `function` and return one float or None for each completion in `arguments`.
 
-    A function without `**kwargs` gets those arguments alone that it names. Coroutines are run to their end.
+    A function without `**kwargs` gets those arguments alone that it names. A coroutine is run to its end.
 
     Raises:
         ScoreError: the function raised, or its result is not a list of finite numbers and None of the right length.
@@ -72,15 +75,28 @@ def evaluate(function: RewardFunction, arguments: dict[str, list[Any]], settings
             result = asyncio.run(result)
     except BaseException as error:
         raise ScoreError(f"{_told(error)}{_line(function, error)}") from error
-    if isinstance(result, str | bytes | bytearray | Mapping | Set) or not hasattr(result, "__iter__"):
-        raise ScoreError(f"returned a {type(result).__name__}, must be a list of {expected}{_line(function)}")
+    return _checked(result, expected, function)
+
+
+async def evaluate_coroutine(
+    function: RewardFunction, arguments: dict[str, list[Any]], settings: dict[str, Any]
+) -> list[float | None]:
+    """Await a call of a coroutine function, as `evaluate` makes one; a cancelled call fails too.
+
+    Raises:
+        ScoreError: as `evaluate`.
+    """
+    expected = len(arguments["completions"])
     try:
-        values = list(result)
-    except BaseException as error:  # such as a tensor without dimensions
-        raise ScoreError(f"returned a {type(result).__name__}: {_told(error)}{_line(function)}") from error
-    if len(values) != expected:
-        raise ScoreError(f"returned {len(values)} values for {expected} completions{_line(function)}")
-    return [_number(value, function) for value in values]
+        result = await function(**_accepted(function, {**arguments, **settings}))
+    except BaseException as error:
+        raise ScoreError(f"{_told(error)}{_line(function, error)}") from error
+    return _checked(result, expected, function)
+
+
+def is_coroutine(function: RewardFunction) -> bool:
+    """Return whether calls of `function` are coroutines, so that many can be under way at once."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def shorten(text: str, most: int) -> str:
@@ -97,6 +113,18 @@ def readable(text: str) -> str:
         character if character.isprintable() or character in "\n\t" else ascii(character)[1:-1]
         for character in "\n".join(lines)
     )
+
+
+def _checked(result: Any, expected: int, function: RewardFunction) -> list[float | None]:
+    if isinstance(result, str | bytes | bytearray | Mapping | Set) or not hasattr(result, "__iter__"):
+        raise ScoreError(f"returned a {type(result).__name__}, must be a list of {expected}{_line(function)}")
+    try:
+        values = list(result)
+    except BaseException as error:  # such as a tensor without dimensions
+        raise ScoreError(f"returned a {type(result).__name__}: {_told(error)}{_line(function)}") from error
+    if len(values) != expected:
+        raise ScoreError(f"returned {len(values)} values for {expected} completions{_line(function)}")
+    return [_number(value, function) for value in values]
 
 
 def _accepted(function: RewardFunction, keywords: dict[str, Any]) -> dict[str, Any]:

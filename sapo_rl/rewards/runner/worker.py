@@ -1,6 +1,7 @@
 """The process in which reward functions run: `python -m sapo_rl.rewards.runner.worker FD`, with a lifeline as stdin.
 
-It is handed its functions once, then answers one call after the other until the other end closes. The parent sends
+It is handed its functions once, then answers calls until the other end closes: of coroutine functions many at once,
+of others one after the other. The parent sends
 pickles; an answer is a line of JSON with the number of its call, so that code which evaluates a model's words here
 cannot make the parent run any, and what a function writes to descriptors that are not its own is no answer. A guardian
 (`sapo_rl.rewards.runner.guardian`) stands between the two and ends what functions have started.
@@ -22,10 +23,16 @@ from sapo_rl.errors import UserError
 from sapo_rl.processes import die_with_parent, streams
 from sapo_rl.rewards.lookup import resolve
 from sapo_rl.rewards.registry import PACKAGES, RewardFunction
+from sapo_rl.rewards.runner.coroutines import Coroutines
 from sapo_rl.rewards.runner.guardian import LOST, fork_guarded
-from sapo_rl.rewards.runner.scoring import ScoreError, evaluate, needed_columns, shorten
-
-_LONGEST = 10_000  # characters of a failure's text; the parent shortens it further
+from sapo_rl.rewards.runner.scoring import (
+    LONGEST_FAILURE,
+    ScoreError,
+    evaluate,
+    is_coroutine,
+    needed_columns,
+    shorten,
+)
 
 
 def main() -> None:
@@ -51,16 +58,22 @@ def _serve(connection: Connection, reply: Callable[..., None]) -> None:
                 importlib.import_module(PACKAGES[path][0])  # now, for a sample's time limit must not pay for it
             functions[name] = resolve(path), settings
     except (UserError, ImportError) as error:
-        reply(0, failed=shorten(str(error), _LONGEST))
+        reply(0, failed=shorten(str(error), LONGEST_FAILURE))
         return
-    reply(0, needs={name: needed_columns(*function) for name, function in functions.items()})
+    waiting = [name for name, (function, _) in functions.items() if is_coroutine(function)]
+    needs = {name: needed_columns(*function) for name, function in functions.items()}
+    reply(0, needs=needs, coroutines=waiting)
+    coroutines = Coroutines(connection, reply, functions)
     while True:
         call, name, arguments = connection.recv()
-        function, settings = functions[name]
-        try:
-            reply(call, scores=evaluate(function, arguments, settings))
-        except ScoreError as error:
-            reply(call, failed=shorten(str(error), _LONGEST))
+        if name in waiting:
+            coroutines.run(call, name, arguments)
+        elif name:  # else a call is cancelled that has just ended
+            function, settings = functions[name]
+            try:
+                reply(call, scores=evaluate(function, arguments, settings))
+            except ScoreError as error:
+                reply(call, failed=shorten(str(error), LONGEST_FAILURE))
 
 
 def _reply(connection: Connection, own: int, call: int, **answer: Any) -> None:
