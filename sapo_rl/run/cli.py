@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, NoReturn
 
 import hydra
@@ -19,7 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sapo_rl import run_folder
-from sapo_rl.errors import UserError
+from sapo_rl.config import Config
+from sapo_rl.errors import UserError, did_you_mean
+from sapo_rl.errors.files import expand, is_folder
 from sapo_rl.processes import streams
 from sapo_rl.run import compose, explain, keys, launch, resume, sweep
 from sapo_rl.run.checks import ConfigError
@@ -32,6 +34,7 @@ sapo-train: reinforcement-learning fine-tuning under the SAPO objective
   sapo-train config=NAME dry_run=true                  show what would happen, and stop
   sapo-train config=NAME --cfg job                     print the composed config
   sapo-train config=A,B loss.tau_neg=1.0,1.05 -m       sweep, one run after the other
+  sapo-train config=NAME --config-dir PATH             your own recipe PATH/config/NAME.yaml, and groups
   sapo-train config=NAME run_dir=PATH                  where the run folder shall be (else runs/NAME/<time>)
   sapo-train keys [PART]                               every key with its type, default, range and meaning
   sapo-train resume=runs/NAME[/TIME]                   continue the newest run, or that one, from its last checkpoint
@@ -61,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         refuse_launcher(arguments)
         _refuse_hydra_folders(arguments)
-        ready = compose.register(flags_last(arguments))
+        ready = compose.register(*flags_last(arguments))
         _hydra(ready, arguments, outcome)
     except JobFailed as error:  # a launcher ran it in a process of its own, where it was told
         outcome.codes.append(error.code)
@@ -129,8 +132,10 @@ def _show_keys(parts: list[str]) -> int:
     return 0
 
 
-def flags_last(argv: Sequence[str]) -> list[str]:
-    """Return the arguments with Hydra's flags after the overrides; it reads no override that stands behind a flag.
+def flags_last(argv: Sequence[str]) -> tuple[list[str], str | None]:
+    """Return the arguments with Hydra's flags after the overrides, and the folder that --config-dir names.
+
+    Hydra reads no override that stands behind a flag.
 
     Raises:
         UserError: an unknown flag, or one with a wrong value.
@@ -142,12 +147,14 @@ def flags_last(argv: Sequence[str]) -> list[str]:
         raise UserError(f"{message}; the flags are those of Hydra: sapo-train --hydra-help")
 
     parser.error = refuse
+    if "--" in argv:
+        raise UserError("'--' (command line): leave it out; flags may stand anywhere")
     found = parser.parse_intermixed_args(list(argv))
     _refuse_flags(found)
     flags = list(argv)
     for override in found.overrides:
         flags.remove(override)
-    return [*found.overrides, *flags]
+    return ([] if found.hydra_help else found.overrides) + flags, found.config_dir
 
 
 def _refuse_flags(found: argparse.Namespace) -> None:
@@ -158,6 +165,8 @@ def _refuse_flags(found: argparse.Namespace) -> None:
         raise UserError(f"--config-name: write config={found.config_name}")
     if found.config_path is not None:
         raise UserError("--config-path: leave it out; a folder with groups of your own is --config-dir")
+    if found.config_dir is not None and not is_folder(expand(found.config_dir)):
+        raise UserError(f"--config-dir: no folder '{found.config_dir}'")
     modes = {
         "--run": found.run,
         "--multirun": found.multirun,
@@ -170,6 +179,12 @@ def _refuse_flags(found: argparse.Namespace) -> None:
         raise UserError(f"{' and '.join(given)}: only one of them can be")
     if found.resolve and found.cfg is None:
         raise UserError("--resolve: goes with --cfg job")
+    if found.package is not None:
+        sections = [one.name for one in fields(Config) if is_dataclass(one.default_factory)]
+        if found.cfg is None:
+            raise UserError("--package: goes with --cfg job")
+        if found.package not in sections:
+            raise UserError(f"--package: no section '{found.package}'; {did_you_mean(found.package, sections)}")
     shells = r"(install|uninstall|query)=(bash|zsh|fish)"
     if found.shell_completion and not re.fullmatch(shells, " ".join(found.overrides)):
         raise UserError("--shell-completion: takes install=, uninstall= or query=, each with bash, zsh or fish")

@@ -52,11 +52,12 @@ class Arguments:
     """Names of reward functions that the command line adds to those of the recipe."""
 
 
-def register(argv: list[str]) -> Arguments:
+def register(argv: list[str], folder: str | None = None) -> Arguments:
     """Make user files known to Hydra as recipes.
 
-    `config=path/to/file.yaml` becomes `config=<stem>`; `resume=FOLDER` becomes the recipe that the folder holds. A new
-    reward function (`+reward.functions.NAME.function=...`) is entered into the schema, to which Hydra cannot add it.
+    `config=path/to/file.yaml` becomes `config=<stem>`, and `config=NAME` is `folder/config/NAME.yaml` where the folder
+    of the user's own groups has one; `resume=FOLDER` becomes the recipe that the folder holds. A new reward function
+    (`+reward.functions.NAME.function=...`) is entered into the schema, to which Hydra cannot add it.
 
     Raises:
         UserError: a file that is missing or no mapping, or a name that no recipe has.
@@ -65,6 +66,7 @@ def register(argv: list[str]) -> Arguments:
     functions = {name: RewardFunctionConfig() for name in added}
     ConfigStore.instance().store(name="schema", node=Config(reward=RewardConfig(functions=functions)))
     known, files, rewritten = recipes(), {}, []
+    own = {path.stem: path for path in expand(folder).glob("config/*.yaml")} if folder else {}
     for argument in _with_resumed(argv):
         if re.match(ADDED_FUNCTION, argument):
             argument = argument.removeprefix("+")
@@ -74,7 +76,7 @@ def register(argv: list[str]) -> Arguments:
             rewritten.append(argument)
             continue
         items = [value] if is_file(value) else value.strip("[]").split(",")
-        names = [_register_one(item.strip(), known, files) for item in items]
+        names = [_register_one(item.strip(), known, own, files) for item in items]
         joined = ",".join(names)
         listed = value.startswith("[") and items != [value]
         rewritten.append(f"config=[{joined}]" if listed else f"config={joined}")
@@ -85,9 +87,11 @@ def _check_choice(key: str, equals: str, value: str) -> None:
     """Raise where an argument has no key, or chooses from a group what is no name."""
     if equals and not key.strip("+~ "):
         raise UserError(f"'{key}={value}' (command line): there is no key before the =")
-    choices = [path.stem for path in (CONFIGS / key).glob("*.yaml")] if re.fullmatch(r"[a-z]+", key) else []
-    if equals and choices and key != "config" and "," not in value and not _reads_as_text(value, key):
-        raise UserError(f"{key} (command line): '{value}' is no name; {did_you_mean(value, choices)}")
+    group = key.lstrip("+~")
+    choices = [path.stem for path in (CONFIGS / group).glob("*.yaml")] if re.fullmatch(r"[a-z]+", group) else []
+    parts = value.strip("[]").split(",")
+    if equals and choices and group != "config" and not all(_reads_as_text(part.strip(), group) for part in parts):
+        raise UserError(f"{group} (command line): '{value}' is no name; {did_you_mean(value, choices)}")
 
 
 def _with_choices(argv: list[str]) -> list[str]:
@@ -150,19 +154,20 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "\\'") + "'"
 
 
-def _register_one(value: str, known: dict[str, str], files: dict[str, Path]) -> str:
-    if value in known:
+def _register_one(value: str, known: dict[str, str], own: dict[str, Path], files: dict[str, Path]) -> str:
+    if value in known and value not in own:
         return value
-    path = expand(value)
+    path = own.get(value, expand(value))
     if path.suffix not in (".yaml", ".yml"):
-        raise UserError(f"config: no recipe '{value}'; {did_you_mean(value, known)}, or a path to a .yaml file")
+        options = did_you_mean(value, [*known, *own])
+        raise UserError(f"config: no recipe '{value}'; {options}, or a path to a .yaml file")
     if not is_file(path):
         raise UserError(f"config: no file '{value}'")
     node = user_file.load(path, CONFIGS)
     stem = path.parent.name if path.name == "config.yaml" else path.stem
     if not _reads_as_text(stem):
         stem = "_" + re.sub(r"[^\w.-]", "_", stem, flags=re.ASCII)
-    name = next(name for name in _candidates(stem) if name not in known and name not in files)
+    name = next(name for name in _candidates(stem) if name not in {*known, *own, *files})
     files[name] = path
     ConfigStore.instance().store(group="config", name=name, node=node, package="_global_")
     return name
@@ -171,7 +176,8 @@ def _register_one(value: str, known: dict[str, str], files: dict[str, Path]) -> 
 def _reads_as_text(name: str, group: str = "config") -> bool:
     """Whether Hydra takes `name` for the text that it is, not for a number or a mistake."""
     try:
-        return OverridesParser.create().parse_overrides([f"{group}={name}"])[0].value() == name
+        read = OverridesParser.create().parse_overrides([f"{group}={name}"])[0].value()
+        return read == name and "${" not in name
     except (OverrideParseException, ValueError):
         return False
 

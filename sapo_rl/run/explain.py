@@ -68,6 +68,7 @@ def _explain(error: Exception, arguments: Arguments) -> str:
     if key and re.search(r"Key '[^']*' (is )?not in", text):
         return f"{key} ({origin(key, arguments)}): no such key; {nearest_key(key)}"
     if key and (found := first_match(r"([\w-]+) is not a subclass of RewardFunctionConfig", text)):
+        key = f"reward.functions.{key.rpartition('.')[2]}"
         return f"{key} ({origin(key, arguments)}): is a {found}; set its keys, {key}.function=..., with + a new one's"
     if key:
         return f"{key} ({origin(key, arguments)}): {first_match(PROBLEM, text) or _cause(text)}"

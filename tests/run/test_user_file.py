@@ -130,10 +130,17 @@ RECIPE = ("config=quickstart", "model.path=model")
 TYPED = {
     "no name": ([*RECIPE, "model=null"], ["model (command line): 'null' is no name; valid: smollm2-135m"]),
     "a number": ([*RECIPE, "model=5"], ["model (command line): '5' is no name"]),
+    "a list for a choice": ([*RECIPE, "+loss=[[1]]"], ["loss (command line): '[[1]]' is no name"]),
+    "numbers for a choice": ([*RECIPE, "reward=[1,2]"], ["reward (command line): '[1,2]' is no name"]),
+    "a reference for a choice": ([*RECIPE, "logging=${oc.env:NOPE}"], ["logging (command line): '${oc.env:NOPE}'"]),
     "no key": ([*RECIPE, "+=1"], ["'+=1' (command line): there is no key"]),
     "text for a function": (
         [*RECIPE, "reward.functions.correct=mod.f"],
         ["reward.functions.correct (command line)", "reward.functions.correct.function=..."],
+    ),
+    "text for a new function": (
+        [*RECIPE, "++reward.functions.b=x"],
+        ["reward.functions.b (command line): is a str", "reward.functions.b.function=..."],
     ),
     "no home": (["config=~nosuch/x.yaml"], ["config: no file '~nosuch/x.yaml'"]),
     "no home to resume": (["resume=~nosuch"], ["resume: '~nosuch' is no run folder"]),
@@ -154,6 +161,10 @@ TYPED = {
         ["launch.profile (command line)", "bad.yaml"],
     ),
     "resolve": ([*RECIPE, "--resolve"], ["--resolve: goes with --cfg"]),
+    "a section alone": ([*RECIPE, "-p", "loss"], ["--package: goes with --cfg"]),
+    "no section": ([*RECIPE, "--cfg", "job", "-p", "los"], ["--package: no section 'los'; did you mean 'loss'?"]),
+    "no more flags": ([*RECIPE, "--", "-p", "x"], ["'--' (command line): leave it out"]),
+    "no folder of one's own": ([*RECIPE, "--config-dir", "nope"], ["--config-dir: no folder 'nope'"]),
     "two modes": ([*RECIPE, "--run", "-m"], ["--run and --multirun"]),
     "a sweep that is shown": ([*RECIPE, "-m", "--cfg", "job"], ["--multirun and --cfg"]),
     "no shell": (["-sc", "nope"], ["--shell-completion: takes install="]),
@@ -170,6 +181,21 @@ def test_odd_arguments_are_told_in_two_lines(workspace: Path, case: str) -> None
     arguments, words = TYPED[case]
     told = refused(*arguments)
     assert all(word in told for word in words), told
+
+
+def test_recipes_in_a_folder_of_groups_go_by_their_names(workspace: Path) -> None:
+    for name, text in {"config/mybase": "trainer: {steps: 7}", "loss/mine": "name: grpo"}.items():
+        (workspace / name).parent.mkdir()
+        (workspace / f"{name}.yaml").write_text(text)
+    code, told, _ = sapo_train("config=mybase", "loss=mine", "--config-dir", ".", "--cfg", "job")
+    assert code == 0 and "steps: 7" in told and "name: grpo" in told
+    (workspace / "config/mybase.yaml").write_text("hydra: {callbacks: {x: {_target_: os.system}}}")
+    assert "can run code" in refused("config=mybase", "--config-dir", ".")
+
+
+def test_the_page_of_flags_is_shown_beside_a_recipe() -> None:
+    code, told, _ = sapo_train(*RECIPE, "--hydra-help")
+    assert code == 0 and "--config-dir" in told
 
 
 @pytest.mark.parametrize("wanted", [False, True])
