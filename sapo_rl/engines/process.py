@@ -28,6 +28,12 @@ OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
 )
+LACKS = {
+    "Read-only file system": "/dev/shm and TMPDIR must be writable",
+    "No space left on device": "it needs room in /dev/shm (of a container: --shm-size) and TMPDIR",
+    "Too many open files": "raise the limit (ulimit -n)",
+}
+"""What an error of the machine says, and what helps."""
 ERROR = re.compile(r"(\(.*?pid=\d+\) )?(?P<said>(?!.*Engine core initialization failed)[\w.]*(Error|Exception)\b.*)")
 """A line that ends a traceback, of the child or of vLLM's core process; the last one tells why vLLM did not start."""
 NO_ROOM_BESIDE = (
@@ -254,7 +260,9 @@ def _refusal(settings: EngineSettings, lost: RpcLost, tail: list[str]) -> UserEr
     reason = _out_of_memory(tail)
     if reason is None:
         errors = [found["said"] for found in map(ERROR.match, tail) if found]
-        return UserError(f"vLLM did not start: {errors[-1][:400] if errors else lost}\n  see {settings.log_path}")
+        said = errors[-1][:400] if errors else str(lost)
+        helps = "".join(f"; {text}" for mark, text in LACKS.items() if mark in said)
+        return UserError(f"vLLM did not start: {said}{helps}\n  see {settings.log_path}")
     keys = "rollout.cpu_kv_cache_gb" if settings.device == "cpu" else "rollout.gpu_memory_utilization"
     return UserError(
         f"vLLM does not fit into memory; change {keys} or lower rollout.max_num_seqs or the lengths.\nIt said: {reason}"

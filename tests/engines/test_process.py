@@ -120,3 +120,27 @@ def test_a_refused_call_for_want_of_memory_names_what_helps(
         with pytest.raises(error, match=words):
             engine.load_weights("{}", 1)
     theirs.close()
+
+
+@pytest.mark.parametrize(
+    ("said", "helps"),
+    [
+        ("OSError: [Errno 30] Read-only file system", "/dev/shm"),
+        ("OSError: [Errno 28] No space left on device: '/dev/shm/x'", "--shm-size"),
+        ("RuntimeError: epoll_create: Too many open files", "ulimit -n"),
+    ],
+)
+def test_what_the_machine_lacks_for_vllm_is_told_with_what_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, helps: str
+) -> None:
+    stand_in = tmp_path / "python"
+    stand_in.write_text(f'#!/bin/sh\nsleep 2\necho "{said}"\nexit 1\n')
+    stand_in.chmod(0o700)
+    monkeypatch.setattr("sys.executable", str(stand_in))
+    engine = LocalEngine(engine_settings(tmp_path, tmp_path / "engine.log"))
+    engine.start()
+    with pytest.raises(UserError) as error:
+        engine.wait_ready()
+    engine.close()
+    told = str(error.value)
+    assert said in told and helps in told and "engine.log" in told
