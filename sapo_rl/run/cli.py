@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     outcome = Outcome(wants_traceback=os.environ.get(compose.FULL_ERROR) == "1")
     try:
         refuse_launcher(arguments)
-        _refuse_hydra_folders(arguments)
+        _refuse_hydra_keys(arguments)
         ready = compose.register(*flags_last(arguments))
         _hydra(ready, arguments, outcome)
     except JobFailed as error:  # a launcher ran it in a process of its own, where it was told
@@ -260,7 +260,9 @@ def _attempt(
         raise
 
 
-def _refuse_hydra_folders(arguments: list[str]) -> None:
+def _refuse_hydra_keys(arguments: list[str]) -> None:
     for key in (argument.partition("=")[0].lstrip("+~") for argument in arguments):
+        if key in ("hydra.sweeper", "hydra.launcher"):
+            raise UserError(f"{key} (command line): is a section; choose one with {key.replace('.', '/')}=NAME")
         if key in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"):
             raise UserError(f"{key} (command line): has no effect here; run_dir=PATH chooses the run folder")

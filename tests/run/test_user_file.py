@@ -156,6 +156,10 @@ TYPED = {
     "400 digits": ([*RECIPE, f"rollout.temperature={'9' * 400}"], ["rollout.temperature (command line)"]),
     "a sweep without -m": ([*RECIPE, "loss.tau_neg=1.0,1.05"], ["add -m to sweep", "loss.tau_neg=[1.0,1.05]"]),
     "no launcher": ([*RECIPE, "hydra/launcher=joblib"], ["pip install hydra-joblib-launcher"]),
+    "a sweeper as a value": (
+        [*RECIPE, "-m", "hydra.sweeper=x"],
+        ["hydra.sweeper (command line)", "hydra/sweeper=NAME"],
+    ),
     "no profile": (
         [*RECIPE, "launch.profile=bad.yaml", "launch.num_processes=2"],
         ["launch.profile (command line)", "bad.yaml"],
