@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from sapo_rl.errors import UserError, did_you_mean
 
@@ -64,6 +66,63 @@ def check(kind: str, path: str) -> None:
     if not re.search(rf"\b{re.escape(attribute)}\b", text) and "import *" not in text:
         known = [x.name for x in tree.body if isinstance(x, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
         raise UserError(_no_attribute(kind, path, spec.origin, attribute, known))
+
+
+def check_arguments(
+    where: str, target: Callable[..., Any], args: Mapping[str, Any], settings: Sequence[inspect.Parameter]
+) -> None:
+    """Refuse arguments that a function or class would refuse, or whose type its annotations exclude.
+
+    Args:
+        where: dotted key of `args`, for messages.
+        target: a function, or a class whose constructor is meant.
+        args: by name.
+        settings: the parameters of `target` that `args` may set.
+
+    Raises:
+        UserError: an unknown name, a value of another type, or a parameter without a default that is missing.
+    """
+    hints, known = _hints_of(target), {setting.name: setting for setting in settings}
+    takes_all = any(setting.kind is inspect.Parameter.VAR_KEYWORD for setting in settings)
+    named = {key: setting for key, setting in known.items() if setting.kind in NAMED}
+    for key, value in args.items():
+        if key not in named and not takes_all:
+            raise UserError(f"{where}: unknown argument '{key}'; {did_you_mean(key, named) or 'it takes none'}")
+        if key in named and not _fits(value, hints.get(key, Any)):
+            hint = re.sub(r"<class '(\w+)'>", r"\1", str(hints[key]))
+            raise UserError(f"{where}.{key}: {value!r} is a {type(value).__name__}, must be {hint}")
+    missing = [key for key, one in named.items() if one.default is inspect.Parameter.empty and key not in args]
+    if missing:
+        raise UserError(f"{where}: '{missing[0]}' is missing")
+
+
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+"""Kinds of parameters that can be passed by name."""
+
+
+def _hints_of(target: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of the parameters, as objects; none where a name in them means nothing at run time."""
+    own = isinstance(target, type) and not hasattr(target, "__dataclass_fields__")
+    try:
+        return get_type_hints(target.__init__ if own else target)
+    except (NameError, TypeError, AttributeError):
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value out of YAML has the annotated type; kinds of annotations that YAML knows nothing of admit all."""
+    kind, options = get_origin(hint), get_args(hint)
+    if kind is list:
+        return isinstance(value, list) and all(_fits(item, options[0]) for item in value)
+    if kind is Union or kind is types.UnionType:
+        return any(_fits(value, option) for option in options)
+    if kind is Literal:
+        return value in options
+    if hint not in (bool, int, float, str, list, dict, type(None)):
+        return True
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def find_spec(module: str) -> ModuleSpec | None:

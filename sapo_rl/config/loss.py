@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
 from sapo_rl.config.fields import choice, number
 
@@ -58,6 +58,8 @@ class LossConfig:
         "sapo", "sapo", "grpo", "gspo", "cispo", "reinforce", "dppo", "dppo_kl", "vespo", own="policy loss"
     )
     """Policy loss, or the dotted path of a class of your own: `package.module.Name`; docs/sapo.md."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Settings of a loss of your own: fields of its class by name. Built-in losses take the keys below."""
     tau_pos: float = number(1.0, above=0)
     """SAPO's temperature where the advantage is positive. The gradient's weight halves at |ratio - 1| = 1.763 / tau."""
     tau_neg: float = number(1.05, above=0)

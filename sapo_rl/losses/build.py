@@ -57,6 +57,7 @@ def build_loss(name: str | type[PolicyLossFn], **settings: Any) -> Callable[[Los
         name: a name in `POLICY_LOSS_FN`, or a class such as those in it.
         settings: the fields of the config's group `loss`, with `kl` and `correction` as dictionaries. What this loss
             does not use is accepted and has no effect; what is left out takes the class's default, not the recipes'.
+            `args` holds further fields of a class, which go before those beside it; a loss named by text takes none.
 
     Raises:
         UnknownNameError: no such loss.
@@ -65,12 +66,17 @@ def build_loss(name: str | type[PolicyLossFn], **settings: Any) -> Callable[[Los
     loss_class = POLICY_LOSS_FN.get(name) if isinstance(name, str) else name
     penalty = KLPenalty(**settings.pop("kl", {}))
     correction = MismatchCorrection(**settings.pop("correction", {}))
+    args = settings.pop("args", {})
+    if args and isinstance(name, str):
+        raise ValueError(f"loss '{name}' takes no args; its settings are keys of their own")
     own = _settings_of(loss_class)
+    if unknown := sorted(args.keys() - own):
+        raise ValueError(f"unknown argument '{unknown[0]}' of {loss_class.__name__}; valid: {', '.join(sorted(own))}")
     known = own.union(*(_settings_of(POLICY_LOSS_FN.get(other)) for other in POLICY_LOSS_FN))
     if unknown := sorted(settings.keys() - known):
         valid = ", ".join(sorted(known | {"kl", "correction"}))
         raise ValueError(f"unknown loss setting '{unknown[0]}'; valid: {valid}")
-    policy = loss_class(**{key: value for key, value in settings.items() if key in own})
+    policy = loss_class(**{key: value for key, value in settings.items() if key in own} | args)
     return lambda inputs: _evaluate(inputs, policy, penalty, correction)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from inspect import isabstract
+from inspect import isabstract, signature
 from typing import Any, TypeAlias
 
 import torch
@@ -40,6 +40,8 @@ class _MicroBatch:
 Reference: TypeAlias = Callable[[PackedBatch, float], tuple[Tensor, Tensor]]
 """The model that a KL penalty keeps to: batch and temperature to what `Policy.forward` returns."""
 
+NO_ARGUMENTS = ("backend", "loss_agg_mode", "loss_agg_norm")
+"""Fields of every loss that do nothing in a run: aggregation is the trainer's, by `loss.loss_agg_mode`."""
 _AT_ONCE = 4
 """Micro-batches in a pass without gradients, which keeps one layer's activations where a pass with them keeps all."""
 
@@ -55,13 +57,27 @@ def objective(config: LossConfig) -> Callable[[LossInputs], LossOutputs]:
     if "." not in config.name:
         return build_loss(**settings)
     try:
-        settings["name"] = found = plugins.find("policy loss", config.name)
+        settings["name"] = _own_loss(config)
+        return build_loss(**settings)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"loss.args: '{config.name}' refuses its settings: {error}") from error
+
+
+def _own_loss(config: LossConfig) -> type[PolicyLossFn]:
+    """Import the class that `loss.name` names, and hold `loss.args` to its fields."""
+    try:
+        found = plugins.find("policy loss", config.name)
         if not (isinstance(found, type) and issubclass(found, PolicyLossFn)) or isabstract(found):
             raise UserError(f"policy loss '{config.name}' is no subclass of PolicyLossFn that has token_losses")
-        return build_loss(**settings)
-    except (UserError, TypeError, ValueError) as error:
-        refusal = "" if isinstance(error, UserError) else f"'{config.name}' refuses its settings: "
-        raise UserError(f"loss.name: {refusal}{error}") from error
+    except UserError as error:
+        raise UserError(f"loss.name: {error}") from error
+    fields = [one for one in signature(found).parameters.values() if one.name not in NO_ARGUMENTS]
+    named = {one.name for one in fields}
+    bare = next((key for key in config.args if key in vars(found).get("__annotations__", {}) and key not in named), "")
+    if bare:
+        raise UserError(f"loss.args.{bare}: is no field yet; write @dataclass above the class {found.__name__}")
+    plugins.check_arguments("loss.args", found, config.args, fields)
+    return found
 
 
 class PolicyTrainer:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import re
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from sapo_rl import plugins
 from sapo_rl.config import RewardFunctionConfig
@@ -81,37 +80,10 @@ def check_concurrency(name: str, cfg: RewardFunctionConfig, coroutine: bool) -> 
 
 
 def _check_arguments(where: str, function: RewardFunction, args: dict[str, Any]) -> None:
-    settings = {
-        key: parameter
-        for key, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
-    hints = get_type_hints(function)
-    for key, value in args.items():
-        if key not in settings:
-            valid = did_you_mean(key, settings) or "it takes none"
-            raise UserError(f"{where}.args: unknown argument '{key}'; {valid}")
-        if not _fits(value, hints[key]):
-            hint = re.sub(r"<class '(\w+)'>", r"\1", str(hints[key]))
-            raise UserError(f"{where}.args.{key}: {value!r} is a {type(value).__name__}, must be {hint}")
-    missing = [k for k, p in settings.items() if p.default is inspect.Parameter.empty and k not in args]
-    if missing:
-        raise UserError(f"{where}.args: '{missing[0]}' is missing")
-    empty: dict[str, list[Any]] = {
-        key: [] for key, p in inspect.signature(function).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD
-    }
+    parameters = inspect.signature(function).parameters.values()
+    plugins.check_arguments(f"{where}.args", function, args, [one for one in parameters if one.kind is one.KEYWORD_ONLY])
+    empty: dict[str, list[Any]] = {one.name: [] for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD}
     try:
         function(**empty, **args)  # no sample: checks the settings' values only
     except UserError as error:
         raise UserError(f"{where}.args: {error}") from error
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    options = get_args(hint)
-    if get_origin(hint) is list:
-        return isinstance(value, list) and all(_fits(item, options[0]) for item in value)
-    if get_origin(hint) is Union or options:
-        return any(_fits(value, option) for option in options)
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)

@@ -168,6 +168,11 @@ def _check_servers(config: Config) -> None:
 
 def _check_loss(config: Config) -> None:
     loss = config.loss
+    if loss.args and "." not in loss.name:
+        raise ConfigError(
+            "loss.args",
+            f"is {loss.args}; they are for a loss of your own, and {loss.name} takes keys such as loss.ratio_level",
+        )
     if loss.name == "sapo" and loss.strict_temperatures and loss.tau_neg < loss.tau_pos:
         raise ConfigError(
             "loss.tau_neg",

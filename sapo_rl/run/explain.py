@@ -115,10 +115,10 @@ def nearest_key(key: str) -> str:
         options = [str(option) for option in node]
         if not options and key.startswith("reward.functions."):  # names of the user's own
             node = OmegaConf.structured(RewardFunctionConfig)
-        elif part not in options:
+        elif options and part not in options:
             return _elsewhere(key) or did_you_mean(part, options)
         else:
-            node = None if OmegaConf.is_missing(node, part) else node[part]
+            node = None if not options or OmegaConf.is_missing(node, part) else node[part]
     return f"to add it, write +{key}=..."
 
 

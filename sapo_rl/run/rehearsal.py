@@ -42,11 +42,15 @@ class Trial:
 
 
 def rehearse(config: Config) -> Trial:
-    """Read the data, word every prompt, and import the reward functions in a process that can be killed.
+    """Read the data, word every prompt, and import what is the user's own: reward functions in a killable process.
 
     Raises:
         UserError: as a run would, naming the file, row, column or function.
     """
+    if "." in config.loss.name:
+        from sapo_rl.policy.trainer import objective  # imports torch
+
+        objective(config.loss)
     with reading("data"):
         train, held_out = load_rows(config.data, config.eval.prompts)
         train, held_out = with_all_columns(train, config.data), with_all_columns(held_out, config.data)

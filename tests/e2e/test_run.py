@@ -351,11 +351,15 @@ def test_reward_that_raises_counts_as_zero_and_one_that_never_applies_is_told_on
 
 
 LOSSES = """
+from dataclasses import dataclass
 from sapo_rl.losses import PolicyLossFn, TokenLosses
 
-class Seven(PolicyLossFn):
+@dataclass
+class Constant(PolicyLossFn):
+    value: float = 5.0
+
     def token_losses(self, logps, log_ratios, advantages):
-        return TokenLosses(logps * 0 + 7, logps.detach() * 0)
+        return TokenLosses(logps * 0 + self.value, logps.detach() * 0)
 
 class Seventh: ...
 """
@@ -364,7 +368,7 @@ class Seventh: ...
 def test_a_loss_of_ones_own_trains_and_one_that_is_none_is_refused_before_vllm_starts(workspace: Path) -> None:
     (workspace / "my_losses.py").write_text(LOSSES)
     short = ("trainer.steps=1", "eval.prompts=0", "checkpoint.save_final=false", "logging.wandb=off")
-    folder = new_run(workspace, "loss.name=my_losses.Seven", "advantage.skip_zero_spread=false", *short)
+    folder = new_run(workspace, "loss.name=my_losses.Constant", "+loss.args.value=7", "advantage.skip_zero_spread=false", *short)
     assert steps_of(folder)[0]["policy/loss"] == pytest.approx(7)
     before = folders(workspace)
     code, _, err = run(workspace, "config=tiny.yaml", "loss.name=my_losses.Seventh", *short)

@@ -106,6 +106,16 @@ def test_the_configs_defaults_are_the_papers_objective() -> None:
     assert outputs.kl is not None and outputs.correction is None
 
 
+def test_args_are_fields_of_a_class_and_nothing_of_a_name() -> None:
+    inputs = inputs_of(BATCH, BATCH.logps, [0, 1, 2, 3], "token-mean")
+    cispo = POLICY_LOSS_FN.get("cispo")
+    expected = build_loss("cispo", clip_low=0.01)(inputs).loss
+    assert build_loss(cispo, clip_low=0.9, args={"clip_low": 0.01})(inputs).loss == expected
+    for name, problem in (("cispo", "'cispo' takes no args"), (cispo, "unknown argument 'tau_pos'")):
+        with pytest.raises(ValueError, match=problem):
+            build_loss(name, args={"tau_pos": 1.0})
+
+
 def test_an_unknown_setting_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="tau_negg"):
         build_loss("sapo", tau_negg=1.0)

@@ -414,6 +414,51 @@ def test_what_needs_no_ranks_is_refused_under_a_launcher(tmp_path: Path, argumen
     assert "Traceback" not in result.stderr
 
 
+OWN_LOSS_CLASS = """
+from dataclasses import dataclass
+from sapo_rl.losses import CISPOPolicyLossFn
+
+@dataclass
+class Soft(CISPOPolicyLossFn):
+    neg_high: float = 0.2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.neg_high > 1:
+            raise ValueError("neg_high must be at most 1")
+
+class Bare(CISPOPolicyLossFn):
+    neg_high: float = 0.2
+"""
+OWN_SETTINGS = {
+    "loss.args.neg_high=0.3": "",
+    "+loss.args.clip_low=0.3": "",
+    "+loss.args.neg_hihg=0.3": "loss.args: unknown argument 'neg_hihg'; did you mean 'neg_high'? valid: clip_high, ",
+    "loss.args.neg_hihg=0.3": "no such key; to add it, write +loss.args.neg_hihg=...",
+    "loss.args.neg_high=high": "loss.args.neg_high: 'high' is a str, must be float",
+    "loss.args.neg_high=2": "loss.args: 'own_cispo.Soft' refuses its settings: neg_high must be at most 1",
+    "+loss.args.loss_agg_mode=token-mean": "loss.args: unknown argument 'loss_agg_mode'",
+    "loss.name=own_cispo.Bare": "loss.args.neg_high: is no field yet; write @dataclass above the class Bare",
+    "loss.name=cispo": "loss.args (mine.yaml): is {'neg_high': 0.1}; they are for a loss of your own",
+}
+
+
+@pytest.mark.parametrize("argument", OWN_SETTINGS)
+def test_a_loss_of_ones_own_has_settings_of_its_own(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, argument: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_cispo", raising=False)
+    (tmp_path / "own_cispo.py").write_text(OWN_LOSS_CLASS)
+    (tmp_path / "mine.yaml").write_text("loss: {name: own_cispo.Soft, args: {neg_high: 0.1}}")
+    own = ("config=mine.yaml", "data=arithmetic", "reward=numeric", f"model.path={model}", "dry_run=true")
+    code, out, told = inside.sapo_train(*own, argument)
+    problem = OWN_SETTINGS[argument]
+    assert code == (2 if problem else 0) and problem in told, told
+    assert code or argument.partition("args.")[2].replace("=", ": ") in out
+
+
 OWN_LOSS = "loss: {name: gspo, clip_low: 3e-4, tau_pos: 2.0}\n"
 
 
