@@ -15,11 +15,21 @@ LONGEST_WAIT = 1e6
 """Seconds; the kernel's waits end at 24 days."""
 
 
-def choice(default: str, *options: str, own: str = "") -> Any:
-    """A text field that admits `options` only, or also the dotted path of the user's `own`: the word for messages."""
-    return field(default=default, metadata={"choices": options, "own": own})
+def choice(default: str, *options: str, own: str = "", users: tuple[str, ...] = ()) -> Any:
+    """A text field that admits `options` only, or also the dotted path of the user's `own`: the word for messages.
+
+    `users` are the built-in losses that read it, here and in `number`; none stands for all.
+    """
+    return field(default=default, metadata={"choices": options, "own": own, "users": users})
 
 
-def number(default: Any, *, above: float | None = None, least: float | None = None, most: float | None = None) -> Any:
+def number(
+    default: Any,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    users: tuple[str, ...] = (),
+) -> Any:
     """A number field with an open lower bound (`above`), a closed one (`least`) or a closed upper bound (`most`)."""
-    return field(default=default, metadata={"above": above, "least": least, "most": most})
+    return field(default=default, metadata={"above": above, "least": least, "most": most, "users": users})

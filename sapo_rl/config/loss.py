@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Optional
 
 from sapo_rl.config.fields import choice, number
@@ -50,6 +50,12 @@ class CorrectionConfig:
     """Drop sequences of negative advantage whose mean log-ratio old - now is above this; null keeps all."""
 
 
+SAPO = ("sapo",)
+CLIPPED = ("grpo", "gspo", "cispo", "dppo", "dppo_kl")
+LEVELLED = ("sapo", "grpo", "cispo", "reinforce")
+"""Built-in losses that read a key; a key without `users` is read by all."""
+
+
 @dataclass
 class LossConfig:
     """The objective of an update."""
@@ -58,30 +64,30 @@ class LossConfig:
         "sapo", "sapo", "grpo", "gspo", "cispo", "reinforce", "dppo", "dppo_kl", "vespo", own="policy loss"
     )
     """Policy loss, or the dotted path of a class of your own: `package.module.Name`; docs/sapo.md."""
-    args: dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Any] = field(default_factory=dict, metadata={"users": ("",)})
     """Settings of a loss of your own: fields of its class by name. Built-in losses take the keys below."""
-    tau_pos: float = number(1.0, above=0)
+    tau_pos: float = number(1.0, above=0, users=SAPO)
     """SAPO's temperature where the advantage is positive. The gradient's weight halves at |ratio - 1| = 1.763 / tau."""
-    tau_neg: float = number(1.05, above=0)
+    tau_neg: float = number(1.05, above=0, users=SAPO)
     """SAPO's temperature for the other tokens; the paper takes it above `tau_pos`."""
-    strict_temperatures: bool = True
+    strict_temperatures: bool = field(default=True, metadata={"users": SAPO})
     """Refuse `tau_neg < tau_pos`, which the paper found to be the least stable."""
-    gradient: str = choice("paper", "paper", "detached")
+    gradient: str = choice("paper", "paper", "detached", users=SAPO)
     """`paper` differentiates through the gate; `detached` is the published Trinity-RFT form."""
-    gate: str = choice("sigmoid", "sigmoid", "erf", "arctan", "softsign")
+    gate: str = choice("sigmoid", "sigmoid", "erf", "arctan", "softsign", users=SAPO)
     """Shape of SAPO's gate."""
-    sides: str = choice("both", "both", "one")
+    sides: str = choice("both", "both", "one", users=SAPO)
     """Sides of ratio 1 that SAPO's gate damps: `both` (the paper), or `one`, where a token moves with its advantage."""
-    ratio_level: str = choice("token", "token", "sequence")
+    ratio_level: str = choice("token", "token", "sequence", users=LEVELLED)
     """Ratio of each token, or the length-normalised ratio of its sequence."""
     log_ratio_clamp: float = number(20.0, above=0, most=80)
     """Bound on |log ratio| before it is exponentiated; float32 overflows at 88.7."""
-    clip_low: float = number(0.2, least=0)
+    clip_low: float = number(0.2, least=0, users=CLIPPED)
     """Lower clip range of grpo, gspo and cispo; bound on the divergence of dppo and dppo_kl (where 0.05 is usual)."""
-    clip_high: float = number(0.2, least=0)
+    clip_high: float = number(0.2, least=0, users=CLIPPED)
     """Upper clip range, or bound where the advantage is positive."""
-    dual_clip: Optional[float] = None
-    """Bound on the ratio of negative advantages in grpo, above 1; null is off."""
+    dual_clip: Optional[float] = field(default=None, metadata={"users": ("grpo", "gspo")})
+    """Bound on the ratio of negative advantages in grpo and gspo, above 1; null is off."""
     loss_agg_mode: str = choice(
         "seq-mean-token-mean", "seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
     )
@@ -93,3 +99,15 @@ class LossConfig:
     vLLM's when it sampled (`rollout`), or the former with a correction towards the latter (`decoupled`)."""
     kl: KLConfig = field(default_factory=KLConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+
+
+CHOSEN_KEYS: dict[str, tuple[str, ...]] = {
+    key.name: key.metadata["users"] for key in fields(LossConfig) if key.metadata.get("users")
+}
+"""Keys that some built-in losses do not read, with the names of those that do."""
+
+
+def unread(name: str) -> dict[str, Any]:
+    """Return the keys that the built-in loss `name` does not read, with their defaults; none for one of the user's."""
+    defaults = LossConfig()
+    return {key: getattr(defaults, key) for key, users in CHOSEN_KEYS.items() if "." not in name and name not in users}

@@ -81,7 +81,9 @@ def check_concurrency(name: str, cfg: RewardFunctionConfig, coroutine: bool) -> 
 
 def _check_arguments(where: str, function: RewardFunction, args: dict[str, Any]) -> None:
     parameters = inspect.signature(function).parameters.values()
-    plugins.check_arguments(f"{where}.args", function, args, [one for one in parameters if one.kind is one.KEYWORD_ONLY])
+    plugins.check_arguments(
+        f"{where}.args", function, args, [one for one in parameters if one.kind is one.KEYWORD_ONLY]
+    )
     empty: dict[str, list[Any]] = {one.name: [] for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD}
     try:
         function(**empty, **args)  # no sample: checks the settings' values only

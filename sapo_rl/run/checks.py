@@ -11,6 +11,7 @@ from typing import Any
 
 from sapo_rl import plugins
 from sapo_rl.config import Config
+from sapo_rl.config.loss import CHOSEN_KEYS, unread
 from sapo_rl.errors import UserError, brief, did_you_mean
 from sapo_rl.errors.files import reading
 from sapo_rl.policy import model_folder
@@ -166,13 +167,19 @@ def _check_servers(config: Config) -> None:
         raise ConfigError("rollout.transport", "'nccl' is for rollout.servers, and none is given; set auto")
 
 
+def _check_loss_settings(config: Config) -> None:
+    """Refuse what the loss would not read, where it is not as by default."""
+    name = config.loss.name
+    for key, default in unread(name).items():
+        value = getattr(config.loss, key)
+        if value != default:
+            own = ", ".join(f"loss.{one}" for one in sorted(CHOSEN_KEYS) if name in CHOSEN_KEYS[one])
+            settings = f"its settings are {own}" if own else "it has no settings of its own"
+            raise ConfigError(f"loss.{key}", f"is {value}; {name} does not use it; {settings}")
+
+
 def _check_loss(config: Config) -> None:
     loss = config.loss
-    if loss.args and "." not in loss.name:
-        raise ConfigError(
-            "loss.args",
-            f"is {loss.args}; they are for a loss of your own, and {loss.name} takes keys such as loss.ratio_level",
-        )
     if loss.name == "sapo" and loss.strict_temperatures and loss.tau_neg < loss.tau_pos:
         raise ConfigError(
             "loss.tau_neg",
@@ -264,7 +271,8 @@ RULES = {
     "rollout, trainer": _check_batch,
     "rollout.tensor_parallel": _check_tensor_parallel,
     "rollout.servers": _check_servers,
-    "loss": _check_loss,
+    "loss": _check_loss_settings,
+    "loss, rollout": _check_loss,
     "data, reward": _check_sources,
     "model.lora": _check_lora,
     "model.path": _check_model,

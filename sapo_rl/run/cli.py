@@ -237,6 +237,7 @@ def _attempt(
     own = replace(ready, argv=[*ready.argv, *overrides])  # in a sweep the latter are this job's own
     try:
         compose.check_choices(composed, overrides)
+        compose.forget_unread(composed, overrides)
         config, frozen = compose.accept(composed, ready)
         if config.resume and config.run_dir:
             raise ConfigError("run_dir", "a run that is resumed stays in its folder; leave run_dir out")

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from sapo_rl.config import Config, RewardConfig, RewardFunctionConfig
+from sapo_rl.config.loss import unread
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.errors.files import expand, is_file
 from sapo_rl.paths import CONFIGS
@@ -29,6 +30,9 @@ from sapo_rl.run_folder.secrets import is_secret, worth_hiding
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """Variable that asks for the traceback of what composing a config raises."""
 ADDED_FUNCTION = r"\+reward\.functions\.([\w-]+)(\.(function|weight|timeout|on_error))?="
+
+GLOBAL = "# @package _global_"
+"""First line of a group's file that sets keys of other sections as well."""
 
 
 def recipes() -> dict[str, str]:
@@ -104,6 +108,19 @@ def _with_choices(argv: list[str]) -> list[str]:
     return expanded
 
 
+def forget_unread(composed: DictConfig, overrides: Sequence[str]) -> None:
+    """Where the overrides choose `loss=CHOICE`, put back what the config sets for another loss, but for what is typed.
+
+    A baseline is so one word away from a recipe with settings of its loss.
+    """
+    if not any(re.fullmatch(r"loss=[\w.-]+", override) for override in overrides):
+        return
+    typed = {".".join(key.split(".")[:2]) for key in _keys(overrides)}
+    for key, default in unread(str(composed.loss.name)).items():
+        if f"loss.{key}" not in typed:
+            composed.loss[key] = default
+
+
 def check_choices(composed: DictConfig, overrides: Sequence[str]) -> None:
     """Raise ConfigError where a recipe hides a part of `GROUP=CHOICE`, as it does in a sweep over choices."""
     typed = _keys(overrides)
@@ -122,7 +139,9 @@ def _chosen_keys(override: str) -> Iterator[tuple[str, Any]]:
     group, _, choice = override.partition("=")
     file = CONFIGS / group / f"{choice}.yaml"
     if group != "config" and re.fullmatch(r"\w+=[\w.-]+", override) and is_file(file):
-        yield from leaves(OmegaConf.to_container(OmegaConf.load(file)), group)
+        everywhere = file.read_text(encoding="utf-8").startswith(GLOBAL)
+        for key, value in leaves(OmegaConf.to_container(OmegaConf.load(file)), "" if everywhere else group):
+            yield key.lstrip("."), value
 
 
 def leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -368,7 +368,9 @@ class Seventh: ...
 def test_a_loss_of_ones_own_trains_and_one_that_is_none_is_refused_before_vllm_starts(workspace: Path) -> None:
     (workspace / "my_losses.py").write_text(LOSSES)
     short = ("trainer.steps=1", "eval.prompts=0", "checkpoint.save_final=false", "logging.wandb=off")
-    folder = new_run(workspace, "loss.name=my_losses.Constant", "+loss.args.value=7", "advantage.skip_zero_spread=false", *short)
+    folder = new_run(
+        workspace, "loss.name=my_losses.Constant", "+loss.args.value=7", "advantage.skip_zero_spread=false", *short
+    )
     assert steps_of(folder)[0]["policy/loss"] == pytest.approx(7)
     before = folders(workspace)
     code, _, err = run(workspace, "config=tiny.yaml", "loss.name=my_losses.Seventh", *short)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+import inspect
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from losses.batches import inputs_of, make_batch
 from torch import Tensor
 
-from sapo_rl.config.loss import LossConfig
+from sapo_rl.config.loss import CHOSEN_KEYS, LossConfig, unread
 from sapo_rl.losses import (
     POLICY_LOSS_FN,
     LossInputs,
@@ -94,6 +95,13 @@ def test_the_configs_loss_group_is_accepted_by_every_loss(name: str) -> None:
     config = objective(LossConfig())
     inputs = inputs_of(BATCH, BATCH.logps, [0, 1, 2, 3], config["loss_agg_mode"])
     assert build_loss(**(config | {"name": name}))(inputs).loss.isfinite()
+
+
+@pytest.mark.parametrize("name", sorted(POLICY_LOSS_FN))
+def test_the_keys_that_a_loss_is_said_to_read_are_its_fields(name: str) -> None:
+    read = set(inspect.signature(POLICY_LOSS_FN.get(name)).parameters) & {key.name for key in fields(LossConfig)}
+    assert unread(name).keys() == {"args", *CHOSEN_KEYS} - read
+    assert read - set(CHOSEN_KEYS) == {"log_ratio_clamp", "loss_agg_mode", "loss_agg_norm"}
 
 
 def test_the_configs_defaults_are_the_papers_objective() -> None:
