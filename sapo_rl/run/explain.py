@@ -12,7 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sapo_rl.config import Config, RewardFunctionConfig
-from sapo_rl.config.loss import LossConfig
 from sapo_rl.errors import UserError, brief, did_you_mean
 from sapo_rl.errors.files import is_file, read_yaml
 from sapo_rl.paths import CONFIGS
@@ -53,9 +52,7 @@ def _explain(error: Exception, arguments: Arguments) -> str:
         return f"config ({file}): no recipe '{name}'; {did_you_mean(name, recipes())}"
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).partition("/")
-        if group == "loss" and name in LossConfig.__dataclass_fields__["name"].metadata["choices"]:
-            return f"loss: no choice '{name}'; write loss.name={name}"
-        path = "; your own is model.path=..." if group == "model" else ""
+        path = {"model": "; your own is model.path=...", "loss": "; your own is loss.name=..."}.get(group, "")
         if group == "hydra":  # a launcher or sweeper is called kind/name
             kind, _, plugin = name.partition("/")
             path = f"; others are packages: pip install hydra-{plugin}-{kind}"
@@ -143,7 +140,7 @@ def origin(key: str, arguments: Arguments) -> str:
             return str(path)
     group, _, rest = key.partition(".")
     for path in [CONFIGS / group / f"{choice}.yaml" for choice in _chosen(group, choices, paths)]:
-        if _holds(path, rest):
+        if _holds(path, rest) or _holds(path, key):
             return str(path)
     return "default"
 

@@ -225,6 +225,16 @@ BAD = {
     "secret in a list": (["+reward.functions.correct.args.api_keys=[abc123]"], ["args.api_keys", "oc.env"]),
     "secret of digits": (["+reward.functions.correct.args.password=123"], ["args.password", "oc.env"]),
     "secret that is not there": (["reward.env=[NO_SUCH_KEY]"], ["reward.env", "NO_SUCH_KEY"]),
+    "setting of another loss": (
+        ["loss=grpo", "loss.tau_pos=3"],
+        ["loss.tau_pos (command line): is 3.0; grpo does not use it; its settings are loss.clip_high, loss.clip_low, "],
+    ),
+    "setting of another loss by name": (["loss.name=gspo", "loss.ratio_level=sequence"], ["loss.dual_clip"]),
+    "setting of a loss without any": (
+        ["loss.name=vespo", "loss.clip_low=0.1"],
+        ["loss.clip_low", "vespo does not use it; it has no settings of its own"],
+    ),
+    "args of a built-in loss": (["+loss.args.tau_pos=3"], ["loss.args", "sapo does not use it", "loss.tau_pos"]),
     "misspelt key with plus": (["+loss.kl.coeff=0.1"], ["loss.kl.coeff", "coef"]),
     "unknown section with plus": (["+my.own.key=3"], ["my", "valid"]),
     "infinite": (["trainer.learning_rate=inf"], ["trainer.learning_rate", "finite"]),
@@ -439,7 +449,7 @@ OWN_SETTINGS = {
     "loss.args.neg_high=2": "loss.args: 'own_cispo.Soft' refuses its settings: neg_high must be at most 1",
     "+loss.args.loss_agg_mode=token-mean": "loss.args: unknown argument 'loss_agg_mode'",
     "loss.name=own_cispo.Bare": "loss.args.neg_high: is no field yet; write @dataclass above the class Bare",
-    "loss.name=cispo": "loss.args (mine.yaml): is {'neg_high': 0.1}; they are for a loss of your own",
+    "loss.name=cispo": "loss.args (mine.yaml): is {'neg_high': 0.1}; cispo does not use it; its settings are loss.clip",
 }
 
 
@@ -473,6 +483,17 @@ def test_a_choice_on_the_command_line_beats_what_a_recipe_sets_of_its_group(tmp_
     assert (resumed["loss"]["name"], resumed["launch"]["profile"]) == ("grpo", "ddp")
 
 
+@pytest.mark.parametrize("arguments", [["loss=grpo"], ["loss=grpo", "rollout.group_size=4,8", "-m"]])
+def test_a_choice_of_loss_puts_back_what_the_recipe_sets_for_another_one(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("loss: {tau_pos: 4, tau_neg: 4.2, log_ratio_clamp: 5}")
+    own = ("config=mine.yaml", "data=arithmetic", "reward=numeric", f"model.path={model}", "dry_run=true")
+    code, out, told = inside.sapo_train(*own, *arguments)
+    assert code == 0 and "tau_pos: 1.0" in out and "tau_neg: 1.05" in out and "log_ratio_clamp: 5.0" in out, told
+
+
 def test_a_sweep_over_choices_that_the_recipe_hides_is_refused(tmp_path: Path, model: Path) -> None:
     (tmp_path / "mine.yaml").write_text(OWN_LOSS)
     own = ("config=mine.yaml", "data=arithmetic", "reward=numeric", f"model.path={model}")
@@ -480,6 +501,33 @@ def test_a_sweep_over_choices_that_the_recipe_hides_is_refused(tmp_path: Path, m
     assert result.returncode == 2
     assert "loss.name (mine.yaml): hides what loss=sapo sets it to, sapo" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+LOSS_GROUPS = {
+    "sapo": ("sapo", 0.2, 0.2, "seq-mean-token-mean", "group"),
+    "grpo": ("grpo", 0.2, 0.2, "seq-mean-token-mean", "group"),
+    "dapo": ("grpo", 0.2, 0.28, "token-mean", "group"),
+    "dr_grpo": ("grpo", 0.2, 0.2, "seq-mean-token-sum-norm", "none"),
+    "gspo": ("gspo", 3e-4, 4e-4, "seq-mean-token-mean", "group"),
+    "cispo": ("cispo", 1.0, 0.2, "token-mean", "group"),
+    "reinforce": ("reinforce", 0.2, 0.2, "seq-mean-token-mean", "group"),
+    "dppo": ("dppo", 0.2, 0.2, "seq-mean-token-mean", "group"),
+    "dppo_kl": ("dppo_kl", 0.05, 0.05, "seq-mean-token-mean", "group"),
+    "vespo": ("vespo", 0.2, 0.2, "seq-mean-token-mean", "group"),
+}
+
+
+def test_every_loss_is_a_group_that_beats_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert {file.stem for file in (ROOT / "configs" / "loss").glob("*.yaml")} == set(LOSS_GROUPS)
+    (tmp_path / "mine.yaml").write_text("{loss: {loss_agg_mode: seq-mean-token-sum}, advantage: {scale: batch}}")
+    for group, (name, low, high, mode, scale) in LOSS_GROUPS.items():
+        for recipe, theirs in (("default", "group"), ("mine.yaml", "batch")):
+            code, out, told = inside.sapo_train(f"config={recipe}", f"loss={group}", "--cfg", "job")
+            assert code == 0, told
+            loss, advantage = yaml.safe_load(out)["loss"], yaml.safe_load(out)["advantage"]
+            found = (loss["name"], loss["clip_low"], loss["clip_high"], loss["loss_agg_mode"], advantage["scale"])
+            assert found == (name, low, high, mode, "none" if scale == "none" else theirs), (recipe, group)
 
 
 @pytest.mark.parametrize(
@@ -504,7 +552,7 @@ def test_keys_of_other_programs_and_of_other_sections_are_pointed_to_ours(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["config=quickstart", "loss=gspo"], "loss: no choice 'gspo'; write loss.name=gspo"),
+        (["config=quickstart", "loss=gspoo"], "loss: no choice 'gspoo'; did you mean 'gspo'? valid: cispo, dapo, "),
         (["config=quickstart", "model=Qwen/Qwen3-0.6B"], "model: no choice 'Qwen/Qwen3-0.6B'; valid: smollm2-135m"),
         (["config=quickstart", "model=Qwen/Qwen3-0.6B"], "your own is model.path="),
         (["again.yaml"], "'again.yaml' (command line): write config=again.yaml"),

@@ -41,7 +41,7 @@ ANCHORS = "\n".join(f"k{n}: &k{n} [{', '.join([f'*k{n - 1}'] * 9 if n else ['1']
 SHAPES = {
     "loss: grpo": ["loss (mine.yaml): is 'grpo'", "{override /loss: grpo}, _self_]", "keys under `loss:`"],
     "launch: ddp": ["launch (mine.yaml): is 'ddp'", "override /launch: ddp"],
-    "loss: gspo": ["loss (mine.yaml): is 'gspo'; write loss: {name: gspo}"],
+    "loss: my_losses.Mine": ["loss (mine.yaml): is 'my_losses.Mine'; write loss: {name: my_losses.Mine}"],
     "model: Qwen/Qwen3-0.6B": ["model (mine.yaml)", "write model: {path: Qwen/Qwen3-0.6B}"],
     "loss: .inf": ["loss (mine.yaml): is inf, must be a mapping"],
     "loss:": ["loss (mine.yaml): is empty"],
