@@ -1,4 +1,4 @@
-"""From rewards to group-relative advantages: pure functions on ragged lists, in float64.
+"""From rewards to group-relative advantages: pure functions on ragged lists, in float64; or the user's function.
 
 Axes: P prompts, G samples of a prompt (may differ between prompts), R reward functions. None marks a reward that does
 not apply to a sample; such rewards are left out of every sum, mean and standard deviation.
@@ -6,13 +6,19 @@ not apply to a sample; such rewards are left out of every sum, mean and standard
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
+from sapo_rl import plugins
 from sapo_rl.config import RewardFunctionConfig
 from sapo_rl.config.loss import AdvantageConfig
+from sapo_rl.errors import UserError, first_line
 from sapo_rl.types import Group
+
+OwnFunction: TypeAlias = Callable[..., Any]
+"""`f(rewards_G, **args) -> advantages_G`: weighted rewards of one group, None where none applies, to a float each."""
 
 SCALES = ("group", "batch", "none")
 """What deviations from the baseline are divided by."""
@@ -136,6 +142,52 @@ def _std(values: list[float]) -> float:
     return math.hypot(*(value - mean for value in values)) / math.sqrt(len(values) - 1)  # squares could overflow
 
 
+def own_function(settings: AdvantageConfig) -> OwnFunction | None:
+    """Return the user's function that `settings` name, held to its signature; None for the built-in.
+
+    Raises:
+        UserError: it cannot be imported, is no function of one group's rewards, or does not take `args`.
+    """
+    if "." not in settings.name:
+        return None
+    try:
+        found = plugins.find("advantage function", settings.name)
+        if not callable(found) or isinstance(found, type):
+            raise UserError(f"'{settings.name}' is a {type(found).__name__}, not a function")
+    except UserError as error:
+        raise UserError(f"advantage.name: {error}") from error
+    first, *others = inspect.signature(found).parameters.values() or [None]
+    if first is None or first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
+        raise UserError(f"advantage.name: '{settings.name}' must take a group's rewards first: f(rewards, **args)")
+    plugins.check_arguments("advantage.args", found, settings.args, others)
+    return found
+
+
+def own_advantages(
+    rewards_G: list[float | None], function: OwnFunction, name: str, args: dict[str, Any]
+) -> list[float]:
+    """Return what the user's `function` makes of one group's rewards, checked.
+
+    Raises:
+        UserError: naming the function: it failed, or returned something else than one finite number a sample.
+    """
+    try:
+        returned = function(list(rewards_G), **args)
+    except Exception as error:  # the user's function may raise anything
+        cause = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"advantage.name: '{name}' failed on the rewards {rewards_G}: {cause}") from error
+    try:
+        numbers = [float(value) for value in returned if not isinstance(value, str)]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != len(rewards_G) or not all(map(math.isfinite, numbers)):
+        raise UserError(
+            f"advantage.name: '{name}' must return {len(rewards_G)} finite numbers, one a sample; for the rewards "
+            f"{rewards_G} it returned {returned!r}"
+        )
+    return numbers
+
+
 def assign_advantages(
     groups: list[Group],
     functions: dict[str, RewardFunctionConfig],
@@ -149,17 +201,26 @@ def assign_advantages(
         functions: the reward functions by name.
         settings: how rewards become advantages.
         gather: joins a list over the ranks; called only for `scale="batch"`.
+
+    Raises:
+        UserError: a function of the user's own failed or returned what cannot be.
     """
     values_P_G_R = [[[sample.rewards[name] for name in functions] for sample in group.samples] for group in groups]
-    rewards_P_G, advantages_P_G = advantages(
-        values_P_G_R,
-        [function.weight for function in functions.values()],
-        scale=settings.scale,
-        baseline=settings.baseline,
-        combine=settings.combine,
-        eps=settings.eps,
-        batch_P_G_R=gather(values_P_G_R) if settings.scale == "batch" else None,
-    )
+    weights_R = [function.weight for function in functions.values()]
+    own = own_function(settings)
+    if own:
+        rewards_P_G = _weighted_sums(values_P_G_R, weights_R)
+        advantages_P_G = [own_advantages(rewards_G, own, settings.name, settings.args) for rewards_G in rewards_P_G]
+    else:
+        rewards_P_G, advantages_P_G = advantages(
+            values_P_G_R,
+            weights_R,
+            scale=settings.scale,
+            baseline=settings.baseline,
+            combine=settings.combine,
+            eps=settings.eps,
+            batch_P_G_R=gather(values_P_G_R) if settings.scale == "batch" else None,
+        )
     for group, rewards_G, advantages_G in zip(groups, rewards_P_G, advantages_P_G, strict=True):
         for sample, reward, advantage in zip(group.samples, rewards_G, advantages_G, strict=True):
             sample.reward, sample.advantage = reward, advantage

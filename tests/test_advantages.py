@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sapo_rl.advantages import BASELINES, COMBINES, SCALES, advantages, zero_spread
+from sapo_rl.advantages import BASELINES, COMBINES, SCALES, advantages, assign_advantages, own_function, zero_spread
+from sapo_rl.config import RewardFunctionConfig
+from sapo_rl.config.loss import AdvantageConfig
+from sapo_rl.errors import UserError
+from sapo_rl.types import Group, Prompt, Sample
 
 Rewards = list[list[list[float | None]]]
 EPS = 1e-6
@@ -181,3 +187,74 @@ def test_options_and_weights_that_do_not_fit_are_refused() -> None:
             of_group([0.0, 1.0], **{option: "other"})
     with pytest.raises(ValueError, match=r"1 reward\(s\) for 2 weights"):
         advantages(single([0.0, 1.0]), [1.0, 2.0])
+
+
+OWN = """
+import statistics
+
+def median(rewards, scale: float = 1.0):
+    middle = statistics.median(reward for reward in rewards if reward is not None)
+    return [0.0 if reward is None else (reward - middle) * scale for reward in rewards]
+
+def short(rewards): return [1.0]
+def infinite(rewards): return [float("inf") for _ in rewards]
+def nothing(rewards): return None
+def words(rewards): return ["1", "2", "3"]
+def fails(rewards): return rewards[0] / 0
+def empty(): return []
+number = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_advantages.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_advantages", raising=False)
+
+
+def scored(function: str, **args: float) -> list[Sample]:
+    """A group of three, the last of which no reward applies to, after `function`."""
+    samples = [
+        Sample([1], False, 0, rewards={"f": reward, "g": half}) for reward, half in [(3, 2), (1, 0), (None, None)]
+    ]
+    functions = {"f": RewardFunctionConfig(weight=1.0), "g": RewardFunctionConfig(weight=0.5)}
+    settings = AdvantageConfig(name=f"own_advantages.{function}", args=args)
+    assign_advantages([Group(Prompt(0, [1], "q", {}), samples)], functions, settings, lambda values: values)
+    return samples
+
+
+def test_a_function_of_ones_own_makes_advantages_of_weighted_rewards(own: None) -> None:
+    samples = scored("median", scale=2.0)
+    assert [sample.reward for sample in samples] == [4.0, 1.0, None]
+    assert [sample.advantage for sample in samples] == [3.0, -3.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        ("short", r"'own_advantages.short' must return 3 finite numbers.*\[4.0, 1.0, None\] it returned \[1.0\]"),
+        ("infinite", r"returned \[inf, inf, inf\]"),
+        ("nothing", "returned None"),
+        ("words", r"returned \['1', '2', '3'\]"),
+        ("fails", "'own_advantages.fails' failed on the rewards .*: ZeroDivisionError: "),
+    ],
+)
+def test_what_a_function_of_ones_own_returns_is_checked(own: None, function: str, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        scored(function)
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "told"),
+    [
+        ("median", {"scael": 1}, "advantage.args: unknown argument 'scael'; did you mean 'scale'"),
+        ("median", {"scale": "a"}, "advantage.args.scale: 'a' is a str, must be float"),
+        ("empty", {}, "advantage.name: 'own_advantages.empty' must take a group's rewards first"),
+        ("number", {}, "advantage.name: 'own_advantages.number' is a int, not a function"),
+        ("medain", {}, "advantage.name: .*has no 'medain'; did you mean 'median'"),
+    ],
+)
+def test_the_signature_of_a_function_of_ones_own_is_checked(own: None, function: str, args: dict, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        own_function(AdvantageConfig(name=f"own_advantages.{function}", args=args))

@@ -12,6 +12,12 @@ from sapo_rl.config.fields import choice, number
 class AdvantageConfig:
     """How rewards of a group become advantages."""
 
+    name: str = choice("group", "group", own="advantage function")
+    """`group` normalises within the group by the keys below, or the dotted path of your own `f(rewards, **args)`: the
+    weighted rewards of one group, None where none applies, to a number each. Of the other keys yours reads `args`,
+    `skip_zero_spread` (of its numbers, all 0) and `mask_truncated`."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of an advantage function of your own."""
     scale: str = choice("group", "group", "batch", "none")
     """Divide by the standard deviation of the group, of the whole batch, or not at all."""
     baseline: str = choice("mean", "mean", "leave_one_out")

@@ -178,6 +178,13 @@ def _check_loss_settings(config: Config) -> None:
             raise ConfigError(f"loss.{key}", f"is {value}; {name} does not use it; {settings}")
 
 
+def _check_advantage(config: Config) -> None:
+    advantage = config.advantage
+    if advantage.args and "." not in advantage.name:
+        problem = f"is {advantage.args}; {advantage.name} does not use it, it is for a function of your own"
+        raise ConfigError("advantage.args", problem)
+
+
 def _check_loss(config: Config) -> None:
     loss = config.loss
     if loss.name == "sapo" and loss.strict_temperatures and loss.tau_neg < loss.tau_pos:
@@ -271,6 +278,7 @@ RULES = {
     "rollout, trainer": _check_batch,
     "rollout.tensor_parallel": _check_tensor_parallel,
     "rollout.servers": _check_servers,
+    "advantage": _check_advantage,
     "loss": _check_loss_settings,
     "loss, rollout": _check_loss,
     "data, reward": _check_sources,

@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from sapo_rl import run_folder
+from sapo_rl.advantages import own_function
 from sapo_rl.config import Config, ModelConfig
 from sapo_rl.data import PromptSampler, build_prompts, load_rows, repetition_warning
 from sapo_rl.engines.base import Engine
@@ -113,7 +114,7 @@ def build(folder: Path | None, stack: contextlib.ExitStack, stops: Stops) -> Par
     if accelerator.is_main_process:
         run_folder.add_device(folder, header)
 
-    objective(config.loss)  # one of the user's own is imported before anything is started
+    _import_own(config)
     tokenizer = load_tokenizer(config.model)
     printed = folder / "logs" / f"rewards_rank{accelerator.process_index}.log"
     rewards = stack.enter_context(RewardPool(config.reward, printed))
@@ -228,6 +229,12 @@ def _prompts(
         for prompt in some:  # all have the same columns
             rewards.check_columns(prompt.columns, source)
     return prompts, held_out, dropped + also_dropped
+
+
+def _import_own(config: Config) -> None:
+    """Find mistakes in a loss and an advantage function of the user's own before anything is started."""
+    objective(config.loss)
+    own_function(config.advantage)
 
 
 def _seed(config: Config, rank: int) -> None:

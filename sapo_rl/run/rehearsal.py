@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 
+from sapo_rl.advantages import own_function
 from sapo_rl.config import Config
 from sapo_rl.data import load_rows, repetition_warning
 from sapo_rl.data.prompts import Rows, columns_of, content_of, with_all_columns
@@ -51,6 +52,7 @@ def rehearse(config: Config) -> Trial:
         from sapo_rl.policy.trainer import objective  # imports torch
 
         objective(config.loss)
+    own_function(config.advantage)
     with reading("data"):
         train, held_out = load_rows(config.data, config.eval.prompts)
         train, held_out = with_all_columns(train, config.data), with_all_columns(held_out, config.data)

@@ -235,6 +235,8 @@ BAD = {
         ["loss.clip_low", "vespo does not use it; it has no settings of its own"],
     ),
     "args of a built-in loss": (["+loss.args.tau_pos=3"], ["loss.args", "sapo does not use it", "loss.tau_pos"]),
+    "advantages of no module": (["advantage.name=absent.f"], ["advantage.name", "no module 'absent'"]),
+    "args of built-in advantages": (["+advantage.args.eps=3"], ["advantage.args", "for a function of your own"]),
     "misspelt key with plus": (["+loss.kl.coeff=0.1"], ["loss.kl.coeff", "coef"]),
     "unknown section with plus": (["+my.own.key=3"], ["my", "valid"]),
     "infinite": (["trainer.learning_rate=inf"], ["trainer.learning_rate", "finite"]),
@@ -501,6 +503,25 @@ def test_a_sweep_over_choices_that_the_recipe_hides_is_refused(tmp_path: Path, m
     assert result.returncode == 2
     assert "loss.name (mine.yaml): hides what loss=sapo sets it to, sapo" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("argument", "problem"),
+    [
+        ("+advantage.args.scale=2", ""),
+        ("+advantage.args.scael=2", "advantage.args: unknown argument 'scael'; did you mean 'scale'? valid: scale"),
+    ],
+)
+def test_an_advantage_of_ones_own_is_held_to_its_signature(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, argument: str, problem: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_median", raising=False)
+    (tmp_path / "own_median.py").write_text("def centred(rewards, scale: float = 1): return [0.0 for _ in rewards]\n")
+    own = ("config=default", "data=arithmetic", "reward=numeric", f"model.path={model}", "dry_run=true")
+    code, out, told = inside.sapo_train(*own, "loss=grpo", "advantage.name=own_median.centred", argument)
+    assert code == (2 if problem else 0) and problem in told and "own_median.centred" in out, told
 
 
 LOSS_GROUPS = {
