@@ -166,11 +166,13 @@ def own_function(settings: AdvantageConfig) -> OwnFunction | None:
 def own_advantages(
     rewards_G: list[float | None], function: OwnFunction, name: str, args: dict[str, Any]
 ) -> list[float]:
-    """Return what the user's `function` makes of one group's rewards, checked.
+    """Return what the user's `function` makes of one group's rewards, checked; zeros where no reward applies at all.
 
     Raises:
         UserError: naming the function: it failed, or returned something else than one finite number a sample.
     """
+    if all(reward is None for reward in rewards_G):
+        return [0.0] * len(rewards_G)
     try:
         returned = function(list(rewards_G), **args)
     except Exception as error:  # the user's function may raise anything

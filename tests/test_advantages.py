@@ -225,6 +225,10 @@ def scored(function: str, **args: float) -> list[Sample]:
 
 
 def test_a_function_of_ones_own_makes_advantages_of_weighted_rewards(own: None) -> None:
+    flat = [Sample([1], False, 0, rewards={"f": None})]
+    settings = AdvantageConfig(name="own_advantages.fails")
+    assign_advantages([Group(Prompt(0, [1], "q", {}), flat)], {"f": RewardFunctionConfig()}, settings, lambda one: one)
+    assert (flat[0].reward, flat[0].advantage) == (None, 0.0)
     samples = scored("median", scale=2.0)
     assert [sample.reward for sample in samples] == [4.0, 1.0, None]
     assert [sample.advantage for sample in samples] == [3.0, -3.0, 0.0]
