@@ -156,10 +156,10 @@ def own_function(settings: AdvantageConfig) -> OwnFunction | None:
             raise UserError(f"'{settings.name}' is a {type(found).__name__}, not a function")
     except UserError as error:
         raise UserError(f"advantage.name: {error}") from error
-    first, *others = inspect.signature(found).parameters.values() or [None]
-    if first is None or first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
+    parameters = list(inspect.signature(found).parameters.values())
+    if not parameters or parameters[0].kind not in (inspect.Parameter.POSITIONAL_ONLY, plugins.NAMED[0]):
         raise UserError(f"advantage.name: '{settings.name}' must take a group's rewards first: f(rewards, **args)")
-    plugins.check_arguments("advantage.args", found, settings.args, others)
+    plugins.check_arguments("advantage.args", found, settings.args, parameters[1:])
     return found
 
 
