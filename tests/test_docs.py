@@ -54,7 +54,7 @@ def module(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_python_on_other_pages_runs(page: str) -> None:
     texts = [text for language, text in blocks(page) if language == "python"]
     assert texts
-    names: dict[str, Any] = {"__name__": "example"}  # a block may go on where the one before it ended
+    names: dict[str, Any] = {"__name__": __name__}  # a block may go on where the one before it ended
     for text in texts:
         exec(compile(text, page, "exec"), names)
 
