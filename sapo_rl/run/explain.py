@@ -165,10 +165,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _holds(path: Path, key: str) -> bool:
-    node: Any = _read(path)
-    for part in re.sub(r"\[\d+\]", "", key).split("."):
-        named = {str(name): value for name, value in node.items()} if isinstance(node, dict) else {}
-        if part not in named:
-            return False
-        node = named[part]
-    return True
+    return _leads(_read(path), re.sub(r"\[\d+\]", "", key))
+
+
+def _leads(node: Any, key: str) -> bool:
+    """Whether `key` leads through the mapping `node`, whose names may have dots in them."""
+    named = {str(name): value for name, value in node.items()} if isinstance(node, dict) else {}
+    return key in named or any(
+        key.startswith(f"{name}.") and _leads(value, key.removeprefix(f"{name}.")) for name, value in named.items()
+    )

@@ -202,6 +202,11 @@ def test_the_page_of_flags_is_shown_beside_a_recipe() -> None:
     assert code == 0 and "--config-dir" in told
 
 
+def test_a_name_with_a_dot_in_it_is_found_in_its_file(workspace: Path) -> None:
+    (workspace / "mine.yaml").write_text("advantage: {s.ale: 1}")
+    assert "advantage.s.ale (mine.yaml): no such key" in refused("config=mine.yaml", "model.path=model")
+
+
 @pytest.mark.parametrize("wanted", [False, True])
 def test_what_nobody_thought_of_is_told_too_and_its_traceback_on_demand(
     monkeypatch: pytest.MonkeyPatch, wanted: bool
