@@ -352,6 +352,7 @@ def test_a_run_that_fails_early_does_not_show_the_one_before(tmp_path: Path, mon
         folder = task.folder / "runs/bench" / made.pop()
         folder.mkdir(parents=True)
         (folder / "metrics.jsonl").write_text(json.dumps(step) + "\n")
+        (folder.parent / "latest").symlink_to(folder.name)
         return 0
 
     monkeypatch.setattr(vs_trl, "run", run)

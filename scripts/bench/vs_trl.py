@@ -161,12 +161,17 @@ def write_recipe(task: Task, engines: int | None) -> Path:
     return file
 
 
+def _metrics_of_runs(task: Task) -> set[Path]:
+    """The metrics of the runs so far; `latest` is a link to one of them."""
+    return {path.resolve() for path in task.folder.glob("runs/bench/*/metrics.jsonl")}
+
+
 def run_ours(task: Task, engines: int | None, overrides: list[str], name: str = "sapo") -> dict[str, Any]:
     """Run sapo-train, with its output in `<name>.log`, and read its cycles from the metrics of its own run folder."""
     file, log, settings = write_recipe(task, engines), task.folder / f"{name}.log", recipe(task, engines)
-    earlier = set(task.folder.glob("runs/bench/*/metrics.jsonl"))
+    earlier = _metrics_of_runs(task)
     code = run([sys.executable, "-m", "sapo_rl", f"config={file}", *overrides], log, task.limit)
-    found = set(task.folder.glob("runs/bench/*/metrics.jsonl")) - earlier
+    found = _metrics_of_runs(task) - earlier
     records = [json.loads(line) for one in found for line in one.read_text(encoding="utf-8").splitlines()]
     return {"settings": settings, "overrides": overrides, "cycles": our_cycles(records), **ended(code, log)}
 
