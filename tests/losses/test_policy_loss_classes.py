@@ -232,7 +232,7 @@ def test_a_loss_of_ones_own_is_found_by_its_dotted_path(tmp_path: Path, monkeypa
         "function": "is no subclass of PolicyLossFn",
         "Scald": "did you mean 'Scaled'",
     }.items():
-        with pytest.raises(UserError, match=rf"^loss\.name: .*own_losses\.{name}'.*{words}"):
+        with pytest.raises(UserError, match=rf"^loss\.(name|args): .*own_losses\.{name}'.*{words}"):
             objective(LossConfig(name=f"own_losses.{name}"))
 
 

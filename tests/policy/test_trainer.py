@@ -363,7 +363,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing_and_the_one_before(
     checkpoint.load(tmp_path / "step_000002", trainer)
     (tmp_path / ".step_000007.partial").mkdir()  # of a run that was killed
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     for module, name in ((os, "write"), (Path, "write_text"), (os, "fsync")):
