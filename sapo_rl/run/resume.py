@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,10 +57,13 @@ def plan(config: Config, frozen: str) -> Plan:
 
     Raises:
         ConfigError: a key differs from the run so far that cannot; it is named.
-        UserError: there is no checkpoint, it is damaged, or no step is left to do.
+        UserError: there is no checkpoint, it is damaged, no step is left to do, or the run has just begun.
     """
     folder = Path(str(config.resume)).expanduser()
     run_folder.refuse_finished(folder, config.trainer.steps)
+    if (folder / run_folder.LOCK).is_file() and not run_folder.checkpoints_in(folder / run_folder.CHECKPOINTS):
+        with suppress(OSError), run_folder.locked(folder):  # a run that has just begun says that it goes on
+            pass
     checkpoint = run_folder.latest_checkpoint(folder / run_folder.CHECKPOINTS)
     record = manifest.read_record(checkpoint)
     before = record["state"]["config"]
