@@ -226,13 +226,13 @@ def test_a_loss_of_ones_own_is_found_by_its_dotted_path(tmp_path: Path, monkeypa
         token_weights=torch.full((2,), 0.5),
     )
     assert loss(inputs).loss.item() == 6.0
-    for name, words in {
-        "Fussy": "refuses its settings: tau_pos must be even",
-        "Unfinished": "is no subclass of PolicyLossFn that has token_losses",
-        "function": "is no subclass of PolicyLossFn",
-        "Scald": "did you mean 'Scaled'",
-    }.items():
-        with pytest.raises(UserError, match=rf"^loss\.(name|args): .*own_losses\.{name}'.*{words}"):
+    for key, name, words in [
+        ("args", "Fussy", "refuses its settings: tau_pos must be even"),
+        ("name", "Unfinished", "is no subclass of PolicyLossFn that has token_losses"),
+        ("name", "function", "is no subclass of PolicyLossFn"),
+        ("name", "Scald", "did you mean 'Scaled'"),
+    ]:
+        with pytest.raises(UserError, match=rf"^loss\.{key}: .*own_losses\.{name}'.*{words}"):
             objective(LossConfig(name=f"own_losses.{name}"))
 
 
