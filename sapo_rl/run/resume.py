@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,9 +60,8 @@ def plan(config: Config, frozen: str) -> Plan:
     """
     folder = Path(str(config.resume)).expanduser()
     run_folder.refuse_finished(folder, config.trainer.steps)
-    if (folder / run_folder.LOCK).is_file() and not run_folder.checkpoints_in(folder / run_folder.CHECKPOINTS):
-        with suppress(OSError), run_folder.locked(folder):  # a run that has just begun says that it goes on
-            pass
+    if not run_folder.checkpoints_in(folder / run_folder.CHECKPOINTS):
+        run_folder.refuse_going_on(folder)  # a run that has just begun has none either
     checkpoint = run_folder.latest_checkpoint(folder / run_folder.CHECKPOINTS)
     record = manifest.read_record(checkpoint)
     before = record["state"]["config"]

@@ -138,20 +138,35 @@ def locked(folder: Path) -> Iterator[int]:
     """
     lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(lock, 500).decode(errors="replace").strip() or "another process"
-            raise UserError(
-                f"resume: '{folder}' is a run that is still going on ({holder}); wait for its end, or stop it"
-            ) from None
-        except OSError:
-            pass
+        _take(lock, folder, fcntl.LOCK_EX)
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield lock
     finally:
         os.close(lock)
+
+
+def refuse_going_on(folder: Path) -> None:
+    """Raise UserError where another process holds the lock of a run folder; write nothing."""
+    with suppress(OSError):  # it was never locked, or may not be looked at
+        lock = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            _take(lock, folder, fcntl.LOCK_SH)
+        finally:
+            os.close(lock)
+
+
+def _take(lock: int, folder: Path, kind: int) -> None:
+    """Take a lock at once, unless the file system has none; raise UserError where another process holds it."""
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(lock, 500).decode(errors="replace").strip() or "another process"
+        raise UserError(
+            f"resume: '{folder}' is a run that is still going on ({holder}); wait for its end, or stop it"
+        ) from None
+    except OSError:
+        pass
 
 
 def refreeze(folder: Path, config_yaml: str, overrides: list[str]) -> Callable[[], None]:

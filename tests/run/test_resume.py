@@ -14,6 +14,8 @@ import pytest
 import yaml
 from tiny import make_stand_in
 
+from sapo_rl import run_folder
+from sapo_rl.errors import UserError
 from sapo_rl.policy import manifest
 from sapo_rl.run.checks import ConfigError
 from sapo_rl.run.compose import loads
@@ -125,6 +127,22 @@ def test_keys_that_a_resume_may_change_and_keys_that_it_may_not(
             plan(loads(now), now)
     else:
         assert plan(loads(now), now).changes.keys() == {key.replace("__", ".") for key in values}
+
+
+def test_a_run_without_a_checkpoint_is_going_on_or_has_ended(workspace: Path, tmp_path: Path) -> None:
+    """Only to ask changes nothing of the lock: who holds it is still told."""
+    now = changed((workspace / "run/config.yaml").read_text(), resume=str(tmp_path))
+    with pytest.raises(UserError, match="the run ended before its first"):
+        plan(loads(now), now)
+    assert not (tmp_path / run_folder.LOCK).exists()
+    with run_folder.locked(tmp_path):
+        for _ in range(2):
+            with pytest.raises(UserError, match=rf"is a run that is still going on \(process {os.getpid()} on "):
+                plan(loads(now), now)
+    held = (tmp_path / run_folder.LOCK).read_text()
+    with pytest.raises(UserError, match="the run ended before its first"):
+        plan(loads(now), now)
+    assert (tmp_path / run_folder.LOCK).read_text() == held
 
 
 def test_held_out_prompts_of_their_own_file_may_be_more_or_fewer(workspace: Path, tmp_path: Path) -> None:
