@@ -253,7 +253,7 @@ def _refuse_secrets(node: Any, key: str = "") -> None:
 def _settle_paths(frozen: dict[str, Any]) -> None:
     """Name local models and files by their whole and real path: a resume may start elsewhere, and links move on."""
     model, data = frozen["model"], frozen["data"]
-    if os.path.isfile(Path(model["path"]).expanduser() / "config.json"):
+    if os.path.isfile(expand(model["path"]) / "config.json"):
         model["path"] = _real(model["path"])
     if data["source"] in ("file", "huggingface"):
         data |= {key: _real(data[key]) for key in ("path", "eval_path") if data[key] is not None}
@@ -261,7 +261,7 @@ def _settle_paths(frozen: dict[str, Any]) -> None:
 
 def _real(text: str) -> str:
     """The real path, or `text` itself where there is no such file; a link from a name with another ending stays."""
-    path = Path(text).expanduser()
+    path = expand(text)
     if not os.path.exists(path):
         return text
     real = path.resolve()

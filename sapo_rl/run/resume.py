@@ -10,6 +10,7 @@ import yaml
 
 from sapo_rl import run_folder
 from sapo_rl.config import Config
+from sapo_rl.errors.files import expand
 from sapo_rl.policy import manifest
 from sapo_rl.run.checks import ConfigError
 
@@ -58,7 +59,7 @@ def plan(config: Config, frozen: str) -> Plan:
         ConfigError: a key differs from the run so far that cannot; it is named.
         UserError: there is no checkpoint, it is damaged, no step is left to do, or the run has just begun.
     """
-    folder = Path(str(config.resume)).expanduser()
+    folder = expand(str(config.resume))
     run_folder.refuse_finished(folder, config.trainer.steps)
     if not run_folder.checkpoints_in(folder / run_folder.CHECKPOINTS):
         run_folder.refuse_going_on(folder)  # a run that has just begun has none either
@@ -92,7 +93,7 @@ def _refuse_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
 def _is_gone(path: Any) -> bool:
     """Whether nothing is left where a path led to; a name on the hub is none."""
     local = isinstance(path, str) and (path.startswith((".", "/", "~")) or path.count("/") != 1)
-    return local and not Path(path).expanduser().exists()
+    return local and not expand(path).exists()
 
 
 def _value(config: dict[str, Any], key: str) -> Any:

@@ -17,6 +17,7 @@ from types import FrameType
 from sapo_rl import run_folder
 from sapo_rl.config import Config, LaunchConfig
 from sapo_rl.errors import UserError
+from sapo_rl.errors.files import expand
 from sapo_rl.processes import PARENT, killed_by, scratch, stopping_signals, streams
 from sapo_rl.run import launch
 from sapo_rl.run.checks import ConfigError
@@ -58,7 +59,7 @@ def run(config: Config, frozen: str, start: Start) -> None:
         undo: Callable[[], None] = lambda: None  # noqa: E731
         try:
             if config.resume:
-                folder = Path(config.resume).expanduser()
+                folder = expand(config.resume)
                 lock = stack.enter_context(run_folder.locked(folder))
                 undo = run_folder.refreeze(folder, frozen, start.typed)
             else:
@@ -87,7 +88,7 @@ def _new_folder(run_dir: str | None, start: Start) -> Path:
     """
     if run_dir is None:
         return run_folder.unused(Path("runs") / start.recipe / time.strftime("%Y-%m-%d_%H-%M-%S"))
-    folder = Path(run_dir).expanduser() / (str(start.number) if start.number else "")
+    folder = expand(run_dir) / (str(start.number) if start.number else "")
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         way = f"; {shlex.quote(f'resume={folder}')} goes on with it" if (folder / run_folder.CONFIG).is_file() else ""

@@ -103,6 +103,24 @@ def test_flags_may_stand_between_overrides(tmp_path: Path) -> None:
     assert composed("config=quickstart", "--resolve", "trainer.steps=7", cwd=tmp_path)["trainer"]["steps"] == 7
 
 
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("model.path", "model.path (command line): '~nosuch/x' cannot be read: Could not determine home directory"),
+        ("data.path", "data.path (command line): '~nosuch/x' has an unknown ending; valid: .jsonl"),
+        ("run_dir", "run_dir (command line): '~nosuch/x' is not empty"),
+    ],
+)
+def test_a_home_that_does_not_exist_is_told_with_its_key(tmp_path: Path, model: Path, key: str, told: str) -> None:
+    if key == "run_dir":
+        (tmp_path / "~nosuch/x").mkdir(parents=True)
+        (tmp_path / "~nosuch/x/file").touch()
+    (tmp_path / "mine.yaml").write_text(f"defaults: [quickstart, _self_]\nmodel: {{path: {model}}}\n")
+    others = ["data.source=file"] if key == "data.path" else []
+    result = sapo_train("config=mine.yaml", f"{key}='~nosuch/x'", *others, cwd=tmp_path)
+    assert result.returncode == 2 and told in result.stderr, result.stderr
+
+
 @pytest.mark.parametrize("absolute", [True, False])
 @pytest.mark.parametrize("with_defaults", [True, False])
 def test_user_file_by_path(tmp_path: Path, absolute: bool, with_defaults: bool) -> None:
