@@ -19,6 +19,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 from sapo_rl.config import Config, RewardConfig, RewardFunctionConfig
 from sapo_rl.config.loss import unread
+from sapo_rl.config.nested import leaves
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.errors.files import expand, is_file
 from sapo_rl.paths import CONFIGS
@@ -140,17 +141,8 @@ def _chosen_keys(override: str) -> Iterator[tuple[str, Any]]:
     file = CONFIGS / group / f"{choice}.yaml"
     if group != "config" and re.fullmatch(r"\w+=[\w.-]+", override) and is_file(file):
         everywhere = file.read_text(encoding="utf-8").startswith(GLOBAL)
-        for key, value in leaves(OmegaConf.to_container(OmegaConf.load(file)), "" if everywhere else group):
-            yield key.lstrip("."), value
-
-
-def leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Yield the dotted key and the value of every leaf below a mapping."""
-    for name, value in node.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}.{name}")
-        else:
-            yield f"{prefix}.{name}", value
+        content: Any = OmegaConf.to_container(OmegaConf.load(file))
+        yield from leaves(content, "" if everywhere else group)
 
 
 def _as_override(value: Any) -> str:

@@ -12,12 +12,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sapo_rl.config import Config, RewardFunctionConfig
+from sapo_rl.config.nested import leaves
 from sapo_rl.errors import UserError, brief, did_you_mean
 from sapo_rl.errors.files import is_file, read_yaml
 from sapo_rl.paths import CONFIGS
 from sapo_rl.run import user_file
 from sapo_rl.run.checks import ConfigError
-from sapo_rl.run.compose import FULL_ERROR, Arguments, first_match, leaves, recipes
+from sapo_rl.run.compose import FULL_ERROR, Arguments, first_match, recipes
 from sapo_rl.run.other_names import hint
 
 PROBLEM = r"(Value .*|Invalid .*|Cannot .*|Incompatible .*|object of type .*|.*[Ii]nterpolation .*)"
@@ -122,8 +123,8 @@ def nearest_key(key: str) -> str:
 def _elsewhere(key: str) -> str:
     """Point to a key that is right but for its section, or that other programs call so."""
     name = key.rpartition(".")[2]
-    schema = leaves(OmegaConf.to_container(OmegaConf.structured(Config)), "")
-    found = [path.lstrip(".") for path, _ in schema if path.rpartition(".")[2] == name]
+    schema: Any = OmegaConf.to_container(OmegaConf.structured(Config))
+    found = [path for path, _ in leaves(schema) if path.rpartition(".")[2] == name]
     return hint(name, found)
 
 

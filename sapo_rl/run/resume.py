@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import yaml
 
 from sapo_rl import run_folder
 from sapo_rl.config import Config
+from sapo_rl.config.nested import leaves
 from sapo_rl.errors.files import expand
 from sapo_rl.policy import manifest
 from sapo_rl.run.checks import ConfigError
@@ -72,7 +72,7 @@ def plan(config: Config, frozen: str) -> Plan:
 
 def changes(before: str, now: str) -> dict[str, str]:
     """Return `before -> now` of the keys in which two configs (YAML) differ; secrets are neither shown nor compared."""
-    old, new = (dict(_leaves(yaml.safe_load(run_folder.redact_yaml(text)))) for text in (before, now))
+    old, new = (dict(leaves(yaml.safe_load(run_folder.redact_yaml(text)), empty=True)) for text in (before, now))
     differing = [key for key in old | new if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
     return {key: f"{_shown(old, key)} -> {_shown(new, key)}" for key in differing if key not in NOT_OF_THE_RUN}
 
@@ -101,14 +101,6 @@ def _value(config: dict[str, Any], key: str) -> Any:
     for part in key.split("."):
         node = node.get(part, _ABSENT) if isinstance(node, dict) else _ABSENT
     return node
-
-
-def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in node.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _shown(config: dict[str, Any], key: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -13,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sapo_rl.config import Config, RewardFunctionConfig
 from sapo_rl.config.loss import LossConfig
+from sapo_rl.config.nested import leaves
 from sapo_rl.errors import UserError
 from sapo_rl.errors.files import is_file, read_yaml
 from sapo_rl.run.checks import ConfigError
@@ -98,21 +98,13 @@ def _check_defaults(defaults: Any, path: Path, configs: Path) -> None:
 
 
 def _check_hydra(section: Any, path: Path) -> None:
-    for key, value in _leaves(section, "hydra"):
+    for key, value in leaves({"hydra": section}):
         inside = key.partition("hydra.sweeper.params.")[2]
         if "hydra" in inside or not any(f"{key}.".startswith(f"{allowed}.") for allowed in HYDRA_KEYS):
             raise UserError(
                 f"{key} ({path}): is {_shown(value)}; Hydra's keys can run code, which a recipe may not; valid: "
                 f"{', '.join(sorted(HYDRA_KEYS))}; on the command line all are"
             )
-
-
-def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    if not isinstance(node, dict):
-        yield prefix, node
-        return
-    for name, value in node.items():
-        yield from _leaves(value, f"{prefix}.{name}")
 
 
 def _check_section(content: dict[Any, Any], schema: type, prefix: str, configs: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sapo_rl.config.nested import leaves
 from sapo_rl.errors import UserError
 from sapo_rl.processes import streams
 from sapo_rl.run_folder import CONFIG, METRICS
@@ -114,7 +115,7 @@ def labels(runs: Sequence[Progress]) -> list[str]:
 
 def differences(runs: Sequence[Progress]) -> dict[str, list[str]]:
     """Return the settings that differ between the runs, by key: a text for each run, `-` where it has no such key."""
-    configs = [dict(_leaves(_config(run.folder))) for run in runs]
+    configs = [dict(leaves(_config(run.folder))) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config)
     texts = {key: [one_line(str(config.get(key, "-")), 40) for config in configs] for key in keys}
     return {key: cells for key, cells in texts.items() if len(set(cells)) > 1 and key not in OWN_KEYS}
@@ -127,14 +128,6 @@ def _config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"'{path}' cannot be read: {one_line(str(error), 200)}") from error
     return found if isinstance(found, dict) else {}
-
-
-def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in node.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def table(runs: Sequence[Progress]) -> Table:
