@@ -11,7 +11,7 @@ from sapo_rl.losses.cispo import CISPOPolicyLossFn, cispo_token_losses
 from sapo_rl.losses.correction import MismatchCorrection, mismatch_factor, stale_negative_mask
 from sapo_rl.losses.divergence import KLPenalty, kl_estimate
 from sapo_rl.losses.dppo import DPPOKLPolicyLossFn, DPPOPolicyLossFn, binary_kl, binary_tv, dppo_token_losses
-from sapo_rl.losses.gates import GATES, gate_rise, gate_value, gate_weight, half_weight_distance, temperatures
+from sapo_rl.losses.gates import GATES, by_sign, gate_rise, gate_value, gate_weight, half_weight_distance
 from sapo_rl.losses.grpo import GRPOPolicyLossFn, clipped_token_losses
 from sapo_rl.losses.gspo import GSPOPolicyLossFn
 from sapo_rl.losses.metrics import Reduction, inert_temperature_warning, policy_metrics
@@ -44,6 +44,7 @@ __all__ = [
     "binary_tv",
     "bounded_ratio",
     "build_loss",
+    "by_sign",
     "cispo_token_losses",
     "clipped_token_losses",
     "dppo_token_losses",
@@ -62,7 +63,6 @@ __all__ = [
     "sapo_token_losses",
     "sequence_mean",
     "stale_negative_mask",
-    "temperatures",
     "token_weights",
     "vespo_token_losses",
 ]

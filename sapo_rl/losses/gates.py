@@ -29,6 +29,10 @@ class Gate(NamedTuple):
     """|u| at which w = 1/2."""
 
 
+def _gate(rise: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor], half_width: float) -> Gate:
+    return Gate(lambda u: 2 + rise(u), rise, slope, half_width)
+
+
 # Sigmoid and softsign are spelled so that autograd's derivative keeps its relative precision in the tails:
 # p (1 - p), and 1/s - u^2/s^3, would cancel there.
 GATES: dict[str, Gate] = {
@@ -38,21 +42,18 @@ GATES: dict[str, Gate] = {
         slope=lambda u: torch.cosh(u / 2) ** -2,
         half_width=2 * math.acosh(math.sqrt(2)),
     ),
-    "erf": Gate(
-        mass=lambda u: 2 + math.sqrt(math.pi / 2) * torch.erf(u / math.sqrt(2)),
+    "erf": _gate(
         rise=lambda u: math.sqrt(math.pi / 2) * torch.erf(u / math.sqrt(2)),
         slope=lambda u: torch.exp(-(u**2) / 2),
         half_width=math.sqrt(2 * math.log(2)),
     ),
-    "arctan": Gate(
-        mass=lambda u: 2 + torch.atan(u),
+    "arctan": _gate(
         rise=torch.atan,
         slope=lambda u: 1 / (1 + u**2),
         half_width=1.0,
     ),
-    "softsign": Gate(
-        mass=lambda u: 2 + torch.sin(torch.atan(u)),  # u / sqrt(1 + u^2)
-        rise=lambda u: torch.sin(torch.atan(u)),
+    "softsign": _gate(
+        rise=lambda u: torch.sin(torch.atan(u)),  # u / sqrt(1 + u^2)
         slope=lambda u: (1 + u**2) ** -1.5,
         half_width=math.sqrt(2 ** (2 / 3) - 1),
     ),
@@ -71,9 +72,9 @@ def find_gate(name: str) -> Gate:
     return GATES[name]
 
 
-def temperatures(advantages: Tensor, tau_pos: float, tau_neg: float) -> Tensor:
-    """Return tau of each token, shaped as `advantages`: `tau_pos` where the advantage is above 0, else `tau_neg`."""
-    return torch.full_like(advantages, tau_neg).masked_fill(advantages > 0, tau_pos)
+def by_sign(advantages: Tensor, positive: float, other: float) -> Tensor:
+    """Return a setting of each token, such as tau, shaped as `advantages`: `positive` where they are above 0."""
+    return torch.full_like(advantages, other).masked_fill(advantages > 0, positive)
 
 
 def gate_value(ratio: Tensor, tau: Tensor, gate: str = "sigmoid") -> Tensor:

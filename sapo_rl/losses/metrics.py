@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sapo_rl.losses.aggregation import sequence_mean
 from sapo_rl.losses.divergence import kl_estimate
-from sapo_rl.losses.gates import temperatures
+from sapo_rl.losses.gates import by_sign
 from sapo_rl.losses.ratio import bounded_ratio
 
 CLIP_RANGE = 0.2
@@ -98,7 +98,7 @@ def policy_metrics(
         return {}
     ratio, _ = bounded_ratio(logps - old_logps, RATIO_BOUND)
     variance = _variance_inside_sequences(logps - old_logps, sequence_ids, num_sequences)
-    tau = temperatures(sequence_mean(advantages, sequence_ids, num_sequences), tau_pos, tau_neg)
+    tau = by_sign(sequence_mean(advantages, sequence_ids, num_sequences), tau_pos, tau_neg)
     tokens, sequences = _count(len(ratio), ratio), _count(num_sequences, ratio)
     sides = _sides(advantages, logps, old_logps)
     means = {f"policy/weight_mean_{name}": (_sum(gradient_weight * side), _sum(side)) for name, side in sides.items()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sapo_rl.losses.base import POLICY_LOSS_FN, PolicyLossFn, TokenLosses
-from sapo_rl.losses.gates import find_gate, gate_rise, gate_value, gate_weight, temperatures
+from sapo_rl.losses.gates import by_sign, find_gate, gate_rise, gate_value, gate_weight
 from sapo_rl.losses.ratio import bounded_ratio
 
 GRADIENTS = ("paper", "detached")
@@ -60,7 +60,7 @@ def sapo_token_losses(
             log_ratios, advantages, tau_pos=tau_pos, tau_neg=tau_neg, gate=gate, log_ratio_clamp=log_ratio_clamp
         )
     ratio, inside = bounded_ratio(log_ratios, log_ratio_clamp)
-    tau = temperatures(advantages, tau_pos, tau_neg)
+    tau = by_sign(advantages, tau_pos, tau_neg)
     value = gate_value(ratio, tau, gate)
     if gradient == "paper":
         return TokenLosses(-value * advantages, gate_weight(ratio.detach(), tau, gate) * inside)
@@ -85,7 +85,7 @@ def one_sided_token_losses(
     clip, d loss / d logp = -A r has no bound where A < 0 and r is large, short of `log_ratio_clamp`.
     """
     ratio, inside = bounded_ratio(log_ratios, log_ratio_clamp)
-    tau = temperatures(advantages, tau_pos, tau_neg)
+    tau = by_sign(advantages, tau_pos, tau_neg)
     now = ratio.detach()
     # chosen by its sign, as the minimum would be, but free of rounding where the two terms nearly agree
     moved_with = torch.where(advantages > 0, now > 1, now < 1)
@@ -162,7 +162,7 @@ class SAPOPolicyLossFn(PolicyLossFn):
 
     def soft_gate_function(self, ratio: Tensor, advantages: Tensor) -> Tensor:
         """Return f(ratio), by default `sigmoid(tau (ratio - 1)) * 4 / tau`; shapes broadcast, A = 0 takes `tau_neg`."""
-        return gate_value(ratio, temperatures(advantages.to(ratio.dtype), self.tau_pos, self.tau_neg), self.gate)
+        return gate_value(ratio, by_sign(advantages.to(ratio.dtype), self.tau_pos, self.tau_neg), self.gate)
 
     def token_losses(self, logps: Tensor, log_ratios: Tensor, advantages: Tensor) -> TokenLosses:
         """Return `sapo_token_losses` with this object's settings."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from sapo_rl.losses.base import POLICY_LOSS_FN, PolicyLossFn, TokenLosses
+from sapo_rl.losses.gates import by_sign
 from sapo_rl.losses.ratio import bounded_ratio, log_ratio
 
 
@@ -42,9 +42,8 @@ def vespo_token_losses(
     """
     ratio, _ = bounded_ratio(log_ratios.detach(), log_ratio_clamp)
     log_w = log_weights.detach().clamp(-log_ratio_clamp, log_ratio_clamp)
-    positive = advantages > 0
-    k = torch.full_like(advantages, k_neg).masked_fill(positive, k_pos)
-    decay = torch.full_like(advantages, lambda_neg).masked_fill(positive, lambda_pos)
+    k = by_sign(advantages, k_pos, k_neg)
+    decay = by_sign(advantages, lambda_pos, lambda_neg)
     phi = (k * log_w + decay * (1 - log_w.exp())).exp()
     return TokenLosses(-phi * advantages * logps, phi / ratio)
 

@@ -15,10 +15,10 @@ from sapo_rl.losses import (
     GATES,
     POLICY_LOSS_FN,
     build_loss,
+    by_sign,
     gate_value,
     gate_weight,
     half_weight_distance,
-    temperatures,
 )
 
 quick = settings(max_examples=25, deadline=None)
@@ -128,7 +128,7 @@ def test_detached_is_two_over_tau_times_the_policy_gradient_on_policy(
     low, high = tau
     _, gradient = loss_and_gradient(batch, whole(batch), mode, "sapo-detached", tau_pos=low, tau_neg=high)
     weights = inputs_of(batch, batch.logps, whole(batch)[0], mode).token_weights
-    assert_same(gradient, -batch.advantages * weights * 2 / temperatures(batch.advantages, low, high), 1e-13)
+    assert_same(gradient, -batch.advantages * weights * 2 / by_sign(batch.advantages, low, high), 1e-13)
 
 
 @names
