@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sapo_rl.errors import UserError
+from sapo_rl.errors import UserError, first_line
 from sapo_rl.errors.files import expand, is_file, parse_json, text_in
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -78,7 +78,7 @@ def _read_parquet(file: Path) -> list[dict[str, Any]]:
             raise UserError(f"{file}: has two columns called '{doubled[0]}'; rename one")
         table = pyarrow.parquet.read_table(file)
     except (pyarrow.ArrowException, OSError, ValueError, LookupError) as error:
-        raise UserError(f"{file}: cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{file}: cannot be read as Parquet: {first_line(error)}") from error
     return [dict(zip(table.column_names, row, strict=True)) for row in zip(*_columns(table, file), strict=True)]
 
 

@@ -68,6 +68,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"{hint}valid: {', '.join(options)}" if options else hint.strip()
 
 
+def described(error: BaseException) -> str:
+    """Return an error's type and the first line of its text."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
 def first_line(error: BaseException | str) -> str:
     """Return the first line of an error's text; its type's name where it has none."""
     text = str(error).strip()

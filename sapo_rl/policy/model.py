@@ -23,7 +23,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sapo_rl.config import ModelConfig
-from sapo_rl.errors import UserError
+from sapo_rl.errors import UserError, described
 from sapo_rl.policy import attention, model_folder
 from sapo_rl.policy.logprobs import token_logps
 from sapo_rl.policy.packing import PackedBatch
@@ -137,11 +137,9 @@ def load_policy(config: ModelConfig, gradient_checkpointing: bool = False, empty
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention.NAME}
     try:
         if empty:
-            described = AutoConfig.from_pretrained(config.path, **source)
+            known = AutoConfig.from_pretrained(config.path, **source)
             with init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(
-                    described, trust_remote_code=config.trust_remote_code, **options
-                )
+                model = AutoModelForCausalLM.from_config(known, trust_remote_code=config.trust_remote_code, **options)
             model.tie_weights()  # the context has made two of a shared one
         else:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -152,7 +150,7 @@ def load_policy(config: ModelConfig, gradient_checkpointing: bool = False, empty
     except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # whatever a folder makes the library raise
-        raise UserError(f"model.path: cannot load '{config.path}': {_told(error)}") from error
+        raise UserError(f"model.path: cannot load '{config.path}': {described(error)}") from error
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise UserError(f"model.path: '{config.path}' has no plain linear head; a causal language model is needed")
@@ -205,7 +203,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             config.path, revision=config.revision or "main", trust_remote_code=config.trust_remote_code
         )
     except Exception as error:  # whatever a folder makes the library raise
-        raise UserError(f"model.path: no tokenizer at '{config.path}': {_told(error)}") from error
+        raise UserError(f"model.path: no tokenizer at '{config.path}': {described(error)}") from error
 
 
 def stop_tokens(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -221,12 +219,8 @@ def stop_tokens(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> list
     except OSError:  # a model without one stops at the tokenizer's token alone
         pass
     except Exception as error:
-        raise UserError(f"model.path: the generation config of '{config.path}': {_told(error)}") from error
+        raise UserError(f"model.path: the generation config of '{config.path}': {described(error)}") from error
     stops = sorted({token for token in named if isinstance(token, int)})
     if not stops:
         raise UserError(f"model.path: '{config.path}' names no end-of-sequence token, so no completion would end")
     return stops
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no more is said').splitlines()[0]}"

@@ -25,6 +25,11 @@ MAYBE_SIZES = ("intermediate_size", "num_key_value_heads", "head_dim")
 POINTER = b"version https://git-lfs"
 
 
+def looks_local(path: str) -> bool:
+    """Whether a path is none that the hub could have, such as `owner/name`."""
+    return path.startswith((".", "/", "~")) or path.count("/") != 1
+
+
 def local_folder(path: str) -> Path | None:
     """Return the folder that `model.path` names; None where it is a name on the hub.
 
@@ -33,7 +38,7 @@ def local_folder(path: str) -> Path | None:
     """
     try:
         folder = Path(path).expanduser()
-        is_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or folder.is_dir()
+        is_local = looks_local(path) or folder.is_dir()
         if is_local and not (folder / CONFIG).is_file():
             raise UserError(f"'{path}' is no folder with a Hugging Face model")
     except (OSError, RuntimeError, ValueError) as error:  # names that are too long, folders that may not be entered

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sapo_rl.config import Config, RewardFunctionConfig
 from sapo_rl.config.nested import leaves
-from sapo_rl.errors import UserError, brief, did_you_mean
+from sapo_rl.errors import UserError, brief, did_you_mean, first_line
 from sapo_rl.errors.files import is_file, read_yaml
 from sapo_rl.paths import CONFIGS
 from sapo_rl.run import user_file
@@ -77,7 +77,7 @@ def _unreadable(error: OverrideParseException) -> str:
     override = str(error.override)
     if override.endswith((".yaml", ".yml")):
         return f"'{override}' (command line): write config={override}"
-    return f"'{override}' (command line) cannot be read as key=value: {str(error).splitlines()[0]}"
+    return f"'{override}' (command line) cannot be read as key=value: {first_line(error)}"
 
 
 def _unforeseen(error: Exception, arguments: Arguments) -> str:

@@ -24,7 +24,7 @@ if __name__ == "__main__":
     processes.begin()
 
 from sapo_rl.config import LaunchConfig
-from sapo_rl.errors import UserError, did_you_mean
+from sapo_rl.errors import UserError, did_you_mean, first_line
 from sapo_rl.errors.files import expand, is_file, read_yaml
 from sapo_rl.paths import CONFIGS
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 SINGLE = "single"
 """The profile of one process, which needs no launcher."""
 LOOPBACK = "sapo-loopback"
-"""The rendezvous of one machine's ranks, in `world`, for torch's launcher."""
+"""The rendezvous of one machine's ranks, in `ranks`, for torch's launcher."""
 PEER_LOST = 69
 """Exit code of a rank that ended because another did."""
 
@@ -129,8 +129,7 @@ def main() -> None:
         sys.exit(outcome(error.failures, _passed))
     except (DistError, ConnectionError) as error:
         where = f"{arguments.main_process_ip}:{arguments.main_process_port}"
-        reason = str(error).strip().splitlines()[0]
-        print(f"sapo-train: the machines did not meet at {where}: {reason}", file=sys.stderr)
+        print(f"sapo-train: the machines did not meet at {where}: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 

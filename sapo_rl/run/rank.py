@@ -36,7 +36,7 @@ from sapo_rl.config import Config, ModelConfig
 from sapo_rl.data import PromptSampler, build_prompts, load_rows, repetition_warning
 from sapo_rl.engines.base import Engine
 from sapo_rl.engines.build import ModelFacts, build_engines, build_transport, close_all, device_of, model_facts
-from sapo_rl.errors import UserError
+from sapo_rl.errors import UserError, first_line
 from sapo_rl.evaluation import Evaluator
 from sapo_rl.policy import checkpoint
 from sapo_rl.policy.checkpointer import Checkpointer
@@ -77,7 +77,7 @@ def main(folder: Path | None) -> None:
             stops.watch(parts.telemetry)
             complete = train(parts)
     except torch.OutOfMemoryError as error:
-        ranks.fail(UserError(f"{OUT_OF_MEMORY}\nIt said: {str(error).splitlines()[0]}"))
+        ranks.fail(UserError(f"{OUT_OF_MEMORY}\nIt said: {first_line(error)}"))
     except Exception as error:
         ranks.fail(worded(error, folder))
     except KeyboardInterrupt:
@@ -98,7 +98,7 @@ def worded(error: Exception, folder: Path | None) -> Exception:
     gone = folder is not None and not (folder / run_folder.CONFIG).is_file()
     if gone and isinstance(error, OSError | SafetensorError | UserError):
         return UserError(
-            f"the run folder '{folder}' was deleted or moved while the run was going on: {str(error).splitlines()[0]}\n"
+            f"the run folder '{folder}' was deleted or moved while the run was going on: {first_line(error)}\n"
             "  start the run anew, or, where it was moved, resume it there"
         )
     return error

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sapo_rl.config import Config, RewardFunctionConfig
 from sapo_rl.config.loss import LossConfig
 from sapo_rl.config.nested import leaves
-from sapo_rl.errors import UserError
+from sapo_rl.errors import UserError, first_line
 from sapo_rl.errors.files import is_file, read_yaml
 from sapo_rl.run.checks import ConfigError
 
@@ -45,7 +45,7 @@ def load(path: Path, configs: Path) -> DictConfig:
     try:
         node = read_yaml(path, _load)
     except OmegaConfBaseException as error:  # such as a reference without its end
-        raise UserError(f"{error.full_key or 'config'} ({path}): {str(error).splitlines()[0]}") from error
+        raise UserError(f"{error.full_key or 'config'} ({path}): {first_line(error)}") from error
     if not isinstance(node, DictConfig):
         raise UserError(f"config: {path} must hold a mapping of keys to values")
     content: Any = OmegaConf.to_container(node)
