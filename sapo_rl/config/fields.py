@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import field
 from typing import Any
 
 MISSING: Any = "???"
 """OmegaConf's marker for a value that the user must give."""
+
+BOUNDS = {"above": ("above", operator.gt), "least": ("at least", operator.ge), "most": ("at most", operator.le)}
+"""Kinds of bounds in a field's metadata: how they are said, and what holds of a value and the bound."""
 
 MOST_SAMPLES = 16384
 """Completions that vLLM writes of one prompt."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from sapo_rl import plugins
 from sapo_rl.config import Config
+from sapo_rl.config.fields import BOUNDS
 from sapo_rl.config.loss import CHOSEN_KEYS, unread
 from sapo_rl.errors import UserError, brief, did_you_mean
 from sapo_rl.errors.files import reading
@@ -69,14 +70,12 @@ def _check_field(key: str, value: Any, metadata: Any) -> None:
         raise ConfigError(key, f"unknown value '{value}'; {did_you_mean(str(value), options)}{path}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(key, f"is {value}; must be a finite number")
-    bounds = {"above": lambda x, b: x > b, "least": lambda x, b: x >= b, "most": lambda x, b: x <= b}
-    words = {"above": "above", "least": "at least", "most": "at most"}
-    for name, holds in bounds.items():
+    for name, (words, holds) in BOUNDS.items():
         bound = metadata.get(name)
         if bound is None and name == "most" and isinstance(value, int):
             bound = LARGEST
         if bound is not None and value is not None and not holds(value, bound):
-            raise ConfigError(key, f"is {value}; must be {words[name]} {bound}")
+            raise ConfigError(key, f"is {value}; must be {words} {bound}")
 
 
 def _check_launch(config: Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import json
 import re
@@ -14,9 +15,7 @@ from typing import Any
 
 from sapo_rl import config
 from sapo_rl.config import loss
-
-BOUNDS = {"above": "above", "least": "at least", "most": "at most"}
-"""Kinds of bounds in a field's metadata, and how they are said."""
+from sapo_rl.config.fields import BOUNDS
 
 
 @dataclass(frozen=True)
@@ -81,12 +80,13 @@ def _valid(metadata: Any) -> str:
     if metadata.get("choices"):
         own = f", or the dotted path of a {metadata['own']} of your own" if metadata["own"] else ""
         return "one of " + ", ".join(metadata["choices"]) + own
-    bounds = {word: metadata[name] for name, word in BOUNDS.items() if metadata.get(name) is not None}
+    bounds = {words: metadata[name] for name, (words, _) in BOUNDS.items() if metadata.get(name) is not None}
     return ", ".join(
-        f"{word} {bound:g}" if isinstance(bound, float) else f"{word} {bound}" for word, bound in bounds.items()
+        f"{words} {bound:g}" if isinstance(bound, float) else f"{words} {bound}" for words, bound in bounds.items()
     )
 
 
+@functools.cache
 def _meanings() -> dict[str, dict[str, str]]:
     """The docstring under each field, by class and field."""
     found: dict[str, dict[str, str]] = {}

@@ -13,6 +13,7 @@ from rich.tree import Tree
 
 from sapo_rl.config import Config
 from sapo_rl.policy import model_folder
+from sapo_rl.run import rehearsal
 from sapo_rl.run.resume import Plan
 from sapo_rl.sizing import GIB, buffer_bytes, element_size, trainer_memory
 
@@ -23,8 +24,6 @@ def preview(config: Config, frozen: str, resumed: Plan | None = None) -> None:
     Of a run that is resumed, also from where it would go on, and what has changed since. Warnings go to stderr. Raises
     UserError for what a run would refuse in its data and reward functions.
     """
-    from sapo_rl.run import rehearsal  # rollout.build needs the estimate below, and nothing of this
-
     console = Console()
     tree = Tree("config")
     _grow(tree, yaml.safe_load(frozen) | {"run_dir": config.run_dir})

@@ -21,7 +21,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
-from torch.distributed import DistError, PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import DistError, PrefixStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.elastic.rendezvous.api import (
     RendezvousHandler,
     RendezvousInfo,
@@ -35,6 +35,7 @@ from sapo_rl import run_folder
 from sapo_rl.config import Config
 from sapo_rl.errors import EngineError, SharedError, UserError
 from sapo_rl.run.launch import LOOPBACK, PEER_LOST
+from sapo_rl.weights.rendezvous import RendezvousHost
 
 RENDEZVOUS_SECONDS = 600.0
 """Seconds that ranks wait for the first, which may have to compose the config."""
@@ -64,16 +65,7 @@ class LoopbackRendezvous(RendezvousHandler):
 
     def __init__(self, parameters: RendezvousParameters) -> None:
         self._run_id = parameters.run_id
-        listener = socket.create_server((ADDRESS, 0))
-        self._port: int = listener.getsockname()[1]
-        self._store = TCPStore(
-            ADDRESS,
-            self._port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=datetime.timedelta(seconds=int(parameters.config["timeout"])),
-            master_listen_fd=listener.detach(),
-        )
+        self._host = RendezvousHost(ADDRESS, int(parameters.config["timeout"]))
 
     def get_backend(self) -> str:
         """Return the backend's name."""
@@ -86,7 +78,8 @@ class LoopbackRendezvous(RendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Return the store, for one launcher alone."""
-        return RendezvousInfo(PrefixStore(self._run_id, self._store), 0, 1, RendezvousStoreInfo(ADDRESS, self._port))
+        where = RendezvousStoreInfo(ADDRESS, self._host.port)
+        return RendezvousInfo(PrefixStore(self._run_id, self._host.store), 0, 1, where)
 
     def is_closed(self) -> bool:
         """Whether no further rendezvous is possible: never."""

@@ -11,7 +11,7 @@ from sapo_rl import run_folder
 from sapo_rl.config import Config
 from sapo_rl.config.nested import leaves
 from sapo_rl.errors.files import expand
-from sapo_rl.policy import manifest
+from sapo_rl.policy import manifest, model_folder
 from sapo_rl.run.checks import ConfigError
 
 FIXED = (
@@ -92,8 +92,7 @@ def _refuse_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 def _is_gone(path: Any) -> bool:
     """Whether nothing is left where a path led to; a name on the hub is none."""
-    local = isinstance(path, str) and (path.startswith((".", "/", "~")) or path.count("/") != 1)
-    return local and not expand(path).exists()
+    return isinstance(path, str) and model_folder.looks_local(path) and not expand(path).exists()
 
 
 def _value(config: dict[str, Any], key: str) -> Any:

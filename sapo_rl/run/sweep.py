@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,12 +58,12 @@ def this_job(settings: Any, argv: Sequence[str], files: dict[str, Path]) -> Job 
     fixed = [f"{key}={value}" for key, value in (settings.sweeper.get("params") or {}).items()]
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())
     swept = {
-        _name(override.get_key_element()): override
+        override.get_key_element().lstrip("+~"): override
         for override in parser.parse_overrides([*fixed, *overrides])
         if override.is_sweep_override()
     }
     pairs = [one.partition("=") for one in settings.overrides.task]
-    own = {_name(key): value for key, _, value in pairs if _name(key) in swept}
+    own = {name: value for key, _, value in pairs if (name := key.lstrip("+~")) in swept}
     if own.get("config") in files:
         own["config"] = str(files[own["config"]])
     countable = settings.sweeper._target_.endswith(".BasicSweeper")
@@ -78,8 +77,8 @@ def own_arguments(typed: Sequence[str], job: Job) -> list[str]:
     found = []
     for argument in typed:
         key = argument.partition("=")[0]
-        if _name(key) in left:
-            found.append(f"{key}={left.pop(_name(key))}")
+        if (name := key.lstrip("+~")) in left:
+            found.append(f"{key}={left.pop(name)}")
         elif argument not in ("-m", "--multirun"):
             found.append(argument)
     return [*found, *(f"{key}={value}" for key, value in left.items())]
@@ -115,7 +114,3 @@ def _outcome(folder: Path | None) -> tuple[str, str, str]:
     seconds = max(record["time"] for record in [*run.steps, *run.evals])
     scores = run.accuracies
     return (short(scores[-1]), short(max(scores)), duration(seconds)) if scores else ("-", "-", duration(seconds))
-
-
-def _name(key: str) -> str:
-    return re.sub(r"^[+~]+", "", key)
