@@ -66,11 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         runs = _load_all(list(folders.values()))
         out = arguments.out or (runs[0].folder if len(folders) == 1 else Path()) / "report.png"
-        draw(runs, out)
+        differ = differences(runs)
+        draw(runs, out, differ)
     except UserError as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
-    show(table(runs))
+    show(table(runs, differ))
     print(f"picture: {out}")
     return 0
 
@@ -130,10 +131,10 @@ def _config(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def table(runs: Sequence[Progress]) -> Table:
-    """Return what differs between the runs, and accuracy, reward and speed of each, a column a run."""
+def table(runs: Sequence[Progress], differ: dict[str, list[str]]) -> Table:
+    """Return what differs between the runs (see `differences`) and how far each came, a column a run."""
     found = Table("", *labels(runs), box=None, padding=(0, 2, 0, 0))
-    for key, cells in differences(runs).items():
+    for key, cells in differ.items():
         found.add_row(key, *map(escape, cells))
     found.add_row("steps", *(str(run.step) for run in runs))
     for title, get in (
@@ -174,7 +175,7 @@ def mean_phases(run: Progress, of: Callable[[Record], dict[str, float]] = phases
     return {phase: total / len(run.steps) for phase, total in sums.items()}
 
 
-def draw(runs: Sequence[Progress], out: Path) -> None:
+def draw(runs: Sequence[Progress], out: Path, differ: dict[str, list[str]]) -> None:
     """Write the picture: accuracy over steps, small curves below it, and where the time of a step goes.
 
     Raises:
@@ -190,7 +191,7 @@ def draw(runs: Sequence[Progress], out: Path) -> None:
     figure = pyplot.figure(figsize=(10, 7.6 + bars), dpi=150, layout=ConstrainedLayoutEngine(hspace=0.07))
     grid = figure.add_gridspec(3, 3, height_ratios=[3.2, 1.8, 1.0 + bars])
     large = figure.add_subplot(grid[0, :])
-    names = _legend(runs)
+    names = _legend(runs, differ)
     for run, name, colour in zip(runs, names, _colours(len(runs)), strict=True):
         _curve(large, run, "eval/accuracy", colour, name)
     large.set(title="accuracy on held-out prompts (greedy)", xlabel="step", ylim=(0, 1))
@@ -219,9 +220,8 @@ def draw(runs: Sequence[Progress], out: Path) -> None:
         pyplot.close(figure)
 
 
-def _legend(runs: Sequence[Progress]) -> list[str]:
+def _legend(runs: Sequence[Progress], differ: dict[str, list[str]]) -> list[str]:
     """The runs' names, with what differs where that is little: folders are mostly named by the time of the start."""
-    differ = differences(runs)
     if not 0 < len(differ) <= IN_LEGEND:
         return labels(runs)
     texts = [", ".join(f"{key}={cells[run]}" for key, cells in differ.items()) for run in range(len(runs))]

@@ -57,6 +57,8 @@ class Workers:
         """
         if self.closed:  # by the thread that opened them, while another scores
             raise RuntimeError(CLOSED)
+        if len(self._workers) == self._cfg.workers:  # after nearly every answer: an environment costs more to make
+            return
         self._hidden = hidden(os.environ, self._cfg.env)
         environment = {name: value for name, value in os.environ.items() if name not in self._hidden}
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)  # what we could import
