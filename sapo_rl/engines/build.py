@@ -15,10 +15,9 @@ from sapo_rl.config import Config, ModelConfig
 from sapo_rl.engines.base import Engine, EngineSettings
 from sapo_rl.engines.key import read_key
 from sapo_rl.engines.process import LocalEngine
-from sapo_rl.engines.remote import RemoteEngine, RemoteSettings
-from sapo_rl.errors import UserError
+from sapo_rl.errors import UserError, described
 from sapo_rl.processes import at_once
-from sapo_rl.sizing import buffer_bytes, element_size, trainer_memory
+from sapo_rl.sizing import GIB, buffer_bytes, element_size, trainer_memory
 from sapo_rl.weights.base import WeightTransport
 from sapo_rl.weights.broadcast import NcclTransport
 from sapo_rl.weights.buckets import BucketTransport
@@ -26,7 +25,6 @@ from sapo_rl.weights.buffer import ALIGNMENT
 from sapo_rl.weights.file import FileTransport, weights_folder
 from sapo_rl.weights.ipc import IpcTransport
 
-GIB = 2**30
 SMALL_MODEL = 1_000_000_000
 """Parameters below which two engines write more than one on the same GPU; measured with 135M: more than twice."""
 OVERHEAD = 3 * GIB
@@ -80,8 +78,7 @@ def model_facts(config: ModelConfig) -> ModelFacts:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(whole, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # whatever a folder makes the library raise
-        said = (str(error).strip() or "no more is said").splitlines()[0]
-        raise UserError(f"model.path: cannot read '{config.path}': {type(error).__name__}: {said}") from error
+        raise UserError(f"model.path: cannot read '{config.path}': {described(error)}") from error
     text = whole.get_text_config()
     heads = text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -166,9 +163,8 @@ def build_transport(config: Config, facts: ModelFacts, device: Device, run: str,
 def _gpu_transport(config: Config, facts: ModelFacts, dtype: torch.dtype) -> WeightTransport[Any]:
     """Return the transport through memory of the GPU: that holds all weights, or one bucket after the other."""
     size, buffer = facts.parameters * dtype.itemsize, int(config.rollout.sync_buffer_gb * GIB)
-    if (
-        not 0 < buffer < size or config.rollout.tensor_parallel > 1
-    ):  # its engine may be on other GPUs too: it maps a copy
+    on_several = config.rollout.tensor_parallel > 1  # engines on other GPUs map a copy of the whole
+    if on_several or not 0 < buffer < size:
         return IpcTransport(dtype)
     half = max(buffer // 2, facts.largest * dtype.itemsize + ALIGNMENT)
     keep = config.rollout.max_restarts > 0
@@ -186,6 +182,8 @@ def build_engines(
     rollout = config.rollout
     if not rollout.servers:
         return [LocalEngine(one) for one in engine_settings(config, facts, device, folder, stop_token_ids, stream)]
+    from sapo_rl.engines.remote import RemoteEngine, RemoteSettings  # httpx and pydantic take 0.2 s to import
+
     key = read_key()
     return [
         RemoteEngine(

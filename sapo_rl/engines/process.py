@@ -41,7 +41,6 @@ NO_ROOM_BESIDE = (
     "rollout.sync_buffer_gb or trainer.tokens_per_micro_batch, or spread the trainer (launch=fsdp2)"
 )
 CLOSE_SECONDS = 10.0
-GROUP_SECONDS = 2.0
 
 
 def require_vllm() -> None:

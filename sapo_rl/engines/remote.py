@@ -108,7 +108,7 @@ class RemoteEngine:
         self.weight_id, self.weight_version = weight_id, version
 
     def join(self, meeting: Rendezvous) -> None:
-        """Have the server's workers come together with this process, which calls `weights.group.join` meanwhile."""
+        """Have the server's workers meet this process, which calls `weights.rendezvous.join` meanwhile."""
         self._call("join", {"name": meeting.name, "meeting": meeting.to_json()}, meeting.seconds)
 
     def load(self, meeting: Rendezvous, layout: str) -> None:

@@ -43,7 +43,7 @@ class WeightBlocks:
             view.copy_(tensor.detach())
 
     def layout(self) -> dict[str, Any]:
-        """Return what `read_blocks` needs beside the blocks; made of what JSON knows."""
+        """Return what `open_layout` needs beside the blocks; made of what JSON knows."""
         return {"dtype": str(self.dtype).removeprefix("torch."), "tensors": self.places}
 
     def free(self) -> None:

@@ -38,7 +38,7 @@ def _warm_or_greedy(temperature: float) -> float:
 
 
 class SamplingBody(Body):
-    """`engine.Sampling`, in the ranges of `RolloutConfig`; a temperature of 0 is greedy."""
+    """`base.Sampling`, in the ranges of `RolloutConfig`; a temperature of 0 is greedy."""
 
     temperature: Annotated[float, Field(ge=0, le=2), AfterValidator(_warm_or_greedy)]
     top_p: Annotated[float, Field(ge=1e-6, le=1)]
