@@ -250,6 +250,7 @@ def _attempt(
     except Exception as error:
         outcome.complain(error, own)
         return
+    streams.outlive()
     try:
         run(config, frozen, start)
     except (UserError, OmegaConfBaseException) as error:

@@ -8,11 +8,13 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import TypeAlias
 
 from sapo_rl import run_folder
 from sapo_rl.config import Config, LaunchConfig
@@ -21,6 +23,8 @@ from sapo_rl.errors.files import expand
 from sapo_rl.processes import PARENT, killed_by, scratch, stopping_signals, streams
 from sapo_rl.run import launch
 from sapo_rl.run.checks import ConfigError
+
+Follow: TypeAlias = Callable[[subprocess.Popen[bytes]], int]
 
 
 @dataclass
@@ -37,6 +41,10 @@ class Start:
     """In a sweep, from 1."""
     folder: Path | None = None
     """The run folder, once there is one."""
+    variables: dict[str, str] = field(default_factory=dict)
+    """Further environment variables of the training."""
+    follow: Follow | None = None
+    """Waits for the training, whose stderr is a pipe then, and returns its exit code."""
 
 
 def run(config: Config, frozen: str, start: Start) -> None:
@@ -51,9 +59,8 @@ def run(config: Config, frozen: str, start: Start) -> None:
         UserError: the run folder cannot be made, or is not free.
         subprocess.CalledProcessError: the training ended with another exit code than 0.
     """
-    streams.outlive()
     if config.launch.machine_rank > 0 and "RANK" not in os.environ:  # machine 0 makes the folder
-        _spawn(config.launch, None)
+        _spawn(config.launch, start)
         return
     with contextlib.ExitStack() as stack:
         undo: Callable[[], None] = lambda: None  # noqa: E731
@@ -73,7 +80,7 @@ def run(config: Config, frozen: str, start: Start) -> None:
             run_rank(folder)
         else:
             try:
-                _spawn(config.launch, folder, lock)
+                _spawn(config.launch, start, lock)
             except subprocess.CalledProcessError as error:
                 if error.returncode == 2:
                     undo()
@@ -96,34 +103,35 @@ def _new_folder(run_dir: str | None, start: Start) -> Path:
     return folder
 
 
-def _spawn(settings: LaunchConfig, folder: Path | None, lock: int | None = None) -> None:
+def _spawn(settings: LaunchConfig, start: Start, lock: int | None = None) -> None:
     """Run this machine's ranks to their end.
 
     Args:
         settings: how many, and of which kind.
-        folder: the run folder; None where another machine makes it.
+        start: its run folder is None where another machine makes it.
         lock: the descriptor of its lock, which the child holds as well.
 
     Raises:
         subprocess.CalledProcessError: they ended with another exit code than 0.
     """
-    command = launch.command(settings, folder)
+    command = launch.command(settings, start.folder)
     # Sets of strings are in the same order on all ranks and after a resume: some generators of prompts depend on it.
     # Threads that wait must not spin: on a CPU the trainer and vLLM take turns on the same cores.
     quiet = {"PYTHONHASHSEED": "0", "OMP_WAIT_POLICY": "PASSIVE"}
-    environment = {**quiet, **os.environ, **streams.UTF8, PARENT: str(os.getpid())}
+    environment = {**quiet, **os.environ, **streams.UTF8, **start.variables, PARENT: str(os.getpid())}
     scratch.sweep_all()
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until both processes have said what it does
+    pipe, locks = subprocess.PIPE if start.follow else None, [] if lock is None else [lock]
     with (
-        subprocess.Popen(command, env=environment, pass_fds=[] if lock is None else [lock]) as child,
+        subprocess.Popen(command, env=environment, pass_fds=locks, stderr=pipe) as child,
         _passing_on(child) as passed,
     ):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-        code = child.wait()
+        code = start.follow(child) if start.follow else child.wait()
     if code:
         scratch.sweep_all()  # a process that was killed has left what it had there
         if -code not in passed:
-            _tell_of_end(code, child.pid, folder)
+            _tell_of_end(code, child.pid, start.folder)
         raise subprocess.CalledProcessError(code, command)
 
 
@@ -140,7 +148,8 @@ def _passing_on(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
         passed.append(number)
         child.send_signal(number)
 
-    before = {number: signal.getsignal(number) for number in stopping_signals()}
+    heard = stopping_signals() if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.getsignal(number) for number in heard}
     for number in before:
         signal.signal(number, pass_on)
     try:

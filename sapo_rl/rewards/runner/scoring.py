@@ -73,6 +73,8 @@ def evaluate(function: RewardFunction, arguments: dict[str, list[Any]], settings
         result = function(**_accepted(function, {**arguments, **settings}))
         if inspect.iscoroutine(result):
             result = asyncio.run(result)
+    except ScoreError:  # of a function that has another one called
+        raise
     except BaseException as error:
         raise ScoreError(f"{_told(error)}{_line(function, error)}") from error
     return _checked(result, expected, function)
@@ -89,6 +91,8 @@ async def evaluate_coroutine(
     expected = len(arguments["completions"])
     try:
         result = await function(**_accepted(function, {**arguments, **settings}))
+    except ScoreError:
+        raise
     except BaseException as error:
         raise ScoreError(f"{_told(error)}{_line(function, error)}") from error
     return _checked(result, expected, function)

@@ -55,11 +55,16 @@ def rows(step: int, group: Group) -> list[Row]:
     ]
 
 
+def completions_path(folder: Path, step: int) -> Path:
+    """Return where the completions of a step lie in a run folder."""
+    return folder / COMPLETIONS / f"step_{step:05d}.parquet"
+
+
 def write_completions(folder: Path, step: int, samples: list[Row]) -> Path:
     """Write a step's samples to `completions/step_<step>.parquet` of a run folder; return the path."""
     rewards = dict.fromkeys(name for row in samples for name in row if name not in COLUMNS)
     schema = pa.schema({**COLUMNS, **{name: pa.float64() for name in rewards}})
-    path = folder / COMPLETIONS / f"step_{step:05d}.parquet"
+    path = completions_path(folder, step)
     path.parent.mkdir(exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     pq.write_table(pa.Table.from_pylist(samples, schema), part, compression="zstd")
