@@ -66,24 +66,24 @@ def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"{node.module}.{one.name}" if whole else node.module) for one in node.names)
 
 
-def room_of(name: str) -> str:
-    """The room of a path below sapo_rl/."""
+def package_of(name: str) -> str:
+    """The package of a path below sapo_rl/."""
     return name.split("/")[0].removesuffix(".py")
 
 
 @cache
 def levels() -> dict[str, int]:
-    """Every room that docs/architecture.md lists, with its line, counted from the bottom."""
+    """Every package that docs/architecture.md lists, with its line, counted from the bottom."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    block = page.partition("\n## Rooms\n")[2].split("```")[1]
+    block = page.partition("\n## Packages\n")[2].split("```")[1]
     rows = [row.partition("#")[0].split() for row in block.strip().splitlines()]
-    return {room: level for level, rooms in enumerate(reversed(rows)) for room in rooms}
+    return {package: level for level, packages in enumerate(reversed(rows)) for package in packages}
 
 
 def ours(path: str) -> list[tuple[int, str]]:
-    """Line and room of each import from another room."""
+    """Line and package of each import from another package."""
     found = ((line, name.split(".")[1]) for line, name in imports(trees()[path]) if name.startswith("sapo_rl."))
-    return [(line, room) for line, room in found if room in levels() and room != room_of(path)]
+    return [(line, package) for line, package in found if package in levels() and package != package_of(path)]
 
 
 def test_functions_and_classes_are_short() -> None:
@@ -101,34 +101,36 @@ def test_every_signature_is_annotated() -> None:
     assert places(Function.__args__, bare) == []
 
 
-def test_every_module_stands_in_a_room_of_the_page() -> None:
-    assert {room_of(path) for path in trees()} - {"__init__", "__main__"} == levels().keys()
+def test_every_module_stands_in_a_package_of_the_page() -> None:
+    assert {package_of(path) for path in trees()} - {"__init__", "__main__"} == levels().keys()
 
 
 def test_imports_run_downward() -> None:
     upward = [
-        f"{path}:{line} {room_of(path)} imports {room}, which stands no lower"
+        f"{path}:{line} {package_of(path)} imports {package}, which stands no lower"
         for path in trees()
-        if room_of(path) in levels()
-        for line, room in ours(path)
-        if levels()[room] >= levels()[room_of(path)]
+        if package_of(path) in levels()
+        for line, package in ours(path)
+        if levels()[package] >= levels()[package_of(path)]
     ]
     assert upward == []
 
 
 @pytest.mark.parametrize(
-    ("room", "never"),
+    ("package", "never"),
     [
         ("policy", {"rollout", "engines", "weights"}),
         ("rollout", {"policy"}),
         ("losses", {"types", "sizing", "run_folder", "config", "errors", "paths", "processes"}),
     ],
 )
-def test_rooms_that_the_page_keeps_apart(room: str, never: set[str]) -> None:
-    found = [(path, line, other) for path in trees() if room_of(path) == room for line, other in ours(path)]
-    assert [f"{path}:{line} {room} imports {other}" for path, line, other in found if other in never] == []
+def test_packages_that_the_page_keeps_apart(package: str, never: set[str]) -> None:
+    found = [(path, line, other) for path in trees() if package_of(path) == package for line, other in ours(path)]
+    assert [f"{path}:{line} {package} imports {other}" for path, line, other in found if other in never] == []
 
 
 def test_only_run_knows_hydra() -> None:
-    knowing = {room_of(path) for path, tree in trees().items() for _, name in imports(tree) if name.startswith("hydra")}
+    knowing = {
+        package_of(path) for path, tree in trees().items() for _, name in imports(tree) if name.startswith("hydra")
+    }
     assert knowing == {"run"}

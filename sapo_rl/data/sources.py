@@ -89,7 +89,7 @@ def _hold_out(rows: Rows, count: int, columns: list[str], rng: random.Random) ->
     train = {number: row for number, row in rows.items() if wording(row) not in kept}
     if not train:
         others = len(rows) - len(held_out)
-        alike = f", and the other {others} have the wording of one of them" if others else ""
+        alike = f", and the other {others} repeat a held-out prompt" if others else ""
         raise UserError(
             f"data.path: {len(held_out)} of {len(rows)} rows are held out (eval.prompts={count}){alike}, which leaves "
             "none to train on; hold out fewer or name data.eval_path or data.eval_split"

@@ -213,7 +213,7 @@ class LocalEngine:
             return call.answer()
         except EngineError as error:
             if said := _out_of_memory(str(error).splitlines()):
-                raise UserError(f"{NO_ROOM_BESIDE}\nIt said, while it was to {method}: {said}") from None
+                raise UserError(f"{NO_ROOM_BESIDE}\nIt said, during {method}: {said}") from None
             raise
         finally:
             call.end()

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from sapo_rl.errors import UserError
+from sapo_rl.errors import UserError, described
 
 DEEPEST = 50
 """Levels of nesting in a user's file; libraries that walk deeper trees exhaust Python's stack."""
@@ -127,8 +127,7 @@ def read_yaml(path: str | Path, load: Callable[[io.StringIO], Any] = yaml.safe_l
     except yaml.YAMLError as error:
         raise UserError(f"{path}{_line(error)}: no valid YAML: {_problem(error)}") from error
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:  # such as from !!int abc
-        cause = str(error).split("\n")[0]
-        raise UserError(f"{path}: a key or value is none that a config has: {type(error).__name__}: {cause}") from error
+        raise UserError(f"{path}: has a key or value that no config can hold: {described(error)}") from error
 
 
 def _check_yaml(text: str, path: str | Path) -> None:

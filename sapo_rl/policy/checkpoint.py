@@ -84,7 +84,7 @@ def _together(accelerator: Accelerator, partial: Path, part: Callable[[], dict[s
         own = part()
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        problem = f"{error}; {'free some room' if full else 'mend that'}, then resume"
+        problem = f"{error}; {'free some room' if full else 'fix that'}, then resume"
     everyone: list[tuple[dict[str, Entry], str]] = gather_object([(own, problem)])
     for _, problem in everyone:
         if problem:

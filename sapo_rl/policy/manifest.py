@@ -70,7 +70,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Entry]:
         content = json.loads(path.read_bytes())
         step, files = content["step"], content["files"]
         if content["checksum"] != _checksum(step, files):
-            raise ValueError("it is damaged, its checksum is another")
+            raise ValueError("it is damaged, its checksum differs")
         if step != step_of(checkpoint):
             raise ValueError(f"it is of step {step}, not of the one in the folder's name")
         entries = {name: Entry(**fields) for name, fields in files.items()}
@@ -89,7 +89,7 @@ def verify(checkpoint: Path, name: str, entry: Entry) -> None:
         if size != entry.size:
             raise ValueError(f"it has {size} bytes, and {entry.size} were written")
         if entry_of(path, entry.start) != entry:
-            raise ValueError("it is damaged, its checksum is another")
+            raise ValueError("it is damaged, its checksum differs")
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:

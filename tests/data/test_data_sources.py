@@ -157,9 +157,7 @@ def test_too_few_rows_to_hold_out(jsonl: str) -> None:
 
 def test_rows_that_are_all_alike_cannot_be_held_out(tmp_path: Path) -> None:
     alike = write_jsonl(tmp_path / "alike.jsonl", ROWS[:1] * 8)
-    told = (
-        r"4 of 8 rows are held out \(eval\.prompts=4\), and the other 4 have the wording of one of them, which leaves"
-    )
+    told = r"4 of 8 rows are held out \(eval\.prompts=4\), and the other 4 repeat a held-out prompt, which leaves"
     with pytest.raises(UserError, match=told):
         load_rows(DataConfig(source="file", path=alike), 4)
 

@@ -92,7 +92,7 @@ def test_a_start_that_takes_too_long_names_the_setting(tmp_path: Path) -> None:
             "Traceback ...\nRuntimeError: CUDA Error: out of memory at cumem_allocator.cpp:145\n",
             UserError,
             r"beside the trainer; lower rollout\.gpu_memory_utilization, rollout\.sync_buffer_gb .*\n"
-            r"It said, while it was to load_weights: RuntimeError: CUDA Error: out of memory at cumem_allocator",
+            r"It said, during load_weights: RuntimeError: CUDA Error: out of memory at cumem_allocator",
         ),
         (
             "Traceback ...\nKeyError: 'lm_head.weight'\n",
