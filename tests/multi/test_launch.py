@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -189,12 +188,11 @@ def test_two_machines_equal_two_ranks_through_a_death_and_a_resume(
     other = second("config=tiny.yaml", *options, "launch.machine_rank=1", *SHORT)
     main = first("config=tiny.yaml", *options, *SHORT)
     folder = wait_for_step(main, workspace, before, 3, seconds=180)
-    killed = time.monotonic()
     for process in [*psutil.Process(other.pid).children(recursive=True), psutil.Process(other.pid)]:
         process.kill()
-    code, _, err = finish(main)
+    code, _, err = finish(main, seconds=60)
     finish(other)
-    assert code == 1 and time.monotonic() - killed < 60
+    assert code == 1
     assert "rank 0 lost another rank" in err and "another machine" in err and "Traceback" not in err
 
     again = (f"resume={folder.relative_to(workspace)}", "trainer.steps=8", *SHORT)

@@ -288,6 +288,8 @@ def test_a_function_that_writes_to_or_closes_what_is_not_its_own_fails_by_name(h
     texts = [
         "write b'garbage'",
         "write b'garbage\\n'",
+        "write b'7\\n'",
+        "write b'{}\\n'",
         """write b'{"call": 0, "scores": [9.0], "failed": null}\\n'""",
         "write bytes([0, 0, 0, 200])",
         "close",
