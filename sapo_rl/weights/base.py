@@ -7,14 +7,16 @@ tensor at a time.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
 if TYPE_CHECKING:
-    from sapo_rl.engines.base import Engine
+    from sapo_rl.engines.base import Engine, LoadingEngine
 
 EngineT = TypeVar("EngineT", bound="Engine", contravariant=True)
 
@@ -32,6 +34,26 @@ class WeightTransport(ABC, Generic[EngineT]):
     @abstractmethod
     def close(self) -> None:
         """Free what the transport holds; more calls do nothing. Engines must not be restarted after it."""
+
+
+def gather_only(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Read the tensors and keep none: all ranks gather the weights together, also one that brings them nowhere."""
+    deque(named_tensors, maxlen=0)
+
+
+@contextlib.contextmanager
+def holding(engines: Sequence[LoadingEngine]) -> Iterator[None]:
+    """Hold the `weights_lock` of every engine, so that none is started anew with weights that are being replaced."""
+    with contextlib.ExitStack() as stack:
+        for engine in engines:
+            stack.enter_context(engine.weights_lock)
+        yield
+
+
+def settle() -> None:
+    """Wait until what was asked of the current CUDA stream is done."""
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
 
 
 def make_room(engines: Sequence[Engine]) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from sapo_rl.errors import EngineError, EngineLost, UserError
 from sapo_rl.processes import at_once
-from sapo_rl.weights.base import WeightTransport
+from sapo_rl.weights.base import WeightTransport, gather_only
 from sapo_rl.weights.buffer import WeightBlocks
 from sapo_rl.weights.rendezvous import Group, Rendezvous, RendezvousHost, join, send_blocks
 
@@ -73,8 +73,7 @@ class NcclTransport(WeightTransport["RemoteEngine"]):
             if self.sends:
                 self._fill(named_tensors)
             else:
-                for _ in named_tensors:  # gathering a sharded tensor takes all ranks
-                    pass
+                gather_only(named_tensors)
             for engine in engines:
                 engine.expect(f"{self.run}/{version}", version)
             if self.sends:

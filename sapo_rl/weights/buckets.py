@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -18,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sapo_rl.weights.base import WeightTransport, make_room
-from sapo_rl.weights.buffer import ALIGNMENT, view_of
+from sapo_rl.weights.base import WeightTransport, gather_only, holding, make_room, settle
+from sapo_rl.weights.buffer import aligned, view_of
 from sapo_rl.weights.file import FileTransport
 from sapo_rl.weights.memory import pin, unpin
 from sapo_rl.weights.shared import SharedTransport
@@ -54,13 +53,11 @@ class BucketTransport(WeightTransport["LoadingEngine"]):
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], engines: Sequence[LoadingEngine], version: int
     ) -> None:
         """See `WeightTransport.push`. Raises what an engine raised."""
-        if not engines:  # another rank's engine has this device; but all ranks gather the weights together
-            deque(named_tensors, maxlen=0)
+        if not engines:  # another rank's engine has this device
+            gather_only(named_tensors)
             return
         with ThreadPoolExecutor(len(engines)) as pool:
-            with contextlib.ExitStack() as stack:
-                for engine in engines:
-                    stack.enter_context(engine.weights_lock)
+            with holding(engines):
                 calls = self._stream(named_tensors, engines, version, pool)
             missed = [engine for engine, call in zip(engines, calls, strict=True) if not call.result()]
             again = self._copy.layout if self._copy else _NOTHING
@@ -94,12 +91,12 @@ class BucketTransport(WeightTransport["LoadingEngine"]):
             ]
             readers.meet(calls)
             for number, size, tensors in self._buckets(named_tensors, readers):
-                _settle()
+                settle()
                 if self._copy is not None:
                     self._copy.take(number, self._halves[number % 2][:size], tensors)
                 readers.tell(json.dumps({"half": number % 2, "tensors": tensors}).encode())
             if self._copy is not None:
-                self._copy.finish(str(self.dtype).removeprefix("torch."))
+                self._copy.finish()
             readers.wait_for_all()
             make_room(engines)  # they take the rest of their memory next
             readers.tell(b"")
@@ -111,7 +108,7 @@ class BucketTransport(WeightTransport["LoadingEngine"]):
         """Fill the halves by turns; yield each bucket's number, its bytes and what is in it."""
         number, used, placed = 0, 0, list[Placed]()
         for name, tensor in named_tensors:
-            size = -(-tensor.numel() * self.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+            size = aligned(tensor.numel(), self.dtype)
             if size > self._size:
                 raise ValueError(f"{name} takes {size} bytes, more than half a buffer has ({self._size})")
             if placed and used + size > self._size:
@@ -240,11 +237,11 @@ class _Copy:
         if (event := self._under_way[number]) is not None:
             event.synchronize()
 
-    def finish(self, dtype: str) -> None:
+    def finish(self) -> None:
         """Wait for all; describe them, the first time."""
         for number in range(len(self._blocks)):
             self.wait_for(number)
-        index = self._files.folder / "index.json"
+        index, dtype = self._files.folder / "index.json", str(self._files.dtype).removeprefix("torch.")
         if not index.exists():
             blocks = list(zip(self._files.handles(), map(len, self._blocks), strict=True))
             tensors = [(name, shape, block, at) for block, some in enumerate(self._tensors) for name, shape, at in some]
@@ -286,8 +283,3 @@ def read_buckets(
                     line.send_bytes(b"read")
             except (EOFError, OSError) as error:
                 raise EOFError("the trainer gave up bringing its weights") from error
-
-
-def _settle() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.current_stream().synchronize()

@@ -52,7 +52,7 @@ class WeightBlocks:
 
     def _place(self, name: str, shape: torch.Size) -> torch.Tensor:
         """Give a tensor its place; return a view of it."""
-        size = -(-shape.numel() * self.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        size = aligned(shape.numel(), self.dtype)
         if size > BLOCK_BYTES:
             block, start = self._new_block(size), 0
         else:
@@ -67,6 +67,11 @@ class WeightBlocks:
     def _new_block(self, size: int) -> int:
         self.blocks.append(self._allocate(size))
         return len(self.blocks) - 1
+
+
+def aligned(elements: int, dtype: torch.dtype) -> int:
+    """Return the bytes of so many elements, rounded up to `ALIGNMENT`."""
+    return -(-elements * dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
 
 def view_of(memory: torch.Tensor, dtype: torch.dtype, shape: list[int], start: int) -> torch.Tensor:

@@ -6,10 +6,8 @@ is restarted, or woken up, gets exactly the version that the others have, whatev
 
 from __future__ import annotations
 
-import contextlib
 import json
 from abc import abstractmethod
-from collections import deque
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sapo_rl.processes import at_once
-from sapo_rl.weights.base import WeightTransport, make_room
+from sapo_rl.weights.base import WeightTransport, gather_only, holding, make_room, settle
 from sapo_rl.weights.buffer import WeightBlocks, view_of
 from sapo_rl.weights.memory import SharedMemory
 
@@ -53,12 +51,10 @@ class SharedTransport(WeightTransport["LoadingEngine"]):
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], engines: Sequence[LoadingEngine], version: int
     ) -> None:
         """See `WeightTransport.push`. Raises what an engine raised."""
-        if not engines:  # another rank's engine has this device; but all ranks gather the weights together
-            deque(named_tensors, maxlen=0)
+        if not engines:  # another rank's engine has this device
+            gather_only(named_tensors)
             return
-        with contextlib.ExitStack() as stack:
-            for engine in engines:
-                stack.enter_context(engine.weights_lock)
+        with holding(engines):
             self.fill(named_tensors)
         make_room(engines)
         at_once([partial(engine.load_weights, self._layout, version) for engine in engines])
@@ -66,8 +62,7 @@ class SharedTransport(WeightTransport["LoadingEngine"]):
     def fill(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy the weights into the memory and wait until they are there. Names and shapes never change."""
         self._blocks.fill(named_tensors)
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
+        settle()
         if len(self._blocks.places) != self._described:
             blocks = list(zip(self.handles(), map(len, self._blocks.blocks), strict=True))
             self._layout = json.dumps(self._blocks.layout() | {"kind": self.kind, "blocks": blocks})
