@@ -87,7 +87,7 @@ def check_arguments(
     named = {key: setting for key, setting in known.items() if setting.kind in NAMED}
     for key, value in args.items():
         if key not in named and not takes_all:
-            raise UserError(f"{where}: unknown argument '{key}'; {did_you_mean(key, named) or 'it takes none'}")
+            raise UserError(f"{where}.{key}: unknown argument; {did_you_mean(key, named) or 'it takes none'}")
         if key in named and not _fits(value, hints.get(key, Any)):
             hint = re.sub(r"<class '(\w+)'>", r"\1", str(hints[key]))
             raise UserError(f"{where}.{key}: {value!r} is a {type(value).__name__}, must be {hint}")

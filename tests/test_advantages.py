@@ -252,7 +252,7 @@ def test_what_a_function_of_ones_own_returns_is_checked(own: None, function: str
 @pytest.mark.parametrize(
     ("function", "args", "told"),
     [
-        ("median", {"scael": 1}, "advantage.args: unknown argument 'scael'; did you mean 'scale'"),
+        ("median", {"scael": 1}, "advantage.args.scael: unknown argument; did you mean 'scale'"),
         ("median", {"scale": "a"}, "advantage.args.scale: 'a' is a str, must be float"),
         ("empty", {}, "advantage.name: 'own_advantages.empty' must take a group's rewards first"),
         ("number", {}, "advantage.name: 'own_advantages.number' is a int, not a function"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from sapo_rl import plugins
@@ -77,6 +78,28 @@ def check_concurrency(name: str, cfg: RewardFunctionConfig, coroutine: bool) -> 
             f"reward.functions.{name}.concurrency: is {cfg.concurrency}, but '{cfg.function}' is no `async def`, and "
             "of other functions a worker makes one call at a time; leave it out, or raise reward.workers"
         )
+
+
+def check_own_arguments(name: str, function: RewardFunction, args: Mapping[str, Any]) -> None:
+    """Refuse `args` that a function of the user's own would never see, or whose type its annotations exclude.
+
+    What they leave out, columns of the data may fill in.
+
+    Args:
+        name: key under `reward.functions`, for the message.
+        function: what `resolve` found.
+        args: by name.
+
+    Raises:
+        UserError: naming the argument, and what is near it.
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some callables written in C have none
+        return
+    named = [one.replace(default=None) for one in parameters if one.kind in plugins.NAMED and one.name not in GIVEN]
+    rest = [one for one in parameters if one.kind is one.VAR_KEYWORD]
+    plugins.check_arguments(f"reward.functions.{name}.args", function, args, [*named, *rest])
 
 
 def _check_arguments(where: str, function: RewardFunction, args: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import pytest
 from sapo_rl.config import RewardFunctionConfig
 from sapo_rl.errors import UserError
 from sapo_rl.rewards import REWARD_FUNCTIONS, check_function, numeric_answer, resolve
+from sapo_rl.rewards.lookup import check_own_arguments
 
 MODULE = """
 def accuracy(completions, **columns):
@@ -88,10 +89,10 @@ def test_a_file_that_does_not_parse_is_refused_with_its_line(here: Path) -> None
 @pytest.mark.parametrize(
     ("function", "args", "message"),
     [
-        ("numeric_answer", {"tolerence": 1.0}, "unknown argument 'tolerence'; did you mean 'tolerance'"),
+        ("numeric_answer", {"tolerence": 1.0}, "args.tolerence: unknown argument; did you mean 'tolerance'"),
         ("numeric_answer", {"tolerance": "a"}, "tolerance: 'a' is a str, must be float"),
         ("numeric_answer", {"tolerance": -1}, "at least 0"),
-        ("math_verify", {"strict": True}, "unknown argument 'strict'; it takes none"),
+        ("math_verify", {"strict": True}, "args.strict: unknown argument; it takes none"),
         ("regex", {}, "'pattern' is missing"),
         ("regex", {"pattern": "["}, "no regular expression"),
         ("length_limit", {"max_tokens": True}, "must be int"),
@@ -118,6 +119,39 @@ def test_arguments_of_built_ins_are_checked(function: str, args: dict[str, Any],
 )
 def test_valid_arguments_are_accepted(function: str, args: dict[str, Any]) -> None:
     check(function, **args)
+
+
+def own(completions: list[str], answer: list[str], tolerance: float = 0.0, *, most: int) -> list[float]: ...
+
+
+def everything(completions: list[str], *, most: int = 3, **columns: Any) -> list[float]: ...
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "message"),
+    [
+        (
+            own,
+            {"tolerence": 1.0},
+            r"args\.tolerence: unknown argument; did you mean 'tolerance'\? valid: answer, most, ",
+        ),
+        (own, {"most": "many"}, r"args\.most: 'many' is a str, must be int"),
+        (everything, {"most": 0.5}, r"args\.most: 0\.5 is a float, must be int"),
+        (lambda completions: [], {"scale": 1}, r"args\.scale: unknown argument; it takes none"),
+    ],
+)
+def test_arguments_that_a_users_function_does_not_take_are_refused(
+    function: Any, args: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=rf"^reward\.functions\.mine\.{message}"):
+        check_own_arguments("mine", function, args)
+
+
+def test_arguments_that_a_users_function_takes_are_accepted() -> None:
+    check_own_arguments("mine", own, {"most": 3, "tolerance": 1})  # `answer` is a column
+    check_own_arguments("mine", own, {"answer": ["fixed"]})  # what is missing is looked for among the columns
+    check_own_arguments("mine", everything, {"level": 2})
+    check_own_arguments("mine", type("Callable", (), {"__call__": everything})(), {"level": 2})
 
 
 def test_importing_and_checking_loads_nothing_heavy() -> None:

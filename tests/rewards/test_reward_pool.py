@@ -413,6 +413,20 @@ def test_a_log_that_cannot_be_written_is_named(here: Path) -> None:
         pass
 
 
+def test_an_argument_that_a_users_function_does_not_take_is_refused_before_it_is_called(here: Path) -> None:
+    (here / "pool_narrow.py").write_text(
+        "def narrow(completions, scale=1.0):\n    return [scale for _ in completions]\n"
+    )
+    misspelt = config(mine={"function": "pool_narrow.narrow", "args": {"scael": 2.0}})
+    told = r"^reward\.functions\.mine\.args\.scael: unknown argument; did you mean 'scale'\? valid: scale$"
+    with pytest.raises(UserError, match=told), RewardPool(misspelt):
+        pass
+    groups = [group(0, ["a", "b"])]
+    with RewardPool(config(mine={"function": "pool_narrow.narrow", "args": {"scale": 2.0}})) as pool:
+        pool.score(groups)
+    assert rewards(groups, "mine") == [[2.0, 2.0]]
+
+
 def test_columns_that_functions_cannot_do_with_are_refused(here: Path) -> None:
     judge = {"function": "pool_rewards.judge", "args": {"scale": 2.0}}
     with RewardPool(config(judge=judge, length={"function": "pool_rewards.length"})) as pool:

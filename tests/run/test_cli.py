@@ -463,11 +463,11 @@ class Bare(CISPOPolicyLossFn):
 OWN_SETTINGS = {
     "loss.args.neg_high=0.3": "",
     "+loss.args.clip_low=0.3": "",
-    "+loss.args.neg_hihg=0.3": "loss.args: unknown argument 'neg_hihg'; did you mean 'neg_high'? valid: clip_high, ",
+    "+loss.args.neg_hihg=0.3": "loss.args.neg_hihg: unknown argument; did you mean 'neg_high'? valid: clip_high, ",
     "loss.args.neg_hihg=0.3": "no such key; to add it, write +loss.args.neg_hihg=...",
     "loss.args.neg_high=high": "loss.args.neg_high: 'high' is a str, must be float",
     "loss.args.neg_high=2": "loss.args: 'own_cispo.Soft' refuses its settings: neg_high must be at most 1",
-    "+loss.args.loss_agg_mode=token-mean": "loss.args: unknown argument 'loss_agg_mode'",
+    "+loss.args.loss_agg_mode=token-mean": "loss.args.loss_agg_mode: unknown argument",
     "loss.name=own_cispo.Bare": "loss.args.neg_high: is no field yet; write @dataclass above the class Bare",
     "loss.name=cispo": "loss.args (mine.yaml): is {'neg_high': 0.1}; cispo does not use it; its settings are loss.clip",
 }
@@ -527,7 +527,7 @@ def test_a_sweep_over_choices_that_the_recipe_hides_is_refused(tmp_path: Path, m
     ("argument", "problem"),
     [
         ("+advantage.args.scale=2", ""),
-        ("+advantage.args.scael=2", "advantage.args: unknown argument 'scael'; did you mean 'scale'? valid: scale"),
+        ("+advantage.args.scael=2", "advantage.args.scael: unknown argument; did you mean 'scale'? valid: scale"),
     ],
 )
 def test_an_advantage_of_ones_own_is_held_to_its_signature(

@@ -61,8 +61,8 @@ class RewardPool:
         """Start the workers and wait until they have imported the functions.
 
         Raises:
-            UserError: a function that cannot be imported, named, or has too large a `concurrency`; a log that cannot
-                be written.
+            UserError: a function that cannot be imported, named, or has too large a `concurrency`; an argument in
+                `args` that it does not take; a log that cannot be written.
         """
         try:
             self._workers.open()
@@ -203,7 +203,9 @@ class RewardPool:
 
     def _failed_to_start(self, worker: WorkerProcess, outcome: Outcome) -> None:
         cause = self._workers.with_hint(outcome.cause)
-        if not outcome.dead or worker.retried:
+        if not outcome.dead:  # it names the function itself
+            raise UserError(cause)
+        if worker.retried:
             raise UserError(f"reward functions cannot be loaded: {cause}")
         logger.warning("a worker for reward functions did not start (%s); starting another", cause)
         self._workers.replace(worker, retried=True)

@@ -21,7 +21,7 @@ from typing import Any
 
 from sapo_rl.errors import UserError
 from sapo_rl.processes import die_with_parent, streams
-from sapo_rl.rewards.lookup import resolve
+from sapo_rl.rewards.lookup import check_own_arguments, resolve
 from sapo_rl.rewards.registry import PACKAGES, RewardFunction
 from sapo_rl.rewards.runner.coroutines import Coroutines
 from sapo_rl.rewards.runner.guardian import LOST, fork_guarded
@@ -57,8 +57,11 @@ def _serve(connection: Connection, reply: Callable[..., None]) -> None:
             if path in PACKAGES:
                 importlib.import_module(PACKAGES[path][0])  # now, for a sample's time limit must not pay for it
             functions[name] = resolve(path), settings
+            if "." in path:
+                check_own_arguments(name, *functions[name])
     except (UserError, ImportError) as error:
-        reply(0, failed=shorten(str(error), LONGEST_FAILURE))
+        told = str(error) if isinstance(error, UserError) else f"reward function '{path}' cannot be loaded: {error}"
+        reply(0, failed=shorten(told, LONGEST_FAILURE))
         return
     waiting = [name for name, (function, _) in functions.items() if is_coroutine(function)]
     needs = {name: needed_columns(*function) for name, function in functions.items()}
