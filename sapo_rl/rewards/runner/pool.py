@@ -61,8 +61,8 @@ class RewardPool:
         """Start the workers and wait until they have imported the functions.
 
         Raises:
-            UserError: a function that cannot be imported, named, or has too large a `concurrency`; an argument in
-                `args` that it does not take; a log that cannot be written.
+            UserError: a function that cannot be imported, or that its `args` or `concurrency` do not suit, named; a log
+                that cannot be written.
         """
         try:
             self._workers.open()
@@ -203,10 +203,8 @@ class RewardPool:
 
     def _failed_to_start(self, worker: WorkerProcess, outcome: Outcome) -> None:
         cause = self._workers.with_hint(outcome.cause)
-        if not outcome.dead:  # it names the function itself
-            raise UserError(cause)
-        if worker.retried:
-            raise UserError(f"reward functions cannot be loaded: {cause}")
+        if not outcome.dead or worker.retried:
+            raise UserError(f"reward functions cannot be loaded: {cause}" if outcome.dead else cause)
         logger.warning("a worker for reward functions did not start (%s); starting another", cause)
         self._workers.replace(worker, retried=True)
 

@@ -54,14 +54,9 @@ def _serve(connection: Connection, reply: Callable[..., None]) -> None:
     try:
         for name, (path, settings) in connection.recv().items():
             reply(0, loading=name)
-            if path in PACKAGES:
-                importlib.import_module(PACKAGES[path][0])  # now, for a sample's time limit must not pay for it
-            functions[name] = resolve(path), settings
-            if "." in path:
-                check_own_arguments(name, *functions[name])
-    except (UserError, ImportError) as error:
-        told = str(error) if isinstance(error, UserError) else f"reward function '{path}' cannot be loaded: {error}"
-        reply(0, failed=shorten(told, LONGEST_FAILURE))
+            functions[name] = _load(name, path, settings), settings
+    except UserError as error:
+        reply(0, failed=shorten(str(error), LONGEST_FAILURE))
         return
     waiting = [name for name, (function, _) in functions.items() if is_coroutine(function)]
     needs = {name: needed_columns(*function) for name, function in functions.items()}
@@ -77,6 +72,19 @@ def _serve(connection: Connection, reply: Callable[..., None]) -> None:
                 reply(call, scores=evaluate(function, arguments, settings))
             except ScoreError as error:
                 reply(call, failed=shorten(str(error), LONGEST_FAILURE))
+
+
+def _load(name: str, path: str, settings: dict[str, Any]) -> RewardFunction:
+    """Import a function, and the package of a built-in: a sample's time limit must not pay for it."""
+    if path in PACKAGES:
+        try:
+            importlib.import_module(PACKAGES[path][0])
+        except ImportError as error:
+            raise UserError(f"reward function '{path}' cannot be loaded: {error}") from error
+    function = resolve(path)
+    if "." in path:
+        check_own_arguments(name, function, settings)
+    return function
 
 
 def _reply(connection: Connection, own: int, call: int, **answer: Any) -> None:
