@@ -343,17 +343,14 @@ def tiny_task(folder: Path) -> vs_trl.Task:
 
 def test_a_run_that_fails_early_does_not_show_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = tiny_task(tmp_path)
-    step, made = {"step": 1, "time/step": 5.0, "perf/completion_tokens": 70.0}, ["first"]
+    step, codes = {"step": 1, "time/step": 5.0, "perf/completion_tokens": 70.0}, iter([0, 2])
 
     def run(command: list[str], log: Path, limit: float) -> int:
         log.write_text("said\n")
-        if not made:
-            return 2
-        folder = task.folder / "runs/bench" / made.pop()
-        folder.mkdir(parents=True)
-        (folder / "metrics.jsonl").write_text(json.dumps(step) + "\n")
-        (folder.parent / "latest").symlink_to(folder.name)
-        return 0
+        (folder,) = [Path(argument.removeprefix("run_dir=")) for argument in command if argument.startswith("run_dir=")]
+        if (code := next(codes)) == 0:
+            (folder / "metrics.jsonl").write_text(json.dumps(step) + "\n")
+        return code
 
     monkeypatch.setattr(vs_trl, "run", run)
     assert len(vs_trl.run_ours(task, None, [])["cycles"]) == 1

