@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("command", ["sapo-train", "sapo-serve", "sapo-report", "sapo-explain"])
+def test_every_command_is_a_function_without_arguments(command: str) -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    function = EntryPoint(command, scripts[command], "console_scripts").load()
+    inspect.signature(function).bind()
 
 
 @pytest.fixture(scope="module")

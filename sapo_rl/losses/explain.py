@@ -1,11 +1,13 @@
 """Draw SAPO's gate beside GRPO's clip range, and say where its gradient fades.
 
-python -m sapo_rl.losses.explain tau_pos=1 tau_neg=1.05 [gate=sigmoid] [sides=both] [clip_low=0.2] ... [out=gate.png]
+`sapo-explain tau_pos=1 tau_neg=1.05 [gate=sigmoid] [sides=both] [clip_low=0.2] ... [out=gate.png]`, also as
+`python -m sapo_rl.losses.explain`.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,7 @@ from sapo_rl.losses.sapo import check_sides, check_temperatures, sapo_token_loss
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-USAGE = "usage: python -m sapo_rl.losses.explain tau_pos=1 tau_neg=1.05 gate=sigmoid sides=both out=gate.png"
+USAGE = "usage: sapo-explain tau_pos=1 tau_neg=1.05 gate=sigmoid sides=both out=gate.png"
 RATIO_SHOWN = 3.0
 COLOURS = {1.0: "#1f6fb4", -1.0: "#c8502d"}
 
@@ -52,7 +54,7 @@ class Settings:
         return self.tau_pos if sign > 0 else self.tau_neg
 
 
-def parse(arguments: list[str]) -> Settings:
+def parse(arguments: Sequence[str]) -> Settings:
     """Return the settings that `key=value` arguments name.
 
     Raises:
@@ -151,10 +153,10 @@ def _dress(axes: Axes, settings: Settings, title: str) -> None:
     axes.legend(fontsize=8, frameon=False)
 
 
-def main(arguments: list[str]) -> int:
-    """Print the report, write the picture; return the exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report and write the picture of what the command line says; return the exit code."""
     try:
-        settings = parse(arguments)
+        settings = parse(sys.argv[1:] if argv is None else argv)
     except ValueError as mistake:
         print(f"{mistake}\n{USAGE}", file=sys.stderr)
         return 2
@@ -169,4 +171,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,4 +1,7 @@
-"""`python -m sapo_rl.telemetry.report RUN_DIR ...`: curves and a table out of metrics.jsonl alone."""
+"""`sapo-report RUN_DIR ...`: curves and a table out of metrics.jsonl alone.
+
+Also as `python -m sapo_rl.telemetry.report`.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ IN_LEGEND = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw and print the runs named on the command line; return 2 for a mistake in it."""
-    parser = argparse.ArgumentParser(prog="python -m sapo_rl.telemetry.report", description=__doc__)
+    parser = argparse.ArgumentParser("sapo-report", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
     parser.add_argument(
         "--out", type=Path, help="the picture; default: report.png in the run's folder, of several runs in this folder"
@@ -69,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         differ = differences(runs)
         draw(runs, out, differ)
     except UserError as error:
-        print(f"report: {error}", file=sys.stderr)
+        print(f"sapo-report: {error}", file=sys.stderr)
         return 2
     show(table(runs, differ))
     print(f"picture: {out}")
@@ -85,7 +88,7 @@ def _load_all(folders: Sequence[Path]) -> list[Progress]:
         except UserError as error:
             if folder == folders[-1] and not runs:
                 raise
-            print(f"report: left out: {error}", file=sys.stderr)
+            print(f"sapo-report: left out: {error}", file=sys.stderr)
     return runs
 
 

@@ -70,7 +70,7 @@ def test_settings_that_differ_have_rows(tmp_path: Path, capsys: pytest.CaptureFi
     assert rows[0] == names and ["loss.tau_neg", "1.0", "1.05"] in rows
     assert ["reward.functions.mine.weight", "-", "2.0"] in rows
     assert not [row for row in rows if row[0] in ("loss.tau_pos", "resume")]
-    assert told.err.startswith("report: left out: ") and "refused" in told.err
+    assert told.err.startswith("sapo-report: left out: ") and "refused" in told.err
 
 
 def test_phases_are_means_over_steps(tmp_path: Path) -> None:
@@ -110,14 +110,14 @@ def test_a_picture_that_cannot_be_written_is_named(
     (tmp_path / "folder.png").mkdir()
     assert main([str(folder), "--out", str(tmp_path / out)]) == 2
     told = capsys.readouterr()
-    assert told.err.startswith(f"report: --out: '{tmp_path / out}' cannot be written: ") and told.out == ""
+    assert told.err.startswith(f"sapo-report: --out: '{tmp_path / out}' cannot be written: ") and told.out == ""
     assert len(told.err.splitlines()) == 1
 
 
 def test_a_file_in_place_of_a_run_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_run(tmp_path / "a", [0.1]) / "metrics.jsonl"
     assert main([str(file)]) == 2
-    assert f"report: no file {file}/metrics.jsonl" in capsys.readouterr().err
+    assert f"sapo-report: no file {file}/metrics.jsonl" in capsys.readouterr().err
     file.write_bytes(b"\xff\xfe{}\n")
     assert main([str(file.parent)]) == 2
     assert f"{file}:1 is no record of a run" in capsys.readouterr().err
