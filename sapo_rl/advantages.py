@@ -9,13 +9,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from sapo_rl import plugins
 from sapo_rl.config import RewardFunctionConfig
 from sapo_rl.config.loss import AdvantageConfig
 from sapo_rl.errors import UserError, first_line
-from sapo_rl.types import Group
+from sapo_rl.types import Batch, Group
 
 OwnFunction: TypeAlias = Callable[..., Any]
 """`f(rewards_G, **args) -> advantages_G`: weighted rewards of one group, None where none applies, to a float each."""
@@ -190,16 +191,16 @@ def own_advantages(
     return numbers
 
 
-def assign_advantages(
-    groups: list[Group],
+def with_advantages(
+    batch: Batch,
     functions: dict[str, RewardFunctionConfig],
     settings: AdvantageConfig,
     gather: Callable[[list[Any]], list[Any]],
-) -> None:
-    """Fill in each sample's weighted reward and its advantage within the group.
+) -> Batch:
+    """Return the batch with each sample's weighted reward, and its advantage within the group.
 
     Args:
-        groups: this rank's, scored by all `functions`.
+        batch: this rank's, scored by all `functions`.
         functions: the reward functions by name.
         settings: how rewards become advantages.
         gather: joins a list over the ranks; called only for `scale="batch"`.
@@ -207,7 +208,9 @@ def assign_advantages(
     Raises:
         UserError: a function of the user's own failed or returned what cannot be.
     """
-    values_P_G_R = [[[sample.rewards[name] for name in functions] for sample in group.samples] for group in groups]
+    values_P_G_R = [
+        [[sample.rewards[name] for name in functions] for sample in group.samples] for group in batch.groups
+    ]
     weights_R = [function.weight for function in functions.values()]
     own = own_function(settings)
     if own:
@@ -223,6 +226,10 @@ def assign_advantages(
             eps=settings.eps,
             batch_P_G_R=gather(values_P_G_R) if settings.scale == "batch" else None,
         )
-    for group, rewards_G, advantages_G in zip(groups, rewards_P_G, advantages_P_G, strict=True):
-        for sample, reward, advantage in zip(group.samples, rewards_G, advantages_G, strict=True):
-            sample.reward, sample.advantage = reward, advantage
+    triples = zip(batch.groups, rewards_P_G, advantages_P_G, strict=True)
+    return replace(batch, groups=[_with_advantages(*triple) for triple in triples])
+
+
+def _with_advantages(group: Group, rewards_G: list[float | None], advantages_G: list[float]) -> Group:
+    triples = zip(group.samples, rewards_G, advantages_G, strict=True)
+    return replace(group, samples=[replace(one, reward=reward, advantage=own) for one, reward, own in triples])

@@ -55,12 +55,10 @@ class Evaluator:
         if not self._any:
             return
         with self._timers("eval"):
-            greedy = self._rollouts.greedy(self._own)
-            self._rewards.score(greedy)
+            greedy, _ = self._rewards.score(self._rollouts.greedy(self._own))
             sampled: list[Group] = []
             if self._samples:
-                sampled = self._rollouts.generate(self._own, -step, self._samples)
-                self._rewards.score(sampled)
+                sampled, _ = self._rewards.score(self._rollouts.generate(self._own, -step, self._samples))
         greedy, sampled = gather_object(greedy), gather_object(sampled)
         metrics = {"eval/accuracy": mean_reward(greedy, self._judge), "eval/mean_length": mean_length(greedy)}
         if len(self._functions) > 1:
@@ -80,8 +78,8 @@ def mean_reward(groups: Sequence[Group], name: str) -> float:
 
 
 def mean_length(groups: Sequence[Group]) -> float:
-    """Return the mean number of completion tokens."""
-    lengths = [len(sample.token_ids) for group in groups for sample in group.samples]
+    """Return the mean number of tokens that the model wrote."""
+    lengths = [sample.num_trained for group in groups for sample in group.samples]
     return sum(lengths) / len(lengths)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from sapo_rl.advantages import assign_advantages
+from sapo_rl.advantages import with_advantages
 from sapo_rl.config import Config
 from sapo_rl.errors import SharedError
 from sapo_rl.evaluation import Evaluator
@@ -60,7 +60,7 @@ def train(parts: Parts) -> bool:
         telemetry.warn(text)
     with contextlib.closing(batches):
         for step, batch in batches:
-            assign_advantages(batch.groups, config.reward.functions, config.advantage, gather_object)
+            batch = with_advantages(batch, config.reward.functions, config.advantage, gather_object)
             batches.sleep()
             stats = trainer.train_on(batch.groups, parts.timers)
             batches.ready_for_new_weights()

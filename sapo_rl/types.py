@@ -6,10 +6,14 @@ Ragged lists carry their axes in the name: P prompts of a step, G samples of a p
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from enum import StrEnum
+from typing import Any, NamedTuple, TypeAlias
 
 Messages: TypeAlias = list[dict[str, str]]
 """A chat: dictionaries with the keys `role` and `content`."""
+
+Span: TypeAlias = tuple[int, int]
+"""Places `start` to `end`, the latter exclusive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,29 +30,112 @@ class Prompt:
     """Every other column of the row, passed on to the reward functions by name; the answer is `answer`."""
 
 
-@dataclass(slots=True)
-class Sample:
-    """One completion of a prompt; the stages after the rollout fill in their fields."""
+class Stop(StrEnum):
+    """Why an episode ended; the value is what completions on disk say."""
 
+    STOP = "stop"
+    """The model ended it, by its end-of-sequence token."""
+    LENGTH = "length"
+    """A limit on its tokens."""
+    TURNS = "turns"
+    """The limit on its turns."""
+    ENVIRONMENT = "environment"
+    """The environment said that it was over."""
+    ERROR = "error"
+    """The environment failed."""
+
+
+class Turn(NamedTuple):
+    """Where the model wrote at one of its turns: `sample.rows[row].token_ids[start:end]`."""
+
+    start: int
+    end: int
+    row: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A prompt and the stream of tokens after it, of which the model's own are trained on.
+
+    Example:
+        >>> row = Row([1, 2], [5, 6, 0, 9, 9, 7, 0, 9], loss_mask=[(0, 3), (5, 7)])  # 9 is what an environment wrote
+        >>> row.num_trained, row.trained_until
+        (5, 7)
+    """
+
+    prompt_ids: list[int]
+    """At least one token, never trained on."""
     token_ids: list[int]
-    """Completion tokens, the end-of-sequence token included where one was produced."""
-    truncated: bool
-    """True where the length limit, not the model, ended the completion."""
-    weight_version: int
-    """Version of the weights that produced it: the number of updates of vLLM's weights before it."""
+    """What follows, whoever wrote it, as the model saw it."""
+    loss_mask: list[Span] | None = None
+    """The trained tokens, as ascending spans of places in `token_ids` that do not overlap; None trains all."""
     rollout_logps: list[float] | None = None
-    """vLLM's log-probabilities of `token_ids`, where the config asks for them."""
+    """vLLM's log-probabilities of the trained tokens alone, where the config asks for them."""
+
+    @property
+    def num_trained(self) -> int:
+        """How many tokens are trained on."""
+        return len(self.token_ids) if self.loss_mask is None else sum(end - start for start, end in self.loss_mask)
+
+    @property
+    def trained_until(self) -> int:
+        """The end of the last trained token: what comes after it has no part in an update."""
+        if self.loss_mask is None:
+            return len(self.token_ids)
+        return self.loss_mask[-1][1] if self.loss_mask else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One episode of a prompt. A stage returns a new one with what it adds.
+
+    An episode is one row as long as each prompt of it begins with all that came before; where the history was rewritten
+    it goes on in a further row. Its rows have one advantage, and count as one sequence in a mean over sequences.
+
+    Example:
+        >>> Sample([Row([1, 2], [5, 6, 0])], Stop.STOP, versions=(3, 3), text="seven")
+    """
+
+    rows: list[Row]
+    """At least one; the first follows the prompt of the group, each other a prompt of its own."""
+    stop: Stop
+    versions: tuple[int, int]
+    """First and last version of the weights that wrote it: the number of updates of vLLM's weights before it."""
+    turns: list[Turn] = field(default_factory=list)
+    """The model's turns in their order; empty for one turn, which is the whole row."""
     text: str = ""
-    """The decoded completion, special tokens skipped."""
+    """What reward functions see: decoded, special tokens skipped."""
+    info: dict[str, Any] = field(default_factory=dict)
+    """What an environment tells of it."""
     rewards: dict[str, float | None] = field(default_factory=dict)
     """Each reward function's value by its name in the config; None where it does not apply."""
     reward: float | None = None
     """The weighted sum of `rewards`; None where none applies."""
     advantage: float = 0.0
-    """The group-normalised advantage, shared by every token of the completion."""
+    """Normalised within the group, shared by all trained tokens."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Everything after the group's prompt, in the first row."""
+        return self.rows[0].token_ids
+
+    @property
+    def loss_mask(self) -> list[Span] | None:
+        """Which of `token_ids` are trained on; None for all."""
+        return self.rows[0].loss_mask
+
+    @property
+    def rollout_logps(self) -> list[float] | None:
+        """VLLM's log-probabilities of those."""
+        return self.rows[0].rollout_logps
+
+    @property
+    def num_trained(self) -> int:
+        """How many tokens of all rows are trained on."""
+        return sum(row.num_trained for row in self.rows)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Group:
     """A prompt and its G samples: the unit in which advantages are normalised, never split over ranks."""
 
@@ -56,7 +143,7 @@ class Group:
     samples: list[Sample]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class RewardStats:
     """What happened while one batch was scored; dictionaries by the function's name in the config."""
 
@@ -66,6 +153,15 @@ class RewardStats:
     """Samples for which the function returned None."""
     failures: dict[str, str]
     """The text of the first failure of each function that failed."""
+
+
+class Scores(NamedTuple):
+    """A batch after the reward functions."""
+
+    groups: list[Group]
+    """Those that were scored, each sample with its `rewards`."""
+    stats: RewardStats
+    """What happened meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +180,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's scored completions of a step."""
+    """One rank's scored samples of a step."""
 
     groups: list[Group]
+    """Their samples have `rewards`, and once `with_advantages` has been there `reward` and `advantage`."""
     scoring: RewardStats
     sampler_state: dict[str, Any]
     """Where the order of prompts stands after it."""

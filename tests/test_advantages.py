@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from samples import one_row
 
-from sapo_rl.advantages import BASELINES, COMBINES, SCALES, advantages, assign_advantages, own_function, zero_spread
+from sapo_rl.advantages import BASELINES, COMBINES, SCALES, advantages, own_function, with_advantages, zero_spread
 from sapo_rl.config import RewardFunctionConfig
 from sapo_rl.config.loss import AdvantageConfig
 from sapo_rl.errors import UserError
-from sapo_rl.types import Group, Prompt, Sample
+from sapo_rl.types import Batch, Group, Prompt, RewardStats, Sample, Usage
 
 Rewards = list[list[list[float | None]]]
 EPS = 1e-6
@@ -213,22 +214,24 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "own_advantages", raising=False)
 
 
+def batch_of(samples: list[Sample]) -> Batch:
+    return Batch([Group(Prompt(0, [1], "q", {}), samples)], RewardStats({}, {}, {}), {}, Usage([], 0.0))
+
+
 def scored(function: str, **args: float) -> list[Sample]:
     """A group of three, the last of which no reward applies to, after `function`."""
-    samples = [
-        Sample([1], False, 0, rewards={"f": reward, "g": half}) for reward, half in [(3, 2), (1, 0), (None, None)]
-    ]
+    samples = [one_row([1], rewards={"f": reward, "g": half}) for reward, half in [(3, 2), (1, 0), (None, None)]]
     functions = {"f": RewardFunctionConfig(weight=1.0), "g": RewardFunctionConfig(weight=0.5)}
     settings = AdvantageConfig(name=f"own_advantages.{function}", args=args)
-    assign_advantages([Group(Prompt(0, [1], "q", {}), samples)], functions, settings, lambda values: values)
-    return samples
+    batch = with_advantages(batch_of(samples), functions, settings, lambda values: values)
+    assert all(sample.advantage == 0.0 and sample.reward is None for sample in samples)  # new samples have them
+    return batch.groups[0].samples
 
 
 def test_a_function_of_ones_own_makes_advantages_of_weighted_rewards(own: None) -> None:
-    flat = [Sample([1], False, 0, rewards={"f": None})]
-    settings = AdvantageConfig(name="own_advantages.fails")
-    assign_advantages([Group(Prompt(0, [1], "q", {}), flat)], {"f": RewardFunctionConfig()}, settings, lambda one: one)
-    assert (flat[0].reward, flat[0].advantage) == (None, 0.0)
+    settings, flat = AdvantageConfig(name="own_advantages.fails"), batch_of([one_row([1], rewards={"f": None})])
+    (found,) = with_advantages(flat, {"f": RewardFunctionConfig()}, settings, lambda one: one).groups[0].samples
+    assert (found.reward, found.advantage) == (None, 0.0)
     samples = scored("median", scale=2.0)
     assert [sample.reward for sample in samples] == [4.0, 1.0, None]
     assert [sample.advantage for sample in samples] == [3.0, -3.0, 0.0]

@@ -144,7 +144,7 @@ def test_the_engine_writes_scores_and_takes_weights(module: Any, tiny_model: Pat
         for sample in group.samples:
             expected = logps_of(model, [*group.prompt.token_ids, *sample.token_ids])[len(group.prompt.token_ids) - 1 :]
             assert sample.rollout_logps == pytest.approx(expected, abs=1e-5)
-            assert 1 <= len(sample.token_ids) <= 4 and sample.weight_version == 0
+            assert 1 <= len(sample.token_ids) <= 4 and sample.versions == (0, 0)
     likeliest = model(torch.tensor([prompts[0].token_ids])).logits[0, -1].argmax()
     assert rollouts.greedy(prompts, 1)[0].samples[0].token_ids == [likeliest]
 
@@ -152,5 +152,5 @@ def test_the_engine_writes_scores_and_takes_weights(module: Any, tiny_model: Pat
     module("my_engine").CopyTransport().push(other.named_parameters(), [engine], version=3)
     token_ids = [*prompts[0].token_ids, *groups[0].samples[0].token_ids]
     assert verify(engine, token_ids, logps_of(other, token_ids), "float32") < 1e-5
-    assert rollouts.generate(prompts, step=1)[0].samples[0].weight_version == 3
+    assert rollouts.generate(prompts, step=1)[0].samples[0].versions == (3, 3)
     engine.close()

@@ -23,7 +23,7 @@ from sapo_rl.policy.packing import Item, PackedBatch, empty_batch, join, pack, s
 from sapo_rl.policy.parallel import parallel
 from sapo_rl.policy.schedule import make_schedule
 from sapo_rl.policy.trace import Trace, step_metrics, trace
-from sapo_rl.types import Group, Prompt, Sample
+from sapo_rl.types import Group, Prompt, Sample, Stop
 
 
 @dataclass(slots=True)
@@ -164,7 +164,7 @@ class PolicyTrainer:
         Groups change ranks: what is left of a rank's own, after those that teach nothing, may be much or little.
         """
         masked, skipping = self.config.advantage.mask_truncated, self.config.advantage.skip_zero_spread
-        kept = [[sample for sample in group.samples if not (masked and sample.truncated)] for group in groups]
+        kept = [[sample for sample in group.samples if not (masked and sample.stop is Stop.LENGTH)] for group in groups]
         lengths = [len(sample.token_ids) for samples in kept for sample in samples]
         counts = torch.tensor([sum(len(group.samples) for group in groups), sum(lengths)], dtype=torch.float64)
         num_sequences, num_tokens = (int(x) for x in self._sum(counts).tolist())

@@ -12,7 +12,7 @@ from sapo_rl.config import RolloutConfig
 from sapo_rl.engines.base import Completion, Engine, Request, Sampling
 from sapo_rl.processes import at_once
 from sapo_rl.rollout.dispatch import Dispatcher
-from sapo_rl.types import Group, Prompt, Sample, Usage
+from sapo_rl.types import Group, Prompt, Row, Sample, Stop, Usage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -137,7 +137,12 @@ class Rollouts:
         return Group(
             prompt,
             [
-                Sample(one.token_ids, one.truncated, version, one.logps, text=text)
+                Sample(
+                    [Row(prompt.token_ids, one.token_ids, rollout_logps=one.logps)],
+                    Stop.LENGTH if one.truncated else Stop.STOP,
+                    versions=(version, version),
+                    text=text,
+                )
                 for one, text in zip(completions, texts, strict=True)
             ],
         )

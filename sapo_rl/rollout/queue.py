@@ -123,8 +123,8 @@ class BatchQueue:
             self._rewards.follow(pending.finished)
             written = pending.writing.result()
         with self._timers("reward"):
-            scoring = self._rewards.finish()
-        return Batch(written.groups, scoring, pending.sampler_state, written.usage)
+            scores = self._rewards.finish(written.groups)
+        return Batch(scores.groups, scores.stats, pending.sampler_state, written.usage)
 
 
 def _in_thread(work: Callable[[], T], at_end: Callable[[], None]) -> Future[T]:

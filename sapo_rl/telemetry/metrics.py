@@ -14,6 +14,7 @@ from sapo_rl.advantages import zero_spread
 from sapo_rl.errors import UserError
 from sapo_rl.run_folder import write_atomic
 from sapo_rl.telemetry.sinks.completions import Row
+from sapo_rl.types import Stop
 
 Record: TypeAlias = dict[str, Any]
 """`step` (int), `time` (seconds of the run so far), and metrics by name: finite numbers, None, or a warning's text."""
@@ -75,10 +76,14 @@ def read_metrics(path: Path) -> list[Record]:
 
 
 def sample_metrics(groups: list[list[Row]]) -> dict[str, float]:
-    """Return a step's `reward/*`, `rewards/<fn>/*`, `group/*` and `completions/*`, from its samples by prompt.
+    """Return a step's `reward/*`, `rewards/<fn>/*`, `group/*`, `completions/*` and `episode/*`.
 
     Rewards that are None are left out; a mean of none is left out of the result. Standard deviations are over the
-    samples, Bessel-corrected, 0 for a single one. Lengths are in tokens.
+    samples, Bessel-corrected, 0 for a single one. Lengths are in tokens: `completions/*_length` counts those trained
+    on, `episode/length` all that follow a prompt.
+
+    Args:
+        groups: a step's samples by prompt.
     """
     samples = [sample for group in groups for sample in group]
     if not samples:
@@ -94,7 +99,8 @@ def sample_metrics(groups: list[list[Row]]) -> dict[str, float]:
         "completions/mean_length": statistics.fmean(lengths),
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": sum(sample["truncated"] for sample in samples) / len(samples),
+        "completions/clipped_ratio": sum(sample["stop"] == Stop.LENGTH for sample in samples) / len(samples),
+        "episode/length": statistics.fmean(sample["length"] for sample in samples),
     }
 
 

@@ -43,7 +43,7 @@ from sapo_rl.policy import attention, logprobs
 from sapo_rl.policy.model import Policy
 from sapo_rl.policy.trainer import PolicyTrainer
 from sapo_rl.telemetry.timers import Timers
-from sapo_rl.types import Group, Prompt, Sample
+from sapo_rl.types import Group, Prompt, Row, Sample, Stop
 
 TREE = "SAPO_BENCH_TREE"
 """Environment variable: the folder of the version to measure, where it is not this one."""
@@ -169,15 +169,16 @@ def make_groups(load: str, updates: int, vocabulary: int, scale: int) -> list[Gr
     def tokens(count: int) -> list[int]:
         return [rng.randrange(vocabulary) for _ in range(count)]
 
-    def sample(count: int) -> Sample:
-        return Sample(tokens(count), False, 0, advantage=rng.choice((-1.0, 1.0)))
+    def group(index: int, prompt: list[int], lengths: list[int]) -> Group:
+        rows = [Row(prompt, tokens(length)) for length in lengths]
+        samples = [Sample([row], Stop.STOP, (0, 0), advantage=rng.choice((-1.0, 1.0))) for row in rows]
+        return Group(Prompt(index, prompt, "", {}), samples)
 
     if load == "1k":
-        length = scale // 32
-        return [Group(Prompt(i, tokens(1), "", {}), [sample(length - 1)]) for i in range(32 * updates)]
+        return [group(i, tokens(1), [scale // 32 - 1]) for i in range(32 * updates)]
     longest = 8 if load == "short" else scale // 64
     lengths = [[min(longest, 2 + int(rng.expovariate(3 / longest))) for _ in range(8)] for _ in range(128)]
-    return [Group(Prompt(i, tokens(60), "", {}), [sample(n) for n in row]) for i, row in enumerate(lengths)]
+    return [group(i, tokens(60), row) for i, row in enumerate(lengths)]
 
 
 def flops_per_token(policy: Policy, length: int) -> float:

@@ -318,7 +318,7 @@ def test_one_of_two_dies_in_mid_batch_and_is_taken_back_with_current_weights(
         reproducible=False,
     )
     groups, usage = rollouts.write([Prompt(i, [2, 30 + i], "", {}) for i in range(40)], step=1)
-    assert {sample.weight_version for group in groups for sample in group.samples} == {2}
+    assert {sample.versions for group in groups for sample in group.samples} == {(2, 2)}
     assert all(seconds > 0 for seconds in usage.until)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from gpu.waits import update_without_waiting
+from samples import as_group
 from tiny import engine_settings
 from torch._dynamo.utils import counters
 
@@ -23,7 +24,7 @@ from sapo_rl.policy.lora import LoraPolicy
 from sapo_rl.policy.model import load_policy
 from sapo_rl.policy.packing import Item, pack
 from sapo_rl.policy.trainer import PolicyTrainer
-from sapo_rl.types import Group, Prompt, Sample
+from sapo_rl.types import Group, Prompt
 from sapo_rl.weights.ipc import IpcTransport
 
 pytestmark = pytest.mark.gpu
@@ -53,9 +54,7 @@ def make_groups(seed: int) -> list[Group]:
         return [rng.randrange(4, 300) for _ in range(rng.randint(2, most))]
 
     return [
-        Group(
-            Prompt(i, tokens(60), "", {}), [Sample(tokens(90), False, 0, advantage=rng.gauss(0, 1)) for _ in range(8)]
-        )
+        as_group(Prompt(i, tokens(60), "", {}), *zip(*((tokens(90), rng.gauss(0, 1)) for _ in range(8)), strict=True))
         for i in range(12 + seed)
     ]
 

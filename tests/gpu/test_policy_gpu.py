@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from gpu.waits import update_without_waiting
+from samples import as_group
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -19,7 +20,7 @@ from sapo_rl.policy import attention, logprobs
 from sapo_rl.policy.model import Policy
 from sapo_rl.policy.packing import Item, empty_batch, pack
 from sapo_rl.policy.trainer import PolicyTrainer
-from sapo_rl.types import Group, Prompt, Sample
+from sapo_rl.types import Group, Prompt
 
 pytestmark = pytest.mark.gpu
 
@@ -172,10 +173,7 @@ def make_trainer(compile_layers: bool = True) -> PolicyTrainer:
 
 def as_groups(items: list[list[Item]]) -> list[Group]:
     return [
-        Group(
-            Prompt(i, list(row[0].prompt), "", {}),
-            [Sample(list(x.completion), False, 0, advantage=x.advantage) for x in row],
-        )
+        as_group(Prompt(i, list(row[0].prompt), "", {}), [list(x.completion) for x in row], [x.advantage for x in row])
         for i, row in enumerate(items)
     ]
 

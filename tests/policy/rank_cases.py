@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_model
+from samples import as_group
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sapo_rl.config import Config, LoraConfig, ModelConfig, RolloutConfig, TrainerConfig
@@ -32,7 +33,7 @@ from sapo_rl.policy.model import DTYPES, Policy, load_policy
 from sapo_rl.policy.parallel import loads_weights
 from sapo_rl.policy.trainer import PolicyTrainer
 from sapo_rl.run_folder import latest_checkpoint
-from sapo_rl.types import Group, Prompt, Sample
+from sapo_rl.types import Group, Prompt
 
 VOCABULARY = 41
 ENVIRONMENTS = {
@@ -79,10 +80,8 @@ def make_groups(seed: int) -> list[Group]:
     groups = []
     for index in range(8):
         prompt = Prompt(index, [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 6))], "", {})
-        samples = [Sample([rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 7))], False, 0) for _ in range(4)]
-        for sample in samples:
-            sample.advantage = 0.0 if index < 5 else rng.gauss(0, 1)
-        groups.append(Group(prompt, samples))
+        replies = [[rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 7))] for _ in range(4)]
+        groups.append(as_group(prompt, replies, [0.0 if index < 5 else rng.gauss(0, 1) for _ in replies]))
     return groups
 
 

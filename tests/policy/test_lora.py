@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from samples import as_group
 from transformers import AutoModelForCausalLM
 
 from sapo_rl.config import (
@@ -35,7 +36,7 @@ from sapo_rl.policy.trainer import PolicyTrainer
 from sapo_rl.run.checks import ConfigError, check
 from sapo_rl.run_folder import latest_checkpoint
 from sapo_rl.sizing import adapter_parameters
-from sapo_rl.types import Group, Prompt, Sample
+from sapo_rl.types import Group, Prompt
 
 SOME = ["q_proj", "up_proj"]
 
@@ -71,7 +72,7 @@ def make_groups(seed: int) -> list[Group]:
         return [rng.randrange(4, 300) for _ in range(rng.randint(1, most))]
 
     return [
-        Group(Prompt(i, tokens(6), "", {}), [Sample(tokens(7), False, 0, advantage=rng.gauss(0, 1)) for _ in range(4)])
+        as_group(Prompt(i, tokens(6), "", {}), *zip(*((tokens(7), rng.gauss(0, 1)) for _ in range(4)), strict=True))
         for i in range(4)
     ]
 

@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from samples import as_group
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sapo_rl.config import Config, ModelConfig, RolloutConfig, TrainerConfig
@@ -26,7 +28,7 @@ from sapo_rl.policy import attention, checkpoint
 from sapo_rl.policy.model import Policy
 from sapo_rl.policy.trainer import PolicyTrainer
 from sapo_rl.run_folder import latest_checkpoint
-from sapo_rl.types import Group, Prompt, Sample
+from sapo_rl.types import Group, Prompt, Stop
 
 VOCABULARY = 41
 
@@ -55,10 +57,9 @@ def make_groups(seed: int, zero_spread: int = 0) -> list[Group]:
     groups = []
     for index in range(8):
         prompt = Prompt(index, [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 6))], "", {})
-        samples = [Sample([rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 7))], False, 0) for _ in range(4)]
-        for sample in samples:
-            sample.advantage = 0.0 if index >= 8 - zero_spread else rng.gauss(0, 1)
-        groups.append(Group(prompt, samples))
+        replies = [[rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 7))] for _ in range(4)]
+        flat = index >= 8 - zero_spread
+        groups.append(as_group(prompt, replies, [0.0 if flat else rng.gauss(0, 1) for _ in replies]))
     return groups
 
 
@@ -115,10 +116,10 @@ def test_masked_completions_count_as_having_no_tokens(mode: str) -> None:
     cut, alike = make_groups(5), make_groups(5)
     for index, (group, other) in enumerate(zip(cut, alike, strict=True)):
         for number in range(index % 3, 4, 2) if index else range(4):  # all of the first group's
-            group.samples[number].truncated = True
-            other.samples[number].advantage = 0.0
+            group.samples[number] = replace(group.samples[number], stop=Stop.LENGTH)
+            other.samples[number] = replace(other.samples[number], advantage=0.0)
         if mode == "token-mean":
-            other.samples = [sample for sample in other.samples if sample.advantage]
+            other.samples[:] = [sample for sample in other.samples if sample.advantage]
     expected, _ = weights_after(config, [group for group in alike if group.samples])
     config.advantage.mask_truncated = True
     masked, _ = weights_after(config, cut)
@@ -164,9 +165,10 @@ def with_rollout_logps(shift: float, seed: int = 9) -> list[Group]:
     trainer = PolicyTrainer(make_policy(), None, make_config(), Accelerator(cpu=True))
     groups = make_groups(seed)
     for group in groups:
-        for sample in group.samples:
+        for number, sample in enumerate(group.samples):
             logps = trainer.score([*group.prompt.token_ids, *sample.token_ids])[-len(sample.token_ids) :]
-            sample.rollout_logps = [logp + shift for logp in logps]
+            row = replace(sample.rows[0], rollout_logps=[logp + shift for logp in logps])
+            group.samples[number] = replace(sample, rows=[row])
     return groups
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from samples import one_row
 
 from sapo_rl.config import RewardConfig, RewardFunctionConfig
 from sapo_rl.errors import UserError
 from sapo_rl.rewards import RewardPool, check_function
-from sapo_rl.types import Group, Prompt, Sample
+from sapo_rl.types import Group, Prompt
 
 MODULE = """
 import asyncio, os, signal, time
@@ -89,7 +90,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def group(index: int, texts: list[str]) -> Group:
-    samples = [Sample(token_ids=[0], truncated=False, weight_version=0, text=text) for text in texts]
+    samples = [one_row([0], text=text) for text in texts]
     return Group(Prompt(index, [1], "Q?", {}), samples)
 
 
@@ -106,7 +107,8 @@ def rewards(groups: list[Group], name: str) -> list[list[float | None]]:
 def test_one_worker_has_many_calls_of_a_coroutine_function_under_way(here: Path, count: int, size: int) -> None:
     groups = [group(index, ["a"] * size) for index in range(count)]
     with RewardPool(config(meets={"args": {"count": count}, "timeout": 60})) as pool:
-        assert pool.score(groups).errors == {"meets": 0}
+        groups, stats = pool.score(groups)
+        assert stats.errors == {"meets": 0}
     assert rewards(groups, "meets") == [[float(size)] * size] * count
 
 
@@ -114,15 +116,14 @@ def test_one_worker_has_many_calls_of_a_coroutine_function_under_way(here: Path,
 def test_concurrency_bounds_the_calls_under_way(here: Path, limit: int) -> None:
     groups = [group(index, ["a"]) for index in range(7)]
     with RewardPool(config(counts={"concurrency": limit})) as pool:
-        pool.score(groups)
+        groups, _ = pool.score(groups)
     assert max(found for (found,) in rewards(groups, "counts") if found is not None) == limit
 
 
 def test_coroutine_functions_share_a_worker_with_plain_ones_and_keep_their_event_loop(here: Path) -> None:
     groups = [group(index, ["a", "b"]) for index in range(6)]
     with RewardPool(config(judge={}, plain={}, meets={"args": {"count": 3}, "timeout": 60})) as pool:
-        pool.score(groups[:3])
-        pool.score(groups[3:])
+        groups = [*pool.score(groups[:3]).groups, *pool.score(groups[3:]).groups]
     assert rewards(groups, "judge") == [[1.0, 1.0]] * 6
     assert rewards(groups, "plain") == rewards(groups, "meets") == [[2.0, 2.0]] * 6
 
@@ -130,7 +131,7 @@ def test_coroutine_functions_share_a_worker_with_plain_ones_and_keep_their_event
 def test_a_call_that_is_late_is_cancelled_and_takes_no_other_down(here: Path) -> None:
     groups = [group(0, ["a", "b"]), group(1, ["a", "hang"]), group(2, ["raise"]), group(3, ["a"])]
     with RewardPool(config(moody={"timeout": 1.0, "on_error": "zero"})) as pool:
-        stats = pool.score(groups)
+        groups, stats = pool.score(groups)
     assert rewards(groups, "moody") == [[2.0, 2.0], [1.0, 0.0], [0.0], [1.0]]
     assert stats.errors == {"moody": 2}
     assert len([*here.glob("worker.*")]) == 1
@@ -147,7 +148,7 @@ def test_a_call_that_is_late_is_cancelled_and_takes_no_other_down(here: Path) ->
 def test_of_the_calls_in_a_worker_that_had_to_die_only_the_culprit_is_blamed(here: Path, text: str, cause: str) -> None:
     groups = [group(0, ["a", "b"]), group(1, [text]), group(2, ["a", "b", "c"]), group(3, ["a"])]
     with RewardPool(config(moody={"timeout": 1.0, "on_error": "zero"})) as pool:
-        stats = pool.score(groups)
+        groups, stats = pool.score(groups)
     assert rewards(groups, "moody") == [[2.0, 2.0], [0.0], [3.0, 3.0, 3.0], [1.0]]
     assert stats.errors == {"moody": 1}
     assert f"prompt 1: {cause}" in stats.failures["moody"]
@@ -156,7 +157,8 @@ def test_of_the_calls_in_a_worker_that_had_to_die_only_the_culprit_is_blamed(her
 def test_a_worker_that_dies_once_with_many_calls_under_way_is_nobodys_fault(here: Path) -> None:
     groups = [group(0, ["a", "b"]), group(1, ["a", "once", "b"]), group(2, ["a"])]
     with RewardPool(config(moody={})) as pool:
-        assert pool.score(groups).errors == {"moody": 0}
+        groups, stats = pool.score(groups)
+        assert stats.errors == {"moody": 0}
     assert (here / "once").exists()
     assert rewards(groups, "moody") == [[2.0, 2.0], [3.0, 3.0, 3.0], [1.0]]
 
@@ -164,7 +166,8 @@ def test_a_worker_that_dies_once_with_many_calls_under_way_is_nobodys_fault(here
 def test_a_coroutine_function_that_never_waits_has_its_time_limit_for_each_call(here: Path) -> None:
     groups = [group(index, ["a"]) for index in range(8)]  # longer than the limit, all together
     with RewardPool(config(blocks={"timeout": 1.5})) as pool:
-        assert pool.score(groups).errors == {"blocks": 0}
+        groups, stats = pool.score(groups)
+        assert stats.errors == {"blocks": 0}
     assert rewards(groups, "blocks") == [[1.0]] * 8
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from samples import one_row
 
 from sapo_rl.config import RewardConfig, RewardFunctionConfig
 from sapo_rl.errors import UserError
 from sapo_rl.rewards import Inbox, RewardPool
-from sapo_rl.types import Group, Prompt, Sample
+from sapo_rl.types import Group, Prompt
 
 MODULE = '''
 import contextlib, math, os, signal, sys, time
@@ -116,6 +117,10 @@ def chatty(completions, **columns):
     print("and its stderr", file=sys.stderr, flush=True)
     return [1.0 for _ in completions]
 
+def notes(completions, **columns):
+    Path("noted").touch()
+    return [0.0 for _ in completions]
+
 def slow(completions, **columns):
     time.sleep(0.3 * len(completions))
     return [float(len(completions)) for _ in completions]
@@ -130,7 +135,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def group(index: int, texts: list[str], **columns: Any) -> Group:
-    samples = [Sample(token_ids=[0], truncated=False, weight_version=0, text=text) for text in texts]
+    samples = [one_row([0], text=text) for text in texts]
     return Group(Prompt(index, [1], "Q?", columns), samples)
 
 
@@ -172,7 +177,7 @@ def test_several_functions_score_every_sample_by_name(here: Path) -> None:
     )
     groups = [group(0, ["b", "a", "B"], answer="b"), group(1, ["x", "y"], answer="y"), group(2, ["q"], answer=None)]
     with RewardPool(cfg) as pool:
-        stats = pool.score(groups)
+        groups, stats = pool.score(groups)
         assert rewards(groups, "exact") == [[1.0, 0.0, 0.0], [0.0, 1.0], [None]]
         assert rewards(groups, "loose") == [[1.0, 0.0, 1.0], [0.0, 1.0], [None]]
         assert rewards(groups, "rank") == [[2.0, 1.0, 0.0], [0.0, 1.0], [0.0]]
@@ -180,7 +185,7 @@ def test_several_functions_score_every_sample_by_name(here: Path) -> None:
         assert stats.not_applicable == {"exact": 1, "loose": 1, "rank": 0}
         assert stats.failures == {}
         again = [group(3, ["zzz"], answer="zzz")]
-        pool.score(again)
+        again, _ = pool.score(again)
         assert rewards(again, "exact") == [[1.0]]
 
 
@@ -190,20 +195,22 @@ def test_groups_are_scored_while_others_are_still_written(here: Path) -> None:
 
     def write() -> None:
         inbox.put(early)
-        while "exact" not in early.samples[1].rewards and time.monotonic() < deadline:
+        while not (here / "noted").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-        inbox.put(late)  # only once the first has its rewards
+        inbox.put(late)  # only once the first is being scored
         inbox.close()
 
-    with RewardPool(config(exact={"function": "exact_match"})) as pool:
+    functions = {"exact": {"function": "exact_match"}, "notes": {"function": "pool_rewards.notes"}}
+    with RewardPool(config(**functions)) as pool:
         writer = threading.Thread(target=write)
         writer.start()
         pool.follow(inbox)
         writer.join()
         assert time.monotonic() < deadline
-        stats = pool.finish()
-    assert rewards([early, late], "exact") == [[1.0, 0.0], [0.0, 1.0]]
-    assert stats.errors == {"exact": 0} and stats.not_applicable == {"exact": 0}
+        groups, stats = pool.finish([late, early])
+    assert rewards(groups, "exact") == [[0.0, 1.0], [1.0, 0.0]]
+    assert stats.errors == stats.not_applicable == {"exact": 0, "notes": 0}
+    assert not early.samples[0].rewards  # scoring makes new samples
 
 
 def test_a_failure_ends_the_following_of_an_inbox_that_stays_open(here: Path) -> None:
@@ -212,7 +219,7 @@ def test_a_failure_ends_the_following_of_an_inbox_that_stays_open(here: Path) ->
     with RewardPool(config(mood={"function": "pool_rewards.moody"})) as pool:
         with pytest.raises(UserError, match="no mood"):
             pool.follow(inbox)
-        assert pool.finish().errors == {"mood": 0}  # forgotten
+        assert pool.finish([]).stats.errors == {"mood": 0}  # forgotten
 
 
 CAUSES = [
@@ -234,7 +241,7 @@ def test_on_error_raise_names_function_sample_and_cause(here: Path, text: str, c
         message = str(failed.value)
         assert "'mood' (pool_rewards.moody)" in message and "prompt 12" in message and f"'{text}'" in message
         after = [group(14, ["fine"])]
-        pool.score(after)  # the pool is whole again, and has forgotten the other failure
+        after, _ = pool.score(after)  # the pool is whole again, and has forgotten the other failure
         assert rewards(after, "mood") == [[1.0]]
 
 
@@ -247,7 +254,7 @@ def test_on_error_zero_counts_the_failed_samples_and_keeps_the_others(here: Path
     )
     groups = [group(0, ["fine", *texts, "none"]), group(1, ["fine", "fine"])]
     with RewardPool(cfg) as pool:
-        stats = pool.score(groups)
+        groups, stats = pool.score(groups)
     assert rewards(groups, "mood") == [[1.0, *[0.0] * len(texts), None], [1.0, 1.0]]
     assert rewards(groups, "length") == [[float(len(s.text)) for s in g.samples] for g in groups]
     assert stats.errors == {"mood": len(texts), "length": 0}
@@ -261,14 +268,16 @@ def test_a_failure_of_no_sample_alone_is_the_groups(here: Path) -> None:
     with RewardPool(config(short={"function": "pool_rewards.short"})) as pool, failure:
         pool.score(groups)
     with RewardPool(config(short={"function": "pool_rewards.short", "on_error": "zero"})) as pool:
-        assert pool.score(groups).errors == {"short": 3}
+        groups, stats = pool.score(groups)
+        assert stats.errors == {"short": 3}
     assert rewards(groups, "short") == [[0.0, 0.0, 0.0]]
 
 
 def test_a_slow_group_is_no_hang_and_is_still_scored_as_a_group(here: Path) -> None:
     groups = [group(0, ["a", "b", "c", "d"]), group(1, ["a", "b", "c", "d"])]
     with RewardPool(config(slow={"function": "pool_rewards.slow", "timeout": 1.0})) as pool:
-        assert pool.score(groups).errors == {"slow": 0}
+        groups, stats = pool.score(groups)
+        assert stats.errors == {"slow": 0}
     assert rewards(groups, "slow") == [[4.0] * 4, [4.0] * 4]
 
 
@@ -276,7 +285,7 @@ def test_a_function_that_forks_and_returns_twice_scores_once(here: Path) -> None
     cfg = config(workers=1, forks={"function": "pool_rewards.forks"})
     groups = [group(i, ["a" * (i + 1), "b"]) for i in range(6)]
     with RewardPool(cfg) as pool:
-        pool.score(groups)
+        groups, _ = pool.score(groups)
     assert rewards(groups, "forks") == [[i + 1.0, 1.0] for i in range(6)]
 
 
@@ -298,7 +307,7 @@ def test_a_function_that_writes_to_or_closes_what_is_not_its_own_fails_by_name(h
     with RewardPool(cfg) as pool:
         for text in texts:
             groups = [group(0, [text]), group(1, ["a", "bb"])]
-            stats = pool.score(groups)
+            groups, stats = pool.score(groups)
             assert rewards(groups, "everywhere") == [[0.0], [1.0, 1.0]], text
             assert rewards(groups, "length") == [[float(len(text))], [1.0, 2.0]]
             assert stats.errors == {"everywhere": 1, "length": 0}
@@ -310,7 +319,8 @@ def test_an_answer_without_usable_scores_is_the_functions_failure(here: Path, sc
     text = f"answer {scores}"
     groups = [group(0, ["fine", text]), group(1, ["fine"])]
     with RewardPool(config(patches={"function": "pool_rewards.patches", "on_error": "zero"})) as pool:
-        assert pool.score(groups).errors == {"patches": 1}
+        groups, stats = pool.score(groups)
+        assert stats.errors == {"patches": 1}
         assert rewards(groups, "patches") == [[1.0, 0.0], [1.0]]
 
 
@@ -319,14 +329,16 @@ def test_a_worker_that_is_hit_from_outside_is_not_the_functions_failure(here: Pa
     once = {"function": "pool_rewards.once", "timeout": 3.0}
     groups = [group(0, [signal_name]), group(1, ["a", "b", "c"])]
     with RewardPool(config(once=once)) as pool:
-        assert pool.score(groups).errors == {"once": 0}
+        groups, stats = pool.score(groups)
+        assert stats.errors == {"once": 0}
     assert rewards(groups, "once") == [[1.0], [3.0, 3.0, 3.0]]
 
 
 def test_a_group_whose_worker_is_killed_is_still_scored_as_a_group(here: Path) -> None:
     groups = [group(0, ["a", "SIGKILL", "c"])]
     with RewardPool(config(once={"function": "pool_rewards.once"})) as pool:
-        assert pool.score(groups).errors == {"once": 0}
+        groups, stats = pool.score(groups)
+        assert stats.errors == {"once": 0}
     assert rewards(groups, "once") == [[3.0, 3.0, 3.0]]
 
 
@@ -342,8 +354,7 @@ def test_a_worker_that_dies_between_batches_is_replaced(here: Path) -> None:
         (pid,) = worker_pids(here)
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: not alive(pid))
-        groups = [group(1, ["fine", "fine"])]
-        pool.score(groups)
+        groups, _ = pool.score([group(1, ["fine", "fine"])])
     assert rewards(groups, "mood") == [[1.0, 1.0]]
 
 
@@ -375,9 +386,8 @@ def test_a_worker_that_is_killed_while_it_starts_is_replaced(here: Path) -> None
         "    pathlib.Path('died').touch()\n"
         "    os.kill(os.getpid(), 9)\n"
     )
-    groups = [group(0, ["abc"])]
     with RewardPool(config(f={"function": "pool_import.f"})) as pool:
-        pool.score(groups)
+        groups, _ = pool.score([group(0, ["abc"])])
     assert rewards(groups, "f") == [[3.0]] and (here / "died").exists()
 
 
@@ -388,7 +398,7 @@ def test_functions_see_no_secrets_but_those_that_are_named(here: Path, monkeypat
     groups = [group(0, shown), group(1, kept)]
     cfg = config(env=("JUDGE_API_KEY",), secrets={"function": "pool_rewards.secrets", "on_error": "zero"})
     with RewardPool(cfg) as pool:
-        stats = pool.score(groups)
+        groups, stats = pool.score(groups)
     assert rewards(groups, "secrets") == [[1.0, 1.0], [0.0] * 4]
     assert stats.errors == {"secrets": 4}
     assert "KeyError: 'WANDB_API_KEY'" in stats.failures["secrets"]
@@ -463,9 +473,9 @@ def test_workers_and_what_they_have_started_die_with_their_parent(here: Path, de
     script.write_text(
         "from sapo_rl.config import RewardConfig, RewardFunctionConfig\n"
         "from sapo_rl.rewards import RewardPool\n"
-        "from sapo_rl.types import Group, Prompt, Sample\n"
+        "from sapo_rl.types import Group, Prompt, Row, Sample, Stop\n"
         "cfg = RewardConfig({'mood': RewardFunctionConfig(function='pool_rewards.leaves', timeout=900)}, 1)\n"
-        "groups = [Group(Prompt(0, [1], 'Q', {}), [Sample([0], False, 0, text='hang')])]\n"
+        "groups = [Group(Prompt(0, [1], 'Q', {}), [Sample([Row([1], [0])], Stop.STOP, (0, 0), text='hang')])]\n"
         "with RewardPool(cfg) as pool:\n"
         "    pool.score(groups)\n"
     )
@@ -483,12 +493,12 @@ def test_workers_and_what_they_have_started_die_with_their_parent(here: Path, de
 
 
 def test_closing_ends_what_another_thread_scores_and_starts_nothing(here: Path) -> None:
-    pool = RewardPool(config(slow={"function": "pool_rewards.slow"}, moody={"function": "pool_rewards.moody"}))
+    pool = RewardPool(config(slow={"function": "pool_rewards.slow"}, notes={"function": "pool_rewards.notes"}))
     pool.__enter__()
     groups = [group(index, ["a"]) for index in range(200)]
     with ThreadPoolExecutor(1) as thread:
         scoring = thread.submit(pool.score, groups)
-        wait_for(lambda: groups[0].samples[0].rewards.get("slow"))
+        wait_for((here / "noted").exists)
         pool.__exit__(None, None, None)
         with pytest.raises(RuntimeError, match="closed"):
             scoring.result(timeout=10)

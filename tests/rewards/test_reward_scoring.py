@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from samples import one_row
 
 from sapo_rl.rewards.runner.scoring import ScoreError, call_arguments, evaluate, readable
-from sapo_rl.types import Group, Prompt, Sample
+from sapo_rl.types import Group, Prompt
 
 
 def group(content: Any, texts: list[str], **columns: Any) -> Group:
-    samples = [Sample(token_ids=[len(text)], truncated=False, weight_version=0, text=text) for text in texts]
+    samples = [one_row([len(text)], text=text) for text in texts]
     return Group(Prompt(7, [1, 2], content, columns), samples)
 
 

@@ -19,7 +19,7 @@ from sapo_rl.engines.base import Completion, IndexedRequest, Request, Sampling
 from sapo_rl.engines.parity import TOLERANCE, verify
 from sapo_rl.errors import EngineError
 from sapo_rl.rollout.collector import Rollouts, request_seed
-from sapo_rl.types import Prompt
+from sapo_rl.types import Prompt, Stop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -86,12 +86,13 @@ def test_groups_come_back_whole_and_in_order(tokenizer: PreTrainedTokenizerFast,
     assert [group.prompt for group in groups] == asked
     for i, group in enumerate(groups):
         assert [sample.text for sample in group.samples] == [asked[i].content] * 4
-        assert [sample.truncated for sample in group.samples] == [False, True, False, True]
+        assert [sample.stop for sample in group.samples] == [Stop.STOP, Stop.LENGTH, Stop.STOP, Stop.LENGTH]
         assert all(sample.token_ids[-1] == tokenizer.eos_token_id for sample in group.samples)
-        assert len({sample.weight_version for sample in group.samples}) == 1
+        assert all(sample.rows[0].prompt_ids == group.prompt.token_ids for sample in group.samples)
+        assert len({sample.versions for sample in group.samples}) == 1
         assert all(sample.rollout_logps is None for sample in group.samples)
     assert max(one.most for one in fleet) < math.ceil(4 * len(asked) / engines) + 4  # an even share, in whole groups
-    assert {sample.weight_version for group in groups for sample in group.samples} <= {5 + i for i in range(engines)}
+    assert {sample.versions for group in groups for sample in group.samples} <= {(5 + i, 5 + i) for i in range(engines)}
     assert all(request.seed is None for one in fleet for request in one.requests)
 
 

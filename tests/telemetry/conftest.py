@@ -5,24 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from samples import one_row
 
 from sapo_rl.config import Config, RewardFunctionConfig
 from sapo_rl.telemetry import Row, rows
-from sapo_rl.types import Group, Prompt, Sample
+from sapo_rl.types import Group, Prompt, Stop
 
 MakeGroup = Callable[..., list[Row]]
 
 
 @pytest.fixture
 def make_group() -> MakeGroup:
-    """`make_group(index, rewards)`: the rows of a group whose sample i has i + 1 tokens; the last one is truncated."""
+    """`make_group(index, rewards)`: the rows of a group whose sample i has i + 1 tokens; the last one is cut."""
 
     def make(index: int, rewards: list[float | None], name: str = "match", step: int = 1) -> list[Row]:
         samples = [
-            Sample(
-                token_ids=[7] * (place + 1),
-                truncated=place == len(rewards) - 1,
-                weight_version=step - 1,
+            one_row(
+                [7] * (place + 1),
+                stop=Stop.LENGTH if place == len(rewards) - 1 else Stop.STOP,
+                version=step - 1,
                 text=f"reply {place}\x1b[31m",
                 rewards={name: reward},
                 reward=reward,

@@ -22,9 +22,13 @@ def test_every_sample_is_a_row(tmp_path: Path, make_group) -> None:
         "completion": "reply 1\x1b[31m",
         "reward": None,
         "advantage": 0.5,
-        "truncated": True,
+        "stop": "length",
         "tokens": 2,
+        "length": 2,
+        "turns": 1,
+        "rows": 1,
         "weight_version": 11,
+        "last_weight_version": 11,
         "rewards/match": None,
     }
     assert [path.name for path in path.parent.iterdir()] == ["step_00012.parquet"]

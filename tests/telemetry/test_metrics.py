@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import one_row
 
 from sapo_rl.errors import UserError
 from sapo_rl.telemetry import rows
 from sapo_rl.telemetry.metrics import MetricsLog, read_metrics, sample_metrics
-from sapo_rl.types import Group, Prompt, Sample
+from sapo_rl.types import Group, Prompt
 
 
 def test_a_record_is_in_the_file_at_once_and_exact(tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def test_sample_metrics_do_not_depend_on_the_order_of_groups(rewards_P_G: list[l
     groups = [
         rows(
             1,
-            Group(Prompt(index, [1], "p", {}), [Sample([1], False, 0, rewards={"f": r}, reward=r) for r in rewards_G]),
+            Group(Prompt(index, [1], "p", {}), [one_row([1], rewards={"f": r}, reward=r) for r in rewards_G]),
         )
         for index, rewards_G in enumerate(rewards_P_G)
     ]

@@ -18,12 +18,13 @@ import sys
 from pathlib import Path
 from sapo_rl.config import Config
 from sapo_rl.telemetry import Telemetry, rows
-from sapo_rl.types import Group, Prompt, Sample
+from sapo_rl.types import Group, Prompt, Row, Sample, Stop
 
 config = Config()
 config.model.path, config.trainer.steps = "/models/tiny", 3
 config.logging.wandb, config.logging.console = "off", sys.argv[2]
-sample = Sample([1, 2], False, 0, text="minus seven", rewards={"match": 1.0}, reward=1.0)
+row, rewards = Row([1], [1, 2]), {"match": 1.0}
+sample = Sample([row], Stop.STOP, (0, 0), text="minus seven", rewards=rewards, reward=1.0)
 with Telemetry(config, Path(sys.argv[1])) as telemetry:
     for step in range(1, 4):
         metrics = {"reward/mean": step / 4, "time/rollout": 1.0, "time/step": 1.5}

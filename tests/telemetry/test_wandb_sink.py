@@ -19,7 +19,7 @@ import dataclasses, json, sys, yaml
 from pathlib import Path
 from sapo_rl.config import Config, RewardFunctionConfig
 from sapo_rl.telemetry import Telemetry, rows, sample_metrics
-from sapo_rl.types import Group, Prompt, Sample
+from sapo_rl.types import Group, Prompt, Row, Sample, Stop
 
 folder, mode, first, wandb_id = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] or None
 config = Config()
@@ -30,7 +30,8 @@ config.description = "SECRET"  # as every rank reads it; what the run folder hol
 kept = dataclasses.asdict(config)
 kept["description"] = kept["reward"]["functions"]["judge"]["args"]["api_key"] = "${oc.env:MINE}"
 (folder / "config.yaml").write_text(yaml.safe_dump(kept))
-samples = [Sample([1], False, 0, text=f"reply {r}", rewards={"judge": r}, reward=r) for r in (0.5, 1.0, 0.0)]
+row, values = Row([1], [1]), (0.5, 1.0, 0.0)
+samples = [Sample([row], Stop.STOP, (0, 0), text=f"reply {r}", rewards={"judge": r}, reward=r) for r in values]
 group = Group(Prompt(0, [1], "prompt", {}), samples)
 with Telemetry(config, folder, resume_step=first - 1 if first > 1 else None, wandb_id=wandb_id) as telemetry:
     for step in range(first, first + 2):

@@ -25,8 +25,9 @@ from sapo_rl.rewards.runner.blame import Blame, Call, Outcome
 from sapo_rl.rewards.runner.inbox import Inbox
 from sapo_rl.rewards.runner.process import WorkerProcess
 from sapo_rl.rewards.runner.scoring import GIVEN
+from sapo_rl.rewards.runner.sheet import ScoreSheet
 from sapo_rl.rewards.runner.workers import CLOSED, Workers
-from sapo_rl.types import Group, RewardStats
+from sapo_rl.types import Group, Scores
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +52,7 @@ class RewardPool:
         self._cfg = cfg
         self._workers = Workers(cfg, log)
         self._queue: deque[Call] = deque()
-        self._groups: list[Group] = []
-        self._stats = self._new_stats()
+        self._sheet = ScoreSheet(cfg.functions)
         self._blame = Blame({name: function.timeout for name, function in cfg.functions.items()})
         self._needs: dict[str, list[str]] = {}
         """Columns without which a function cannot be called, by its name."""
@@ -107,18 +107,18 @@ class RewardPool:
                         f"column of {source} and not in reward.functions.{name}.args; {did_you_mean(column, columns)}"
                     )
 
-    def score(self, groups: Sequence[Group]) -> RewardStats:
-        """Set `sample.rewards[name]` of every sample in `groups` for every function of the config.
+    def score(self, groups: Sequence[Group]) -> Scores:
+        """Return the groups with `sample.rewards[name]` for every function of the config, and what happened meanwhile.
 
         Raises:
             UserError: a failed sample of a function whose `on_error` is `raise`.
         """
         for group in groups:
             self._add(group)
-        return self.finish()
+        return self.finish(groups)
 
     def follow(self, inbox: Inbox) -> None:
-        """Score groups while they come in; return once the inbox is closed. `finish` completes what is left.
+        """Score groups while they come in; return once the inbox is closed. `finish` gives their scores.
 
         Raises:
             UserError: as `score`.
@@ -128,8 +128,8 @@ class RewardPool:
                 if inbox.connection in self._advance(inbox) and (group := inbox.take()) is not None:
                     self._add(group)
 
-    def finish(self) -> RewardStats:
-        """Score what is left of the groups that came in since the last call; return what happened to all of them.
+    def finish(self, groups: Sequence[Group]) -> Scores:
+        """Score what is left of `groups`, which came in since the last call in any order; return them as `score` does.
 
         Raises:
             UserError: as `score`.
@@ -137,18 +137,12 @@ class RewardPool:
         with self._abandoning():
             while self._queue or any(worker.under_way.calls for worker in self._workers):
                 self._advance()
-        samples = [sample for group in self._groups for sample in group.samples]
-        for name in self._cfg.functions:
-            self._stats.not_applicable[name] = sum(sample.rewards[name] is None for sample in samples)
-        done, self._stats, self._groups = self._stats, self._new_stats(), []
-        return done
+        done, self._sheet = self._sheet, ScoreSheet(self._cfg.functions)
+        return done.scores(groups)
 
     def _add(self, group: Group) -> None:
-        self._groups.append(group)
+        self._sheet.add(group)
         self._queue.extend(Call(name, group, list(range(len(group.samples)))) for name in self._cfg.functions)
-
-    def _new_stats(self) -> RewardStats:
-        return RewardStats(dict.fromkeys(self._cfg.functions, 0), dict.fromkeys(self._cfg.functions, 0), {})
 
     def _advance(self, inbox: Inbox | None = None) -> list[Any]:
         """Hand out tasks, wait for the next event, here or in the inbox, and deal with it; return what was ready."""
@@ -193,8 +187,8 @@ class RewardPool:
         return True
 
     def _settle(self, call: Call, outcome: Outcome) -> None:
-        for position, value in zip(call.positions, outcome.scores or [], strict=outcome.scores is not None):
-            call.group.samples[position].rewards[call.name] = value
+        if outcome.scores is not None:
+            self._sheet.note(call, outcome.scores)
         verdict = self._blame.after(call, outcome)
         self._queue.extendleft(reversed(verdict.first))
         self._queue.extend(verdict.last)
@@ -213,10 +207,7 @@ class RewardPool:
         text = _failure(call, cfg.function, self._workers.with_hint(cause))
         if cfg.on_error == "raise":
             raise UserError(f"{text}; reward.functions.{call.name}.on_error=zero scores such samples 0")
-        for position in call.positions:
-            call.group.samples[position].rewards[call.name] = 0.0
-        self._stats.errors[call.name] += len(call.positions)
-        self._stats.failures.setdefault(call.name, text)
+        self._sheet.fail(call, text)
 
     @contextlib.contextmanager
     def _abandoning(self) -> Iterator[None]:
@@ -225,7 +216,7 @@ class RewardPool:
             yield
         except BaseException as error:
             self._queue.clear()
-            self._stats, self._groups = self._new_stats(), []
+            self._sheet = ScoreSheet(self._cfg.functions)
             self._workers.end([worker for worker in self._workers if worker.under_way.calls])
             if self._workers.closed:
                 raise RuntimeError(CLOSED) from error

@@ -18,11 +18,18 @@ COLUMNS = {
     "completion": pa.string(),
     "reward": pa.float64(),
     "advantage": pa.float64(),
-    "truncated": pa.bool_(),
+    "stop": pa.string(),
     "tokens": pa.int64(),
+    "length": pa.int64(),
+    "turns": pa.int64(),
+    "rows": pa.int64(),
     "weight_version": pa.int64(),
+    "last_weight_version": pa.int64(),
 }
-"""Columns of `step_*.parquet`; each reward function adds `rewards/<name>`."""
+"""Columns of `step_*.parquet`; each reward function adds `rewards/<name>`.
+
+`tokens` counts those trained on, `length` all that follow a prompt; `stop` is a value of `sapo_rl.types.Stop`.
+"""
 
 Row: TypeAlias = dict[str, Any]
 """What is told of a sample: the keys of `COLUMNS` and `rewards/<name>`. Without its tokens, it travels light."""
@@ -46,9 +53,13 @@ def rows(step: int, group: Group) -> list[Row]:
             "completion": sample.text,
             "reward": sample.reward,
             "advantage": sample.advantage,
-            "truncated": sample.truncated,
-            "tokens": len(sample.token_ids),
-            "weight_version": sample.weight_version,
+            "stop": sample.stop.value,
+            "tokens": sample.num_trained,
+            "length": sum(len(row.token_ids) for row in sample.rows),
+            "turns": max(1, len(sample.turns)),
+            "rows": len(sample.rows),
+            "weight_version": sample.versions[0],
+            "last_weight_version": sample.versions[1],
             **{f"rewards/{name}": value for name, value in sample.rewards.items()},
         }
         for sample in group.samples
