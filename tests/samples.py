@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from sapo_rl.policy.packing import Item
 from sapo_rl.types import Group, Prompt, Row, Sample, Stop
 
 
@@ -20,6 +21,11 @@ def one_row(
     """A sample of one row after `prompt_ids`, [1] by default; `more` are further fields of it."""
     row = Row([1] if prompt_ids is None else prompt_ids, token_ids, rollout_logps=rollout_logps)
     return Sample([row], stop, (version, version), **more)
+
+
+def make_item(prompt_ids: list[int], token_ids: list[int], advantage: float = 1.0, weight: float = 1.0) -> Item:
+    """What the trainer needs of an episode of one row."""
+    return Item([Row(prompt_ids, token_ids)], advantage, weight)
 
 
 def as_group(prompt: Prompt, completions: Iterable[list[int]], advantages: Iterable[float]) -> Group:

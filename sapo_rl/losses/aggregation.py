@@ -26,10 +26,10 @@ def token_weights(
     * `seq-mean-token-sum-norm`: 1 / (N L), Dr. GRPO's, with L the longest completion allowed.
 
     Args:
-        lengths: `(S,)` completion tokens of each sequence at hand; a sequence of length 0 counts in N and adds nothing.
+        lengths: `(S,)` trained tokens of each sequence at hand; a sequence of length 0 counts in N and adds nothing.
         mode: one of `AGGREGATION_MODES`.
         num_sequences: sequences of the whole optimiser batch, all ranks and micro-batches together.
-        num_tokens: completion tokens of the whole optimiser batch.
+        num_tokens: trained tokens of the whole optimiser batch.
         normalizer: L; only `seq-mean-token-sum-norm` reads it.
 
     Raises:

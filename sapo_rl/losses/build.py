@@ -16,7 +16,10 @@ from sapo_rl.losses.divergence import KLPenalty
 
 @dataclass(frozen=True, kw_only=True)
 class LossInputs:
-    """One packed micro-batch: T completion tokens of S whole sequences, contiguous, with ascending ids."""
+    """One packed micro-batch: T trained tokens of S whole sequences, contiguous, with ascending ids.
+
+    A sequence is an episode: all that the model wrote in it, over whatever rows it was packed in.
+    """
 
     logps: Tensor
     """`(T,)` float32 log-probabilities under the policy now; they carry the gradient."""

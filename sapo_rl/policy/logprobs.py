@@ -1,4 +1,4 @@
-"""Log-probability and entropy of the completion tokens, without a [tokens, vocabulary] tensor in float32."""
+"""Log-probability and entropy of the trained tokens, without a [tokens, vocabulary] tensor in float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The policy as a module: packed stream in, log-probability and entropy of its completion tokens out."""
+"""The policy as a module: packed stream in, log-probability and entropy of its trained tokens out."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Policy(nn.Module):
         """The head's weight in the compute dtype, where it need not be cast at every use."""
 
     def forward(self, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
-        """Return (T,) float32 log-probabilities of the completion tokens at `temperature`, and their (T,) entropies."""
+        """Return (T,) float32 log-probabilities of the trained tokens at `temperature`, and their (T,) entropies."""
         half = self.dtype == torch.bfloat16
         with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=half):
             embed = self.model.get_input_embeddings()

@@ -1,15 +1,17 @@
-"""Samples into packed micro-batches: no padding, and each prompt computed once for all its completions.
+"""Episodes into packed micro-batches: no padding, and each prompt computed once for all its episodes.
 
-A micro-batch is one stream of N tokens: for every prompt in it, the prompt's tokens, then the tokens of each of its
-completions but their last, whose successor nobody asks for. Attention knows the stream as segments: a prompt sees
-itself, a completion sees its prompt and itself. So all but attention is computed once a prompt, not once a sample.
+A micro-batch is one stream of N tokens: for every prompt in it, the prompt's tokens, then those that follow it in each
+of its episodes up to the last trained one, whose successor nobody asks for; then the further rows of these episodes,
+each after a prompt of its own. Attention knows the stream as segments: a prompt sees itself, what follows sees its
+prompt and itself. So all but attention is computed once a prompt, not once a sample. Tokens that are not trained on
+are context only: the head never sees the states that predict them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,33 +19,32 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sapo_rl.types import Row
+
 Array: TypeAlias = NDArray[Any]
+_NOTHING = np.arange(0)
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What the trainer needs of one sample."""
+    """What the trainer needs of one episode."""
 
-    prompt: Sequence[int]
-    """Prompt tokens."""
-    completion: Sequence[int]
-    """Completion tokens, at least one."""
+    rows: Sequence[Row]
+    """The first follows the prompt of the group, each other a prompt of its own."""
     advantage: float
-    """Shared by all tokens of the completion."""
+    """Shared by all trained tokens."""
     weight: float
-    """Aggregation weight of each of its tokens (`sapo_rl.losses.token_weights`)."""
-    rollout_logps: Sequence[float] | None = None
-    """vLLM's log-probabilities of the completion's tokens."""
+    """Aggregation weight of each of them (`sapo_rl.losses.token_weights`)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedBatch:
-    """One micro-batch: N stream tokens, of which T completion tokens of S sequences are trained on."""
+    """One micro-batch: N stream tokens, of which T are trained on; those of an episode are one of S sequences."""
 
     input_ids: Tensor
     """(N,) int64"""
     position_ids: Tensor
-    """(N,) int64: the position within the own sequence, prompt included."""
+    """(N,) int64: the position within the own row, prompt included."""
     kv_index: Tensor
     """(K,) int64 into the stream: the keys that the segments see, one segment after the other."""
     cu_seq_q: Tensor
@@ -53,9 +54,9 @@ class PackedBatch:
     max_q: int
     max_k: int
     hidden_index: Tensor
-    """(T,) int64 into the stream: the position whose hidden state predicts the completion token."""
+    """(T,) int64 into the stream: the position whose hidden state predicts the trained token."""
     targets: Tensor
-    """(T,) int64: the completion tokens."""
+    """(T,) int64: the trained tokens, episode by episode."""
     sequence_ids: Tensor
     """(T,) int64 in 0..S-1, ascending."""
     advantages: Tensor
@@ -74,18 +75,19 @@ class PackedBatch:
 
 
 def pack(groups: Iterable[Sequence[Item]], budget: int) -> list[PackedBatch]:
-    """Cut groups (samples of one prompt each) into micro-batches of about `budget` stream tokens, evenly filled.
+    """Cut groups (episodes of one prompt each) into micro-batches of about `budget` stream tokens, evenly filled.
 
-    A group stays whole where it fits; one that does not is cut, and its prompt computed once in each part. A single
-    sample longer than the budget makes a micro-batch of its own.
+    A group stays whole where it fits; one that does not is cut, and its prompt computed once in each part. An episode
+    is never cut: one that is longer than the budget, all its rows together, makes a micro-batch of its own.
     """
-    units = [unit for group in groups for unit in _cut(list(group), budget)]
-    count = len(_fill(units, budget))
+    units = [unit for group in groups for unit in _cut(group, budget)]
+    costs = [stream_tokens(unit) for unit in units]
+    count = len(_fill(costs, budget))
     low, high = 0, budget
     while low + 1 < high:  # the smallest capacity that needs no more micro-batches: no small rest at the end
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_fill(units, middle)) == count else (middle, high)
-    return [_lay_out(batch) for batch in _fill(units, high)]
+        low, high = (low, middle) if len(_fill(costs, middle)) == count else (middle, high)
+    return [_lay_out(units[span]) for span in _fill(costs, high)]
 
 
 def join(batches: Sequence[PackedBatch]) -> PackedBatch:
@@ -141,17 +143,16 @@ def spread(costs: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
     return owners, loads
 
 
-def _fill(units: Sequence[list[Item]], capacity: int) -> list[list[list[Item]]]:
-    batches: list[list[list[Item]]] = []
+def _fill(costs: Sequence[int], capacity: int) -> list[slice]:
+    """Cut units into micro-batches of `capacity` tokens, in their order; one that does not fit has its own."""
+    starts: list[int] = []
     room = 0
-    for unit in units:
-        cost = stream_tokens(unit)
-        if not batches or cost > room:
-            batches.append([])
+    for place, cost in enumerate(costs):
+        if not starts or cost > room:
+            starts.append(place)
             room = capacity
-        batches[-1].append(unit)
         room -= cost
-    return batches
+    return [slice(start, stop) for start, stop in pairwise([*starts, len(costs)])]
 
 
 def empty_batch() -> PackedBatch:
@@ -159,72 +160,101 @@ def empty_batch() -> PackedBatch:
 
     No size in it is 0 or 1, for which torch.compile would make graphs of their own.
     """
-    return _lay_out([[Item([0, 0], [0, 0, 0], advantage=0.0, weight=0.0, rollout_logps=[0.0, 0.0, 0.0])]])
+    return _lay_out([[Item([Row([0, 0], [0, 0, 0], rollout_logps=[0.0, 0.0, 0.0])], advantage=0.0, weight=0.0)]])
 
 
 def stream_tokens(unit: Sequence[Item]) -> int:
-    """Return how many tokens the samples of one prompt take in a stream."""
-    return len(unit[0].prompt) + sum(len(item.completion) - 1 for item in unit)
+    """Return how many tokens the episodes of one prompt take in a stream."""
+    return len(unit[0].rows[0].prompt_ids) + sum(map(_own_tokens, unit))
 
 
-def _cut(group: list[Item], budget: int) -> list[list[Item]]:
+def _own_tokens(item: Item) -> int:
+    """How many tokens an episode adds to a stream that has its group's prompt."""
+    first, *others = item.rows
+    return _following(first) + sum(len(row.prompt_ids) + _following(row) for row in others)
+
+
+def _following(row: Row) -> int:
+    return max(0, row.trained_until - 1)
+
+
+def _cut(group: Sequence[Item], budget: int) -> list[list[Item]]:
     parts: list[list[Item]] = []
+    room = 0
     for item in group:
-        if parts and stream_tokens([*parts[-1], item]) <= budget:
-            parts[-1].append(item)
-        else:
-            parts.append([item])
+        cost = _own_tokens(item)
+        if not parts or cost > room:
+            parts.append([])
+            room = budget - len(item.rows[0].prompt_ids)
+        parts[-1].append(item)
+        room -= cost
     return parts
 
 
+class _Stream:
+    """A micro-batch's stream while it grows, segment by segment."""
+
+    def __init__(self) -> None:
+        self.ids: list[Array] = []
+        self.positions: list[Array] = []
+        self.keys: list[Array] = []
+        self.q_lengths: list[int] = []
+        self.k_lengths: list[int] = []
+        self._end = 0
+
+    def add(self, ids: Array, seen: Array = _NOTHING) -> Array:
+        """Append a segment that sees the places `seen` and itself; return its own places."""
+        own = np.arange(self._end, self._end + len(ids))
+        if len(own):
+            self._end += len(own)
+            self.ids.append(ids)
+            self.positions.append(np.arange(len(seen), len(seen) + len(own)))
+            self.keys += seen, own
+            self.q_lengths.append(len(own))
+            self.k_lengths.append(len(seen) + len(own))
+        return own
+
+    def follow(self, prompt: Array, row: Row) -> tuple[list[Array], Array]:
+        """Append what follows a prompt; return the places that predict the trained tokens, and these tokens."""
+        tokens = np.asarray(row.token_ids, np.int64)[: row.trained_until]
+        before = [prompt[-1:], self.add(tokens[:-1], prompt)]
+        if row.loss_mask is None:
+            return before, tokens
+        trained = np.concatenate([_NOTHING, *(np.arange(start, end) for start, end in row.loss_mask)])
+        return [np.concatenate(before)[trained]], tokens[trained]
+
+
 def _lay_out(units: Sequence[Sequence[Item]]) -> PackedBatch:
-    ids: list[Array] = []
-    positions: list[Array] = []
-    keys: list[Array] = []
+    stream = _Stream()
     hidden: list[Array] = []
     targets: list[Array] = []
-    q_lengths: list[int] = []
-    k_lengths: list[int] = []
-    end = 0
+    lengths: list[int] = []
     for unit in units:
-        prompt = np.asarray(unit[0].prompt, np.int64)
-        prompt_span = np.arange(end, end + len(prompt))
-        end += len(prompt)
-        ids.append(prompt)
-        positions.append(np.arange(len(prompt)))
-        keys.append(prompt_span)
-        q_lengths.append(len(prompt))
-        k_lengths.append(len(prompt))
-        for item in unit:
-            completion = np.asarray(item.completion, np.int64)
-            own = np.arange(end, end + len(completion) - 1)
-            end += len(own)
-            targets.append(completion)
-            hidden += prompt_span[-1:], own
-            if not len(own):
-                continue
-            ids.append(completion[:-1])
-            positions.append(np.arange(len(prompt), len(prompt) + len(own)))
-            keys += prompt_span, own
-            q_lengths.append(len(own))
-            k_lengths.append(len(prompt) + len(own))
+        prompt = stream.add(np.asarray(unit[0].rows[0].prompt_ids, np.int64))
+        firsts = [stream.follow(prompt, item.rows[0]) for item in unit]
+        for item, first in zip(unit, firsts, strict=True):  # trained tokens go by episode, as the losses want them
+            others = (stream.follow(stream.add(np.asarray(r.prompt_ids, np.int64)), r) for r in item.rows[1:])
+            lengths.append(0)
+            for places, tokens in (first, *others):
+                hidden += places
+                targets.append(tokens)
+                lengths[-1] += len(tokens)
     items = [item for unit in units for item in unit]
-    lengths = [len(target) for target in targets]
-    logps = [np.asarray(item.rollout_logps, np.float32) for item in items if item.rollout_logps is not None]
+    logps = [row.rollout_logps for item in items for row in item.rows]
     return PackedBatch(
-        input_ids=_joined(ids),
-        position_ids=_joined(positions),
-        kv_index=_joined(keys),
-        cu_seq_q=torch.tensor([0, *accumulate(q_lengths)], dtype=torch.int32),
-        cu_seq_k=torch.tensor([0, *accumulate(k_lengths)], dtype=torch.int32),
-        max_q=max(q_lengths),
-        max_k=max(k_lengths),
+        input_ids=_joined(stream.ids),
+        position_ids=_joined(stream.positions),
+        kv_index=_joined(stream.keys),
+        cu_seq_q=torch.tensor([0, *accumulate(stream.q_lengths)], dtype=torch.int32),
+        cu_seq_k=torch.tensor([0, *accumulate(stream.k_lengths)], dtype=torch.int32),
+        max_q=max(stream.q_lengths),
+        max_k=max(stream.k_lengths),
         hidden_index=_joined(hidden),
         targets=_joined(targets),
         sequence_ids=_joined([np.repeat(np.arange(len(items)), lengths)]),
         advantages=_joined([np.repeat(np.asarray([item.advantage for item in items], np.float32), lengths)]),
         token_weights=_joined([np.repeat(np.asarray([item.weight for item in items], np.float32), lengths)]),
-        rollout_logps=_joined(logps) if len(logps) == len(items) else None,
+        rollout_logps=None if None in logps else _joined([np.asarray(one, np.float32) for one in logps]),
         num_sequences=len(items),
     )
 

@@ -23,7 +23,7 @@ from sapo_rl.policy.packing import Item, PackedBatch, empty_batch, join, pack, s
 from sapo_rl.policy.parallel import parallel
 from sapo_rl.policy.schedule import make_schedule
 from sapo_rl.policy.trace import Trace, step_metrics, trace
-from sapo_rl.types import Group, Prompt, Sample, Stop
+from sapo_rl.types import Group, Row, Sample, Stop
 
 
 @dataclass(slots=True)
@@ -140,8 +140,8 @@ class PolicyTrainer:
     @torch.no_grad()
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """Return the log-probability of each token after the first, at temperature 1."""
-        item = Item(prompt=token_ids[:1], completion=token_ids[1:], advantage=0.0, weight=0.0)
-        (batch,) = pack([[item]], len(token_ids))
+        row = Row(list(token_ids[:1]), list(token_ids[1:]))
+        (batch,) = pack([[Item([row], advantage=0.0, weight=0.0)]], len(token_ids))
         with self.parallel.passes():
             logps, _ = self._module(batch.to(self.accelerator.device), 1.0)
         return logps.tolist()
@@ -163,9 +163,22 @@ class PolicyTrainer:
 
         Groups change ranks: what is left of a rank's own, after those that teach nothing, may be much or little.
         """
+        items = self._items(groups)
+        costs: list[list[int]] = gather_object([[stream_tokens(group) for group in items]])
+        owners, loads = spread(costs)
+        rank = self.accelerator.process_index
+        placed = list(zip(owners[rank], items, strict=True))
+        moved: list[tuple[int, list[Item]]] = gather_object([one for one in placed if one[0] != rank])
+        return [group for owner, group in [*placed, *moved] if owner == rank], loads
+
+    def _items(self, groups: Sequence[Group]) -> list[list[Item]]:
+        """Return what this rank's groups give to train on, weighted as parts of all ranks' mini-batch."""
         masked, skipping = self.config.advantage.mask_truncated, self.config.advantage.skip_zero_spread
-        kept = [[sample for sample in group.samples if not (masked and sample.stop is Stop.LENGTH)] for group in groups]
-        lengths = [len(sample.token_ids) for samples in kept for sample in samples]
+        kept = [
+            [one for one in group.samples if one.num_trained and not (masked and one.stop is Stop.LENGTH)]
+            for group in groups
+        ]
+        lengths = [sample.num_trained for samples in kept for sample in samples]
         counts = torch.tensor([sum(len(group.samples) for group in groups), sum(lengths)], dtype=torch.float64)
         num_sequences, num_tokens = (int(x) for x in self._sum(counts).tolist())
         weights = token_weights(
@@ -176,17 +189,11 @@ class PolicyTrainer:
             normalizer=self.config.loss.loss_agg_norm or self.config.rollout.max_completion_tokens,
         )
         weight_of = dict(zip(lengths, weights.tolist(), strict=True))
-        items = [
-            [_item(group.prompt, sample, weight_of[len(sample.token_ids)]) for sample in samples]
-            for group, samples in zip(groups, kept, strict=True)
+        return [
+            [_item(sample, weight_of[sample.num_trained]) for sample in samples]
+            for samples in kept
             if samples and (self._reference is not None or not skipping or any(sample.advantage for sample in samples))
         ]
-        costs: list[list[int]] = gather_object([[stream_tokens(group) for group in items]])
-        owners, loads = spread(costs)
-        rank = self.accelerator.process_index
-        placed = list(zip(owners[rank], items, strict=True))
-        moved: list[tuple[int, list[Item]]] = gather_object([one for one in placed if one[0] != rank])
-        return [group for owner, group in [*placed, *moved] if owner == rank], loads
 
     def _micro_batches(self, items: Sequence[Sequence[Item]]) -> list[_MicroBatch]:
         """Pack this rank's share; as many micro-batches on every rank, so that no collective is missed."""
@@ -284,5 +291,6 @@ def divergence(step: int, stats: Mapping[str, float], settings: TrainerConfig) -
     return None
 
 
-def _item(prompt: Prompt, sample: Sample, weight: float) -> Item:
-    return Item(prompt.token_ids, sample.token_ids, sample.advantage, weight, sample.rollout_logps)
+def _item(sample: Sample, weight: float) -> Item:
+    first, *others = sample.rows
+    return Item([first, *(row for row in others if row.trained_until)], sample.advantage, weight)

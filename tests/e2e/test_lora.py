@@ -9,6 +9,7 @@ import pytest
 import torch
 from command import new_run, run, steps_of, timeless
 from safetensors.torch import load_file
+from samples import make_item
 from tiny import engine_settings, make_workspace
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +19,7 @@ from sapo_rl.engines.parity import verify
 from sapo_rl.engines.process import LocalEngine
 from sapo_rl.policy.lora import LoraPolicy
 from sapo_rl.policy.model import load_policy
-from sapo_rl.policy.packing import Item, pack
+from sapo_rl.policy.packing import pack
 from sapo_rl.weights.file import FileTransport, weights_folder
 
 pytestmark = pytest.mark.e2e
@@ -113,5 +114,5 @@ def test_engine_that_dies_comes_back_with_the_weights_of_a_partial_push(tiny_mod
 
 @torch.no_grad()
 def score(policy: LoraPolicy, ids: list[int]) -> list[float]:
-    (batch,) = pack([[Item(ids[:1], ids[1:], advantage=0.0, weight=0.0)]], len(ids))
+    (batch,) = pack([[make_item(ids[:1], ids[1:])]], len(ids))
     return policy(batch, 1.0)[0].tolist()

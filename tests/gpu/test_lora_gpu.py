@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from gpu.waits import update_without_waiting
-from samples import as_group
+from samples import as_group, make_item
 from tiny import engine_settings
 from torch._dynamo.utils import counters
 
@@ -22,7 +22,7 @@ from sapo_rl.engines.parity import verify
 from sapo_rl.engines.process import LocalEngine
 from sapo_rl.policy.lora import LoraPolicy
 from sapo_rl.policy.model import load_policy
-from sapo_rl.policy.packing import Item, pack
+from sapo_rl.policy.packing import pack
 from sapo_rl.policy.trainer import PolicyTrainer
 from sapo_rl.types import Group, Prompt
 from sapo_rl.weights.ipc import IpcTransport
@@ -66,7 +66,7 @@ def no_timer(name: str) -> Iterator[None]:
 
 @torch.no_grad()
 def score(policy: LoraPolicy) -> list[float]:
-    (batch,) = pack([[Item(IDS[:1], IDS[1:], advantage=0.0, weight=0.0)]], len(IDS))
+    (batch,) = pack([[make_item(IDS[:1], IDS[1:])]], len(IDS))
     return policy(batch.to(torch.device("cuda")), 1.0)[0].tolist()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from gpu.waits import update_without_waiting
-from samples import as_group
+from samples import make_item
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -20,7 +20,7 @@ from sapo_rl.policy import attention, logprobs
 from sapo_rl.policy.model import Policy
 from sapo_rl.policy.packing import Item, empty_batch, pack
 from sapo_rl.policy.trainer import PolicyTrainer
-from sapo_rl.types import Group, Prompt
+from sapo_rl.types import Group, Prompt, Sample, Stop
 
 pytestmark = pytest.mark.gpu
 
@@ -58,7 +58,7 @@ def make_items(seed: int, prompts: int = 6) -> list[list[Item]]:
         return [rng.randrange(VOCABULARY) for _ in range(count)]
 
     return [
-        [Item(prompt, tokens(rng.randint(1, 90)), rng.choice((-1.0, 1.0)), 0.01) for _ in range(8)]
+        [make_item(prompt, tokens(rng.randint(1, 90)), rng.choice((-1.0, 1.0)), 0.01) for _ in range(8)]
         for prompt in (tokens(rng.randint(1, 70)) for _ in range(prompts))
     ]
 
@@ -85,10 +85,11 @@ def padded_run(policy: Policy, groups: list[list[Item]], dtype: torch.dtype) -> 
     policy.model.set_attn_implementation("eager")
     found = []
     for item in (item for group in groups for item in group):
-        ids = torch.tensor([[*item.prompt, *item.completion]], device=CUDA)
+        (row,) = item.rows
+        ids = torch.tensor([[*row.prompt_ids, *row.token_ids]], device=CUDA)
         with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = policy.model(ids).logits[0].float()
-        logps = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[len(item.prompt) - 1 :, 0]
+        logps = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[len(row.prompt_ids) - 1 :, 0]
         (logps * item.advantage * item.weight).sum().backward()
         found.append(logps.detach())
     policy.model.set_attn_implementation(attention.NAME)
@@ -173,7 +174,10 @@ def make_trainer(compile_layers: bool = True) -> PolicyTrainer:
 
 def as_groups(items: list[list[Item]]) -> list[Group]:
     return [
-        as_group(Prompt(i, list(row[0].prompt), "", {}), [list(x.completion) for x in row], [x.advantage for x in row])
+        Group(
+            Prompt(i, row[0].rows[0].prompt_ids, "", {}),
+            [Sample([*x.rows], Stop.STOP, (0, 0), advantage=x.advantage) for x in row],
+        )
         for i, row in enumerate(items)
     ]
 

@@ -7,6 +7,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from samples import make_item
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sapo_rl.policy import attention
@@ -38,19 +39,20 @@ def groups_of(sizes: list[int], seed: int) -> list[list[Item]]:
         return [rng.randrange(VOCABULARY) for _ in range(count)]
 
     return [
-        [Item(prompt, tokens(rng.randint(1, 9)), rng.uniform(-1, 1), rng.random()) for _ in range(size)]
+        [make_item(prompt, tokens(rng.randint(1, 9)), rng.uniform(-1, 1), rng.random()) for _ in range(size)]
         for size, prompt in ((size, tokens(rng.randint(1, 12))) for size in sizes)
     ]
 
 
 def reference_logps(model: PreTrainedModel, item: Item, temperature: float) -> torch.Tensor:
     """Log-probabilities from the model's own eager attention on the sequence alone, in float64."""
-    ids = torch.tensor([[*item.prompt, *item.completion]])
+    (row,) = item.rows
+    ids = torch.tensor([[*row.prompt_ids, *row.token_ids]])
     model.set_attn_implementation("eager")
     logits = model(ids).logits[0] / temperature
     model.set_attn_implementation(attention.NAME)
     chosen = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
-    return chosen[len(item.prompt) - 1 :]
+    return chosen[len(row.prompt_ids) - 1 :]
 
 
 def test_joined_micro_batches_are_the_one_that_a_larger_budget_gives() -> None:
@@ -99,7 +101,7 @@ def tokens_of(batch: PackedBatch) -> int:
 
 
 def test_prompts_are_computed_once_and_last_tokens_never() -> None:
-    group = [Item([1, 2, 3, 4], [5, 6, 7], 1.0, 1.0), Item([1, 2, 3, 4], [8], 1.0, 1.0)]
+    group = [make_item([1, 2, 3, 4], [5, 6, 7]), make_item([1, 2, 3, 4], [8])]
     (batch,) = pack([group], 100)
     assert batch.input_ids.tolist() == [1, 2, 3, 4, 5, 6]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 5]
@@ -114,7 +116,7 @@ def test_micro_batches_keep_to_the_budget_and_lose_nothing(seed: int) -> None:
     batches = pack(groups, 120)
     assert all(tokens_of(batch) <= 120 for batch in batches)
     assert sum(batch.num_sequences for batch in batches) == 96
-    expected = [token for group in groups for item in group for token in item.completion]
+    expected = [token for group in groups for item in group for token in item.rows[0].token_ids]
     assert torch.cat([batch.targets for batch in batches]).tolist() == expected
     sizes = [tokens_of(batch) for batch in batches]
     largest_group = 12 + 8 * 8
@@ -122,8 +124,8 @@ def test_micro_batches_keep_to_the_budget_and_lose_nothing(seed: int) -> None:
 
 
 def test_sample_longer_than_the_budget_stands_alone() -> None:
-    long = Item(list(range(30)), list(range(30)), 1.0, 1.0)
-    short = Item([1], [2, 3], 1.0, 1.0)
+    long = make_item(list(range(30)), list(range(30)))
+    short = make_item([1], [2, 3])
     assert [batch.num_sequences for batch in pack([[long], [short]], 10)] == [1, 1]
 
 

@@ -28,7 +28,7 @@ from sapo_rl.policy import attention, checkpoint
 from sapo_rl.policy.model import Policy
 from sapo_rl.policy.trainer import PolicyTrainer
 from sapo_rl.run_folder import latest_checkpoint
-from sapo_rl.types import Group, Prompt, Stop
+from sapo_rl.types import Group, Prompt, Row, Sample, Stop
 
 VOCABULARY = 41
 
@@ -51,13 +51,13 @@ def make_policy(dtype: torch.dtype = torch.float32) -> Policy:
     return Policy(LlamaForCausalLM(config), dtype)
 
 
-def make_groups(seed: int, zero_spread: int = 0) -> list[Group]:
-    """Eight groups of four, the last `zero_spread` of them with advantages of zero."""
+def make_groups(seed: int, zero_spread: int = 0, least: int = 1) -> list[Group]:
+    """Eight groups of four of `least` to 7 tokens, the last `zero_spread` of them with advantages of zero."""
     rng = random.Random(seed)
     groups = []
     for index in range(8):
         prompt = Prompt(index, [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 6))], "", {})
-        replies = [[rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 7))] for _ in range(4)]
+        replies = [[rng.randrange(VOCABULARY) for _ in range(rng.randint(least, 7))] for _ in range(4)]
         flat = index >= 8 - zero_spread
         groups.append(as_group(prompt, replies, [0.0 if flat else rng.gauss(0, 1) for _ in replies]))
     return groups
@@ -108,24 +108,57 @@ def test_skipping_groups_of_zero_spread_leaves_the_update_as_it_is(mode: str) ->
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("masked", ["truncated", "nothing trained"])
 @pytest.mark.parametrize("mode", MODES)
-def test_masked_completions_count_as_having_no_tokens(mode: str) -> None:
+def test_masked_completions_count_as_having_no_tokens(mode: str, masked: str) -> None:
     """In a mean over tokens as if they were not there, in one over sequences as if their loss were 0."""
     config = make_config(updates_per_rollout=2, mini_batches=1, adam_eps=1e-5)
     config.loss.loss_agg_mode = mode
     cut, alike = make_groups(5), make_groups(5)
     for index, (group, other) in enumerate(zip(cut, alike, strict=True)):
         for number in range(index % 3, 4, 2) if index else range(4):  # all of the first group's
-            group.samples[number] = replace(group.samples[number], stop=Stop.LENGTH)
+            sample = group.samples[number]
+            nothing = replace(sample, rows=[replace(sample.rows[0], loss_mask=[])])
+            group.samples[number] = replace(sample, stop=Stop.LENGTH) if masked == "truncated" else nothing
             other.samples[number] = replace(other.samples[number], advantage=0.0)
         if mode == "token-mean":
             other.samples[:] = [sample for sample in other.samples if sample.advantage]
     expected, _ = weights_after(config, [group for group in alike if group.samples])
-    config.advantage.mask_truncated = True
-    masked, _ = weights_after(config, cut)
-    torch.testing.assert_close(masked, expected, atol=1e-6, rtol=0)
-    config.advantage.mask_truncated = False
-    assert not torch.allclose(weights_after(config, cut)[0], expected, atol=1e-3)
+    config.advantage.mask_truncated = masked == "truncated"
+    torch.testing.assert_close(weights_after(config, cut)[0], expected, atol=1e-6, rtol=0)
+    if config.advantage.mask_truncated:
+        config.advantage.mask_truncated = False
+        assert not torch.allclose(weights_after(config, cut)[0], expected, atol=1e-3)
+
+
+def ends_alone(sample: Sample) -> Sample:
+    """The sample with all but its first and its last token masked."""
+    (row,), last = sample.rows, len(sample.token_ids) - 1
+    return replace(sample, rows=[replace(row, loss_mask=[(0, 1), (last, last + 1)])])
+
+
+def in_three_rows(sample: Sample) -> Sample:
+    """The same with the first token, the masked ones and the last one in a row each, after all that came before."""
+    ids, last, rows = sample.token_ids, len(sample.token_ids) - 1, []
+    for start, end, mask in ((0, 1, None), (1, last, []), (last, last + 1, None)):
+        rows.append(Row([*sample.rows[0].prompt_ids, *ids[:start]], ids[start:end], mask))
+    return replace(sample, rows=rows)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_episode_of_several_rows_is_one_sequence_of_its_trained_tokens(mode: str) -> None:
+    config = make_config(updates_per_rollout=4, mini_batches=2, tokens_per_micro_batch=50, adam_eps=1e-5)
+    config.loss.loss_agg_mode = mode
+    groups = make_groups(11, least=3)
+    masked, cut = (
+        [replace(group, samples=[*map(change, group.samples)]) for group in groups]
+        for change in (ends_alone, in_three_rows)
+    )
+    (expected, told), (found, metrics) = weights_after(config, masked), weights_after(config, cut)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    for name, value in told.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    assert not torch.allclose(weights_after(config, groups)[0], expected, atol=1e-3)
 
 
 def test_batch_without_spread_moves_nothing_at_first() -> None:

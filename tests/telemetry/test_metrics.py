@@ -15,7 +15,7 @@ from samples import one_row
 from sapo_rl.errors import UserError
 from sapo_rl.telemetry import rows
 from sapo_rl.telemetry.metrics import MetricsLog, read_metrics, sample_metrics
-from sapo_rl.types import Group, Prompt
+from sapo_rl.types import Group, Prompt, Row, Sample, Stop, Turn
 
 
 def test_a_record_is_in_the_file_at_once_and_exact(tmp_path: Path) -> None:
@@ -80,6 +80,18 @@ def test_sample_metrics_of_known_groups(make_group) -> None:
     assert found["completions/mean_length"] == 2.5
     assert (found["completions/min_length"], found["completions/max_length"]) == (1, 4)
     assert found["completions/clipped_ratio"] == 0.25
+
+
+def test_lengths_of_an_episode_count_what_is_trained_on_and_all_that_follows() -> None:
+    rows_of = [Row([1], [2, 3, 9, 9, 4], [(0, 2), (4, 5)]), Row([1, 2], [5, 6])]
+    turns = [Turn(0, 2), Turn(4, 5), Turn(0, 2, row=1)]
+    long = Sample(rows_of, Stop.TURNS, (2, 4), turns, rewards={"f": 1.0}, reward=1.0)
+    told = rows(5, Group(Prompt(0, [1], "p", {}), [long, one_row([1], stop=Stop.LENGTH)]))
+    assert [told[0][name] for name in ("tokens", "length", "turns", "rows", "stop")] == [5, 7, 3, 2, "turns"]
+    assert (told[0]["weight_version"], told[0]["last_weight_version"]) == (2, 4)
+    found = sample_metrics([told])
+    assert (found["completions/mean_length"], found["completions/max_length"]) == (3.0, 5.0)
+    assert (found["episode/length"], found["completions/clipped_ratio"]) == (4.0, 0.5)
 
 
 def test_rewards_are_told_apart_by_name_and_missing_ones_left_out(make_group) -> None:
