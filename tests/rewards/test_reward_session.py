@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from samples import one_row
 
 from sapo_rl.config import RewardConfig, RewardFunctionConfig
 from sapo_rl.errors import UserError
@@ -18,8 +19,12 @@ from sapo_rl.types import Group, Prompt
 Score = Callable[..., dict[str, list[float | None]]]
 
 
+def group(texts: list[str]) -> Group:
+    return Group(Prompt(0, [1], "question", {"answer": "1"}), [one_row([1], text=text) for text in texts])
+
+
 @pytest.fixture
-def score(monkeypatch: pytest.MonkeyPatch, group: Callable[[list[str]], Group], rewards_of: Any) -> Score:
+def score(monkeypatch: pytest.MonkeyPatch) -> Score:
     """Scores texts by functions of this process, in a pool whose workers call them; returns rewards by function."""
 
     def scored(texts: list[str], timeout: float = 30.0, **functions: Any) -> dict[str, list[float | None]]:
@@ -35,7 +40,8 @@ def score(monkeypatch: pytest.MonkeyPatch, group: Callable[[list[str]], Group], 
             for name, value in variables.items():
                 patch.setenv(name, value)
             with RewardPool(config) as pool:
-                return rewards_of(pool, [group(texts)])
+                (scored,) = pool.score([group(texts)]).groups
+        return {name: [sample.rewards[name] for sample in scored.samples] for name in functions}
 
     return scored
 
@@ -91,7 +97,7 @@ def test_a_function_that_hangs_is_given_up(score: Score) -> None:
         end.set()
 
 
-def test_without_its_session_a_function_says_where_it_was(group: Callable[[list[str]], Group]) -> None:
+def test_without_its_session_a_function_says_where_it_was() -> None:
     path = session.path_to(lambda completions, **columns: [])
     config = RewardConfig({"mine": RewardFunctionConfig(path, args={"session_function": "mine"})})
     with RewardPool(config) as pool, pytest.raises(UserError, match=r"the Python session that started the run"):
@@ -108,23 +114,3 @@ def test_nothing_is_left_of_a_session(tmp_path: Path, monkeypatch: pytest.Monkey
     with session.SessionFunctions({}) as variables:
         assert variables == {}
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def group() -> Callable[[list[str]], Group]:
-    from sapo_rl.types import Sample
-
-    def made(texts: list[str]) -> Group:
-        samples = [Sample([1], False, 0, text=text) for text in texts]
-        return Group(Prompt(0, [1], "question", {"answer": "1"}), samples)
-
-    return made
-
-
-@pytest.fixture
-def rewards_of() -> Any:
-    def found(pool: RewardPool, groups: list[Group]) -> dict[str, list[float | None]]:
-        pool.score(groups)
-        return {name: [sample.rewards[name] for sample in groups[0].samples] for name in groups[0].samples[0].rewards}
-
-    return found
