@@ -8,7 +8,6 @@ import importlib
 import json
 import math
 import re
-import runpy
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -105,13 +104,15 @@ def test_the_reward_functions_score_each_completion(module: Any, monkeypatch: py
     assert asyncio.run(rewards.judge(**given, url="http://judge/")) == [0.2, 0.4]
 
 
-def test_the_recipe_with_all_of_them_passes_a_dry_run(
-    folder: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_data_source_returns_rows_with_their_answer(module: Any) -> None:
+    rows = list(module("my_data").letters(count=50))
+    assert len(rows) == 50 and rows == list(module("my_data").letters(count=50))
+    assert all(row["word"].count(row["letter"]) == row["count"] for row in rows)
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_recipe_with_all_of_them_passes_a_dry_run(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_API_KEY", "secret")
-    runpy.run_path("make_rows.py")
-    first = json.loads((folder / "rows.jsonl").read_text().partition("\n")[0])
-    assert first["word"].count(first["letter"]) == first["count"]
     code, shown, told = sapo_train("config=mine.yaml", f"model.path={tiny_model}", "dry_run=true")
     assert code == 0, told
     table = [" ".join(line.replace("│", " ").split()) for line in shown.splitlines()]

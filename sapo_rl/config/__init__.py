@@ -43,18 +43,19 @@ class ModelConfig:
 class DataConfig:
     """Where prompts come from and how they are worded."""
 
-    source: str = choice(MISSING, "arithmetic", "reasoning_gym", "huggingface", "file")
-    """`arithmetic` and `reasoning_gym` generate prompts; `huggingface` and `file` (JSONL, Parquet) read them."""
+    source: str = choice(MISSING, "arithmetic", "reasoning_gym", "huggingface", "file", own="data source")
+    """`arithmetic` and `reasoning_gym` generate prompts; `huggingface` and `file` (JSONL, Parquet) read them. Or the
+    dotted path of your own `f(**args)` that returns rows, `f(split, **args)` where it knows splits."""
     path: Optional[str] = None
     """Dataset on the hub (`huggingface`), file (`file`), or dataset of the package reasoning-gym (`reasoning_gym`)."""
     subset: Optional[str] = None
     """Configuration of a hub dataset, e.g. `main` of gsm8k."""
     split: str = "train"
-    """Split of a hub dataset to train on."""
+    """Split to train on, of a hub dataset or of a source of your own that knows splits."""
     eval_path: Optional[str] = None
     """File with held-out prompts, where `source` is `file`."""
     eval_split: Optional[str] = None
-    """Split of a hub dataset to evaluate on. With neither this nor `eval_path`, `eval.prompts` rows are held out."""
+    """Split to evaluate on. With neither this nor `eval_path`, `eval.prompts` rows are held out."""
     prompt_column: str = "prompt"
     """Column with the prompt: text, or chat messages."""
     answer_column: Optional[str] = "answer"
@@ -72,7 +73,7 @@ class DataConfig:
     size: int = number(4096, least=1)
     """Prompts to generate, for the generators."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the generator, e.g. `digits: 2` for arithmetic."""
+    """Arguments of the generator, e.g. `digits: 2` for arithmetic, or of a source of your own."""
     max_prompt_tokens: int = number(512, least=1)
     """Longer prompts are dropped and counted, never cut."""
     shuffle: bool = True

@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 from sapo_rl.config import DataConfig
-from sapo_rl.data import arithmetic, gym, tables
+from sapo_rl.data import arithmetic, gym, own, tables
 from sapo_rl.data.prompts import Rows, check_columns, check_wording, wording_columns
 from sapo_rl.errors import UserError
 
@@ -25,7 +25,7 @@ def check_source(cfg: DataConfig) -> None:
         gym.create(_path(cfg), cfg.args, size=1, seed=0)
     elif cfg.source == "huggingface":
         _path(cfg)
-    else:
+    elif cfg.source == "file":
         tables.check_file("data.path", cfg.path)
         if cfg.eval_path is not None:
             tables.check_file("data.eval_path", cfg.eval_path)
@@ -51,16 +51,21 @@ def load_rows(cfg: DataConfig, eval_prompts: int) -> tuple[Rows, Rows]:
                 "to train on; widen the arguments or hold out fewer"
             )
         return train, held_out
-    train = _read(cfg, "data.path", cfg.path, cfg.split)
+    train = _read(cfg, _key(cfg), cfg.path, cfg.split)
     if eval_prompts == 0:
         return train, {}
     rng = random.Random(f"held-out/{cfg.split_seed}")
     if cfg.source == "file" and cfg.eval_path is not None:
         return train, _choose(_read(cfg, "data.eval_path", cfg.eval_path, ""), eval_prompts, rng)
-    if cfg.source == "huggingface" and cfg.eval_split is not None:
-        return train, _choose(_read(cfg, "data.path", cfg.path, cfg.eval_split), eval_prompts, rng)
+    if cfg.source != "file" and cfg.eval_split is not None:
+        return train, _choose(_read(cfg, _key(cfg), cfg.path, cfg.eval_split), eval_prompts, rng)
     check_columns(cfg, train.values())
-    return _hold_out(train, eval_prompts, wording_columns(cfg), rng)
+    return _hold_out(train, eval_prompts, _key(cfg), wording_columns(cfg), rng)
+
+
+def _key(cfg: DataConfig) -> str:
+    """The key that says where the rows are."""
+    return "data.source" if own.is_own(cfg.source) else "data.path"
 
 
 def _generate(cfg: DataConfig, count: int) -> list[dict[str, Any]]:
@@ -70,9 +75,14 @@ def _generate(cfg: DataConfig, count: int) -> list[dict[str, Any]]:
 
 
 def _read(cfg: DataConfig, key: str, path: str | None, split: str) -> Rows:
-    rows = tables.read_file(key, path) if cfg.source == "file" else tables.read_hub(_path(cfg), cfg.subset, split)
+    if own.is_own(cfg.source):
+        path, rows = cfg.source, own.read(cfg, split)
+    elif cfg.source == "file":
+        rows = tables.read_file(key, path)
+    else:
+        rows = tables.read_hub(_path(cfg), cfg.subset, split)
     if not rows:
-        raise UserError(f"{key}: '{path}'{f', split {split!r},' if cfg.source == 'huggingface' else ''} has no rows")
+        raise UserError(f"{key}: '{path}'{'' if cfg.source == 'file' else f', split {split!r},'} has no rows")
     return dict(enumerate(rows))
 
 
@@ -80,7 +90,7 @@ def _choose(rows: Rows, count: int, rng: random.Random) -> Rows:
     return {number: rows[number] for number in sorted(rng.sample(range(len(rows)), min(count, len(rows))))}
 
 
-def _hold_out(rows: Rows, count: int, columns: list[str], rng: random.Random) -> tuple[Rows, Rows]:
+def _hold_out(rows: Rows, count: int, key: str, columns: list[str], rng: random.Random) -> tuple[Rows, Rows]:
     def wording(row: dict[str, Any]) -> str:
         return json.dumps([row.get(column) for column in columns], sort_keys=True, default=str)
 
@@ -91,7 +101,7 @@ def _hold_out(rows: Rows, count: int, columns: list[str], rng: random.Random) ->
         others = len(rows) - len(held_out)
         alike = f", and the other {others} repeat a held-out prompt" if others else ""
         raise UserError(
-            f"data.path: {len(held_out)} of {len(rows)} rows are held out (eval.prompts={count}){alike}, which leaves "
+            f"{key}: {len(held_out)} of {len(rows)} rows are held out (eval.prompts={count}){alike}, which leaves "
             "none to train on; hold out fewer or name data.eval_path or data.eval_split"
         )
     return train, held_out

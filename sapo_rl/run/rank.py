@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from sapo_rl import run_folder
 from sapo_rl.advantages import own_function
 from sapo_rl.config import Config, ModelConfig
-from sapo_rl.data import PromptSampler, build_prompts, load_rows, repetition_warning
+from sapo_rl.data import PromptSampler, build_prompts, load_rows, own, repetition_warning
 from sapo_rl.engines.base import Engine
 from sapo_rl.engines.build import ModelFacts, build_engines, build_transport, close_all, device_of, model_facts
 from sapo_rl.errors import UserError, first_line
@@ -232,9 +232,11 @@ def _prompts(
 
 
 def _import_own(config: Config) -> None:
-    """Find mistakes in a loss and an advantage function of the user's own before anything is started."""
+    """Find mistakes in what is the user's own before anything is started: loss, advantage function, data source."""
     objective(config.loss)
     own_function(config.advantage)
+    if own.is_own(config.data.source):
+        own.find(config.data)
 
 
 def _seed(config: Config, rank: int) -> None:
