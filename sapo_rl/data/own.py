@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from sapo_rl import plugins
 from sapo_rl.config import DataConfig
@@ -32,7 +32,7 @@ def find(cfg: DataConfig) -> Source:
     found = plugins.find(KIND, cfg.source)
     if not callable(found):
         raise UserError(f"data.source: '{cfg.source}' is a {type(found).__name__}, not a function")
-    function: Source = found
+    function = cast(Source, found)
     parameters = inspect.signature(function).parameters
     settings = [one for name, one in parameters.items() if name != SPLIT]
     plugins.check_arguments("data.args", function, cfg.args, settings)
