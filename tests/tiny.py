@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import string
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from sapo_rl.engines.base import EngineSettings
+    from sapo_rl.engines.base import Completion, EngineSettings, Request, Sampling
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -124,6 +125,14 @@ def logps_of(model: PreTrainedModel, token_ids: list[int], temperature: float = 
     with torch.no_grad():
         logits = model(ids[None]).logits[0, :-1] / temperature
     return logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0].tolist()
+
+
+def generate(engine: Any, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+    """Have an engine complete all requests at once, however often it has to be started anew; in their order."""
+    from sapo_rl.rollout.dispatch import Dispatcher
+
+    answers = Dispatcher([engine], window=10**6, lost_timeout=60.0).submit_all(requests, sampling)
+    return [answer.result().completions for answer in answers]
 
 
 def engine_settings(model: Path, log_path: Path, **changes: Any) -> EngineSettings:

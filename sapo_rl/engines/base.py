@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +86,8 @@ class EngineSettings:
     """Whether vLLM's core gets a process of its own, beside the one that passes requests in and completions out."""
 
 
-IndexedRequest = tuple[int, Request]
-"""An index and a request: the index identifies the request in the results."""
-
-
 class Engine(Protocol):
-    """Generates with the weights last loaded. Calls block; one thread at a time may call, but for `LoadingEngine`."""
+    """Generates with the weights last loaded. Several threads may call it."""
 
     weight_version: int
     """Version given with the weights last loaded; 0 for those in the model's folder."""
@@ -107,16 +104,20 @@ class Engine(Protocol):
         """Return once the engine can be called."""
         ...
 
-    def stream(
-        self, take: Callable[[], IndexedRequest | None], window: int, sampling: Sampling
-    ) -> Iterator[tuple[int, list[Completion]]]:
-        """Yield the completions of each request as soon as it is finished.
+    def submit(self, requests: Sequence[Request], sampling: Sampling) -> list[Future[list[Completion]]]:
+        """Return at once with a future of each request's completions; the engine takes up all of these together.
 
-        `take` gives the next request, or None where there is none for now; it is asked whenever fewer than `window`
-        completions are under way, and the stream ends once there is none and all are finished.
+        How many it has is for the caller to limit (`rollout/dispatch.py`). A future that is cancelled ends its request;
+        one fails with EngineLost where the engine cannot be reached, with another error where it refuses the request.
+        """
+        ...
+
+    def recover(self) -> None:
+        """Return once an engine that was lost can be called again; at once, where it can be.
 
         Raises:
-            EngineLost: the engine cannot be reached; the requests that it has not answered come with it.
+            EngineLost: it is still away; ask again later.
+            EngineError: it will not come back.
         """
         ...
 
@@ -143,7 +144,7 @@ class Engine(Protocol):
 class LoadingEngine(Engine, Protocol):
     """An engine on this machine, which can be told where to load weights from.
 
-    Several threads may call it: streams go on while weights are loaded, and what they write from then on is by those.
+    Requests go on while weights are loaded, and what they write from then on is by those.
     """
 
     weights_lock: Lock
@@ -161,3 +162,10 @@ class LoadingEngine(Engine, Protocol):
         Returns whether they are loaded; not where the engine was lost, which is for the next call to mend.
         """
         ...
+
+
+def failed(error: Exception) -> Future[Any]:
+    """Return a future that has failed with `error`."""
+    future: Future[Any] = Future()
+    future.set_exception(error)
+    return future

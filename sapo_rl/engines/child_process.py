@@ -17,7 +17,7 @@ from pathlib import Path
 
 from sapo_rl.engines.base import EngineSettings
 from sapo_rl.engines.environment import child_environment
-from sapo_rl.engines.rpc import RpcConnection, RpcLost
+from sapo_rl.engines.rpc import RpcConnection
 from sapo_rl.errors import UserError
 from sapo_rl.processes.scratch import temporary_folder, variables
 
@@ -48,8 +48,10 @@ class ChildProcess:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         with theirs:
             self._process = self._spawn(theirs.fileno())
-        self.rpc = RpcConnection(Connection(ours.detach()), settings.timeout)
-        self.rpc.send(settings)
+        connection = Connection(ours.detach())
+        with contextlib.suppress(OSError):  # of a child that is dead already, as `rpc` finds out
+            connection.send(settings)
+        self.rpc = RpcConnection(connection, settings.timeout)
 
     def _spawn(self, fd: int) -> subprocess.Popen[bytes]:
         """Start the process from a thread that lives as long as it does: the kernel's death signal goes by thread."""
@@ -83,8 +85,8 @@ class ChildProcess:
     def ask_to_end(self, seconds: float) -> None:
         """Have the child end by itself, if it waits for a call, and wait for that."""
         if self.rpc.idle():
-            with contextlib.suppress(RpcLost, subprocess.TimeoutExpired):
-                self.rpc.send((0, "close", ()))
+            self.rpc.tell("close")
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(seconds)
 
     def exit_code(self) -> int:

@@ -6,14 +6,16 @@ import asyncio
 import contextlib
 import logging
 import ssl
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
-from sapo_rl.engines.base import Completion, IndexedRequest, Request, Sampling
+from sapo_rl.engines.base import Completion, Request, Sampling, failed
 from sapo_rl.engines.key import VARIABLE
 from sapo_rl.engines.vllm.api import DEAD, NOT_THOSE_WEIGHTS, WRONG_KEY, run_of
 from sapo_rl.errors import EngineError, EngineLost, UserError
@@ -21,7 +23,11 @@ from sapo_rl.weights.rendezvous import Rendezvous, address_towards
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 CONNECT_SECONDS = 5.0
+KEEP_SECONDS = 2.0
+"""An idle connection is used again; the server closes it after 5 s, perhaps just then."""
 QUIET_SECONDS = 15.0
 """Without an answer for so long, a server is asked whether it is still there: a machine that lost its power says
 nothing of it."""
@@ -46,7 +52,7 @@ class RemoteSettings:
 class RemoteEngine:
     """An `Engine` over HTTP. It takes only completions by the weights last expected (`expect`).
 
-    A server that does not answer, or holds other weights, raises EngineLost from the call at hand; the next call tries
+    A server that does not answer, or holds other weights, fails the call at hand with EngineLost; the next call tries
     it again. Bringing weights to it is the transport's business.
     """
 
@@ -58,12 +64,15 @@ class RemoteEngine:
         self.weight_id = ""
         self._told = False
         self._url = f"http://{settings.address}/sapo/"
-        self._common: dict[str, Any] = {
+        common: dict[str, Any] = {
             "headers": {"Authorization": f"Bearer {settings.key}"},
             "trust_env": False,  # proxies are for the world outside: neither the key nor the tokens should go there
             "verify": ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),  # not used, and the default one takes long to make
         }
-        self._client = httpx.Client(**self._common)
+        self._client = httpx.Client(**common)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_SECONDS)
+        timeout = httpx.Timeout(settings.timeout, connect=CONNECT_SECONDS)
+        self._posts = _Posts(httpx.AsyncClient(**common, limits=limits, timeout=timeout), self._check)
 
     def __str__(self) -> str:
         return f"rollout server {self.settings.address}"
@@ -134,17 +143,14 @@ class RemoteEngine:
         except OSError as error:
             raise EngineLost(f"{self} does not answer ({error})") from error
 
-    def stream(
-        self, take: Callable[[], IndexedRequest | None], window: int, sampling: Sampling
-    ) -> Iterator[tuple[int, list[Completion]]]:
-        """See `Engine.stream`. Raises EngineError where the server refuses a request."""
-        waiting: dict[int, Request] = {}
-        try:
-            self._check()
-            yield from self._answers(take, window, sampling, waiting)
-        except EngineLost as lost:
-            self.tell(f"{lost}; its {len(waiting)} unanswered requests wait for another server or its return")
-            raise EngineLost(str(lost), list(waiting.items())) from lost
+    def submit(self, requests: Sequence[Request], sampling: Sampling) -> list[Future[list[Completion]]]:
+        """See `Engine.submit`. What the server refuses fails its future with EngineError."""
+        return [self._posts.begin(self._complete(request, sampling)) for request in requests]
+
+    def recover(self) -> None:
+        """See `Engine.recover`: the server answers and has the weights that are expected of it."""
+        self._check()
+        self._told = False
 
     def score(self, token_ids: list[int]) -> list[float]:
         """See `Engine.score`."""
@@ -155,44 +161,15 @@ class RemoteEngine:
         """Do nothing: the trainer does not want the server's memory."""
 
     def close(self) -> None:
-        """Do nothing: the server goes on for the next run."""
+        """Give up what is under way; the server goes on for the next run."""
+        self._posts.close()
 
     def _check(self) -> None:
         """Raise EngineLost where the server cannot give what `expect` asks for."""
         if (found := self.info()["weight_id"]) != self.weight_id:
             raise EngineLost(f"{self} does not have the current weights yet (it has {found})")
-        self._told = False
 
-    def _answers(
-        self, take: Callable[[], IndexedRequest | None], window: int, sampling: Sampling, waiting: dict[int, Request]
-    ) -> Iterator[tuple[int, list[Completion]]]:
-        """Keep `window` completions under way; `waiting` holds their requests."""
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        timeout = httpx.Timeout(self.settings.timeout, connect=CONNECT_SECONDS)
-        with asyncio.Runner() as runner:
-            client = httpx.AsyncClient(**self._common, limits=limits, timeout=timeout)
-            tasks: dict[asyncio.Task[list[Completion]], int] = {}
-            try:
-                while True:
-                    while sum(one.n for one in waiting.values()) < window and (taken := take()) is not None:
-                        waiting[taken[0]] = taken[1]
-                        call = self._complete(client, taken[1], sampling)
-                        tasks[runner.get_loop().create_task(call)] = taken[0]
-                    if not tasks:
-                        return
-                    done, _ = runner.run(
-                        asyncio.wait(tasks, timeout=QUIET_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-                    )
-                    if not done:
-                        self._check()
-                    for task in done:
-                        number, completions = tasks.pop(task), task.result()
-                        del waiting[number]
-                        yield number, completions
-            finally:
-                runner.run(_end(client, list(tasks)))
-
-    async def _complete(self, client: httpx.AsyncClient, request: Request, sampling: Sampling) -> list[Completion]:
+    async def _complete(self, request: Request, sampling: Sampling) -> list[Completion]:
         body = {
             "weight_id": self.weight_id,
             "token_ids": request.token_ids,
@@ -201,8 +178,12 @@ class RemoteEngine:
             "sampling": asdict(sampling),
             "stop_token_ids": self.settings.stop_token_ids,
         }
-        with self._telling():
-            answer = self._read(await client.post(self._url + "generate", json=body))
+        try:
+            with self._telling():
+                answer = self._read(await self._posts.post(self._url + "generate", body))
+        except EngineLost as lost:
+            self.tell(f"{lost}; what it has not answered waits for another server or its return")
+            raise
         return [Completion(**one) for one in answer["completions"]]
 
     def _call(self, method: str, body: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -241,9 +222,76 @@ class RemoteEngine:
         return answer
 
 
-async def _end(client: httpx.AsyncClient, tasks: list[asyncio.Task[list[Completion]]]) -> None:
-    """Give up what is under way: the server stops it when the connection is closed."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    await client.aclose()
+class _Posts:
+    """Requests under way to one server, in a loop of their own, for as long as the engine lives.
+
+    Args:
+        client: sends them.
+        check: asked in a thread of its own where the server has been quiet for `QUIET_SECONDS`; where it raises
+            EngineLost, all that is under way is given up.
+    """
+
+    def __init__(self, client: httpx.AsyncClient, check: Callable[[], None]) -> None:
+        self._client, self._check = client, check
+        self._loop = asyncio.new_event_loop()
+        self._open: set[asyncio.Future[httpx.Response]] = set()
+        self._heard = 0.0
+        self._lost = ""
+        self._watch: asyncio.Task[None] | None = None
+        self._closed = False
+        threading.Thread(target=self._loop.run_forever, name="server-requests", daemon=True).start()
+
+    def begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run a coroutine that calls `post`; from any thread. To cancel it closes its connection: the server stops."""
+        if self._closed:
+            work.close()
+            return failed(EngineError("the engine is closed"))
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def post(self, url: str, body: dict[str, Any]) -> httpx.Response:
+        """Return the server's answer. Raises EngineLost or httpx.TransportError."""
+        answer = asyncio.ensure_future(self._client.post(url, json=body))
+        if not self._open:
+            self._heard = self._loop.time()
+        self._open.add(answer)
+        self._watch = self._watch or self._loop.create_task(self._look_after())
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():  # by its caller
+                raise
+            raise EngineLost(self._lost) from None
+        finally:
+            self._open.discard(answer)
+            self._heard = self._loop.time()
+
+    async def _look_after(self) -> None:
+        """Give up what is open where the server does not answer when it is asked."""
+        while self._open:
+            quiet = self._loop.time() - self._heard
+            if quiet < QUIET_SECONDS:
+                await asyncio.sleep(QUIET_SECONDS - quiet)
+                continue
+            try:
+                await asyncio.to_thread(self._check)
+            except EngineLost as lost:
+                self._lost = str(lost)
+                for answer in self._open:
+                    answer.cancel()
+            self._heard = self._loop.time()
+        self._watch = None
+
+    def close(self) -> None:
+        """Give up what is under way and end the loop; more calls do nothing."""
+        if not self._closed:
+            self._closed = True
+            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._client.aclose()

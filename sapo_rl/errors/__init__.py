@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
 WIDEST = 700
 """Characters of a line of a message; of a longer one the middle is left out."""
@@ -53,11 +52,6 @@ class EngineError(RuntimeError):
 
 class EngineLost(Exception):
     """An engine cannot be reached for now; others must answer what it leaves."""
-
-    def __init__(self, reason: str, unfinished: Sequence[Any] | None = None) -> None:
-        super().__init__(reason)
-        self.unfinished = list(unfinished or [])
-        """Requests that it took and will not answer."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import math
+import queue
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from sapo_rl.config import RolloutConfig
-from sapo_rl.engines.base import Completion, Engine, Request, Sampling
+from sapo_rl.engines.base import Engine, Request, Sampling
 from sapo_rl.processes import at_once
-from sapo_rl.rollout.dispatch import Dispatcher
+from sapo_rl.rollout.dispatch import Answer, Dispatcher
 from sapo_rl.types import Group, Prompt, Row, Sample, Stop, Usage
 
 if TYPE_CHECKING:
@@ -68,12 +69,12 @@ class Rollouts:
     ) -> None:
         self.engines = engines
         self.group_size = cfg.group_size
-        self.capacity = cfg.max_num_seqs
-        self.lost_timeout = cfg.start_timeout
         self.sampling = sampling_of(cfg)
         self.tokenizer = tokenizer
         self.seed = seed
         self.reproducible = reproducible
+        # As many wait in each engine as it decodes, so that it never lacks work.
+        self._dispatcher = Dispatcher(engines, 2 * cfg.max_num_seqs, cfg.start_timeout)
 
     def generate(self, prompts: Sequence[Prompt], step: int, n: int | None = None) -> list[Group]:
         """Sample `n` completions (default: the group size) of each prompt; groups in the prompts' order."""
@@ -86,9 +87,9 @@ class Rollouts:
         n: int | None = None,
         on_group: Callable[[Group], None] = lambda group: None,
     ) -> RolloutResult:
-        """Do as `generate`, which may be under way in several threads where all engines are on this machine.
+        """Do as `generate`; several threads may.
 
-        `on_group` gets each group as soon as it is finished, in the thread of the engine that wrote it.
+        `on_group` gets each group as soon as it is finished. What an engine raises ends the whole call.
         """
         requests = [
             Request(
@@ -98,14 +99,17 @@ class Rollouts:
             )
             for prompt in prompts
         ]
-        return self._run(prompts, requests, self.sampling, on_group)
+        return self._run(prompts, requests, self.sampling, on_group, urgent=False)
 
     def greedy(self, prompts: Sequence[Prompt], most: int | None = None) -> list[Group]:
-        """Return the likeliest completion of each prompt, token by token, `most` at most: groups of one."""
+        """Return the likeliest completion of each prompt, token by token, `most` at most: groups of one.
+
+        They are begun before all that waits for an engine.
+        """
         requests = [Request(prompt.token_ids, 1) for prompt in prompts]
         limit = min(self.sampling.max_tokens, most or self.sampling.max_tokens)
         sampling = replace(self.sampling, temperature=0.0, logprobs=False, max_tokens=limit)
-        return self._run(prompts, requests, sampling, lambda group: None).groups
+        return self._run(prompts, requests, sampling, lambda group: None, urgent=True).groups
 
     def sleep(self) -> None:
         """Have the engines free the GPU's memory, as far as their settings say, until the next call or weights."""
@@ -117,22 +121,31 @@ class Rollouts:
         requests: list[Request],
         sampling: Sampling,
         on_group: Callable[[Group], None],
+        urgent: bool,
     ) -> RolloutResult:
-        finished: dict[int, Group] = {}
-        if not requests:
-            return RolloutResult([], Usage([], 0.0))
-        # Where all fit at once each engine gets an even share; else each keeps as many waiting as it decodes.
-        share = math.ceil(sum(request.n for request in requests) / len(self.engines))
-        window = min(share, 2 * self.capacity)
+        start = time.perf_counter()
+        until = [0.0 for _ in self.engines]
+        groups: dict[int, Group] = {}
+        finished: queue.SimpleQueue[int] = queue.SimpleQueue()
+        answers = self._dispatcher.submit_all(requests, sampling, urgent)
+        try:
+            for index, future in enumerate(answers):
+                future.add_done_callback(lambda _, index=index: finished.put(index))
+            while len(groups) < len(requests):
+                index = finished.get()
+                answer = answers[index].result()
+                until[answer.engine] = max(until[answer.engine], answer.at - start)
+                # Decoded here: in the engine's own thread it would keep other answers waiting.
+                groups[index] = self._group(prompts[index], answer)
+                on_group(groups[index])
+        except BaseException:
+            for future in answers:
+                future.cancel()
+            raise
+        return RolloutResult([groups[index] for index in range(len(prompts))], Usage(until, max(until, default=0.0)))
 
-        def answer(engine: Engine, version: int, i: int, completions: list[Completion]) -> None:
-            finished[i] = self._group(prompts[i], completions, version)
-            on_group(finished[i])
-
-        usage = Dispatcher(self.engines, requests, window, sampling, self.lost_timeout, answer).run()
-        return RolloutResult([finished[i] for i in range(len(prompts))], usage)
-
-    def _group(self, prompt: Prompt, completions: Sequence[Completion], version: int) -> Group:
+    def _group(self, prompt: Prompt, answer: Answer) -> Group:
+        completions, versions = answer.completions, (answer.oldest_version, answer.newest_version)
         texts = self.tokenizer.batch_decode([one.token_ids for one in completions], skip_special_tokens=True)
         return Group(
             prompt,
@@ -140,7 +153,7 @@ class Rollouts:
                 Sample(
                     [Row(prompt.token_ids, one.token_ids, rollout_logps=one.logps)],
                     Stop.LENGTH if one.truncated else Stop.STOP,
-                    versions=(version, version),
+                    versions=versions,
                     text=text,
                 )
                 for one, text in zip(completions, texts, strict=True)

@@ -9,13 +9,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from tiny import engine_settings, logps_of
+from tiny import engine_settings, generate, logps_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sapo_rl.config import RolloutConfig
@@ -24,6 +24,7 @@ from sapo_rl.engines.parity import verify
 from sapo_rl.engines.process import LocalEngine
 from sapo_rl.errors import EngineError, UserError
 from sapo_rl.rollout.collector import Rollouts
+from sapo_rl.rollout.dispatch import Answer, Dispatcher, Session
 from sapo_rl.types import Prompt
 from sapo_rl.weights.buckets import BucketTransport
 from sapo_rl.weights.file import FileTransport, weights_folder
@@ -121,7 +122,7 @@ def requests(seed: int | None = 11) -> list[Request]:
 
 def test_completions_end_with_eos_or_at_the_limit(engine: LocalEngine) -> None:
     (eos,) = engine.settings.stop_token_ids
-    (group,) = engine.generate([Request([2, 30, 40], 128, seed=5)], RANDOM)
+    (group,) = generate(engine, [Request([2, 30, 40], 128, seed=5)], RANDOM)
     assert len(group) == 128
     for one in group:
         assert eos not in one.token_ids[:-1]
@@ -129,18 +130,18 @@ def test_completions_end_with_eos_or_at_the_limit(engine: LocalEngine) -> None:
         assert len(one.token_ids) == RANDOM.max_tokens if one.truncated else len(one.token_ids) <= RANDOM.max_tokens
         assert one.logps is None
     assert {one.truncated for one in group} == {True, False}
-    assert engine.generate([], RANDOM) == []
+    assert generate(engine, [], RANDOM) == []
 
 
 def test_greedy_is_the_trainers_argmax(engine: LocalEngine, policy: PreTrainedModel) -> None:
     prompts = [[2, 30, 40], [2, 99, 98, 97, 96]]
-    found = engine.generate([Request(prompt, 1) for prompt in prompts], GREEDY)
+    found = generate(engine, [Request(prompt, 1) for prompt in prompts], GREEDY)
     assert tokens(found) == [[likeliest(policy, prompt, GREEDY.max_tokens, eos=3)] for prompt in prompts]
 
 
 def test_log_probabilities_are_of_the_distribution_sampled_from(engine: LocalEngine, policy: PreTrainedModel) -> None:
     prompt = [2, 31, 41, 51]
-    (group,) = engine.generate([Request(prompt, 4, seed=3)], Sampling(0.7, 1.0, 0, 0.0, 1.0, 32, True))
+    (group,) = generate(engine, [Request(prompt, 4, seed=3)], Sampling(0.7, 1.0, 0, 0.0, 1.0, 32, True))
     for one in group:
         assert one.logps is not None
         expected = logps_of(policy, prompt + one.token_ids, temperature=0.7)[len(prompt) - 1 :]
@@ -149,94 +150,97 @@ def test_log_probabilities_are_of_the_distribution_sampled_from(engine: LocalEng
 
 def test_seeded_samples_differ_and_repeat_in_any_company(engines: tuple[LocalEngine, LocalEngine]) -> None:
     first, second = engines
-    expected = tokens(first.generate(requests(), RANDOM))
+    expected = tokens(generate(first, requests(), RANDOM))
     everything = [tuple(one) for group in expected for one in group]
     assert len(set(everything)) == len(everything)
-    first.generate(requests(seed=None), RANDOM)  # moves the engine's own stream on
-    assert tokens(first.generate(requests()[::-1], RANDOM))[::-1] == expected
-    assert tokens(first.generate(requests()[2:3], RANDOM)) == expected[2:3]
-    assert tokens(second.generate(requests(), RANDOM)) == expected
+    generate(first, requests(seed=None), RANDOM)  # moves the engine's own stream on
+    assert tokens(generate(first, requests()[::-1], RANDOM))[::-1] == expected
+    assert tokens(generate(first, requests()[2:3], RANDOM)) == expected[2:3]
+    assert tokens(generate(second, requests(), RANDOM)) == expected
 
 
 def test_requests_join_while_others_are_under_way(engine: LocalEngine) -> None:
-    expected = dict(enumerate(engine.generate(requests(), RANDOM)))
-    left, taken_after = list(enumerate(requests())), dict[int, int]()
-    found: dict[int, list[Completion]] = {}
-
-    def take() -> tuple[int, Request] | None:
-        if not left:
-            return None
-        taken_after[left[0][0]] = len(found)
-        return left.pop(0)
-
-    for number, completions in engine.stream(take, window=8, sampling=RANDOM):
-        found[number] = completions
-    assert found == expected
-    assert list(taken_after) == list(range(6))
-    for number, done in taken_after.items():
-        assert done >= number - 1  # two groups of four fill the window
+    expected = generate(engine, requests(), RANDOM)
+    dispatcher = Dispatcher([engine], window=8, lost_timeout=60.0)  # two groups of four
+    answers = dispatcher.submit_all(requests(), RANDOM)
+    later = [dispatcher.submit(request, RANDOM, Session()) for request in requests()]
+    assert [answer.result().completions for answer in answers] == expected
+    assert [answer.result().completions for answer in later] == expected
 
 
-def test_a_stream_that_is_given_up_leaves_the_engine_to_others(engine: LocalEngine) -> None:
-    expected = engine.generate(requests(), RANDOM)
-    left = iter(enumerate(requests(seed=3)))
-    given_up = engine.stream(lambda: next(left, None), window=100, sampling=RANDOM)
-    next(given_up)
-    given_up.close()
-    assert engine.generate(requests(), RANDOM) == expected
-    next(engine.stream(iter([(0, Request([2, 30], 1)), (1, Request([2, 31], 1))]).__next__, 1, RANDOM))
+def test_requests_that_are_given_up_leave_the_engine_to_others(engine: LocalEngine) -> None:
+    expected = generate(engine, requests(), RANDOM)
+    given_up = engine.submit(requests(seed=3), LONG)
+    assert given_up[0].cancel()
+    answers = engine.submit(requests(), RANDOM)
+    assert all(call.cancel() for call in given_up[1:])
+    assert [answer.result(60) for answer in answers] == expected
+    (call,) = engine.submit([Request([2, 30], 1)], RANDOM)
+    call.cancel()
     assert len(engine.score([4, 5, 6])) == 2
 
 
 def test_calls_of_several_threads_each_get_their_own_answers(engine: LocalEngine, policy: PreTrainedModel) -> None:
     prompt = list(range(4, 60))
     seeds = (3, 5, 7)
-    expected = [engine.generate(requests(seed), LONG) for seed in seeds]
+    expected = [generate(engine, requests(seed), LONG) for seed in seeds]
     with ThreadPoolExecutor(len(seeds)) as pool:
-        found = [pool.submit(engine.generate, requests(seed), LONG) for seed in seeds]
+        found = [pool.submit(generate, engine, requests(seed), LONG) for seed in seeds]
         assert engine.score(prompt) == pytest.approx(logps_of(policy, prompt), abs=1e-4)
         with pytest.raises(EngineError, match="256"):
-            engine.generate([Request([5] * 300, 1)], GREEDY)
+            generate(engine, [Request([5] * 300, 1)], GREEDY)
         assert not any(future.done() for future in found)
         assert [future.result() for future in found] == expected
 
 
 class Endless:
-    """A thread that always has completions under way."""
+    """Always has completions under way."""
 
     def __init__(self, engine: LocalEngine) -> None:
-        self.engine = engine
+        self.dispatcher = Dispatcher([engine], window=24, lost_timeout=60.0)
         self.taken: list[int] = []
         self.answered: list[int] = []
+        self.versions: list[tuple[int, int]] = []
         self.over = threading.Event()
         self.began = threading.Event()
-        self.pool = ThreadPoolExecutor(1)
+        self.ended = threading.Event()
+        self.failure: BaseException | None = None
 
     def __enter__(self) -> Endless:
-        self.future = self.pool.submit(self.run)
+        for _ in range(8):
+            self.ask()
         assert self.began.wait(30)
         return self
 
     def __exit__(self, *error: object) -> None:
         self.over.set()
-        self.future.result()
-        self.pool.shutdown()
+        assert self.ended.wait(60)
+        assert self.failure is None
+        assert all(oldest <= newest for oldest, newest in self.versions)
 
-    def take(self) -> tuple[int, Request] | None:
-        if self.over.is_set():
-            return None
+    def ask(self) -> None:
         self.taken.append(len(self.taken))
-        return self.taken[-1], Request([2, 30 + len(self.taken) % 50], 4)
+        number = self.taken[-1]
+        answer = self.dispatcher.submit(Request([2, 30 + len(self.taken) % 50], 4), LONG)
+        answer.add_done_callback(lambda done: self.take(number, done))
 
-    def run(self) -> None:
-        for number, completions in self.engine.stream(self.take, 24, LONG):
-            assert len(completions) == 4
-            self.answered.append(number)
-            self.began.set()
+    def take(self, number: int, done: Future[Answer]) -> None:
+        if done.exception() is not None:
+            self.failure = done.exception()
+            self.ended.set()
+            return
+        assert len(done.result().completions) == 4
+        self.versions.append((done.result().oldest_version, done.result().newest_version))
+        self.answered.append(number)
+        self.began.set()
+        if not self.over.is_set():
+            self.ask()
+        elif len(self.answered) == len(self.taken):
+            self.ended.set()
 
 
 def test_unseeded_samples_never_repeat(engines: tuple[LocalEngine, LocalEngine]) -> None:
-    groups = [one for engine in (*engines, *engines) for one in tokens(engine.generate(requests(seed=None), RANDOM))]
+    groups = [one for engine in (*engines, *engines) for one in tokens(generate(engine, requests(seed=None), RANDOM))]
     everything = [tuple(one) for group in groups for one in group]
     assert len(set(everything)) == len(everything)
 
@@ -257,12 +261,13 @@ def test_rollouts_over_two_engines_are_those_of_one(
 
 def test_a_refused_call_says_why_and_leaves_the_engine_alive(engine: LocalEngine) -> None:
     with pytest.raises(EngineError, match="256"):
-        engine.generate([Request([5] * 300, 1)], GREEDY)
-    assert len(engine.generate([Request([5] * 3, 1)], GREEDY)[0]) == 1
-    good_and_bad = iter([(0, Request([5] * 3, 1)), (1, Request([5] * 300, 1)), (2, Request([5] * 3, 1))])
+        generate(engine, [Request([5] * 300, 1)], GREEDY)
+    assert len(generate(engine, [Request([5] * 3, 1)], GREEDY)[0]) == 1
+    good, bad, other = engine.submit([Request([5] * 3, 1), Request([5] * 300, 1), Request([5] * 3, 1)], GREEDY)
     with pytest.raises(EngineError, match="256"):
-        list(engine.stream(lambda: next(good_and_bad, None), 1, GREEDY))
-    assert len(engine.generate([Request([5] * 3, 1)], GREEDY)[0]) == 1
+        bad.result(60)
+    assert good.result(60) == other.result(60)
+    assert len(generate(engine, [Request([5] * 3, 1)], GREEDY)[0]) == 1
     assert engine.restarts == 0
 
 
@@ -270,13 +275,13 @@ def test_pushed_weights_are_the_ones_that_generate(
     engine: LocalEngine, transport: FileTransport, policy: PreTrainedModel, trained: PreTrainedModel
 ) -> None:
     prompt = [4 + i % 200 for i in range(200)]  # longer than a block of the key-value cache, so that it is cached
-    before = tokens(engine.generate([Request(prompt, 1)], GREEDY))
+    before = tokens(generate(engine, [Request(prompt, 1)], GREEDY))
     assert before == [[likeliest(policy, prompt, GREEDY.max_tokens, eos=3)]]
     assert verify(engine, prompt, logps_of(policy, prompt), "float32") < 1e-5
 
     transport.push(trained.named_parameters(), [engine], version=3)
     assert engine.weight_version == 3
-    after = tokens(engine.generate([Request(prompt, 1)], GREEDY))
+    after = tokens(generate(engine, [Request(prompt, 1)], GREEDY))
     assert after != before
     assert after == [[likeliest(trained, prompt, GREEDY.max_tokens, eos=3)]]
     assert verify(engine, prompt, logps_of(trained, prompt), "float32") < 1e-5
@@ -297,15 +302,16 @@ def test_weights_are_replaced_under_running_completions(
     prompt = [4 + i % 200 for i in range(200)]  # longer than a block of the key-value cache, so that it is cached
     (eos,) = engine.settings.stop_token_ids
     with Endless(engine) as others:
-        for version, model in enumerate((trained, policy, trained, policy), start=1):
+        for version, model in enumerate((trained, policy, trained, policy), start=4):
             done = len(others.answered)
-            (transport if version < 3 else buckets).push(model.named_parameters(), [engine], version)
+            (transport if version < 6 else buckets).push(model.named_parameters(), [engine], version)
             assert engine.weight_version == version
             expected = likeliest(model, prompt, GREEDY.max_tokens, eos)
             for _ in range(2):  # the second time by what the cache has
-                assert tokens(engine.generate([Request(prompt, 1)], GREEDY)) == [[expected]]
+                assert tokens(generate(engine, [Request(prompt, 1)], GREEDY)) == [[expected]]
             assert verify(engine, prompt, logps_of(model, prompt), "float32") < 1e-5
             assert len(others.taken) > done  # they were never all done
+    assert {newest - oldest for oldest, newest in others.versions} & {1, 2, 3, 4}  # some were begun by older weights
     assert sorted(others.answered) == others.taken
     assert engine.restarts == 0
 
@@ -313,8 +319,8 @@ def test_weights_are_replaced_under_running_completions(
 def test_a_killed_engine_comes_back_with_the_pushed_weights_and_repeats_the_call(
     engine: LocalEngine, buckets: BucketTransport, trained: PreTrainedModel
 ) -> None:
-    buckets.push(trained.named_parameters(), [engine], version=4)
-    expected = tokens(engine.generate(requests(), LONG))
+    buckets.push(trained.named_parameters(), [engine], version=8)
+    expected = tokens(generate(engine, requests(), LONG))
     victim = child_of(engine)
     with Endless(engine) as others:
         victim.kill()
@@ -322,11 +328,11 @@ def test_a_killed_engine_comes_back_with_the_pushed_weights_and_repeats_the_call
             time.sleep(0.001)
         with ThreadPoolExecutor(2) as pool:  # both wait until the new child has the weights
             scored = pool.submit(engine.score, list(range(4, 60)))
-            assert tokens(engine.generate(requests(), LONG)) == expected
+            assert tokens(generate(engine, requests(), LONG)) == expected
             assert scored.result() == pytest.approx(logps_of(trained, list(range(4, 60))), abs=1e-4)
     assert sorted(others.answered) == others.taken
     assert engine.restarts == 1
-    assert engine.weight_version == 4
+    assert engine.weight_version == 8
     assert child_of(engine).pid != victim.pid
     prompt = list(range(4, 60))
     assert verify(engine, prompt, logps_of(trained, prompt), "float32") < 1e-5
@@ -346,10 +352,10 @@ def test_an_engine_that_is_killed_while_weights_arrive_comes_back_with_all_of_th
 
     before = engine.restarts
     with Endless(engine) as others:
-        buckets.push(gathered(), [engine], version=5)
+        buckets.push(gathered(), [engine], version=9)
         assert verify(engine, prompt, logps_of(policy, prompt), "float32") < 1e-5
     assert sorted(others.answered) == others.taken
-    assert (engine.restarts, engine.weight_version) == (before + 1, 5)
+    assert (engine.restarts, engine.weight_version) == (before + 1, 9)
 
 
 def test_an_engine_whose_core_process_is_killed_in_mid_call_comes_back(
@@ -363,7 +369,7 @@ def test_an_engine_whose_core_process_is_killed_in_mid_call_comes_back(
     killer = threading.Timer(0.2, core.kill)
     killer.start()
     while not engine.restarts:  # a call may be quicker than the killer
-        assert all(len(group) == 4 for group in engine.generate(requests(), LONG))
+        assert all(len(group) == 4 for group in generate(engine, requests(), LONG))
     killer.join()
     engine.close()
     assert "its process died" in caplog.text  # at once, and not for want of an answer
@@ -375,10 +381,10 @@ def test_an_engine_that_hangs_is_given_up_after_its_timeout(engines: tuple[Local
     os.kill(process.pid, signal.SIGSTOP)
     big = [Request(list(range(4, 204)), 1) for _ in range(2000)]  # more than the socket holds
     with pytest.raises(EngineError, match=r"(?s)after 0 restarts \(rollout.max_restarts=0\).*second.log"):
-        second.generate(big, GREEDY)
+        generate(second, big, GREEDY)
     assert not process.is_running()
     with pytest.raises(EngineError, match=r"(?s)after 0 restarts.*second.log"):  # whoever calls next learns why
-        second.generate(requests(), GREEDY)
+        generate(second, requests(), GREEDY)
 
 
 def test_no_process_survives_a_killed_trainer(tiny_model: Path, tmp_path: Path) -> None:

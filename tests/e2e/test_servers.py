@@ -12,7 +12,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from sapo_rl.engines.parity import verify, verify_all
 from sapo_rl.engines.remote import RemoteEngine, RemoteSettings
 from sapo_rl.errors import EngineLost
 from sapo_rl.rollout.collector import Rollouts
-from sapo_rl.rollout.dispatch import Dispatcher
+from sapo_rl.rollout.dispatch import Answer, Dispatcher
 from sapo_rl.types import Prompt
 from sapo_rl.weights.broadcast import NcclTransport
 
@@ -159,8 +161,7 @@ def noisy(tiny_model: Path, seed: int) -> PreTrainedModel:
 
 
 def answers(engine: RemoteEngine, requests: list[Request], sampling: Sampling) -> dict[int, list[Completion]]:
-    left = list(enumerate(requests))
-    return dict(engine.stream(lambda: left.pop(0) if left else None, 64, sampling))
+    return {i: future.result(120) for i, future in enumerate(engine.submit(requests, sampling))}
 
 
 def test_every_path_takes_the_key_and_the_key_is_nowhere_to_be_seen(
@@ -240,7 +241,7 @@ def test_servers_write_what_the_trainers_weights_say(
     assert max(verify_all(fleet, list(range(5, 60)), expected, "float32")) < 1e-5
     transport.close()  # else it would bring them
     fleet[0].expect("another run/7", 7)
-    with pytest.raises(EngineLost, match="does not have the current weights"):
+    with pytest.raises(EngineLost, match="holds the weights"):
         answers(fleet[0], requests, WARM)
     assert len(verify_all(fleet, list(range(5, 60)), expected, "float32")) == 1
 
@@ -269,7 +270,7 @@ def test_a_server_works_for_one_run_at_a_time(
     waiting = NcclTransport(torch.float32, "cpu", "late", sends=True, seconds=120.0)
     waiting.push(newer.named_parameters(), [late], 1)
     time.sleep(3)  # it asks every second
-    with pytest.raises(EngineLost, match="does not have the current weights"):
+    with pytest.raises(EngineLost, match="holds the weights"):
         answers(late, [Request([2, 30], 1)], WARM)
     assert verify(fleet[0], tokens, logps_of(policy, tokens), "float32") < 1e-5
     transport.close()
@@ -290,18 +291,20 @@ def test_one_of_two_dies_in_mid_batch_and_is_taken_back_with_current_weights(
     transport.push(policy.named_parameters(), fleet, 1)
     answered: Counter[int] = Counter()
 
-    def answer(engine: Any, version: int, number: int, completions: list[Completion]) -> None:
-        assert len(completions) == 4
+    def take(number: int, done: Future[Answer]) -> None:
+        assert len(done.result().completions) == 4
         answered[number] += 1
-        if engine is fleet[1] and servers[1].process.poll() is None:
+        if done.result().engine == 1 and servers[1].process.poll() is None:
             servers[1].kill()  # most of its requests still wait for their turn
 
     requests = [Request([2, 30 + i, 40], 4) for i in range(40)]
-    Dispatcher(fleet, requests, 80, Sampling(1.0, 1.0, 0, 0.0, 1.0, 64, False), 60.0, answer).run()
-    assert answered == Counter(range(40))
+    asked = Dispatcher(fleet, 80, 60.0).submit_all(requests, Sampling(1.0, 1.0, 0, 0.0, 1.0, 64, False))
+    for number, future in enumerate(asked):
+        future.add_done_callback(partial(take, number))
+    assert {future.result(120).engine for future in asked} == {0, 1}
+    wait_until(lambda: answered == Counter(range(40)), 10)
     (told,) = [record.message for record in caplog.records]
     assert f"{servers[1].address} does not answer" in told
-    assert "; its 0 unanswered" not in told
 
     newer = noisy(tiny_model, 2)
     transport.push(newer.named_parameters(), fleet, 2)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+from multiprocessing import Pipe
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tiny import engine_settings
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from sapo_rl.engines.base import EngineSettings
+from sapo_rl.engines.base import Completion, EngineSettings, Request, Sampling
+from sapo_rl.engines.vllm import child
 from sapo_rl.engines.vllm.child import VllmProcess, capture_sizes, llm_arguments
 
 
@@ -63,3 +68,121 @@ def test_a_failure_in_the_midst_of_decoding_is_the_end_of_the_engine() -> None:
     with pytest.raises(EngineDeadError) as raised:
         server.step()
     assert "illegal memory access" in str(raised.value.__cause__)
+
+
+class Llm:
+    """Takes requests down, and finishes all of them at the next step."""
+
+    def __init__(self) -> None:
+        self.enqueued: list[tuple[list[int], str]] = []
+        self.events: list[str] = []
+        self.under_way: list[str] = []
+        self.llm_engine = self
+
+    def enqueue(self, prompts: list[dict[str, Any]], params: list[object], use_tqdm: bool) -> list[str]:
+        (prompt,) = prompts
+        if len(prompt["prompt_token_ids"]) > 4:
+            raise ValueError("too long")
+        self.enqueued.append((prompt["prompt_token_ids"], prompt["cache_salt"]))
+        self.events.append("enqueue")
+        self.under_way.append(str(len(self.enqueued)))
+        return [f"{self.under_way[-1]}-abc"]
+
+    def step(self) -> list[Any]:
+        done, self.under_way = self.under_way, []
+        one = SimpleNamespace(token_ids=[7], finish_reason="stop", logprobs=None)
+        return [SimpleNamespace(request_id=name, finished=True, outputs=[one]) for name in done]
+
+    def abort_request(self, names: list[str]) -> None:
+        self.under_way = [name for name in self.under_way if name not in names]
+
+    def collective_rpc(self, method: str, args: tuple[str]) -> None:
+        self.events.append(f"{method} {args[0]}")
+
+    def sleep(self, level: int) -> None:
+        self.events.append("sleep")
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.events.append(f"wake {tags[0]}")
+
+
+@pytest.fixture
+def process(monkeypatch: pytest.MonkeyPatch) -> tuple[VllmProcess, Llm]:
+    made, llm = VllmProcess.__new__(VllmProcess), Llm()
+    monkeypatch.setattr("vllm.LLM", lambda **arguments: llm)
+    monkeypatch.setattr(child, "register", lambda settings: None)
+    made.__init__(settings("cpu"))
+    return made, llm
+
+
+SAMPLING = Sampling(1.0, 1.0, 0, 0.0, 1.0, 8, False)
+ANSWER = [Completion([7], truncated=False)]
+
+
+def test_each_call_gets_its_completions_and_a_dropped_one_none(process: tuple[VllmProcess, Llm]) -> None:
+    made, llm = process
+    for call in (11, 12, 13):
+        made.add(call, Request([call], 1), SAMPLING)
+    made.drop(12)
+    made.drop(99)  # answered long ago
+    assert made.step() == [(11, "done", ANSWER), (13, "done", ANSWER)]
+    assert not made.running and not made.names
+    with pytest.raises(ValueError, match="too long"):
+        made.add(14, Request([1, 2, 3, 4, 5], 1), SAMPLING)
+    assert not made.running and not llm.under_way
+
+
+def test_what_is_cached_of_a_prompt_belongs_to_the_weights_that_wrote_it(process: tuple[VllmProcess, Llm]) -> None:
+    made, llm = process
+    made.add(1, Request([5], 1), SAMPLING)
+    made.load_weights("a")
+    made.add(2, Request([5], 1), SAMPLING)
+    made.stream_weights("b", "copy")
+    made.add(3, Request([5], 1), SAMPLING)
+    assert len({salt for _, salt in llm.enqueued}) == 3
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_request_wakes_the_engine_with_the_weights_last_loaded(
+    process: tuple[VllmProcess, Llm], streamed: bool
+) -> None:
+    made, llm = process
+    made.load_weights("shared")
+    if streamed:
+        made.stream_weights("buffer", "copy")
+    made.sleep()
+    llm.events.clear()
+    for call in (1, 2):
+        made.add(call, Request([5], 1), SAMPLING)
+    woken = f"receive_shared {'copy' if streamed else 'shared'}"
+    assert llm.events == ["wake weights", woken, "wake kv_cache", "enqueue", "enqueue"]
+
+
+def test_an_engine_that_sleeps_without_weights_refuses(process: tuple[VllmProcess, Llm]) -> None:
+    made, _ = process
+    made.sleep()
+    with pytest.raises(RuntimeError, match="never got weights"):
+        made.add(1, Request([5], 1), SAMPLING)
+
+
+def test_bursts_are_taken_up_before_the_next_step_and_refusals_go_to_their_call(
+    process: tuple[VllmProcess, Llm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, _ = process
+    monkeypatch.setattr(child, "VllmProcess", lambda settings: made)
+    monkeypatch.setattr(made, "close", lambda: None)
+    ours, theirs = Pipe()
+    serving = threading.Thread(target=child.serve, args=(theirs,), daemon=True)
+    serving.start()
+    ours.send(settings("cpu"))
+    assert ours.recv() == [(0, "done", None)]
+    bad = (2, "add", (Request([1] * 5, 1), SAMPLING))
+    ours.send([(1, "add", (Request([1], 1), SAMPLING)), bad, (3, "load_weights", ("w",)), (4, "add", bad[2])])
+    ((two, failed, text),) = ours.recv()
+    assert (two, failed) == (2, "failed") and "too long" in text
+    assert ours.recv() == [(3, "done", None)]
+    assert ours.recv()[0][:2] == (4, "failed")
+    assert ours.recv() == [(1, "done", ANSWER)]
+    ours.send([(0, "close", ())])
+    serving.join(10)
+    assert not serving.is_alive()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import select
 import threading
-from collections import deque
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
 from sapo_rl.engines import remote as server_module
-from sapo_rl.engines.base import Completion, IndexedRequest, Request, Sampling
+from sapo_rl.engines.base import Completion, Request, Sampling
 from sapo_rl.engines.remote import RemoteEngine, RemoteSettings
 from sapo_rl.errors import EngineError, EngineLost, UserError
 
@@ -33,6 +35,8 @@ class Fake(ThreadingHTTPServer):
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.keys: set[str | None] = set()
         self.release = threading.Event()
+        self.gone = threading.Event()
+        """A client has gone away."""
 
     @property
     def address(self) -> str:
@@ -57,7 +61,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.say(200, self.server.info)
         fault = self.server.fault.get(body["token_ids"][0], "")
         if fault == "hang":
-            self.server.release.wait(30)
+            while not self.server.release.wait(0.02):
+                if select.select([self.connection], [], [], 0)[0]:  # closed by the client
+                    self.server.gone.set()
+                    break
         if fault in ("drop", "hang"):
             self.close_connection = True
             return None
@@ -95,14 +102,13 @@ def engine(fake: Fake) -> Iterator[RemoteEngine]:
     made.close()
 
 
-def ask(engine: RemoteEngine, count: int, window: int = 6) -> Iterator[tuple[int, list[Completion]]]:
-    left: deque[IndexedRequest] = deque((i, Request([10 + i], 2, seed=i)) for i in range(count))
-    return engine.stream(lambda: left.popleft() if left else None, window, SAMPLING)
+def ask(engine: RemoteEngine, count: int) -> list[Future[list[Completion]]]:
+    return engine.submit([Request([10 + i], 2, seed=i) for i in range(count)], SAMPLING)
 
 
 def test_tokens_go_in_and_out_under_the_label_and_the_key(fake: Fake, engine: RemoteEngine) -> None:
-    answers = dict(ask(engine, 8))
-    assert answers == {i: [Completion([10 + i], False, [-0.5])] * 2 for i in range(8)}
+    answers = [future.result(20) for future in ask(engine, 8)]
+    assert answers == [[Completion([10 + i], False, [-0.5])] * 2 for i in range(8)]
     assert fake.keys == {"Bearer secret"}
     bodies = {body["token_ids"][0]: body for method, body in fake.asked if method == "generate"}
     assert bodies[12] == {
@@ -126,50 +132,79 @@ def test_tokens_go_in_and_out_under_the_label_and_the_key(fake: Fake, engine: Re
 
 
 @pytest.mark.parametrize("fault", ["drop", "409", "503"])
-def test_a_server_that_goes_away_gives_back_what_it_did_not_answer(
+def test_a_server_that_goes_away_loses_what_it_did_not_answer(
     fake: Fake, engine: RemoteEngine, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fake.fault = {14: fault}
+    fake.fault = {14: fault, 15: fault}
     for _ in range(2):
-        answered: list[int] = []
-        with pytest.raises(EngineLost) as lost:
-            for number, _ in ask(engine, 5):
-                answered.append(number)
-        assert sorted([*answered, *(number for number, _ in lost.value.unfinished)]) == [0, 1, 2, 3, 4]
-        assert 4 not in answered
+        *answered, one, two = ask(engine, 6)
+        for future in (one, two):
+            with pytest.raises(EngineLost):
+                future.result(20)
+        assert [len(future.result(20)) for future in answered] == [2, 2, 2, 2]
         engine.tell("told once")
+        engine.recover()
     assert len(caplog.records) == 2  # once each time, as it was back in between
+    assert "what it has not answered waits for another server" in caplog.records[0].message
     fake.fault = {}
-    assert len(dict(ask(engine, 5))) == 5
+    assert len([future.result(20) for future in ask(engine, 6)]) == 6
 
 
-def test_a_server_with_other_weights_takes_nothing(fake: Fake, engine: RemoteEngine) -> None:
+def test_a_server_is_back_when_it_has_the_weights_that_are_expected(fake: Fake, engine: RemoteEngine) -> None:
     fake.info["weight_id"] = "other/3"
-    taken = []
-    with pytest.raises(EngineLost, match=r"does not have the current weights yet \(it has other/3\)") as lost:
-        list(engine.stream(lambda: taken.append(1), 4, SAMPLING))
-    assert not taken
-    assert not lost.value.unfinished
+    with pytest.raises(EngineLost, match=r"does not have the current weights yet \(it has other/3\)"):
+        engine.recover()
+    fake.status = 503
+    with pytest.raises(EngineLost, match="so it is"):
+        engine.recover()
+    fake.status, fake.info["weight_id"] = 200, "run/3"
+    engine.recover()
 
 
 def test_a_server_that_falls_silent_is_asked_and_given_up(
     fake: Fake, engine: RemoteEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server_module, "QUIET_SECONDS", 0.2)
-    fake.fault = {10: "hang"}
-    stream = ask(engine, 1)
-    change = threading.Timer(0.5, lambda: fake.info.update(weight_id=None))
-    change.start()
-    with pytest.raises(EngineLost) as lost:
-        list(stream)
-    assert [number for number, _ in lost.value.unfinished] == [0]
+    fake.fault = {10: "hang", 11: "hang"}
+    first, second = ask(engine, 2)
+    time.sleep(1.0)
     assert sum(method == "info" for method, _ in fake.asked) >= 2
+    assert not first.done() and not second.done()
+    fake.info.update(weight_id=None)
+    for future in (first, second):
+        with pytest.raises(EngineLost, match="does not have the current weights"):
+            future.result(20)
+    fake.info.update(INFO)
+    (later,) = engine.submit([Request([12], 1)], SAMPLING)
+    assert len(later.result(20)) == 1
 
 
-def test_what_vllm_refuses_ends_the_run_with_its_words(fake: Fake, engine: RemoteEngine) -> None:
+def test_a_cancelled_request_closes_its_connection_and_leaves_the_others(fake: Fake, engine: RemoteEngine) -> None:
+    fake.fault = {10: "hang"}
+    given_up, *others = ask(engine, 3)
+    assert [len(future.result(20)) for future in others] == [2, 2]
+    assert given_up.cancel()
+    assert given_up.cancelled()
+    assert fake.gone.wait(20)
+
+
+def test_closing_gives_up_what_is_under_way_and_takes_nothing_more(fake: Fake, engine: RemoteEngine) -> None:
+    fake.fault = {10: "hang"}
+    (waiting,) = ask(engine, 1)
+    engine.close()
+    engine.close()
+    assert waiting.cancelled()
+    with pytest.raises(EngineError, match="closed"):
+        ask(engine, 1)[0].result(20)
+    engine.info()  # the transport has still to say good-bye
+
+
+def test_what_vllm_refuses_fails_with_its_words(fake: Fake, engine: RemoteEngine) -> None:
     fake.fault = {11: "500"}
+    good, bad, other = ask(engine, 3)
     with pytest.raises(EngineError, match=r"refused the call:\nso it is"):
-        list(ask(engine, 3))
+        bad.result(20)
+    assert len(good.result(20)) == len(other.result(20)) == 2
 
 
 @pytest.mark.parametrize(("status", "words"), [(401, "refuses the API key"), (404, "not started by sapo-serve")])

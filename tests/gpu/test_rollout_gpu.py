@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from tiny import engine_settings
+from tiny import engine_settings, generate
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sapo_rl.engines.base import Completion, Request, Sampling
@@ -100,7 +100,7 @@ def mismatch(engine: LocalEngine, model: PreTrainedModel) -> float:
 
 
 def greedy(engine: LocalEngine) -> list[list[Completion]]:
-    return engine.generate([Request(PROMPT, 1)], GREEDY)
+    return generate(engine, [Request(PROMPT, 1)], GREEDY)
 
 
 def test_memory_is_shared_with_another_process() -> None:

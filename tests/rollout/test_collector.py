@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +14,11 @@ import pytest
 from tiny import make_tokenizer
 
 from sapo_rl.config import RolloutConfig
-from sapo_rl.engines.base import Completion, IndexedRequest, Request, Sampling
+from sapo_rl.engines.base import Completion, Request, Sampling
 from sapo_rl.engines.parity import TOLERANCE, verify
 from sapo_rl.errors import EngineError
 from sapo_rl.rollout.collector import Rollouts, request_seed
-from sapo_rl.types import Prompt, Stop
+from sapo_rl.types import Group, Prompt, Stop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -27,7 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Echo:
-    """An engine whose completions say what it was asked: the prompt's tokens, then EOS, truncated where n is odd."""
+    """An engine whose completions say what it was asked: the prompt's tokens, then EOS, truncated where n is odd.
+
+    It answers one request after the other.
+    """
 
     eos: int
     weight_version: int = 0
@@ -37,24 +39,22 @@ class Echo:
     logps: list[float] = field(default_factory=list)
     asleep: bool = False
     pause: float = 0.001
+    load: int = 0
     most: int = 0
+    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
-    def stream(
-        self, take: Callable[[], IndexedRequest | None], window: int, sampling: Sampling
-    ) -> Iterator[tuple[int, list[Completion]]]:
+    def submit(self, requests: Sequence[Request], sampling: Sampling) -> list[Future[list[Completion]]]:
         self.sampling = sampling
+        self.requests += requests
+        self.load += sum(request.n for request in requests)
+        self.most = max(self.most, self.load)
+        return [self.thread.submit(self.answer, request, sampling) for request in requests]
+
+    def answer(self, request: Request, sampling: Sampling) -> list[Completion]:
+        time.sleep(self.pause)
         logps = [-1.0] if sampling.logprobs else None
-        waiting: deque[IndexedRequest] = deque()
-        while True:
-            while sum(request.n for _, request in waiting) < window and (taken := take()) is not None:
-                waiting.append(taken)
-                self.requests.append(taken[1])
-            self.most = max(self.most, sum(request.n for _, request in waiting))
-            if not waiting:
-                return
-            time.sleep(self.pause)
-            number, r = waiting.popleft()
-            yield number, [Completion([*r.token_ids, self.eos], i % 2 == 1, logps) for i in range(r.n)]
+        self.load -= request.n
+        return [Completion([*request.token_ids, self.eos], i % 2 == 1, logps) for i in range(request.n)]
 
     def load_weights(self, layout: str, version: int) -> None:
         self.weight_version = version
@@ -125,22 +125,33 @@ def test_sleep_reaches_every_engine(tokenizer: PreTrainedTokenizerFast) -> None:
     assert all(engine.asleep for engine in fleet)
 
 
-def test_an_engine_that_fails_ends_the_call(tokenizer: PreTrainedTokenizerFast) -> None:
-    failing = threading.Event()
-
+def test_an_engine_that_fails_ends_the_call_and_what_the_others_do_for_it(tokenizer: PreTrainedTokenizerFast) -> None:
     class Patient(Echo):
-        def stream(self, take: Callable[[], IndexedRequest | None], window: int, sampling: Sampling) -> Iterator[Any]:
-            failing.wait(30)  # else it may have answered everything by then
-            yield from super().stream(take, window, sampling)
+        def submit(self, requests: Sequence[Request], sampling: Sampling) -> list[Future[list[Completion]]]:
+            self.calls: list[Future[Any]] = [Future() for _ in requests]
+            return self.calls
 
     class Failing(Echo):
-        def stream(self, take: Callable[[], IndexedRequest | None], window: int, sampling: Sampling) -> Iterator[Any]:
-            failing.set()
+        def answer(self, request: Request, sampling: Sampling) -> list[Completion]:
             raise EngineError("gone")
 
     fleet = [Patient(tokenizer.eos_token_id), Failing(tokenizer.eos_token_id)]
     with pytest.raises(EngineError, match="gone"):
-        Rollouts(fleet, RolloutConfig(), tokenizer, 0, False).generate(prompts(tokenizer, ["a", "b"]), step=1)
+        Rollouts(fleet, RolloutConfig(), tokenizer, 0, False).generate(prompts(tokenizer, ["a", "b", "c"]), step=1)
+    assert [call.cancelled() for call in fleet[0].calls] == [True, True]
+
+
+def test_what_a_handed_over_group_raises_ends_the_call(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = Echo(tokenizer.eos_token_id, pause=0.02)
+    rollouts = Rollouts([engine], RolloutConfig(group_size=2), tokenizer, seed=0, reproducible=False)
+
+    def stop(group: Group) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rollouts.write(prompts(tokenizer, list("abcdefgh")), step=1, on_group=stop)
+    engine.thread.shutdown()
+    assert engine.load >= 2 * 6  # what had not begun was never answered
 
 
 def test_seeds_depend_on_run_step_and_prompt_but_not_on_the_engines(tokenizer: PreTrainedTokenizerFast) -> None:

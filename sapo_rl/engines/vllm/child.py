@@ -1,10 +1,10 @@
 """The child process that holds vLLM, started by `LocalEngine`: `python -m sapo_rl.engines.vllm.child FD PARENT_PID`.
 
-It receives `EngineSettings`, builds the engine, sends `(0, "ready", None)`, and then answers each message `(call,
-method, arguments)` with `(call, "done", result)` or `(call, "failed", traceback)`. Messages `add` with the same number
-belong to one call, answered by `(call, "part", completions)` whenever requests are finished, until `drop` ends what is
-left of it. Several calls may be under way; weights are replaced between two steps of decoding. A vLLM that fails while
-it decodes ends this process, for its parent to restart.
+It receives `EngineSettings`, builds the engine, and answers call 0 once it can be called. From then on a message is a
+list of calls `(number, method, arguments)`, which are all taken up before the next step of decoding, and is answered by
+lists of `(number, "done", result)` or `(number, "failed", traceback)`; `drop` ends the call of that number without an
+answer. Weights are replaced between two steps. A vLLM that fails while it decodes ends this process, for its parent to
+restart.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import queue
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sapo_rl.engines.base import Completion, EngineSettings, IndexedRequest, Sampling
+from sapo_rl.engines.base import EngineSettings, Request, Sampling
+from sapo_rl.engines.rpc import Answer, Call
 from sapo_rl.engines.vllm.adapter import completions_of, sampling_params, scores_of, scoring_params
 from sapo_rl.processes import die_with_parent, kill_group_on_hangup, streams
 
@@ -86,12 +87,8 @@ class Running(NamedTuple):
     """A request under way."""
 
     call: int
-    number: int | None
-    """The parent's; None where it is to be scored."""
-
-
-Message = tuple[int, str, Any]
-"""Call, status and result."""
+    read: Callable[[Any], Any]
+    """Makes the call's answer of vLLM's."""
 
 
 class VllmProcess:
@@ -104,30 +101,35 @@ class VllmProcess:
         self.settings = settings
         self.running: dict[str, Running] = {}
         """By vLLM's name of the request."""
+        self.names: dict[int, str] = {}
+        """vLLM's name of what is under way for a call."""
         self.loads = 0
         self.asleep = False
+        self.layout: str | None = None
+        """Of the weights that are loaded, or were when the engine went to sleep."""
         self.llm: LLM = LLM(**llm_arguments(settings))
 
-    def add(self, call: int, requests: list[IndexedRequest], sampling: Sampling) -> None:
-        """Put requests under way; `step` returns their completions."""
-        params = [sampling_params(request, sampling, self.settings.stop_token_ids) for _, request in requests]
-        numbers = [number for number, _ in requests]
-        self._enqueue(call, numbers, [request.token_ids for _, request in requests], params)
+    def add(self, call: int, request: Request, sampling: Sampling) -> None:
+        """Put a request under way; `step` returns its completions."""
+        params = sampling_params(request, sampling, self.settings.stop_token_ids)
+        self._enqueue(call, request.token_ids, params, completions_of)
 
     def score(self, call: int, token_ids: list[int]) -> None:
         """See `Engine.score`; `step` returns the answer."""
-        self._enqueue(call, [None], [token_ids], [scoring_params()])
+        self._enqueue(call, token_ids, scoring_params(), scores_of)
 
-    def _enqueue(
-        self, call: int, numbers: Sequence[int | None], prompts: list[list[int]], params: list[SamplingParams]
-    ) -> None:
+    def _enqueue(self, call: int, token_ids: list[int], params: SamplingParams, read: Callable[[Any], Any]) -> None:
+        if self.asleep:
+            if self.layout is None:
+                raise RuntimeError("the engine sleeps and never got weights to wake up with")
+            self.load_weights(self.layout)  # sleep may have discarded them
         # What the cache holds of a prompt belongs to the weights that wrote it.
-        salted: Any = [{"prompt_token_ids": token_ids, "cache_salt": str(self.loads)} for token_ids in prompts]
-        names = self.llm.enqueue(salted, params, use_tqdm=False)
-        for name, number in zip(names, numbers, strict=True):
-            self.running[name.partition("-")[0]] = Running(call, number)  # outputs do not carry the random part
+        salted: Any = {"prompt_token_ids": token_ids, "cache_salt": str(self.loads)}
+        (name,) = self.llm.enqueue([salted], [params], use_tqdm=False)
+        name = name.partition("-")[0]  # outputs do not carry the random part
+        self.running[name], self.names[call] = Running(call, read), name
 
-    def step(self) -> list[Message]:
+    def step(self) -> list[Answer]:
         """Decode one token of each completion; return what this finished. A failure leaves vLLM dead."""
         try:
             outputs = [output for output in self.llm.llm_engine.step() if output.finished]
@@ -135,31 +137,28 @@ class VllmProcess:
             from vllm.v1.engine.exceptions import EngineDeadError
 
             raise EngineDeadError from error
-        parts: dict[int, list[tuple[int, list[Completion]]]] = {}
-        messages: list[Message] = []
+        answers: list[Answer] = []
         for output in outputs:
-            call, number = self.running.pop(output.request_id)
-            if number is None:
-                messages.append((call, "done", scores_of(output)))  # type: ignore[arg-type]
-            else:
-                parts.setdefault(call, []).append((number, completions_of(output)))  # type: ignore[arg-type]
-        return messages + [(call, "part", part) for call, part in parts.items()]
+            call, read = self.running.pop(output.request_id)
+            del self.names[call]
+            answers.append((call, "done", read(output)))
+        return answers
 
     def drop(self, call: int) -> None:
-        """End what is under way for a call."""
-        names = [name for name, request in self.running.items() if request.call == call]
-        if names:
-            self.llm.llm_engine.abort_request(names)
-        for name in names:
+        """End what is under way for a call, if anything is."""
+        if (name := self.names.pop(call, None)) is not None:
+            self.llm.llm_engine.abort_request([name])
             del self.running[name]
 
     def load_weights(self, layout: str) -> None:
         """See `LoadingEngine.load_weights`. Wakes up as far as needed."""
         self._receive("receive_shared", layout)
+        self.layout = layout
 
-    def stream_weights(self, layout: str) -> None:
+    def stream_weights(self, layout: str, later: str | None) -> None:
         """See `LoadingEngine.stream_weights`. Wakes up as far as needed."""
         self._receive("receive_stream", layout)
+        self.layout = later
 
     def _receive(self, method: str, layout: str) -> None:
         if self.asleep:
@@ -185,37 +184,32 @@ def serve(connection: Connection) -> None:
     server = VllmProcess(connection.recv())
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    inbox: queue.SimpleQueue[tuple[int, str, tuple[Any, ...]]] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[list[Call]] = queue.SimpleQueue()
     # Read at all times: two processes that both wait for the other to take a message would wait for ever.
     threading.Thread(target=_read, args=(connection, inbox), name="inbox", daemon=True).start()
     closing = threading.Event()
     threading.Thread(target=_die_with_core, args=(closing,), name="core", daemon=True).start()
-    connection.send((0, "ready", None))
-    refused: set[int] = set()
+    connection.send([(0, "done", None)])
     while True:
         if server.running and inbox.empty():
-            for message in server.step():
-                connection.send(message)
+            if answers := server.step():
+                connection.send(answers)
             continue
-        call, method, arguments = inbox.get()
-        if method == "close":
-            closing.set()
-            server.close()
-            return
-        if call in refused:  # more of a call that has failed
-            continue
-        try:
-            if method in ("add", "score", "drop"):
-                getattr(server, method)(call, *arguments)
-            else:
-                connection.send((call, "done", getattr(server, method)(*arguments)))
-        except EngineDeadError:
-            raise
-        except Exception:  # the same call would fail again in a new engine: tell, do not die
-            traceback.print_exc()
-            refused.add(call)
-            server.drop(call)
-            connection.send((call, "failed", traceback.format_exc(limit=-4)))
+        for call, method, arguments in inbox.get():
+            if method == "close":
+                closing.set()
+                server.close()
+                return
+            try:
+                if method in ("add", "score", "drop"):
+                    getattr(server, method)(call, *arguments)
+                else:
+                    connection.send([(call, "done", getattr(server, method)(*arguments))])
+            except EngineDeadError:
+                raise
+            except Exception:  # the same call would fail again in a new engine: tell, do not die
+                traceback.print_exc()
+                connection.send([(call, "failed", traceback.format_exc(limit=-4))])
 
 
 def _die_with_core(closing: threading.Event) -> None:
@@ -226,7 +220,7 @@ def _die_with_core(closing: threading.Event) -> None:
             os._exit(1)
 
 
-def _read(connection: Connection, inbox: queue.SimpleQueue[tuple[int, str, tuple[Any, ...]]]) -> None:
+def _read(connection: Connection, inbox: queue.SimpleQueue[list[Call]]) -> None:
     """Until the parent is gone, which ends this process by other means."""
     with contextlib.suppress(EOFError, OSError):
         while True:
