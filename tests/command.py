@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -40,6 +41,26 @@ def finish(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, s
 def run(workspace: Path, *arguments: str, **how: tuple[str, ...]) -> tuple[int, str, str]:
     """`start` and `finish`."""
     return finish(start(workspace, *arguments, **how))
+
+
+def sapo_train(
+    *arguments: str, cwd: Path, program: tuple[str, ...] = MODULE, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line in `cwd`, for what ends by itself; `environment` is beside the test's own."""
+    return subprocess.run(
+        [sys.executable, *program, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def free_port() -> int:
+    """A port of this machine on which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
 
 
 def new_run(workspace: Path, *arguments: str, **how: tuple[str, ...]) -> Path:

@@ -97,7 +97,7 @@ def test_every_step_and_evaluation_is_recorded(whole: Path) -> None:
         phases = ["time/rollout", "time/reward", "time/old_logps", "time/update", "time/sync"]
         assert 0 < sum(record[name] for name in phases) <= record["time/step"] * 1.001
         assert record["policy/ratio_max"] > 1.0  # the second update is off-policy
-    probes = [record["mismatch/probe_logp_diff"] for record in records(whole) if "mismatch/probe_logp_diff" in record]
+    probes = [record[PROBE] for record in records(whole) if PROBE in record]
     assert len(probes) == 4 and max(probes) < 1e-5
 
 
@@ -271,7 +271,7 @@ def test_rollouts_that_go_on_over_new_weights_are_as_old_as_allowed(workspace: P
         assert len(table["weight_version"]) == 16
     evaluated = [record for record in records(folder) if "eval/accuracy" in record]
     assert [record["eval/rewards/again"] for record in evaluated] == [record["eval/accuracy"] for record in evaluated]
-    assert max(record["mismatch/probe_logp_diff"] for record in records(folder) if PROBE in record) < 1e-4
+    assert max(record[PROBE] for record in records(folder) if PROBE in record) < 1e-4
     assert [record["step"] for record in records(folder) if "eval/accuracy" in record] == [0, 3, 6]
     state = json.loads((folder / "checkpoints/step_000003/state.json").read_text())["state"]
     assert state["sampler"]["position"] == 3 * 4  # of the batch that was trained on, not of those ahead

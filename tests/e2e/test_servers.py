@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -23,7 +22,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from command import folders, records, steps_of
+from command import folders, free_port, records, steps_of
 from tiny import logps_of, make_workspace
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -76,11 +75,6 @@ class Server:
         self.process.wait()
         _, alive = psutil.wait_procs(children, timeout=20)
         assert not alive
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -59,11 +58,6 @@ def make_groups(seed: int) -> list[Group]:
     ]
 
 
-@contextlib.contextmanager
-def no_timer(name: str) -> Iterator[None]:
-    yield
-
-
 @torch.no_grad()
 def score(policy: LoraPolicy) -> list[float]:
     (batch,) = pack([[make_item(IDS[:1], IDS[1:])]], len(IDS))
@@ -105,7 +99,7 @@ def test_layers_with_adapters_compile_whole_and_once(tiny_model: Path) -> None:
     counters.clear()
     trainer, graphs = make_trainer(tiny_model), []
     for step in range(5):
-        trainer.train_on(make_groups(step), no_timer)
+        trainer.train_on(make_groups(step), contextlib.nullcontext)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] > 0 and graphs[-1] == graphs[1]
     assert not counters["graph_break"]
@@ -114,5 +108,5 @@ def test_layers_with_adapters_compile_whole_and_once(tiny_model: Path) -> None:
 def test_updates_do_not_wait_for_the_device(tiny_model: Path) -> None:
     trainer = make_trainer(tiny_model)
     for _ in range(2):
-        trainer.train_on(make_groups(0), no_timer)
+        trainer.train_on(make_groups(0), contextlib.nullcontext)
     assert update_without_waiting(trainer, make_groups(0)) > 0

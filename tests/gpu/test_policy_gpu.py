@@ -182,16 +182,11 @@ def as_groups(items: list[list[Item]]) -> list[Group]:
     ]
 
 
-@contextlib.contextmanager
-def no_timer(name: str) -> Iterator[None]:
-    yield
-
-
 def test_no_graph_is_compiled_after_the_second_step() -> None:
     trainer = make_trainer()
     graphs = []
     for step in range(6):
-        trainer.train_on(as_groups(make_items(step, prompts=12 + step)), no_timer)
+        trainer.train_on(as_groups(make_items(step, prompts=12 + step)), contextlib.nullcontext)
         graphs.append(counters["stats"]["unique_graphs"])
     with torch.no_grad(), trainer.parallel.passes():
         trainer.policy(empty_batch().to(CUDA), 1.0)
@@ -204,7 +199,7 @@ def test_updates_do_not_wait_for_the_device() -> None:
     trainer = make_trainer()
     groups = as_groups(make_items(4, prompts=12))
     for _ in range(2):
-        trainer.train_on(groups, no_timer)
+        trainer.train_on(groups, contextlib.nullcontext)
     assert update_without_waiting(trainer, groups) > 1
 
 
@@ -213,6 +208,6 @@ def test_compiled_and_plain_updates_agree() -> None:
     for compile_layers in (True, False):
         trainer = make_trainer(compile_layers)
         before = torch.cat([weight.flatten().clone() for _, weight in trainer.policy.named_weights()])
-        trainer.train_on(as_groups(make_items(5, prompts=8)), no_timer)
+        trainer.train_on(as_groups(make_items(5, prompts=8)), contextlib.nullcontext)
         weights.append(torch.cat([weight.flatten() for _, weight in trainer.policy.named_weights()]) - before)
     assert torch.cosine_similarity(weights[0], weights[1], dim=0) > 0.9  # Adam turns tiny gradients into full steps

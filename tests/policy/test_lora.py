@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import peft
@@ -39,11 +38,6 @@ from sapo_rl.sizing import adapter_parameters
 from sapo_rl.types import Group, Prompt
 
 SOME = ["q_proj", "up_proj"]
-
-
-@contextlib.contextmanager
-def no_timer(name: str) -> Iterator[None]:
-    yield
 
 
 def make_config(path: Path, lora: LoraConfig | None = None, **trainer: object) -> Config:
@@ -80,7 +74,7 @@ def make_groups(seed: int) -> list[Group]:
 def trained(config: Config) -> LoraPolicy:
     """A policy whose adapters have moved."""
     policy = make_policy(config)
-    make_trainer(config, policy).train_on(make_groups(0), no_timer)
+    make_trainer(config, policy).train_on(make_groups(0), contextlib.nullcontext)
     return policy
 
 
@@ -106,9 +100,9 @@ def test_training_starts_at_the_whole_models_loss_and_moves_the_adapters_alone(t
     config = make_config(tiny_model, updates_per_rollout=1)
     policy = make_policy(config)
     before = {name: weight.clone() for name, weight in policy.model.state_dict().items()}
-    found = make_trainer(config, policy).train_on(make_groups(1), no_timer)
+    found = make_trainer(config, policy).train_on(make_groups(1), contextlib.nullcontext)
     whole = make_trainer(config, load_policy(dataclasses.replace(config.model, lora=LoraConfig())))
-    expected = whole.train_on(make_groups(1), no_timer)
+    expected = whole.train_on(make_groups(1), contextlib.nullcontext)
     for name in ("policy/loss", "policy/entropy"):
         assert found[name] == pytest.approx(expected[name], abs=1e-6)
     assert 0 < found["policy/grad_norm"] < expected["policy/grad_norm"]
@@ -157,7 +151,7 @@ def test_reference_is_the_model_without_adapters(tiny_model: Path) -> None:
         policy = make_policy(config)
         reference = load_policy(config.model) if second else policy.without_adapters
         trainer = PolicyTrainer(policy, reference, config, Accelerator(cpu=True))
-        metrics = [trainer.train_on(make_groups(step), no_timer) for step in range(2)]
+        metrics = [trainer.train_on(make_groups(step), contextlib.nullcontext) for step in range(2)]
         found.append((metrics, torch.cat([weight.flatten() for _, weight in policy.trainable_weights()])))
     assert found[0][0] == found[1][0]
     assert torch.equal(found[0][1], found[1][1])
@@ -167,16 +161,16 @@ def test_reference_is_the_model_without_adapters(tiny_model: Path) -> None:
 def test_checkpoint_holds_the_adapters_and_continues_to_the_last_bit(tiny_model: Path, tmp_path: Path) -> None:
     config = make_config(tiny_model)
     whole = make_trainer(config)
-    expected = [whole.train_on(make_groups(step), no_timer) for step in range(3)][1:]
+    expected = [whole.train_on(make_groups(step), contextlib.nullcontext) for step in range(3)][1:]
     first = make_trainer(config)
-    first.train_on(make_groups(0), no_timer)
+    first.train_on(make_groups(0), contextlib.nullcontext)
     checkpoint.save(tmp_path, 1, first, {}, keep_last=1)
     (file,) = tmp_path.glob("*/trainer_00000.safetensors")
     saved = {name for name in load_file(file) if name.startswith("weight/")}
     assert len(saved) == 2 * 7 * 2 and all("lora_" in name for name in saved)
     second = make_trainer(config)
     assert checkpoint.load(latest_checkpoint(tmp_path), second) == (1, {})
-    assert [second.train_on(make_groups(step), no_timer) for step in (1, 2)] == expected
+    assert [second.train_on(make_groups(step), contextlib.nullcontext) for step in (1, 2)] == expected
     other = make_trainer(make_config(tiny_model, LoraConfig(rank=8)))
     shapes = {name: weight.shape for name, weight in other.policy.trainable_weights()}
     with pytest.raises(UserError, match="another model"):

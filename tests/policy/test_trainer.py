@@ -9,7 +9,6 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,6 @@ from sapo_rl.run_folder import latest_checkpoint
 from sapo_rl.types import Group, Prompt, Row, Sample, Stop
 
 VOCABULARY = 41
-
-
-@contextlib.contextmanager
-def no_timer(name: str) -> Iterator[None]:
-    yield
 
 
 def make_policy(dtype: torch.dtype = torch.float32) -> Policy:
@@ -77,7 +71,7 @@ def weights_after(
     config: Config, groups: list[Group], reference: bool = False
 ) -> tuple[torch.Tensor, dict[str, float]]:
     trainer = PolicyTrainer(make_policy(), make_policy() if reference else None, config, Accelerator(cpu=True))
-    metrics = trainer.train_on(groups, no_timer)
+    metrics = trainer.train_on(groups, contextlib.nullcontext)
     return torch.cat([weight.flatten().clone() for _, weight in trainer.policy.named_weights()]), metrics
 
 
@@ -247,7 +241,7 @@ def test_updates_raise_the_likelihood_of_what_was_rewarded() -> None:
         return sum(sum(value) / len(value) for value in values) / len(values)
 
     before = likelihood(True), likelihood(False)
-    trainer.train_on(groups, no_timer)
+    trainer.train_on(groups, contextlib.nullcontext)
     assert likelihood(True) > before[0] + 0.01
     assert likelihood(False) < before[1] - 0.01
 
@@ -260,11 +254,11 @@ def test_checkpoint_continues_to_the_last_bit(tmp_path: Path, interrupted: int, 
         return PolicyTrainer(make_policy(dtype), None, config, Accelerator(cpu=True))
 
     whole = fresh()
-    expected = [whole.train_on(make_groups(step), no_timer) for step in range(4)][interrupted:]
+    expected = [whole.train_on(make_groups(step), contextlib.nullcontext) for step in range(4)][interrupted:]
 
     first = fresh()
     for step in range(interrupted):
-        first.train_on(make_groups(step), no_timer)
+        first.train_on(make_groups(step), contextlib.nullcontext)
         checkpoint.save(tmp_path, step + 1, first, {"note": step}, keep_last=2)
     draw = torch.rand(3)
     second = fresh()
@@ -272,7 +266,7 @@ def test_checkpoint_continues_to_the_last_bit(tmp_path: Path, interrupted: int, 
     step, state = checkpoint.load(latest_checkpoint(tmp_path), second)
     assert (step, state) == (interrupted, {"note": interrupted - 1})
     assert torch.equal(torch.rand(3), draw)
-    assert [second.train_on(make_groups(step), no_timer) for step in range(interrupted, 4)] == expected
+    assert [second.train_on(make_groups(step), contextlib.nullcontext) for step in range(interrupted, 4)] == expected
     assert len(list(tmp_path.glob("step_*"))) == min(2, interrupted)
 
 
@@ -310,7 +304,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
     trainer = PolicyTrainer(make_policy(), None, make_config(), Accelerator(cpu=True))
     for step in (1, 2):
-        trainer.train_on(make_groups(step), no_timer)
+        trainer.train_on(make_groups(step), contextlib.nullcontext)
         np.random.standard_normal()  # leaves a number of which the state must know
         checkpoint.save(folder, step, trainer, {"sampler": {"position": 8 * step}}, keep_last=2)
     return folder
@@ -431,13 +425,13 @@ def test_the_learning_rate_goes_on_as_the_config_says_now(
 ) -> None:
     first = PolicyTrainer(make_policy(), None, make_config(schedule="linear"), Accelerator(cpu=True))
     for step in (1, 2):
-        first.train_on(make_groups(step), no_timer)
+        first.train_on(make_groups(step), contextlib.nullcontext)
     checkpoint.save(tmp_path, 2, first, {}, keep_last=1)
     config = make_config(**{"schedule": "linear", **changes})
     second = PolicyTrainer(make_policy(), None, config, Accelerator(cpu=True))
     checkpoint.load(tmp_path / "step_000002", second)
     assert [group["lr"] for group in second.parallel.optimizer.param_groups] == pytest.approx([rates[0]] * 2)
-    assert second.train_on(make_groups(3), no_timer)["policy/learning_rate"] == pytest.approx(rates[1])
+    assert second.train_on(make_groups(3), contextlib.nullcontext)["policy/learning_rate"] == pytest.approx(rates[1])
 
 
 def test_a_checkpoint_of_other_weights_is_refused(tmp_path: Path) -> None:
@@ -464,7 +458,7 @@ def test_an_update_in_bfloat16_is_to_the_last_bit_that_of_autocast_over_the_floa
     monkeypatch.setattr(trainers[1].parallel, "passes", contextlib.nullcontext)
     monkeypatch.setattr(trainers[1].parallel, "micro_batch", lambda last: contextlib.nullcontext())
     for step in range(2):
-        found, expected = (trainer.train_on(make_groups(step), no_timer) for trainer in trainers)
+        found, expected = (trainer.train_on(make_groups(step), contextlib.nullcontext) for trainer in trainers)
         assert found == expected
         assert trainers[0].score([1, 2, 3, 4]) == trainers[1].score([1, 2, 3, 4])
     for name, weight in trainers[1].policy.named_weights():
@@ -480,7 +474,7 @@ def test_updates_that_bfloat16_would_lose_add_up_in_the_float32_weights() -> Non
     name = "model.layers.0.mlp.up_proj.weight"
     start, groups = weights_of(trainer)[name], make_groups(1)
     for _ in range(steps):
-        trainer.train_on(groups, no_timer)
+        trainer.train_on(groups, contextlib.nullcontext)
     moved = (weights_of(trainer)[name] - start).abs()
     assert moved.max() == pytest.approx(steps * rate, rel=0.05)  # Adam's steps on the same batch all have one size
     half = start.bfloat16()

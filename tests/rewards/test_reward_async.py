@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import one_row
+from rewards.groups import group, rewards
 
 from sapo_rl.config import RewardConfig, RewardFunctionConfig
 from sapo_rl.errors import UserError
 from sapo_rl.rewards import RewardPool, check_function
-from sapo_rl.types import Group, Prompt
 
 MODULE = """
 import asyncio, os, signal, time
@@ -89,18 +88,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def group(index: int, texts: list[str]) -> Group:
-    samples = [one_row([0], text=text) for text in texts]
-    return Group(Prompt(index, [1], "Q?", {}), samples)
-
-
 def config(workers: int = 1, **functions: Any) -> RewardConfig:
     chosen = {name: RewardFunctionConfig(f"async_rewards.{name}", **settings) for name, settings in functions.items()}
     return RewardConfig(chosen, workers)
-
-
-def rewards(groups: list[Group], name: str) -> list[list[float | None]]:
-    return [[sample.rewards[name] for sample in group.samples] for group in groups]
 
 
 @pytest.mark.parametrize(("count", "size"), [(8, 4), (32, 1)])

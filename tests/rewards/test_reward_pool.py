@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import one_row
+from rewards.groups import group, rewards
 
 from sapo_rl.config import RewardConfig, RewardFunctionConfig
 from sapo_rl.errors import UserError
 from sapo_rl.rewards import Inbox, RewardPool
-from sapo_rl.types import Group, Prompt
 
 MODULE = '''
 import contextlib, math, os, signal, sys, time
@@ -134,18 +133,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def group(index: int, texts: list[str], **columns: Any) -> Group:
-    samples = [one_row([0], text=text) for text in texts]
-    return Group(Prompt(index, [1], "Q?", columns), samples)
-
-
 def config(workers: int = 1, start_timeout: float = 120.0, env: tuple[str, ...] = (), **functions: Any) -> RewardConfig:
     chosen = {name: RewardFunctionConfig(**value) for name, value in functions.items()}
     return RewardConfig(chosen, workers, start_timeout, [*env])
-
-
-def rewards(groups: list[Group], name: str) -> list[list[float | None]]:
-    return [[sample.rewards[name] for sample in group.samples] for group in groups]
 
 
 def alive(pid: int) -> bool:

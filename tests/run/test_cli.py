@@ -12,6 +12,7 @@ from pathlib import Path
 import inside
 import pytest
 import yaml
+from command import sapo_train
 from tiny import make_stand_in
 
 from sapo_rl.run import keys
@@ -24,17 +25,6 @@ ROOT = Path(__file__).parents[2]
 def model(tmp_path: Path) -> Path:
     """A folder that passes for a model as long as nobody loads it."""
     return make_stand_in(tmp_path / "model")
-
-
-def sapo_train(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "sapo_rl", *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 def composed(*arguments: str, cwd: Path) -> dict:

@@ -6,12 +6,11 @@ import functools
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from command import sapo_train
 from tiny import make_stand_in
 
 from sapo_rl import run_folder
@@ -22,17 +21,6 @@ from sapo_rl.run.compose import loads
 from sapo_rl.run.resume import plan
 
 ROOT = Path(__file__).parents[2]
-
-
-def sapo_train(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "sapo_rl", *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command import free_port
 from tiny import engine_settings
 
 from sapo_rl.run import serve
@@ -45,14 +46,9 @@ def test_a_server_samples_as_the_trainers_own_engines(tmp_path: Path) -> None:
     assert "--api-key" not in given
 
 
-def free_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return str(listener.getsockname()[1])
-
-
 def test_a_mistake_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        serve.main(["config=quickstart", "rollout.max_num_seq=3", "--port", free_port()])
+        serve.main(["config=quickstart", "rollout.max_num_seq=3", "--port", str(free_port())])
     assert stopped.value.code == 2
     told = capsys.readouterr().err
     assert told.startswith("sapo-serve: rollout.max_num_seq (command line): no such key; did you mean 'max_num_seqs'?")
@@ -63,7 +59,7 @@ def test_the_trainers_launch_is_none_of_the_servers(tiny_model: Path, monkeypatc
     started: list[list[str]] = []
     monkeypatch.setattr(serve.os, "execve", lambda program, arguments, environment: started.append(arguments))
     monkeypatch.setenv("SAPO_API_KEY", "a_key_of_forty_characters_or_thereabouts")
-    port = ["--port", free_port()]
+    port = ["--port", str(free_port())]
     for launch in (port, [*port, "launch=fsdp2", "launch.num_processes=16", "launch.num_machines=2"]):
         serve.main(["config=quickstart", f"model.path={tiny_model}", "data.max_prompt_tokens=64", *launch])
     assert started[0] == started[1]
@@ -115,7 +111,7 @@ def test_a_home_without_room_for_the_key_is_told_before_vllm_starts(
     monkeypatch.setenv("HOME", str(home))
     with pytest.raises(SystemExit) as stopped:
         serve.main(
-            ["config=quickstart", f"model.path={tiny_model}", "data.max_prompt_tokens=64", "--port", free_port()]
+            ["config=quickstart", f"model.path={tiny_model}", "data.max_prompt_tokens=64", "--port", str(free_port())]
         )
     assert stopped.value.code == 2
     said = capsys.readouterr().err
@@ -145,7 +141,9 @@ def test_a_model_that_vllm_could_not_serve_is_told_before_it_starts(
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
     with pytest.raises(SystemExit) as stopped:
-        serve.main(["config=quickstart", f"model.path={folder}", "data.max_prompt_tokens=64", "--port", free_port()])
+        serve.main(
+            ["config=quickstart", f"model.path={folder}", "data.max_prompt_tokens=64", "--port", str(free_port())]
+        )
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("sapo-serve: model.path: ") and str(folder) in said and len(said.splitlines()) == 1

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import functools
 from pathlib import Path
 
+import command
 import pytest
 import yaml
 from tiny import make_stand_in
@@ -23,6 +22,9 @@ lines = [{"step": step, "time": 60.0 * step, "eval/accuracy": score} for step, s
 """
 
 
+sapo_train = functools.partial(command.sapo_train, program=("start.py",))
+
+
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
     """A folder with a recipe, and a module that stands in for the ranks."""
@@ -35,20 +37,9 @@ def here(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def sapo_train(here: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "start.py", *arguments],
-        cwd=here,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 def test_each_run_of_a_sweep_is_told_apart(here: Path) -> None:
     swept = ("loss.tau_neg=1.0,1.2,7,0.5", "trainer.steps=1", "-m")
-    result = sapo_train(here, "config=mine.yaml", "run_dir=out/sweep", *swept)
+    result = sapo_train("config=mine.yaml", "run_dir=out/sweep", *swept, cwd=here)
     assert result.returncode == 2, result.stderr
     lines = result.stdout.splitlines()
     titles = [f"[{number}/4] loss.tau_neg={tau}" for number, tau in enumerate(("1.0", "1.2", "7", "0.5"), start=1)]
@@ -67,7 +58,7 @@ def test_each_run_of_a_sweep_is_told_apart(here: Path) -> None:
 
 def test_recipes_of_a_sweep_are_named_as_they_were_typed(here: Path) -> None:
     (here / "other.yaml").write_text((here / "mine.yaml").read_text())
-    result = sapo_train(here, "config=mine.yaml,other.yaml", "+reward.functions.b.function=numeric_digits", "-m")
+    result = sapo_train("config=mine.yaml,other.yaml", "+reward.functions.b.function=numeric_digits", "-m", cwd=here)
     assert result.returncode == 0, result.stderr
     assert [line for line in result.stdout.splitlines() if line.startswith("[")] == [
         "[1/2] config=mine.yaml",
@@ -79,7 +70,7 @@ def test_recipes_of_a_sweep_are_named_as_they_were_typed(here: Path) -> None:
 
 def test_the_run_folder_can_be_chosen(here: Path) -> None:
     for _ in range(2):
-        result = sapo_train(here, "config=mine.yaml", f"run_dir={here}/a folder")
+        result = sapo_train("config=mine.yaml", f"run_dir={here}/a folder", cwd=here)
         if result.returncode:
             break
         config = yaml.safe_load((here / "a folder/config.yaml").read_text())
@@ -87,9 +78,9 @@ def test_the_run_folder_can_be_chosen(here: Path) -> None:
         assert not (here / "runs").exists() and not (here / "latest").exists()
     told = f"sapo-train: run_dir (command line): '{here}/a folder' is not empty; name a new folder; 'resume={here}/a fo"
     assert result.returncode == 2 and result.stderr.startswith(told), result.stderr
-    result = sapo_train(here, f"resume={here}/a folder", "run_dir=other")
+    result = sapo_train(f"resume={here}/a folder", "run_dir=other", cwd=here)
     assert result.returncode == 2 and "run_dir (command line): a run that is resumed stays" in result.stderr
-    result = sapo_train(here, "config=mine.yaml", "hydra.run.dir=other")
+    result = sapo_train("config=mine.yaml", "hydra.run.dir=other", cwd=here)
     assert result.returncode == 2 and "run_dir=PATH chooses the run folder" in result.stderr
-    again = sapo_train(here, f"config={here}/a folder/config.yaml")  # which does not ask for the same folder
+    again = sapo_train(f"config={here}/a folder/config.yaml", cwd=here)  # which does not ask for the same folder
     assert again.returncode == 0, again.stderr
