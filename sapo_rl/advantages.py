@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from sapo_rl import plugins
 from sapo_rl.config import RewardFunctionConfig
 from sapo_rl.config.loss import AdvantageConfig
-from sapo_rl.errors import UserError, first_line
+from sapo_rl.errors import UserError, described
 from sapo_rl.types import Batch, Group
 
 OwnFunction: TypeAlias = Callable[..., Any]
@@ -177,8 +177,7 @@ def own_advantages(
     try:
         returned = function(list(rewards_G), **args)
     except Exception as error:  # the user's function may raise anything
-        cause = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"advantage.name: '{name}' failed on the rewards {rewards_G}: {cause}") from error
+        raise UserError(f"advantage.name: '{name}' failed on the rewards {rewards_G}: {described(error)}") from error
     try:
         numbers = [float(value) for value in returned if not isinstance(value, str)]
     except (TypeError, ValueError):

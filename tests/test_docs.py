@@ -1,8 +1,9 @@
-"""The code on the pages: docs/extending.md's worked examples, run in a user's folder as the page says."""
+"""The code on the pages, run in a user's folder as docs/extending.md says, and the examples in docstrings."""
 
 from __future__ import annotations
 
 import asyncio
+import doctest
 import functools
 import importlib
 import json
@@ -56,6 +57,18 @@ def test_python_on_other_pages_runs(page: str) -> None:
     names: dict[str, Any] = {"__name__": __name__}  # a block may go on where the one before it ended
     for text in texts:
         exec(compile(text, page, "exec"), names)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("sapo_rl.losses.base", "sapo_rl.losses.build", "sapo_rl.losses.sapo"),
+        *("sapo_rl.policy.packing", "sapo_rl.rollout.share", "sapo_rl.telemetry.progress"),
+    ],
+)
+def test_examples_in_docstrings_give_what_they_say(name: str) -> None:
+    failed, tried = doctest.testmod(importlib.import_module(name))
+    assert tried and not failed
 
 
 def test_the_loss_has_the_gradient_that_it_names(module: Any) -> None:

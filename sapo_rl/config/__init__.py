@@ -84,7 +84,11 @@ class DataConfig:
 
 @dataclass
 class RewardFunctionConfig:
-    """One reward function."""
+    """One reward function.
+
+    Example:
+        reward.functions.brief={function: length_limit, weight: 0.1, args: {max_tokens: 400}}
+    """
 
     function: str = MISSING
     """A built-in's name, or the dotted path of your own `f(completions, prompts, **columns)`: `package.module.name`."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from sapo_rl.errors import UserError, described
+from sapo_rl.errors import UserError, described, first_line
 
 DEEPEST = 50
 """Levels of nesting in a user's file; libraries that walk deeper trees exhaust Python's stack."""
@@ -168,4 +168,4 @@ def _line(error: yaml.YAMLError) -> str:
 
 
 def _problem(error: yaml.YAMLError) -> str:
-    return str(getattr(error, "problem", None) or getattr(error, "reason", None) or error).split("\n")[0]
+    return first_line(getattr(error, "problem", None) or getattr(error, "reason", None) or error)

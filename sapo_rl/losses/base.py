@@ -18,7 +18,13 @@ LARGEST_LOG_RATIO = 80.0
 
 
 class TokenLosses(NamedTuple):
-    """A policy loss before aggregation."""
+    """A policy loss before aggregation.
+
+    Example:
+        >>> from sapo_rl.losses import clipped_token_losses
+        >>> clipped_token_losses(torch.tensor([0.0, 0.5]), torch.tensor([1.0, 1.0]), clip_low=0.2, clip_high=0.2)
+        TokenLosses(losses=tensor([-1.0000, -1.2000]), gradient_weight=tensor([1., 0.]))
+    """
 
     losses: Tensor
     """`(T,)` one loss per token, differentiable in the log-probabilities."""

@@ -19,6 +19,19 @@ class LossInputs:
     """One packed micro-batch: T trained tokens of S whole sequences, contiguous, with ascending ids.
 
     A sequence is an episode: all that the model wrote in it, over whatever rows it was packed in.
+
+    Example:
+        >>> import torch
+        >>> logps = torch.tensor([-0.5, -1.0, -2.0])  # two episodes, of two tokens and of one
+        >>> LossInputs(
+        ...     logps=logps,
+        ...     old_logps=logps,
+        ...     advantages=torch.tensor([1.0, 1.0, -1.0]),
+        ...     sequence_ids=torch.tensor([0, 0, 1]),
+        ...     num_sequences=2,
+        ...     token_weights=torch.tensor([0.25, 0.25, 0.5]),
+        ... ).token_weights.sum()
+        tensor(1.)
     """
 
     logps: Tensor
@@ -41,7 +54,24 @@ class LossInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class LossOutputs:
-    """What a micro-batch gives."""
+    """What a micro-batch gives.
+
+    Example:
+        >>> import torch
+        >>> now, then = torch.tensor([-0.5, -1.0]), torch.tensor([-0.5, -1.5])  # the second has grown: r = 1.65
+        >>> ids, ones = torch.tensor([0, 0]), torch.ones(2)
+        >>> build_loss("grpo")(
+        ...     LossInputs(
+        ...         logps=now,
+        ...         old_logps=then,
+        ...         advantages=ones,
+        ...         sequence_ids=ids,
+        ...         num_sequences=1,
+        ...         token_weights=ones / 2,
+        ...     )
+        ... )
+        LossOutputs(loss=tensor(-1.1000), gradient_weight=tensor([1., 0.]), kl=None, correction=None)
+    """
 
     loss: Tensor
     """`()` to be backpropagated: this micro-batch's share of the whole batch's loss."""

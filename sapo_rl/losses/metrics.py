@@ -47,6 +47,9 @@ class Reduction(NamedTuple):
     """Collectives that combine metrics over ranks (sums, extremes).
 
     All ranks must call them in the same order. The default does nothing: one rank.
+
+    Example:
+        >>> Reduction(total=lambda values: accelerator.reduce(values, "sum"), joined=accelerator.gather)
     """
 
     total: Callable[[Tensor], Tensor] = _unchanged

@@ -130,6 +130,11 @@ class SAPOPolicyLossFn(PolicyLossFn):
     Raises:
         ValueError: a temperature that is not above 0; `tau_neg < tau_pos` under `strict_temperatures`; an unknown gate,
             gradient, aggregation, ratio level or choice of sides; one side with the detached gradient.
+
+    Example:
+        >>> logps, mask = torch.tensor([[-0.5, -1.0]]), torch.tensor([[1, 1]])
+        >>> SAPOPolicyLossFn(tau_pos=1.0, tau_neg=1.05)(logps, logps, mask, torch.tensor([2.0]))[0]
+        tensor(3.)
     """
 
     name: ClassVar[str] = "sapo"

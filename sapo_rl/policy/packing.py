@@ -27,7 +27,12 @@ _NOTHING = np.arange(0)
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What the trainer needs of one episode."""
+    """What the trainer needs of one episode.
+
+    Example:
+        >>> Item([Row([5, 6], [8, 9])], advantage=-1.0, weight=0.25).rows[0].num_trained
+        2
+    """
 
     rows: Sequence[Row]
     """The first follows the prompt of the group, each other a prompt of its own."""
@@ -39,7 +44,16 @@ class Item:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedBatch:
-    """One micro-batch: N stream tokens, of which T are trained on; those of an episode are one of S sequences."""
+    """One micro-batch: N stream tokens, of which T are trained on; those of an episode are one of S sequences.
+
+    Example:
+        >>> items = [Item([Row([5, 6], [7])], 1.0, 0.5), Item([Row([5, 6], [8, 9])], -1.0, 0.25)]
+        >>> batch = pack([items], budget=16)[0]
+        >>> batch.input_ids, batch.targets  # the prompt once; a last token is predicted, but predicts nothing
+        (tensor([5, 6, 8]), tensor([7, 8, 9]))
+        >>> batch.position_ids, batch.hidden_index, batch.sequence_ids
+        (tensor([0, 1, 2]), tensor([1, 1, 2]), tensor([0, 1, 1]))
+    """
 
     input_ids: Tensor
     """(N,) int64"""

@@ -21,7 +21,15 @@ BESIDE = ("rollout", "reward")
 
 @dataclass
 class Progress:
-    """The state behind the console: filled from records, those of a resumed run's file included."""
+    """The state behind the console: filled from records, those of a resumed run's file included.
+
+    Example:
+        >>> progress = Progress(Path("runs/mine/latest"), total=100)
+        >>> progress.add({"step": 0, "time": 0.5, "eval/accuracy": 0.25})
+        >>> progress.add({"step": 1, "time": 6.8, "time/step": 6.3, "reward/mean": 0.5})
+        >>> progress.step, progress.accuracies
+        (1, [0.25])
+    """
 
     folder: Path
     """The run folder."""

@@ -37,7 +37,11 @@ GATHER_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where and how a group comes together."""
+    """Where and how a group comes together.
+
+    Example:
+        >>> Rendezvous("10.0.0.1", 29501, "run/1", size=2, seconds=60.0)  # the trainer and one worker
+    """
 
     host: str
     """The trainer's address, as the server sees it."""
