@@ -4,7 +4,7 @@ Two ways in. `build_loss` returns the function that the trainer calls on each pa
 `POLICY_LOSS_FN` take padded `(B, T)` tensors, as Trinity-RFT's do. Both run the same token functions.
 """
 
-from sapo_rl.losses.aggregation import AGGREGATION_MODES, aggregate_loss, masked_mean, sequence_mean, token_weights
+from sapo_rl.losses.aggregation import AGGREGATION_MODES, sequence_mean, token_weights
 from sapo_rl.losses.base import POLICY_LOSS_FN, PolicyLossFn, TokenLosses
 from sapo_rl.losses.build import LossInputs, LossOutputs, build_loss
 from sapo_rl.losses.cispo import CISPOPolicyLossFn, cispo_token_losses
@@ -18,6 +18,7 @@ from sapo_rl.losses.metrics import Reduction, inert_temperature_warning, policy_
 from sapo_rl.losses.ratio import bounded_ratio, log_ratio
 from sapo_rl.losses.reinforce import ReinforcePolicyLossFn, reinforce_token_losses
 from sapo_rl.losses.sapo import SAPOPolicyLossFn, one_sided_token_losses, sapo_token_losses
+from sapo_rl.losses.trinity import aggregate_loss, masked_mean
 from sapo_rl.losses.vespo import VESPOPolicyLossFn, vespo_token_losses
 
 __all__ = [

@@ -55,53 +55,6 @@ def check_mode(mode: str) -> None:
         raise ValueError(f"unknown loss_agg_mode '{mode}'; valid: {', '.join(AGGREGATION_MODES)}")
 
 
-def padded_token_weights(mask: Tensor, mode: str, normalizer: float | None = None) -> Tensor:
-    """Return `(B,)` token weights of a padded `(B, T)` batch taken as the whole batch, in Trinity-RFT's convention.
-
-    Every row counts in a mean over sequences, fully masked ones included. `seq-mean-token-sum-norm` is, as there, the
-    sum of all token losses over `normalizer` (T where None): unlike `token_weights`, it does not divide by the number
-    of rows.
-    """
-    lengths = mask.sum(-1)
-    summed = mode == "seq-mean-token-sum-norm"
-    return token_weights(
-        lengths,
-        mode,
-        num_sequences=1 if summed else lengths.numel(),
-        num_tokens=int(lengths.sum()),
-        normalizer=mask.shape[-1] if normalizer is None else normalizer,
-    )
-
-
-def aggregate_loss(
-    values: Tensor, mask: Tensor, loss_agg_mode: str = "token-mean", normalizer: float | None = None
-) -> Tensor:
-    """Return the aggregate `()` of padded token losses `(B, T)` where `mask` (bool, int or float) is not 0.
-
-    Values under the mask may be inf or NaN: they reach neither the result nor its gradient with respect to `values`.
-    Rows and normaliser count as `padded_token_weights` says.
-
-    Raises:
-        ValueError: an unknown mode.
-    """
-    live = mask.bool()
-    weights = padded_token_weights(live, loss_agg_mode, normalizer).to(values.dtype)
-    return (torch.where(live, values, 0) * weights.unsqueeze(-1)).sum()
-
-
-def masked_mean(values: Tensor, mask: Tensor, axis: int | None = None) -> Tensor:
-    """Return the mean of `values` where `mask` (same shape; bool, int or float) is not 0; 0 where nothing is.
-
-    Over everything, or over `axis`. The mean is exact: Trinity-RFT adds 1e-8 to the count, so the two differ by a few
-    1e-9.
-    """
-    live = mask.bool()
-    kept = torch.where(live, values, 0)
-    if axis is None:
-        return kept.sum() / live.sum().clamp(min=1)
-    return kept.sum(axis) / live.sum(axis).clamp(min=1)
-
-
 def sequence_mean(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
     """Return the mean `(S,)` of packed `values` `(T,)` over each sequence; 0 for a sequence without tokens."""
     totals = values.new_zeros(num_sequences).index_add(0, sequence_ids, values)

@@ -1,4 +1,4 @@
-"""What all policy losses share: the call on padded tensors, checks of common settings, and the table of names."""
+"""What all policy losses share: the common settings with their checks, and the table of names."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
-from sapo_rl.losses.aggregation import check_mode, padded_token_weights
-from sapo_rl.losses.ratio import RATIO_LEVELS, bounded_ratio, log_ratio
+from sapo_rl.losses.aggregation import check_mode
+from sapo_rl.losses.ratio import RATIO_LEVELS, log_ratio
+from sapo_rl.losses.trinity import padded_loss
 from sapo_rl.plugins import Registry
 
 LARGEST_LOG_RATIO = 80.0
@@ -21,6 +21,7 @@ class TokenLosses(NamedTuple):
     """A policy loss before aggregation.
 
     Example:
+        >>> import torch
         >>> from sapo_rl.losses import clipped_token_losses
         >>> clipped_token_losses(torch.tensor([0.0, 0.5]), torch.tensor([1.0, 1.0]), clip_low=0.2, clip_high=0.2)
         TokenLosses(losses=tensor([-1.0000, -1.2000]), gradient_weight=tensor([1., 0.]))
@@ -86,40 +87,8 @@ class PolicyLossFn(ABC):
     def __call__(
         self, logprob: Tensor, old_logprob: Tensor, action_mask: Tensor, advantages: Tensor, **kwargs: Any
     ) -> tuple[Tensor, dict[str, float]]:
-        """Return the aggregated loss `()` of a padded batch, and its metrics as plain floats.
-
-        Tokens are gathered by the mask before anything is computed, so masked positions may hold inf or NaN.
-
-        Args:
-            logprob: `(B, T)` log-probabilities under the policy, which carry the gradient.
-            old_logprob: `(B, T)` log-probabilities under the policy of the rollouts; no gradient flows into them.
-            action_mask: `(B, T)` bool, int or float; not 0 marks completion tokens.
-            advantages: `(B, T)`, `(B, 1)` or `(B,)`.
-            kwargs: ignored, so that callers may pass the whole batch.
-        """
-        live = action_mask.bool()
-        rows, width = logprob.shape
-        columns = advantages.unsqueeze(-1) if advantages.dim() == 1 else advantages
-        dtype = torch.promote_types(logprob.dtype, torch.float32)
-        logps, old_logps = logprob[live].to(dtype), old_logprob.detach()[live].to(dtype)
-        packed_advantages = columns.detach().expand(rows, width)[live].to(dtype)
-        sequence_ids = torch.arange(rows, device=live.device).unsqueeze(-1).expand(rows, width)[live]
-
-        tokens = self.packed(logps, old_logps, packed_advantages, sequence_ids, rows)
-        weights = padded_token_weights(live, self.loss_agg_mode, self.loss_agg_norm).to(dtype)[sequence_ids]
-        loss = (tokens.losses * weights).sum()
-
-        log_ratios = log_ratio(logps.detach(), old_logps, sequence_ids, rows, self.ratio_level)
-        ratio, _ = bounded_ratio(log_ratios, self.log_ratio_clamp)
-        means = {
-            "ppo_kl": old_logps - logps.detach(),
-            "avg_ratio": ratio,
-            "pos_adv_frac": (packed_advantages > 0).to(dtype),
-            **self.token_metrics(ratio, packed_advantages),
-        }
-        count = max(logps.numel(), 1)
-        metrics = {f"{self.name}_loss": loss.detach()} | {key: value.sum() / count for key, value in means.items()}
-        return loss, dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+        """Return `padded_loss` of this object; `kwargs` are ignored, so that callers may pass the whole batch."""
+        return padded_loss(self, logprob, old_logprob, action_mask, advantages)
 
     def token_metrics(self, ratio: Tensor, advantages: Tensor) -> dict[str, Tensor]:
         """Return further `(T,)` quantities whose means the padded call reports."""
