@@ -10,7 +10,7 @@ import torch
 from command import new_run, run, steps_of, timeless
 from safetensors.torch import load_file
 from samples import make_item
-from tiny import engine_settings, make_workspace
+from tiny import engine_settings, generate, make_workspace
 from transformers import AutoModelForCausalLM
 
 from sapo_rl.config import LoraConfig, ModelConfig
@@ -71,7 +71,7 @@ def test_final_model_is_the_trained_one_for_transformers_and_vllm(whole: Path, t
     try:
         engine.start()
         engine.wait_ready()
-        ((found,),) = engine.generate([Request(ids, 1)], Sampling(0.0, 1.0, 0, 0.0, 1.0, 12, False))
+        ((found,),) = generate(engine, [Request(ids, 1)], Sampling(0.0, 1.0, 0, 0.0, 1.0, 12, False))
     finally:
         engine.close()
     assert found.token_ids == expected

@@ -19,7 +19,7 @@ import torch
 import yaml
 from command import MODULE, ROOT, finish, folders, new_run, records, run, start, steps_of, timeless, wait_for_step
 from safetensors.torch import load_file
-from tiny import engine_settings, make_workspace
+from tiny import engine_settings, generate, make_workspace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sapo_rl.engines.base import Request, Sampling
@@ -125,7 +125,7 @@ def test_final_model_is_the_trained_one_for_transformers_and_vllm(whole: Path, t
         engine.start()
         engine.wait_ready()
         sampling = Sampling(0.0, 1.0, 0, 0.0, 1.0, max_tokens=8, logprobs=False)
-        ((found,),) = engine.generate([Request(ids, 1)], sampling)
+        ((found,),) = generate(engine, [Request(ids, 1)], sampling)
     finally:
         engine.close()
     assert found.token_ids == expected
