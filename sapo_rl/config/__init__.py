@@ -138,7 +138,7 @@ class RolloutConfig:
     min_p: float = number(0.0, least=0, most=1)
     """Drop tokens less likely than this share of the likeliest; 0 is off."""
     repetition_penalty: float = number(1.0, least=0.01, most=100)
-    """Above 1 repeats less; 1 is off."""
+    """Above 1 repeats less; 1 is off. Needs `loss.correction.mode` token_truncate or token_mask."""
     mode: str = choice("auto", "auto", "sync", "overlap")
     """Write and train in turns, or write the next batch while this one trains; `auto` takes `overlap` with `servers`,
     else `sync`."""
@@ -180,6 +180,12 @@ class RolloutConfig:
     """How often in a run a dead engine is started anew before the run gives up."""
     verify_every: int = number(10, least=0)
     """Steps between two checks that vLLM runs the trainer's weights; 0 checks never."""
+
+    @property
+    def filters(self) -> dict[str, float]:
+        """The settings that are on by which vLLM samples from another distribution than the model's."""
+        off = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+        return {key: value for key, without in off.items() if (value := getattr(self, key)) != without}
 
     @property
     def overlaps(self) -> bool:

@@ -55,6 +55,11 @@ class CorrectionConfig:
     stale_negative_kl: Optional[float] = None
     """Drop sequences of negative advantage whose mean log-ratio old - now is above this; null keeps all."""
 
+    @property
+    def by_token(self) -> bool:
+        """Whether each token is weighed by the trainer's probability over vLLM's."""
+        return self.mode in ("token_truncate", "token_mask")
+
 
 SAPO = ("sapo",)
 CLIPPED = ("grpo", "gspo", "cispo", "dppo", "dppo_kl")

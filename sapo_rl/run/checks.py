@@ -211,6 +211,23 @@ def _check_loss(config: Config) -> None:
         )
 
 
+def _check_filters(config: Config) -> None:
+    filters, loss = config.rollout.filters, config.loss
+    if filters and loss.old_logps == "rollout":
+        named = ", ".join(f"rollout.{key}={value:g}" for key, value in filters.items())
+        raise ConfigError(
+            "loss.old_logps",
+            f"'rollout' with {named} takes what vLLM leaves out for a change of the policy; set recompute, or "
+            "decoupled with loss.correction.mode=token_truncate",
+        )
+    if "repetition_penalty" in filters and not loss.correction.by_token:
+        raise ConfigError(
+            "rollout.repetition_penalty",
+            f"is {filters['repetition_penalty']:g}; the trainer scores without it, and probabilities of a token differ "
+            "by factors of 10: it needs rollout.logprobs=true and loss.correction.mode=token_truncate",
+        )
+
+
 def _check_sources(config: Config) -> None:
     from sapo_rl.data import check_source
     from sapo_rl.rewards import check_function
@@ -280,6 +297,7 @@ RULES = {
     "advantage": _check_advantage,
     "loss": _check_loss_settings,
     "loss, rollout": _check_loss,
+    "loss, rollout.top_p and others": _check_filters,
     "data, reward": _check_sources,
     "model.lora": _check_lora,
     "model.path": _check_model,

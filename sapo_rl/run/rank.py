@@ -46,6 +46,7 @@ from sapo_rl.policy.trainer import PolicyTrainer, Reference, objective
 from sapo_rl.processes import streams
 from sapo_rl.rewards import RewardPool
 from sapo_rl.rollout.collector import Rollouts
+from sapo_rl.rollout.filters import filter_warning
 from sapo_rl.rollout.publisher import WeightPublisher
 from sapo_rl.rollout.queue import BatchQueue
 from sapo_rl.rollout.share import Share
@@ -139,8 +140,7 @@ def build(folder: Path | None, stack: contextlib.ExitStack, stops: Stops) -> Par
         config, folder, accelerator.is_main_process, step if resumed else None, state.get("wandb_id"), header
     )
     stack.enter_context(telemetry)
-    left_out = f"{dropped} prompts are longer than data.max_prompt_tokens: they are left out" if dropped else None
-    for text in filter(None, (left_out, repetition_warning(len(prompts), per_step))):
+    for text in _warnings(config, dropped, repetition_warning(len(prompts), per_step)):
         telemetry.warn(text)
     timers = Timers(partial(torch.cuda.Event, enable_timing=True) if accelerator.device.type == "cuda" else None)
     rollouts = Rollouts(engines, config.rollout, tokenizer, config.seed, config.reproducible)
@@ -229,6 +229,12 @@ def _prompts(
         for prompt in some:  # all have the same columns
             rewards.check_columns(prompt.columns, source)
     return prompts, held_out, dropped + also_dropped
+
+
+def _warnings(config: Config, dropped: int, repetition: str | None) -> list[str]:
+    left_out = f"{dropped} prompts are longer than data.max_prompt_tokens: they are left out" if dropped else None
+    filtered = filter_warning(config.rollout, config.loss.correction.by_token)
+    return [text for text in (left_out, repetition, filtered) if text]
 
 
 def _import_own(config: Config) -> None:

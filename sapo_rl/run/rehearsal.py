@@ -18,6 +18,7 @@ from sapo_rl.data.prompts import Rows, columns_of, content_of, with_all_columns
 from sapo_rl.errors import UserError
 from sapo_rl.errors.files import expand, is_file, reading
 from sapo_rl.rewards import RewardPool
+from sapo_rl.rollout.filters import filter_warning
 from sapo_rl.run.launch import SINGLE
 from sapo_rl.sizing import GIB
 from sapo_rl.types import Messages
@@ -114,12 +115,12 @@ def _tokenizer(file: Path) -> Any:
 
 def _loss_warnings(config: Config) -> list[str]:
     loss = config.loss
-    if loss.name != "sapo" or loss.gradient != "paper":
-        return []
-    from sapo_rl.losses import inert_temperature_warning  # imports torch
+    found = [filter_warning(config.rollout, loss.correction.by_token)]
+    if loss.name == "sapo" and loss.gradient == "paper":
+        from sapo_rl.losses import inert_temperature_warning  # imports torch
 
-    text = inert_temperature_warning(config.trainer.updates_per_rollout, loss.tau_pos, loss.tau_neg)
-    return [text] if text else []
+        found.append(inert_temperature_warning(config.trainer.updates_per_rollout, loss.tau_pos, loss.tau_neg))
+    return [text for text in found if text]
 
 
 def memory_warning(config: Config, rows: Mapping[str, float]) -> str | None:

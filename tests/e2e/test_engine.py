@@ -148,6 +148,20 @@ def test_log_probabilities_are_of_the_distribution_sampled_from(engine: LocalEng
         assert one.logps == pytest.approx(expected, abs=1e-4)
 
 
+def test_filters_raise_log_probabilities_by_what_they_leave_out(engine: LocalEngine, policy: PreTrainedModel) -> None:
+    """A sampled token's probability is the model's over the sum of those that are kept."""
+    prompt = [2, 31, 41, 51]
+    for sampling in (Sampling(1.0, 0.9, 0, 0.0, 1.0, 12, True), Sampling(1.0, 1.0, 20, 0.0, 1.0, 12, True)):
+        ((one,),) = engine.generate([Request(prompt, 1, seed=3)], sampling)
+        logits = policy(torch.tensor([prompt + one.token_ids])).logits[0, len(prompt) - 1 : -1]
+        likeliest_first, _ = logits.softmax(-1).sort(descending=True)
+        reached = likeliest_first.cumsum(-1) - likeliest_first < sampling.top_p
+        kept = (likeliest_first * reached)[:, : sampling.top_k or None].sum(-1)
+        expected = torch.tensor(logps_of(policy, prompt + one.token_ids)[len(prompt) - 1 :]) - kept.log()
+        assert one.logps == pytest.approx(expected.tolist(), abs=1e-4)
+        assert kept.max() < 0.99
+
+
 def test_seeded_samples_differ_and_repeat_in_any_company(engines: tuple[LocalEngine, LocalEngine]) -> None:
     first, second = engines
     expected = tokens(generate(first, requests(), RANDOM))

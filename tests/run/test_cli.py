@@ -266,6 +266,14 @@ BAD = {
     "old log-probs without log-probs": (["loss.old_logps=rollout"], ["loss.old_logps", "rollout.logprobs"]),
     "decoupled without correction": (["loss.old_logps=decoupled"], ["loss.old_logps", "loss.correction.mode"]),
     "correction without log-probs": (["loss.correction.mode=token_mask"], ["loss.correction.mode", "rollout.logprobs"]),
+    "old log-probs that are filtered": (
+        ["loss.old_logps=rollout", "rollout.logprobs=true", "rollout.top_p=0.9", "rollout.top_k=20"],
+        ["loss.old_logps", "rollout.top_p=0.9, rollout.top_k=20", "decoupled"],
+    ),
+    "penalty that nothing corrects": (
+        ["rollout.repetition_penalty=1.1", "rollout.logprobs=true", "loss.correction.mode=sequence_mask"],
+        ["rollout.repetition_penalty", "is 1.1", "loss.correction.mode=token_truncate"],
+    ),
     "eval of an unknown reward": (["eval.reward=corect"], ["eval.reward", "correct"]),
     "resume of nothing": (["resume=runs/none"], ["resume", "runs/none"]),
     "bad syntax": (["trainer.steps=[1"], ["trainer.steps"]),

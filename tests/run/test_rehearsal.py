@@ -94,15 +94,20 @@ def test_a_reward_module_that_fails_to_import_is_told(workspace: Path) -> None:
 def test_what_a_run_would_do_without_a_word_is_warned_of(workspace: Path) -> None:
     write_weights(workspace / "model", 10**11)
     code, _, told = dry_run(
-        "trainer.updates_per_rollout=1", "rollout.batch_size=256", "data.max_prompt_tokens=11", "rollout.group_size=8"
+        "trainer.updates_per_rollout=1",
+        "rollout.batch_size=256",
+        "data.max_prompt_tokens=11",
+        "rollout.group_size=8",
+        "rollout.top_p=0.9",
     )
     assert code == 0
     lines = told.splitlines()
-    assert len(lines) == 4 and all(line.startswith("sapo-train: warning: ") for line in lines), told
+    assert len(lines) == 5 and all(line.startswith("sapo-train: warning: ") for line in lines), told
     assert "16 prompt(s) to train on, fewer than the 32 of a step" in lines[0]
     assert "12 tokens; above data.max_prompt_tokens=11 they are left out" in lines[1]
-    assert "temperatures are inert" in lines[2]
-    assert "GiB, are for float32 weights" in lines[3] and "model.lora.rank" in lines[3]
+    assert "rollout.top_p=0.9: vLLM samples" in lines[2] and "differ by at most 0.11 nats a token" in lines[2]
+    assert "temperatures are inert" in lines[3]
+    assert "GiB, are for float32 weights" in lines[4] and "model.lora.rank" in lines[4]
 
 
 @pytest.mark.parametrize(
