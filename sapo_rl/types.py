@@ -126,7 +126,7 @@ class Sample:
 
     @property
     def rollout_logps(self) -> list[float] | None:
-        """VLLM's log-probabilities of those."""
+        """The log-probabilities that vLLM gave those."""
         return self.rows[0].rollout_logps
 
     @property

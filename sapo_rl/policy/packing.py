@@ -254,7 +254,8 @@ def _lay_out(units: Sequence[Sequence[Item]]) -> PackedBatch:
                 targets.append(tokens)
                 lengths[-1] += len(tokens)
     items = [item for unit in units for item in unit]
-    logps = [row.rollout_logps for item in items for row in item.rows]
+    rows = [row for item in items for row in item.rows]
+    logps = [row.rollout_logps for row in rows if row.trained_until or row.rollout_logps is not None]
     return PackedBatch(
         input_ids=_joined(stream.ids),
         position_ids=_joined(stream.positions),

@@ -273,3 +273,11 @@ def test_the_layout_of_a_masked_episode_of_two_rows() -> None:
     assert batch.token_weights.tolist() == [0.25] * 4 + [0.5] * 2
     assert batch.cu_seq_q.tolist() == [0, 2, 6, 7, 8, 9]
     assert batch.cu_seq_k.tolist() == [0, 2, 8, 11, 12, 14]
+
+
+def test_a_row_without_trained_tokens_needs_no_log_probabilities() -> None:
+    context, reply = Row([1, 2], [5, 6], []), Row([3], [7, 8], [(1, 2)], [-0.5])
+    (batch,) = pack([[Item([context, reply], 1.0, 1.0)]], 100)
+    assert batch.rollout_logps is not None and batch.rollout_logps.tolist() == [-0.5]
+    assert (batch.targets.tolist(), batch.hidden_index.tolist()) == ([8], [3])
+    assert batch.input_ids.tolist() == [1, 2, 3, 7]
