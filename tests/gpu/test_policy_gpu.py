@@ -10,7 +10,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from gpu.waits import update_without_waiting
-from samples import make_item
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -20,7 +19,7 @@ from sapo_rl.policy import attention, logprobs
 from sapo_rl.policy.model import Policy
 from sapo_rl.policy.packing import Item, empty_batch, pack
 from sapo_rl.policy.trainer import PolicyTrainer
-from sapo_rl.types import Group, Prompt, Sample, Stop
+from sapo_rl.types import Group, Prompt, Row, Sample, Stop
 
 pytestmark = pytest.mark.gpu
 
@@ -52,13 +51,21 @@ def make_policy(dtype: torch.dtype) -> Policy:
 
 
 def make_items(seed: int, prompts: int = 6) -> list[list[Item]]:
+    """Groups of eight episodes, of which a quarter has masked tokens and a quarter a further row."""
     rng = random.Random(seed)
 
     def tokens(count: int) -> list[int]:
         return [rng.randrange(VOCABULARY) for _ in range(count)]
 
+    def episode(prompt: list[int], number: int) -> Item:
+        ids = tokens(rng.randint(1, 90))
+        rows = [Row(prompt, ids, [(0, 1), (len(ids) // 2 + 1, len(ids))] if number % 4 == 1 else None)]
+        if number % 4 == 2:
+            rows.append(Row(tokens(rng.randint(1, 70)), tokens(rng.randint(1, 40))))
+        return Item(rows, rng.choice((-1.0, 1.0)), 0.01)
+
     return [
-        [make_item(prompt, tokens(rng.randint(1, 90)), rng.choice((-1.0, 1.0)), 0.01) for _ in range(8)]
+        [episode(prompt, number) for number in range(8)]
         for prompt in (tokens(rng.randint(1, 70)) for _ in range(prompts))
     ]
 
@@ -84,12 +91,13 @@ def padded_run(policy: Policy, groups: list[list[Item]], dtype: torch.dtype) -> 
     """The same from the model's own eager attention on each sequence alone."""
     policy.model.set_attn_implementation("eager")
     found = []
-    for item in (item for group in groups for item in group):
-        (row,) = item.rows
+    for item, row in ((one, row) for group in groups for one in group for row in one.rows):
         ids = torch.tensor([[*row.prompt_ids, *row.token_ids]], device=CUDA)
         with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = policy.model(ids).logits[0].float()
         logps = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[len(row.prompt_ids) - 1 :, 0]
+        if row.loss_mask is not None:
+            logps = torch.cat([logps[start:end] for start, end in row.loss_mask])
         (logps * item.advantage * item.weight).sum().backward()
         found.append(logps.detach())
     policy.model.set_attn_implementation(attention.NAME)
