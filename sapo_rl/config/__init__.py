@@ -144,7 +144,7 @@ class RolloutConfig:
     else `sync`."""
     max_staleness: int = number(1, least=0, most=8)
     """With `overlap`: how many weight versions a batch may lag behind the policy that it trains, and so how many
-    batches are generated ahead. 0 disables overlap. With `servers` or `reproducible`: at most 1."""
+    batches are generated ahead. 0 disables overlap. With `reproducible`: at most 1."""
     logprobs: bool = False
     """Keep vLLM's own log-probabilities of the sampled tokens (costs a third of its speed)."""
     servers: list[str] = field(default_factory=list)
@@ -322,4 +322,4 @@ class Config:
     @property
     def in_flight(self) -> bool:
         """Whether rollouts go on while weights are replaced, so that batches overlap with each other too."""
-        return self.rollout.overlaps and not self.rollout.servers and not self.reproducible
+        return self.rollout.overlaps and not self.reproducible

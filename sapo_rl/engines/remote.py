@@ -17,7 +17,8 @@ import httpx
 
 from sapo_rl.engines.base import Completion, Request, Sampling, failed
 from sapo_rl.engines.key import VARIABLE
-from sapo_rl.engines.vllm.api import DEAD, NOT_THOSE_WEIGHTS, WRONG_KEY, run_of
+from sapo_rl.engines.vllm.api import DEAD, NOT_THOSE_WEIGHTS, WRONG_KEY
+from sapo_rl.engines.vllm.held import run_of, serves
 from sapo_rl.errors import EngineError, EngineLost, UserError
 from sapo_rl.weights.rendezvous import Rendezvous, address_towards
 
@@ -50,10 +51,10 @@ class RemoteSettings:
 
 
 class RemoteEngine:
-    """An `Engine` over HTTP. It takes only completions by the weights last expected (`expect`).
+    """An `Engine` over HTTP. It takes only completions begun by the weights last expected (`expect`) or newer.
 
-    A server that does not answer, or holds other weights, fails the call at hand with EngineLost; the next call tries
-    it again. Bringing weights to it is the transport's business.
+    A server that does not answer, or has older weights or another run's, fails the call at hand with EngineLost; the
+    next call tries it again. Bringing weights to it is the transport's business.
     """
 
     def __init__(self, settings: RemoteSettings) -> None:
@@ -113,16 +114,16 @@ class RemoteEngine:
         return self._call("info", {"run": run_of(self.weight_id)}, QUIET_SECONDS)
 
     def expect(self, weight_id: str, version: int) -> None:
-        """Take completions only from the weights of this weight_id from now on, which are the trainer's `version`."""
+        """Ask only for completions by the weights of this weight_id, or newer, which are the trainer's `version`."""
         self.weight_id, self.weight_version = weight_id, version
 
     def join(self, meeting: Rendezvous) -> None:
         """Have the server's workers meet this process, which calls `weights.rendezvous.join` meanwhile."""
         self._call("join", {"name": meeting.name, "meeting": meeting.to_json()}, meeting.seconds)
 
-    def load(self, meeting: Rendezvous, layout: str) -> None:
-        """Have the server receive the weights that are expected of it, from the group that it joined."""
-        body = {"meeting": meeting.name, "weight_id": self.weight_id, "layout": layout}
+    def load(self, meeting: Rendezvous, layout: str, weight_id: str) -> None:
+        """Have the server receive weights from the group that it joined; what it writes goes on meanwhile."""
+        body = {"meeting": meeting.name, "weight_id": weight_id, "layout": layout}
         self._call("load", body, self.settings.timeout)
 
     def leave(self) -> None:
@@ -166,7 +167,7 @@ class RemoteEngine:
 
     def _check(self) -> None:
         """Raise EngineLost where the server cannot give what `expect` asks for."""
-        if (found := self.info()["weight_id"]) != self.weight_id:
+        if not serves(found := self.info()["weight_id"], self.weight_id):
             raise EngineLost(f"{self} does not have the current weights yet (it has {found})")
 
     async def _complete(self, request: Request, sampling: Sampling) -> list[Completion]:

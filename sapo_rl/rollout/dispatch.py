@@ -26,7 +26,7 @@ class Answer:
     oldest_version: int
     """Version of the weights that began them."""
     newest_version: int
-    """Version of the newest weights that may have written a part of them."""
+    """Version of the weights that the engine had at their end; they may have written a part."""
     engine: int
     """Index of the engine that wrote them."""
     at: float
@@ -241,9 +241,8 @@ class Dispatcher:
                 if back:
                     lane.lost_since = None
                 lane.recovering = again = not back and error is None and bool(self._open)
-                waiting = list(self._open.values())
             if error is not None:
-                self._fail(waiting, error)
+                self._fail_all(error)
             if not again:
                 self._place()
                 return
@@ -260,9 +259,11 @@ class Dispatcher:
             return None
         return EngineError(f"no engine for {self._lost_timeout:g} s; the last one: {lost}")
 
-    def _fail(self, tasks: Sequence[_Task], error: Exception) -> None:
-        """Fail what is not answered yet, and end what engines do for it."""
-        for task in tasks:
+    def _fail_all(self, error: Exception) -> None:
+        """Fail all that is not answered yet, and end what engines do for it."""
+        with self._lock:
+            waiting = list(self._open.values())
+        for task in waiting:
             if self._claim(task):
                 task.future.set_exception(error)
                 if (call := task.call) is not None:  # else `_begin` finds the future done

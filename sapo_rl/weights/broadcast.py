@@ -64,25 +64,28 @@ class NcclTransport(WeightTransport["RemoteEngine"]):
     ) -> None:
         """See `WeightTransport.push`. A server that does not answer gets the weights when it returns.
 
+        Servers go on with what they write; the weights are asked of them once all that answer have them.
+
         Raises:
             EngineError: a server refused the weights.
             UserError: a server computes on another kind of device.
         """
-        _wait_for_all_ranks()  # their rollouts with the old weights are over
+        weight_id = f"{self.run}/{version}"
+        _wait_for_all_ranks()  # where batches keep to one version, their rollouts are over
         with self._lock:
             if self.sends:
                 self._fill(named_tensors)
+                together = [engine for engine in engines if self._manage(self._meet, engine)]
+                send = partial(self._send, weight_id=weight_id)
+                at_once([partial(self._manage, send, engine) for engine in together])
             else:
                 gather_only(named_tensors)
+            _wait_for_all_ranks()
             for engine in engines:
-                engine.expect(f"{self.run}/{version}", version)
-            if self.sends:
-                together = [engine for engine in engines if self._manage(self._meet, engine)]
-                at_once([partial(self._manage, self._send, engine) for engine in together])
+                engine.expect(weight_id, version)
         if self.sends and self._watch is None:
             self._watch = threading.Thread(target=self._take_back, args=(engines,), name="servers", daemon=True)
             self._watch.start()
-        _wait_for_all_ranks()
 
     def close(self) -> None:
         """Leave the groups, let the servers work for others, and free the copy."""
@@ -138,15 +141,15 @@ class NcclTransport(WeightTransport["RemoteEngine"]):
         joining.result()
         self._groups[engine] = meeting, group
 
-    def _send(self, engine: RemoteEngine) -> None:
-        """Bring the copy into a server that is in a group."""
+    def _send(self, engine: RemoteEngine, weight_id: str) -> None:
+        """Bring the copy, which has this weight_id, into a server that is in a group."""
         meeting, group = self._groups[engine]
 
         def stop(loading: Future[None]) -> None:
             if loading.exception() is not None:
                 group.abort()  # NCCL would wait for ever for a server that has died
 
-        loading = _in_thread(lambda: engine.load(meeting, self._layout))
+        loading = _in_thread(lambda: engine.load(meeting, self._layout, weight_id))
         loading.add_done_callback(stop)
         try:
             send_blocks(group, self._blocks.blocks)
@@ -166,7 +169,7 @@ class NcclTransport(WeightTransport["RemoteEngine"]):
                         if engine.info()["weight_id"] == engine.weight_id:
                             continue
                         self._meet(engine)
-                        self._send(engine)
+                        self._send(engine, engine.weight_id)
                 except EngineLost:
                     continue
                 except (EngineError, UserError) as error:

@@ -40,6 +40,7 @@ pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parents[2]
 EOS = 3
+PROBE = "mismatch/probe_logp_diff"
 WARM = Sampling(0.7, 1.0, 0, 0.0, 1.0, 24, True)
 
 
@@ -273,6 +274,38 @@ def test_a_server_works_for_one_run_at_a_time(
     waiting.close()
 
 
+@torch.no_grad()
+def likeliest(model: PreTrainedModel, prompt: list[int], count: int) -> list[int]:
+    ids = list(prompt)
+    while len(ids) < len(prompt) + count and ids[-1] != EOS:
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_a_server_writes_on_while_it_gets_new_weights(
+    fleet: list[RemoteEngine], transport: NcclTransport, policy: PreTrainedModel, tiny_model: Path
+) -> None:
+    engine, newer = fleet[0], noisy(tiny_model, 4)
+    prompt = [5 + i % 200 for i in range(140)]  # longer than a block of the key-value cache, so that it is cached
+    greedy, long = (Sampling(one, 1.0, 0, 0.0, 1.0, 24 if one == 0 else 128, False) for one in (0.0, 1.0))
+    dispatcher = Dispatcher([engine], 64, 60.0)
+    transport.push(policy.named_parameters(), [engine], 1)
+    others: list[Future[Answer]] = []
+    for version, model in enumerate((newer, policy, newer), start=2):
+        others += dispatcher.submit_all([Request([2, 30 + i, version], 4) for i in range(60)], long)
+        wait_until(others[-60].done, 60)
+        transport.push(model.named_parameters(), [engine], version)
+        assert not others[-1].done()  # it waits, or is written by weights of two versions
+        for _ in range(2):  # the second time by what the cache has
+            assert answers(engine, [Request(prompt, 1)], greedy)[0][0].token_ids == likeliest(model, prompt, 24)
+        assert verify(engine, prompt, logps_of(model, prompt), "float32") < 1e-5
+    found = [future.result(120) for future in others]
+    assert {len(answer.completions) for answer in found} == {4}
+    assert any(answer.newest_version > answer.oldest_version for answer in found)
+    assert {answer.oldest_version for answer in found} <= {1, 2, 3, 4}
+    assert engine.restarts == 0
+
+
 def test_one_of_two_dies_in_mid_batch_and_is_taken_back_with_current_weights(
     servers: list[Server],
     fleet: list[RemoteEngine],
@@ -317,6 +350,28 @@ def test_one_of_two_dies_in_mid_batch_and_is_taken_back_with_current_weights(
     groups, usage = rollouts.write([Prompt(i, [2, 30 + i], "", {}) for i in range(40)], step=1)
     assert {sample.versions for group in groups for sample in group.samples} == {(2, 2)}
     assert all(seconds > 0 for seconds in usage.until)
+
+
+def test_a_run_has_its_batches_written_over_new_weights(
+    workspace: Path, environment: dict[str, str], servers: list[Server], fleet: list[RemoteEngine]
+) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "sapo_rl", "config=tiny.yaml", f"rollout.servers=[{servers[0].address}]",
+         "rollout.batch_size=32", "rollout.max_staleness=2", "trainer.steps=5", "reproducible=false",
+         "run_dir=in_flight"],
+        cwd=workspace, env=environment, check=True, timeout=300,
+    )  # fmt: skip
+    steps = steps_of(workspace / "in_flight")
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5]
+    assert steps[0]["rollout/staleness"] == 0
+    assert all(1 <= record["rollout/staleness"] <= 2 for record in steps[2:])
+    assert not any("rollout/idle_fraction" in record for record in steps)  # no engine waits for a batch to end
+    probes = [
+        record["mismatch/probe_logp_diff"]
+        for record in records(workspace / "in_flight")
+        if "mismatch/probe_logp_diff" in record
+    ]
+    assert len(probes) == 6 and max(probes) < 1e-4
 
 
 def test_a_run_of_two_ranks_goes_on_when_a_server_dies(

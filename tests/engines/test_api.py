@@ -12,9 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
+from sapo_rl.engines.base import Completion
 from sapo_rl.engines.key import VARIABLE
 from sapo_rl.engines.vllm import api, pulse
 from sapo_rl.engines.vllm.api import OWNED_SECONDS, TrainerApi
+from sapo_rl.engines.vllm.bodies import SamplingBody
 from sapo_rl.weights.rendezvous import Rendezvous
 
 KEY = "a_key_for_tests_alone"
@@ -68,7 +70,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> TrainerApi:
         await send({"type": "http.response.body", "body": str(len(message["body"])).encode()})
 
     made = TrainerApi(vllm)
-    made.weight_id = "run/1"
+    made.held.weight_id = "run/1"
     return made
 
 
@@ -154,6 +156,8 @@ GENERATE = {
         ({"stop_token_ids": [100]}, "stop_token_ids: 100 is no token"),
         ({"stop_token_ids": [None]}, "stop_token_ids.0"),
         ({"weight_id": None}, "weight_id: "),
+        ({"weight_id": "run/4x"}, "weight_id: String should match pattern"),
+        ({"weight_id": "4"}, "weight_id: String should match pattern"),
         ({"bogus": 1}, "bogus: Extra inputs are not permitted"),
         ({"sampling": {}}, "sampling.temperature: Field required"),
         ({"sampling": SAMPLING | {"temperature": 1e-30}}, "sampling.temperature: Input should be 0, or at least 0.01"),
@@ -262,3 +266,143 @@ def test_an_engine_that_hangs_is_no_healthy_server(server: TrainerApi, monkeypat
         await serving
 
     asyncio.run(life())
+
+
+class Writing(Engine):
+    """Answers a prompt when the test releases it; weights arrive when they are released."""
+
+    def __init__(self) -> None:
+        self.prompts: list[dict[str, Any]] = []
+        self.release = asyncio.Event()
+        self.arrived = asyncio.Event()
+        self.ended = 0
+        self.resets = 0
+        self.failure = ""
+
+    async def generate(self, prompt: dict[str, Any], params: object, name: str) -> AsyncIterator[Any]:
+        self.prompts.append(prompt)
+        try:
+            await self.release.wait()
+        except asyncio.CancelledError:
+            self.ended += 1
+            raise
+        yield prompt["prompt_token_ids"]
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> None:
+        if method == "receive_broadcast":
+            await self.arrived.wait()
+            if self.failure:
+                raise RuntimeError(self.failure)
+
+    async def reset_prefix_cache(self, reset_running_requests: bool) -> bool:
+        self.resets += 1
+        return reset_running_requests
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "sampling_params", lambda *_: None)
+    monkeypatch.setattr(api, "completions_of", lambda token_ids: [Completion(token_ids, False)])
+
+
+def generate(server: TrainerApi, engine: Writing, weight_id: str, first: int = 1) -> asyncio.Future[dict[str, Any]]:
+    return asyncio.ensure_future(server.generate(engine, weight_id, [first, 2], 1, None, SamplingBody(**SAMPLING), []))
+
+
+def load(server: TrainerApi, engine: Writing, weight_id: str) -> asyncio.Future[dict[str, Any]]:
+    return asyncio.ensure_future(server.load(engine, server.meeting or "", weight_id, "{}"))
+
+
+async def settled() -> None:
+    """Let everything that can go on do so."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.usefixtures("written")
+def test_what_is_being_written_goes_on_over_newer_weights(server: TrainerApi) -> None:
+    async def check() -> None:
+        engine, server.held.weight_id, server.meeting = Writing(), "run/4", "m"
+        before = generate(server, engine, "run/4")
+        await settled()
+        loading = load(server, engine, "run/5")
+        await settled()
+        meanwhile = generate(server, engine, "run/4", first=3)
+        early = generate(server, engine, "run/5", first=4)
+        await settled()
+        assert [prompt["prompt_token_ids"][0] for prompt in engine.prompts] == [1, 3]  # newer ones wait for the load
+        engine.arrived.set()
+        await loading
+        after = generate(server, engine, "run/5", first=5)
+        late = generate(server, engine, "run/4", first=6)  # of a rank that has not heard of the newer ones
+        await settled()
+        assert not before.done()
+        engine.release.set()
+        for asked, first in ((before, 1), (meanwhile, 3), (early, 4), (after, 5), (late, 6)):
+            assert (await asked)["completions"][0]["token_ids"] == [first, 2]
+        salts = {prompt["prompt_token_ids"][0]: prompt["cache_salt"] for prompt in engine.prompts}
+        assert salts == {1: "run/4", 3: "run/4", 4: "run/5", 5: "run/5", 6: "run/5"}  # cached under what wrote it
+        assert engine.resets == 0
+
+    asyncio.run(check())
+
+
+@pytest.mark.usefixtures("written")
+@pytest.mark.parametrize("asked", ["run/5", "run/10", "other/4", "other/3"])
+def test_weights_that_are_newer_or_another_runs_are_not_given(server: TrainerApi, asked: str) -> None:
+    async def check() -> None:
+        engine, server.held.weight_id = Writing(), "run/4"
+        with pytest.raises(Exception, match=f"holds the weights run/4, not {asked}"):
+            await generate(server, engine, asked)
+        server.held.weight_id = None
+        with pytest.raises(Exception, match="holds the weights None, not run/4"):
+            await generate(server, engine, "run/4")
+        assert not engine.prompts
+
+    asyncio.run(check())
+
+
+@pytest.mark.usefixtures("written")
+@pytest.mark.parametrize("how", ["half loaded", "given up", "joined anew"])
+def test_what_loses_its_weights_is_ended_and_refused(server: TrainerApi, how: str) -> None:
+    async def check() -> None:
+        engine, server.held.weight_id, server.meeting = Writing(), "run/4", "m"
+        running = generate(server, engine, "run/4")
+        await settled()
+        if how == "joined anew":
+            await server.join(engine, "run/2", MEETING)
+        else:
+            engine.failure = "the trainer is gone"
+            loading = load(server, engine, "run/5")
+            waiting = generate(server, engine, "run/5")
+            await settled()
+            if how == "given up":  # the trainer closed its connection
+                loading.cancel()
+            engine.arrived.set()
+            with pytest.raises((RuntimeError, asyncio.CancelledError)):
+                await loading
+            with pytest.raises(Exception, match="holds the weights None, not run/5"):
+                await waiting
+        with pytest.raises(Exception, match="lost the weights run/4 meanwhile"):
+            await running
+        with pytest.raises(Exception, match="holds the weights None, not run/4"):
+            await generate(server, engine, "run/4")
+        assert server.held.coming is None
+        assert engine.ended == 1
+
+    asyncio.run(check())
+
+
+def test_the_cache_is_emptied_only_of_what_came_by_vllms_own_paths(server: TrainerApi) -> None:
+    async def check() -> None:
+        engine, server.meeting = Writing(), "m"
+        engine.arrived.set()
+        resets = []
+        for version, path, method in ((1, "", ""), (2, "/health", "GET"), (3, "/v1/completions", "POST"), (4, "", "")):
+            if path:
+                await post(server, path, "{}", method=method)
+            await load(server, engine, f"run/{version}")
+            resets.append(engine.resets)
+        assert resets == [0, 0, 1, 1]
+
+    asyncio.run(check())

@@ -157,8 +157,13 @@ def test_a_server_is_back_when_it_has_the_weights_that_are_expected(fake: Fake, 
     fake.status = 503
     with pytest.raises(EngineLost, match="so it is"):
         engine.recover()
-    fake.status, fake.info["weight_id"] = 200, "run/3"
-    engine.recover()
+    fake.status = 200
+    for weight_id in ("run/3", "run/10"):  # newer ones will do
+        fake.info["weight_id"] = weight_id
+        engine.recover()
+    fake.info["weight_id"] = "run/2"
+    with pytest.raises(EngineLost, match=r"it has run/2"):
+        engine.recover()
 
 
 def test_a_server_that_falls_silent_is_asked_and_given_up(

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 
+from sapo_rl.errors import EngineLost
+from sapo_rl.weights import broadcast
 from sapo_rl.weights import rendezvous as group_module
+from sapo_rl.weights.broadcast import NcclTransport
 from sapo_rl.weights.buffer import BLOCK_BYTES, WeightBlocks
 from sapo_rl.weights.rendezvous import Group, Rendezvous, RendezvousHost, join, receive_tensors, send_blocks
 
@@ -52,3 +58,65 @@ def test_who_does_not_come_ends_the_meeting(monkeypatch: pytest.MonkeyPatch) -> 
     meeting = Rendezvous("127.0.0.1", host.port, "b", 2, 0.5)
     with pytest.raises(RuntimeError, match=r"here/1|imeout"):
         join(meeting, 0, CPU, host.store)
+
+
+@dataclass(eq=False)
+class Server:
+    """A rollout server's part: it joins, and receives into `tensors`."""
+
+    weight_id: str = ""
+    held: str | None = None
+    group: Group | None = None
+    meeting: str | None = None
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    expected_at_load: list[str] = field(default_factory=list)
+    restarts: int = 0
+    weight_version: int = 0
+    away: bool = False
+
+    def info(self) -> dict[str, Any]:
+        if self.away:
+            raise EngineLost("away")
+        return {"device": "cpu", "workers": 1, "meeting": self.meeting, "weight_id": self.held}
+
+    def own_address(self) -> str:
+        return "127.0.0.1"
+
+    def join(self, meeting: Rendezvous) -> None:
+        self.group, self.meeting = join(meeting, 1, CPU), meeting.name
+
+    def load(self, meeting: Rendezvous, layout: str, weight_id: str) -> None:
+        assert self.group is not None and self.meeting == meeting.name
+        self.expected_at_load.append(self.weight_id)
+        self.tensors = dict(receive_tensors(self.group, layout, CPU))
+        self.held = weight_id
+
+    def expect(self, weight_id: str, version: int) -> None:
+        self.weight_id, self.weight_version = weight_id, version
+
+    def tell(self, trouble: str) -> None:
+        pass
+
+    def leave(self) -> None:
+        pass
+
+
+def test_weights_are_expected_of_a_server_once_all_that_answer_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broadcast, "WATCH_SECONDS", 0.01)
+    servers: Any = [Server(), Server(), Server(away=True)]
+    transport = NcclTransport(torch.float32, "cpu", "run", sends=True, seconds=30.0)
+    for version in (1, 2):
+        transport.push({"w": torch.full((3,), float(version))}.items(), servers, version)
+        assert [server.weight_id for server in servers] == [f"run/{version}"] * 3
+        for server in servers[:2]:
+            assert (server.held, server.weight_version) == (f"run/{version}", version)
+            assert server.tensors["w"].tolist() == [version] * 3
+    assert servers[0].expected_at_load == servers[1].expected_at_load == ["", "run/1"]
+    servers[2].away = False
+    deadline = time.monotonic() + 20
+    while not servers[2].restarts:  # gets the same, between two pushes
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert servers[2].held == "run/2" and servers[2].tensors["w"].tolist() == [2.0] * 3
+    assert [server.restarts for server in servers] == [0, 0, 1]
+    transport.close()

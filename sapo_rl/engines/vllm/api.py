@@ -35,6 +35,7 @@ from sapo_rl.engines.vllm.bodies import (
     ScoreBody,
     what_is_wrong,
 )
+from sapo_rl.engines.vllm.held import HeldWeights, OtherWeights, run_of
 from sapo_rl.engines.vllm.pulse import Pulse
 from sapo_rl.weights.rendezvous import Rendezvous
 
@@ -56,16 +57,18 @@ SILENT = "vLLM's core does not answer any more; start the server anew"
 class TrainerApi:
     """ASGI middleware around vLLM's server: `/sapo/<method>` calls the method of that name below, JSON in and out.
 
-    The trainer gives weights an id. A request names the weight_id that it wants completions from, and is refused where
-    the server holds other weights: a server that was restarted, or that another run took over, can give no wrong
-    answer. What comes before a weight_id's last `/` names the run; a server works for one at a time.
+    The trainer gives weights an id, `<run>/<version>`. A request names the weight_id that it wants completions from and
+    goes on while newer weights are loaded. Where the server has older weights, or another run's, and none that will do
+    are on their way, it is refused: a server that was restarted, or that another run took over, gives no wrong answer.
+    It works for one run at a time.
     """
 
     def __init__(self, app: App) -> None:
         self.app = app
         self.key = os.environ[VARIABLE].encode()
-        self.weight_id: str | None = None
-        """Of the weights; None are those of the model's folder, or half loaded."""
+        self.held = HeldWeights()
+        self.others = False
+        """Whether vLLM's own paths were asked for something since its cache was last emptied."""
         self.changed = False
         """Whether any weights are not those of the model's folder."""
         self.meeting: str | None = None
@@ -74,8 +77,6 @@ class TrainerApi:
         """The run that the server works for; empty is none."""
         self.heard = 0.0
         """When its trainer last asked for something."""
-        self.running = 0
-        self.idle = asyncio.Condition()
         self.pulse = Pulse()
         self.methods: dict[str, tuple[Method, type[Body]]] = {
             "/sapo/info": (self.info, InfoBody),
@@ -105,6 +106,7 @@ class TrainerApi:
         elif scope["path"] == "/health" and self.pulse.lost:
             await _send_json(send, DEAD, {"error": SILENT})
         else:
+            self.others = self.others or scope["method"] == "POST"
             await self.app(scope, _again(body, receive), send)
 
     def _knows_key(self, scope: Scope) -> bool:
@@ -142,7 +144,7 @@ class TrainerApi:
             return 200, await method(engine, **dict(arguments))
         except _Misfit as misfit:
             return NOT_UNDERSTOOD, {"error": str(misfit)}
-        except _OtherWeights as other:
+        except OtherWeights as other:
             return NOT_THOSE_WEIGHTS, {"error": str(other)}
         except EngineDeadError as error:
             return DEAD, {"error": f"vLLM's core died: {error}"}
@@ -156,7 +158,7 @@ class TrainerApi:
             self.heard = time.monotonic()
         settings = engine.vllm_config
         return {
-            "weight_id": self.weight_id,
+            "weight_id": self.held.weight_id,
             "meeting": self.meeting,
             "workers": settings.parallel_config.world_size,
             "device": settings.device_config.device_type,
@@ -187,30 +189,24 @@ class TrainerApi:
         return {"logps": scores_of(output)}
 
     async def _run(self, engine: Any, weight_id: str, token_ids: list[int], params: Any) -> Any:
-        if weight_id != self.weight_id:
-            raise _OtherWeights(f"holds the weights {self.weight_id}, not {weight_id}")
         if len(token_ids) >= (longest := engine.vllm_config.model_config.max_model_len):
             raise _Misfit(f"token_ids: has {len(token_ids)} tokens, must have fewer than {longest}")
         _check_tokens(engine, "token_ids", token_ids)
-        self.running += 1
-        try:
-            last = None
-            prompt = {"prompt_token_ids": token_ids}
+        last = None
+        async with self.held.writing(weight_id):
+            # What the cache holds of a prompt belongs to the weights that wrote it.
+            prompt = {"prompt_token_ids": token_ids, "cache_salt": self.held.weight_id}
             async for output in engine.generate(prompt, params, uuid.uuid4().hex):
                 last = output
-            return last
-        finally:
-            self.running -= 1
-            async with self.idle:
-                self.idle.notify_all()
+        return last
 
     async def join(self, engine: Any, name: str, meeting: Rendezvous) -> dict[str, Any]:
         """Have the workers come together with the trainer, and go back to the weights of the model's folder."""
         run, now = run_of(name), time.monotonic()
         if self.owner not in ("", run) and now - self.heard < OWNED_SECONDS:
-            raise _OtherWeights("is in use by another run")
+            raise OtherWeights("is in use by another run")
         self.owner, self.heard = run, now
-        await self._quiet()
+        await self.held.give_up()
         with self.pulse.occupied():
             if self.changed:
                 await engine.collective_rpc("restore")
@@ -220,17 +216,17 @@ class TrainerApi:
         return {}
 
     async def load(self, engine: Any, meeting: str, weight_id: str, layout: str) -> dict[str, Any]:
-        """Receive weights."""
+        """Receive weights, between two steps of what is being written."""
         if meeting != self.meeting:
-            raise _OtherWeights(f"is in the group {self.meeting}, not {meeting}")
-        await self._quiet()
+            raise OtherWeights(f"is in the group {self.meeting}, not {meeting}")
         self.changed = True
-        with self.pulse.occupied():
-            await engine.collective_rpc("receive_broadcast", args=(layout,))
-        # Only requests that came by vLLM's own paths can still run: they begin anew with the new weights.
-        if not await engine.reset_prefix_cache(reset_running_requests=True):
-            raise RuntimeError("vLLM did not reset its prefix cache")
-        self.weight_id = weight_id
+        async with self.held.arriving(weight_id):
+            with self.pulse.occupied():
+                await engine.collective_rpc("receive_broadcast", args=(layout,))
+            # What came by vLLM's own paths is cached without the name of its weights: it begins anew with the new ones.
+            if self.others and not await engine.reset_prefix_cache(reset_running_requests=True):
+                raise RuntimeError("vLLM did not reset its prefix cache")
+            self.others = False
         return {}
 
     async def leave(self, engine: Any, run: str) -> dict[str, Any]:
@@ -239,24 +235,9 @@ class TrainerApi:
             self.owner = ""
         return {}
 
-    async def _quiet(self) -> None:
-        """Refuse new requests until weights are loaded, and return when those that run are finished."""
-        self.weight_id = None
-        async with self.idle:
-            await self.idle.wait_for(lambda: self.running == 0)
-
 
 class _Misfit(Exception):
     """A call asks for what this model cannot do."""
-
-
-class _OtherWeights(Exception):
-    """The server does not hold the weights, is not in the group, or works for another run, than the request names."""
-
-
-def run_of(name: str) -> str:
-    """Return the run that a weight_id or a meeting belongs to."""
-    return name.rpartition("/")[0]
 
 
 def _check_tokens(engine: Any, name: str, token_ids: list[int]) -> None:

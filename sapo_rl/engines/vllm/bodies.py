@@ -15,6 +15,7 @@ MOST_STOP_TOKENS = 128
 """As many as vLLM has room for."""
 
 Name = Annotated[str, Field(max_length=1000)]
+WeightId = Annotated[str, Field(max_length=1000, pattern=r"/[0-9]{1,18}$")]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[Token], Field(min_length=1)]
 
@@ -52,7 +53,7 @@ class SamplingBody(Body):
 class GenerateBody(Body):
     """Of `TrainerApi.generate`."""
 
-    weight_id: Name
+    weight_id: WeightId
     token_ids: Tokens
     n: Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
     seed: Annotated[int, Field(ge=0, lt=2**63 - MOST_SAMPLES)] | None
@@ -63,7 +64,7 @@ class GenerateBody(Body):
 class ScoreBody(Body):
     """Of `TrainerApi.score`."""
 
-    weight_id: Name
+    weight_id: WeightId
     token_ids: Tokens
 
 
@@ -78,7 +79,7 @@ class LoadBody(Body):
     """Of `TrainerApi.load`."""
 
     meeting: Name
-    weight_id: Name
+    weight_id: WeightId
     layout: str
 
 
