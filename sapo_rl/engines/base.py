@@ -159,7 +159,7 @@ class LoadingEngine(Engine, Protocol):
 
         `later` describes memory from which they can be loaded once `weights_lock` is free again, None where there is
         none.
-        Returns whether they are loaded; not where the engine was lost, which is for the next call to mend.
+        Returns whether they are loaded; not where the engine was lost: the next call restarts it.
         """
         ...
 

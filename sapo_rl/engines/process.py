@@ -104,7 +104,7 @@ class LocalEngine:
     def stream_weights(self, layout: str, later: str | None, version: int) -> bool:
         """See `LoadingEngine.stream_weights`. Does not restart: that would wait for the end of the stream."""
         rpc, self._weights = self._rpc, later
-        if rpc is None:  # another thread mends it, or nobody can
+        if rpc is None:  # another thread restarts it, or nobody can
             return False
         try:
             self._loaded(version, rpc.call("stream_weights", layout, later))

@@ -47,7 +47,7 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 class EngineError(RuntimeError):
-    """An engine failed beyond what a restart can mend; the message ends with the last lines of its log."""
+    """An engine failed beyond what a restart can repair; the message ends with the last lines of its log."""
 
 
 class EngineLost(Exception):

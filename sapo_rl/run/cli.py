@@ -44,7 +44,7 @@ recipes:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Do what the arguments say. Exit code 2 means: mend your input."""
+    """Do what the arguments say. Exit code 2 means: correct your input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         launch.check_variables(os.environ)
@@ -95,7 +95,7 @@ class Outcome:
     process: int = field(default_factory=os.getpid)
     """Where the command line was read; jobs in other processes have copies of this object, which are lost."""
     program_failed: bool = False
-    """Whether a job has raised what no user can mend."""
+    """Whether a job has raised what is no mistake of the user's."""
 
     def complain(self, error: Exception, arguments: compose.Arguments) -> None:
         """Say in two lines what a user's files or arguments have caused.

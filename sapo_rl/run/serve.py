@@ -34,7 +34,7 @@ that the training gets; model, precision, lengths and limits are taken from it, 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of the console script; becomes vLLM's server. Exit code 2 means: mend your input."""
+    """Entry point of the console script; becomes vLLM's server. Exit code 2 means: correct your input."""
     ready = compose.Arguments([])
     try:
         options = parse(argv)
