@@ -75,6 +75,7 @@ def test_a_data_set_of_the_library_gives_its_rows(workspace: Path) -> None:
 
 def test_rewards_replace_those_of_the_config(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(workspace))
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # another test's
     import my_rewards  # pyright: ignore[reportMissingImports]  # the workspace's
 
     def cell(completions: list[str], **columns: Any) -> list[float]:

@@ -542,6 +542,7 @@ def test_an_advantage_of_ones_own_is_held_to_its_signature(
 
 LOSS_GROUPS = {
     "sapo": ("sapo", 0.2, 0.2, "seq-mean-token-mean", "group"),
+    "sapo_one_side": ("sapo", 0.2, 0.2, "seq-mean-token-mean", "group"),
     "grpo": ("grpo", 0.2, 0.2, "seq-mean-token-mean", "group"),
     "dapo": ("grpo", 0.2, 0.28, "token-mean", "group"),
     "dr_grpo": ("grpo", 0.2, 0.2, "seq-mean-token-sum-norm", "none"),
