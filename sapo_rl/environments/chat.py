@@ -1,0 +1,337 @@
+"""The tokens of a chat over several turns: the model's own kept as they are, of all else only what is new rendered.
+
+Nothing that the model has written is tokenised again. What follows a reply is found by rendering a short conversation
+of two messages with the new ones after them, and taking what comes after the reply.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from sapo_rl.environments import parsers
+from sapo_rl.errors import UserError
+from sapo_rl.types import Row, Span, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message: TypeAlias = dict[str, Any]
+"""A message in OpenAI's shape; `function.arguments` of its `tool_calls` is a dictionary, as chat templates read it."""
+
+_START, _END = "sapo7start", "sapo7end"
+_WORD = re.compile(r"\w+")
+
+
+class Refused(UserError):
+    """The chat template does not render such messages."""
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, by which new messages become tokens without rendering the old ones again.
+
+    Raises:
+        UserError: a tokenizer without a chat template, or an unknown parser.
+
+    Example:
+        >>> chat = ChatTemplate(tokenizer)
+        >>> talk = chat.begin(prompt.token_ids, prompt.content)
+        >>> talk.reply([9707, 151645], logps=None, truncated=False)
+        {'role': 'assistant', 'content': 'Hello'}
+        >>> talk.extend([{"role": "user", "content": "And now?"}])  # tokens, not trained on
+        9
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        parser: str = "auto",
+        arguments: dict[str, Any] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.tools = list(tools) if tools else None
+        self.arguments = arguments or {}
+        try:
+            text = tokenizer.get_chat_template(tools=self.tools)
+        except ValueError as error:
+            raise UserError("model.path: its tokenizer has no chat template, which an environment needs") from error
+        self.parse = parsers.choose(parser, text)
+        added = tokenizer.added_tokens_decoder.items()
+        self.special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
+        self.opening = self._find_opening()
+        self.shows_calls = self._find_calls()
+
+    def render(self, messages: Sequence[Message], generation_prompt: bool = True) -> str:
+        """Return the text of a conversation. Raises Refused where the template has no words for it."""
+        try:
+            return self.tokenizer.apply_chat_template(  # pyright: ignore[reportReturnType]
+                list(messages),
+                tools=self.tools,  # pyright: ignore[reportArgumentType]
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                **self.arguments,
+            )
+        except Exception as error:  # a template computes, and raises what it likes
+            roles = ", ".join(str(message.get("role")) for message in messages)
+            raise Refused(f"the chat template refuses messages of the roles {roles}: {error}") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of rendered text: the template has written the special tokens itself."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore[reportArgumentType]
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Return the text of ids, special tokens skipped."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)  # pyright: ignore[reportReturnType]
+
+    def start(self, messages: Sequence[Message]) -> list[int]:
+        """Return the ids of a whole prompt, as the model is asked to go on from it. Raises Refused as `render` does."""
+        return self.encode(self.render(messages))
+
+    def begin(self, prompt_ids: list[int], messages: Sequence[Message]) -> Conversation:
+        """Return a conversation that stands before the model's first reply to a prompt tokenised already."""
+        return Conversation(self, prompt_ids, messages)
+
+    def tail(self, message: Message, new: Sequence[Message]) -> list[int]:
+        """Return the ids that follow the words of `message`: the end of its turn, `new`, the generation prompt.
+
+        Raises:
+            Refused: the template does not take `new` after such a message.
+        """
+        calls = message.get("tool_calls", [])
+        if calls and self.shows_calls:
+            last = {**calls[-1], "function": {**calls[-1]["function"], "arguments": {"x": _END}}}
+            probe = {**message, "content": "", "tool_calls": [*calls[:-1], last]}
+            ids = self.encode(self.render([_user(), probe, *new]).partition(_END)[2])
+            end = self.first_special(ids)
+            if end is not None:
+                return ids[end:]
+        probe = {**message, "content": _END}
+        return self.encode(self.render([_user(), probe, *new]).partition(_END)[2])
+
+    def first_special(self, ids: list[int]) -> int | None:
+        """Return the place of the first special token; None where there is none."""
+        return next((place for place, one in enumerate(ids) if one in self.special), None)
+
+    def keeps(self, message: Message) -> bool:
+        """Return whether the words of a reply, with those its prompt opened it with, are there when the chat goes on.
+
+        Raises:
+            Refused: the template does not take such a message.
+        """
+        results = [
+            {"role": "tool", "tool_call_id": call["id"], "name": call["function"]["name"], "content": "1"}
+            for call in message.get("tool_calls", [])
+        ]
+        later = [*results, {"role": "assistant", "content": "2"}] if results else []
+        after = [*later, {"role": "user", "content": _END}]
+        try:
+            text = self.render([_user(), message, *after])
+        except Refused:
+            text = self.render([_user(), message, *as_users(after)])
+        return self.finds([message], text.partition(_START)[2].partition(_END)[0])
+
+    def finds(self, replies: Sequence[Message], text: str) -> bool:
+        """Return whether the words of all replies are in a rendered text, in their order."""
+        words, place = f" {' '.join(_WORD.findall(text))} ", 0
+        for reply in replies:
+            said = _WORD.findall(self.opening + reply["content"])
+            if said:
+                place = words.find(f" {' '.join(said)} ", place)
+                if place < 0:
+                    return False
+                place += sum(len(word) + 1 for word in said)
+        return True
+
+    def _find_opening(self) -> str:
+        """What the generation prompt writes of the reply itself, such as the begin of its thinking."""
+        prompt = self.render([_user()]).partition(_START)[2]
+        said = [_user(), {"role": "assistant", "content": _END}, {"role": "user", "content": "1"}]
+        header = self.render(said).partition(_START)[2].partition(_END)[0]
+        return prompt[len(header) :] if prompt.startswith(header) else ""
+
+    def _find_calls(self) -> bool:
+        """Whether calls of tools are rendered at all."""
+        name = self.tools[0]["function"]["name"] if self.tools else "tool"
+        call = tool_call(parsers.Call(name, {"x": _END}), 0)
+        try:
+            return _END in self.render([_user(), {"role": "assistant", "content": "", "tool_calls": [call]}])
+        except Refused:
+            return False
+
+
+@dataclass
+class _Stream:
+    """A row under way."""
+
+    prompt_ids: list[int]
+    token_ids: list[int] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    logps: list[float] | None = None
+    fragile: list[Message] = field(default_factory=list)
+    """Replies in it of which the template takes back something sooner or later."""
+
+    def row(self) -> Row:
+        """What was sent of it, and sampled."""
+        end = self.spans[-1][1] if self.spans else 0
+        whole = self.spans == [(0, end)] or not self.spans
+        return Row(self.prompt_ids, self.token_ids[:end], None if whole else self.spans, self.logps)
+
+
+class Conversation:
+    """An episode's stream of tokens: the model's own verbatim, of all else only what is new rendered and appended.
+
+    What is sent begins with all that was sent and sampled before. Where the template does not go on like that (it takes
+    back the thinking, or the stop token is not the one that it ends a turn with), the episode forks into a further row
+    whose prompt is the whole transcript, rendered.
+    """
+
+    def __init__(self, template: ChatTemplate, prompt_ids: list[int], messages: Sequence[Message]) -> None:
+        self.template = template
+        self.messages: list[Message] = [dict(message) for message in messages]
+        """The transcript so far."""
+        self.problem = ""
+        """What is wrong with the last reply's calls, in words for the model; empty where nothing is."""
+        self._streams = [_Stream(list(prompt_ids))]
+        self._turns: list[Turn] = []
+        self._calls = 0
+        self._replied = False
+        self._stop: int | None = None
+
+    @property
+    def next_prompt(self) -> list[int]:
+        """The ids to send for the next turn."""
+        return self._streams[-1].prompt_ids + self._streams[-1].token_ids
+
+    @property
+    def forks(self) -> int:
+        """How many times what was sent did not begin with what came before."""
+        return len(self._streams) - 1
+
+    def reply(self, token_ids: list[int], logps: list[float] | None, truncated: bool) -> Message:
+        """Append what the model wrote, with its stop token, and return it as a message, calls of tools parsed.
+
+        A malformed call stays in the content, and `problem` says what is wrong.
+        """
+        stream = self._streams[-1]
+        start, end = len(stream.token_ids), len(stream.token_ids) + len(token_ids)
+        stream.token_ids += token_ids
+        if token_ids:
+            stream.spans.append((start, end))
+        if logps is not None:
+            stream.logps = [*(stream.logps or []), *logps]
+        self._turns.append(Turn(start, end, self.forks))
+        self._stop = token_ids[-1] if token_ids and not truncated else None
+        self._replied = True
+        opened = self.messages.pop()["content"] if self.messages[-1]["role"] == "assistant" else ""
+        message = self._message(opened + self.template.decode(token_ids))
+        self.messages.append(message)
+        return message
+
+    def _message(self, text: str) -> Message:
+        """A reply's text as a message that the template takes."""
+        parsed = self.template.parse(text)
+        self.problem = parsed.problem
+        plain: Message = {"role": "assistant", "content": text}
+        message = plain
+        if parsed.calls:
+            calls = [tool_call(call, self._calls + place) for place, call in enumerate(parsed.calls)]
+            message = {**plain, "content": parsed.content if self.template.shows_calls else text, "tool_calls": calls}
+        try:
+            kept = self.template.keeps(message)
+        except Refused as error:
+            if message is plain:
+                raise
+            self.problem, message = str(error), plain
+            kept = self.template.keeps(plain)
+        if not kept:
+            self._streams[-1].fragile.append(message)
+        self._calls += len(message.get("tool_calls", []))
+        return message
+
+    def extend(self, messages: Sequence[Message]) -> int:
+        """Append what the environment or the tools say to the last reply, and the generation prompt; not trained on.
+
+        Returns by how many tokens the prompt has grown, which is less than 0 where a fork made it shorter. Messages of
+        tools become one message of the user where the template knows no tools.
+
+        Raises:
+            Refused: the template has no words for them.
+        """
+        last = self.messages[-1]
+        if not self._replied:
+            raise ValueError("extend: the model has not replied to the messages before")
+        new = [dict(message) for message in messages]
+        try:
+            tail = self.template.tail(last, new)
+        except Refused:
+            new = as_users(new)
+            tail = self.template.tail(last, new)
+        before = len(self.next_prompt)
+        self._replied = False
+        self.messages += new
+        added = self._added(tail)
+        if added is None:
+            return self._fork() - before
+        self._streams[-1].token_ids += added
+        return len(added)
+
+    def rewrite(self, messages: Sequence[Message]) -> int:
+        """Replace the whole transcript, which forks; returns by how many tokens the prompt has grown."""
+        before = len(self.next_prompt)
+        self.messages = [dict(message) for message in messages]
+        return self._fork() - before
+
+    def _added(self, tail: list[int]) -> list[int] | None:
+        """What comes after the sampled ids; None where the template would take some of them back."""
+        template, fragile = self.template, self._streams[-1].fragile
+        if fragile and not template.finds(fragile, template.render(self.messages)):
+            return None
+        if self._stop not in template.special:
+            return tail
+        end = template.first_special(tail)
+        return None if end is None or tail[end] != self._stop else tail[end + 1 :]
+
+    def _fork(self) -> int:
+        """Go on in a row of its own; returns how long its prompt is."""
+        text = self.template.render(self.messages)
+        fragile = [reply for reply in self._streams[-1].fragile if self.template.finds([reply], text)]
+        self._streams.append(_Stream(self.template.encode(text), fragile=fragile))
+        return len(self._streams[-1].prompt_ids)
+
+    def rows(self) -> list[Row]:
+        """Return the rows so far, up to the last reply: what was appended after it has not been sent."""
+        first, *others = self._streams
+        return [first.row(), *(stream.row() for stream in others if stream.spans)]
+
+    def turns(self) -> list[Turn]:
+        """Return where the model wrote, by rows."""
+        return list(self._turns)
+
+
+def tool_call(call: parsers.Call, number: int) -> dict[str, Any]:
+    """Return a call as a message of the model holds it; its id is nine letters and digits, as some templates want."""
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call{number:05d}", "type": "function", "function": function}
+
+
+def as_users(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages with each run of tools' messages as one of the user's."""
+    new: list[Message] = []
+    run = False
+    for message in messages:
+        if message["role"] != "tool":
+            new.append(message)
+        elif run:
+            new[-1] = {"role": "user", "content": f"{new[-1]['content']}\n{message['content']}"}
+        else:
+            new.append({"role": "user", "content": message["content"]})
+        run = message["role"] == "tool"
+    return new
+
+
+def _user() -> Message:
+    return {"role": "user", "content": _START}
