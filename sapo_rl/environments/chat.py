@@ -59,14 +59,19 @@ class ChatTemplate:
             text = tokenizer.get_chat_template(tools=self.tools)
         except ValueError as error:
             raise UserError("model.path: its tokenizer has no chat template, which an environment needs") from error
-        self.parse = parsers.choose(parser, text)
+        self.parser = parsers.choose(parser, text)
         added = tokenizer.added_tokens_decoder.items()
         self.special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
-        self.opening = self._find_opening()
+        self.shows_calls = True
+        """Whether calls of tools are rendered; where not, they stay in the content as they were written."""
         self.shows_calls = self._find_calls()
+        self.opening = self._find_opening()
+        """What the generation prompt writes of the reply itself, such as the begin of its thinking."""
 
     def render(self, messages: Sequence[Message], generation_prompt: bool = True) -> str:
         """Return the text of a conversation. Raises Refused where the template has no words for it."""
+        if not self.shows_calls:
+            messages = [{key: value for key, value in one.items() if key != "tool_calls"} for one in messages]
         try:
             return self.tokenizer.apply_chat_template(  # pyright: ignore[reportReturnType]
                 list(messages),
@@ -83,9 +88,9 @@ class ChatTemplate:
         """Return the ids of rendered text: the template has written the special tokens itself."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore[reportArgumentType]
 
-    def decode(self, token_ids: list[int]) -> str:
-        """Return the text of ids, special tokens skipped."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)  # pyright: ignore[reportReturnType]
+    def decode(self, token_ids: list[int], special: bool = False) -> str:
+        """Return the text of ids, special tokens skipped unless asked for."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=not special)  # pyright: ignore[reportReturnType]
 
     def start(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a whole prompt, as the model is asked to go on from it. Raises Refused as `render` does."""
@@ -95,26 +100,28 @@ class ChatTemplate:
         """Return a conversation that stands before the model's first reply to a prompt tokenised already."""
         return Conversation(self, prompt_ids, messages)
 
-    def tail(self, message: Message, new: Sequence[Message]) -> list[int]:
-        """Return the ids that follow the words of `message`: the end of its turn, `new`, the generation prompt.
+    def tail(self, message: Message, new: Sequence[Message], last: int | None, cut: bool) -> list[int] | None:
+        """Return the ids after a reply that ends in the id `last`: the end of its turn, `new`, the generation prompt.
+
+        `last` is not repeated. None where it is a stop token that the template would take back; a reply that was cut
+        has none.
 
         Raises:
             Refused: the template does not take `new` after such a message.
         """
-        calls = message.get("tool_calls", [])
-        if calls and self.shows_calls:
-            last = {**calls[-1], "function": {**calls[-1]["function"], "arguments": {"x": _END}}}
-            probe = {**message, "content": "", "tool_calls": [*calls[:-1], last]}
-            ids = self.encode(self.render([_user(), probe, *new]).partition(_END)[2])
-            end = self.first_special(ids)
-            if end is not None:
-                return ids[end:]
-        probe = {**message, "content": _END}
-        return self.encode(self.render([_user(), probe, *new]).partition(_END)[2])
-
-    def first_special(self, ids: list[int]) -> int | None:
-        """Return the place of the first special token; None where there is none."""
-        return next((place for place, one in enumerate(ids) if one in self.special), None)
+        probe = self._probe(message)
+        ids, alone = (
+            self.encode(self.render([_user(), probe, *after], generation_prompt=bool(after)).partition(_END)[2])
+            for after in (new, [])
+        )
+        if message.get("tool_calls") and self.shows_calls:  # what is left of the call is the model's own
+            ids, alone = self._from_special(ids), self._from_special(alone)
+        if last not in self.special:
+            return ids
+        closing = ids[: _shared(ids, alone) + 1]  # some templates end a turn by the begin of the next
+        if last in closing:
+            return ids[closing.index(last) + 1 :]
+        return ids if cut else None
 
     def keeps(self, message: Message) -> bool:
         """Return whether the words of a reply, with those its prompt opened it with, are there when the chat goes on.
@@ -138,23 +145,36 @@ class ChatTemplate:
         """Return whether the words of all replies are in a rendered text, in their order."""
         words, place = f" {' '.join(_WORD.findall(text))} ", 0
         for reply in replies:
-            said = _WORD.findall(self.opening + reply["content"])
-            if said:
-                place = words.find(f" {' '.join(said)} ", place)
+            thinking, content = reply.get("thinking", ""), reply["content"]
+            for part in (self.opening + thinking, content) if thinking else (self.opening + content,):
+                said = "".join(f"{word} " for word in _WORD.findall(part))
+                place = words.find(f" {said}", place)
                 if place < 0:
                     return False
-                place += sum(len(word) + 1 for word in said)
+                place += len(said)
         return True
 
+    def _probe(self, message: Message) -> Message:
+        """The same kind of message with a mark where its last words are."""
+        calls = message.get("tool_calls", [])
+        if not calls or not self.shows_calls:
+            return message | {"content": _END}
+        last = calls[-1] | {"function": calls[-1]["function"] | {"arguments": {"x": _END}}}
+        return message | {"content": "", "tool_calls": [*calls[:-1], last]}
+
+    def _from_special(self, ids: list[int]) -> list[int]:
+        """What begins with the first special token; all where there is none."""
+        return ids[next((place for place, one in enumerate(ids) if one in self.special), 0) :]
+
     def _find_opening(self) -> str:
-        """What the generation prompt writes of the reply itself, such as the begin of its thinking."""
-        prompt = self.render([_user()]).partition(_START)[2]
         said = [_user(), {"role": "assistant", "content": _END}, {"role": "user", "content": "1"}]
-        header = self.render(said).partition(_START)[2].partition(_END)[0]
-        return prompt[len(header) :] if prompt.startswith(header) else ""
+        text = self.render(said).partition(_START)[2]
+        if _END not in text:
+            raise UserError("model.path: its chat template leaves out the content of messages that are text")
+        prompt, header = self.render([_user()]).partition(_START)[2], text.partition(_END)[0]
+        return prompt[_shared(prompt, header) :]
 
     def _find_calls(self) -> bool:
-        """Whether calls of tools are rendered at all."""
         name = self.tools[0]["function"]["name"] if self.tools else "tool"
         call = tool_call(parsers.Call(name, {"x": _END}), 0)
         try:
@@ -199,7 +219,8 @@ class Conversation:
         self._turns: list[Turn] = []
         self._calls = 0
         self._replied = False
-        self._stop: int | None = None
+        self._last: int | None = None
+        self._cut = False
 
     @property
     def next_prompt(self) -> list[int]:
@@ -224,22 +245,26 @@ class Conversation:
         if logps is not None:
             stream.logps = [*(stream.logps or []), *logps]
         self._turns.append(Turn(start, end, self.forks))
-        self._stop = token_ids[-1] if token_ids and not truncated else None
+        self._last, self._cut = token_ids[-1] if token_ids else None, truncated
         self._replied = True
         opened = self.messages.pop()["content"] if self.messages[-1]["role"] == "assistant" else ""
-        message = self._message(opened + self.template.decode(token_ids))
+        message = self._message(opened, token_ids)
         self.messages.append(message)
         return message
 
-    def _message(self, text: str) -> Message:
-        """A reply's text as a message that the template takes."""
-        parsed = self.template.parse(text)
-        self.problem = parsed.problem
-        plain: Message = {"role": "assistant", "content": text}
-        message = plain
+    def _message(self, opened: str, token_ids: list[int]) -> Message:
+        """A reply as a message that the template takes; `opened` is what stands in the prompt of it already."""
+        template = self.template
+        plain: Message = {"role": "assistant", "content": opened + template.decode(token_ids)}
+        ids = token_ids[:-1] if self._last in template.special else token_ids
+        parsed = parsers.parse(template.parser, opened + template.decode(ids, template.parser.special))
+        self.problem, message = parsed.problem, plain
+        if parsed.thinking is not None:
+            message = plain | {"content": parsed.content} | ({"thinking": parsed.thinking} if parsed.thinking else {})
         if parsed.calls:
             calls = [tool_call(call, self._calls + place) for place, call in enumerate(parsed.calls)]
-            message = {**plain, "content": parsed.content if self.template.shows_calls else text, "tool_calls": calls}
+            content = parsed.content if template.shows_calls else plain["content"]
+            message = {**message, "content": content, "tool_calls": calls}
         try:
             kept = self.template.keeps(message)
         except Refused as error:
@@ -266,34 +291,24 @@ class Conversation:
             raise ValueError("extend: the model has not replied to the messages before")
         new = [dict(message) for message in messages]
         try:
-            tail = self.template.tail(last, new)
+            tail = self.template.tail(last, new, self._last, self._cut)
         except Refused:
             new = as_users(new)
-            tail = self.template.tail(last, new)
-        before = len(self.next_prompt)
+            tail = self.template.tail(last, new, self._last, self._cut)
+        before, stream = len(self.next_prompt), self._streams[-1]
         self._replied = False
         self.messages += new
-        added = self._added(tail)
-        if added is None:
+        taken_back = stream.fragile and not self.template.finds(stream.fragile, self.template.render(self.messages))
+        if tail is None or taken_back:
             return self._fork() - before
-        self._streams[-1].token_ids += added
-        return len(added)
+        stream.token_ids += tail
+        return len(tail)
 
     def rewrite(self, messages: Sequence[Message]) -> int:
         """Replace the whole transcript, which forks; returns by how many tokens the prompt has grown."""
         before = len(self.next_prompt)
         self.messages = [dict(message) for message in messages]
         return self._fork() - before
-
-    def _added(self, tail: list[int]) -> list[int] | None:
-        """What comes after the sampled ids; None where the template would take some of them back."""
-        template, fragile = self.template, self._streams[-1].fragile
-        if fragile and not template.finds(fragile, template.render(self.messages)):
-            return None
-        if self._stop not in template.special:
-            return tail
-        end = template.first_special(tail)
-        return None if end is None or tail[end] != self._stop else tail[end + 1 :]
 
     def _fork(self) -> int:
         """Go on in a row of its own; returns how long its prompt is."""
@@ -335,3 +350,9 @@ def as_users(messages: Sequence[Message]) -> list[Message]:
 
 def _user() -> Message:
     return {"role": "user", "content": _START}
+
+
+def _shared(one: Sequence[Any], two: Sequence[Any]) -> int:
+    """How much of both is the same, from the front."""
+    pairs = enumerate(zip(one, two, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(two)))

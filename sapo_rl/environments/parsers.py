@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Callable
@@ -21,74 +22,240 @@ class Parsed(NamedTuple):
     """A reply taken apart."""
 
     content: str
-    """What is no call."""
+    """What is no call; the whole text where a call is malformed."""
     calls: list[Call]
     """In their order; empty where there is none, or where one is malformed."""
     problem: str = ""
     """What is wrong with a call, in words for the model; empty where nothing is."""
+    thinking: str | None = None
+    """What the model thought, where its format has a channel for that, else None: thinking in tags is content."""
 
 
-def hermes(text: str) -> Parsed:
-    """Read the JSON objects between `<tool_call>` and `</tool_call>`; the last end may be missing."""
+class Parser(NamedTuple):
+    """How a format is read."""
+
+    read: Callable[[str], Parsed]
+    special: bool = False
+    """Whether it reads special tokens: they are left out of the text otherwise."""
+
+
+class Malformed(Exception):
+    """A call that cannot be read; the text is for the model."""
+
+
+_SHAPE = 'must be a JSON object with "name", a text, and "arguments", an object'
+_FENCE = re.compile(r"```(?:\w+)?[ \t]*\n?(.*?)```", re.DOTALL)
+_ENDS = re.compile(r"<\|(?:end|call|return)\|>")
+_PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+
+
+def parse(parser: Parser, text: str) -> Parsed:
+    """Take a reply apart; what stands before `</think>` is content whatever it holds, as is thinking without an end.
+
+    Example:
+        >>> parse(PARSERS["hermes"], 'Well: <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>')
+        Parsed(content='Well:', calls=[Call(name='add', arguments={'a': 1})], problem='', thinking=None)
+    """
+    thought, end, said = text.rpartition("</think>")
+    if not end and said.lstrip().startswith("<think>"):
+        return Parsed(text, [])
+    try:
+        found = parser.read(said)
+    except Malformed as error:
+        return Parsed(text, [], str(error))
+    return found._replace(content=thought + end + found.content) if end else found
+
+
+def _hermes(text: str) -> Parsed:
+    """JSON objects between `<tool_call>` and `</tool_call>`; the last end may be missing."""
+    return _tagged(text, lambda written: _calls(_load(written)))
+
+
+def _qwen3_coder(text: str) -> Parsed:
+    """`<function=NAME>` with a `<parameter=NAME>` each, between `<tool_call>` and `</tool_call>`."""
+    return _tagged(text, _function)
+
+
+def _tagged(text: str, read: Callable[[str], list[Call]]) -> Parsed:
     before, *blocks = text.split("<tool_call>")
     if not blocks:
         return Parsed(text, [])
-    contents, calls = [before], []
+    parts, calls = [before], []
     for block in blocks:
         written, _, after = block.partition("</tool_call>")
-        found = _calls(written)
-        if isinstance(found, str):
-            return Parsed(text, [], found)
-        calls += found
-        contents.append(after)
-    return Parsed("".join(contents).strip(), calls)
+        calls += read(written)
+        parts.append(after)
+    return Parsed("".join(parts).strip(), calls)
 
 
-def bare_json(text: str) -> Parsed:
-    """Read a JSON object with `name` and `arguments`, or a list of them: the whole text, or in a fence."""
-    fence = re.search(r"```(?:json)?\s*\n?([\[{].*?)\s*```", text, re.DOTALL)
-    written = fence[1] if fence else text.strip()
-    if not written.startswith(("{", "[")) or '"name"' not in written:
-        return Parsed(text, [])
-    found = _calls(written)
-    if isinstance(found, str):
-        return Parsed(text, [], found)
-    return Parsed((text[: fence.start()] + text[fence.end() :]).strip() if fence else "", found)
+def _function(written: str) -> list[Call]:
+    name = re.match(r"\s*<function=([^>\n]+)>", written)
+    if not name or "</function>" not in written:
+        raise Malformed("the call of a tool must be <function=NAME> ... </function> with a <parameter=NAME> each")
+    return [Call(name[1], {key: _value(value) for key, value in _PARAMETER.findall(written)})]
 
 
-def _calls(written: str) -> list[Call] | str:
-    """The calls in a JSON text, or what is wrong with it."""
+def _value(text: str) -> Any:
+    """JSON where it is any, else the text itself."""
     try:
-        value = json.loads(written)
-    except ValueError as error:
-        return f"the call of a tool is no valid JSON: {error}"
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _bare_json(text: str) -> Parsed:
+    """JSON objects with `name` and `arguments`, or lists of them: in fences, or else from the first character."""
+    calls: list[Call] = []
+
+    def take(fence: re.Match[str]) -> str:
+        found = _calls(_load(fence[1])) if _looks_like_calls(fence[1]) else []
+        calls.extend(found)
+        return "" if found else fence[0]
+
+    rest = _FENCE.sub(take, text)
+    if calls or not _looks_like_calls(text):
+        return Parsed(rest.strip() if calls else text, calls)
+    values, rest = _sequence(text)
+    return Parsed(rest, [call for value in values for call in _calls(value)])
+
+
+def _llama3_json(text: str) -> Parsed:
+    """JSON objects with `name` and `parameters`, apart by `;`, from the first character or after `<|python_tag|>`."""
+    before, tag, written = text.partition("<|python_tag|>")
+    written = written if tag else text
+    if not _looks_like_calls(written):
+        return Parsed(text, [])
+    values, rest = _sequence(written)
+    content = f"{before.strip()} {rest}".strip() if tag else rest
+    return Parsed(content, [call for value in values for call in _calls(value)])
+
+
+def _mistral(text: str) -> Parsed:
+    """A JSON list after `[TOOL_CALLS]`, or a name and the JSON of its arguments after each."""
+    before, *blocks = text.split("[TOOL_CALLS]")
+    calls = []
+    for block in blocks:
+        name, brace, arguments = block.partition("{")
+        if block.lstrip().startswith(("[", "{")):
+            calls += _calls(_load(block))
+        else:
+            name = name.replace("[ARGS]", "").strip()
+            calls += _calls({"name": name, "arguments": _load(brace + arguments)})
+    return Parsed(before.strip() if calls else text, calls)
+
+
+def _pythonic(text: str) -> Parsed:
+    """A Python list of calls with named arguments, such as `[add(a=1, b=2)]`."""
+    if not re.match(r"\s*\[\s*[\w.]+\(", text):
+        return Parsed(text, [])
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        nodes = tree.elts if isinstance(tree, ast.List) else []
+        calls = [_python_call(node) for node in nodes]
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise Malformed(f"the calls of tools are no valid Python: {error}") from error
+    return Parsed("", calls)
+
+
+def _python_call(node: ast.expr) -> Call:
+    if not isinstance(node, ast.Call) or node.args or any(one.arg is None for one in node.keywords):
+        raise Malformed("the call of a tool must be NAME(ARGUMENT=VALUE, ...)")
+    arguments = {one.arg: ast.literal_eval(one.value) for one in node.keywords if one.arg}
+    return Call(ast.unparse(node.func), arguments)
+
+
+def _openai(text: str) -> Parsed:
+    """Harmony's channels, as gpt-oss writes them: analysis, commentary to a function, final."""
+    said: dict[str, list[str]] = {"analysis": [], "final": []}
+    calls = []
+    for part in _ENDS.split(text):
+        header, has_body, body = part.partition("<|message|>")
+        to = re.search(r"to=functions\.([^\s<]+)", header)
+        if not has_body:
+            said["final"] += [header] if "<|" not in header and header.strip() else []
+        elif to:
+            calls += _calls({"name": to[1], "arguments": _load(body)})
+        else:
+            said["analysis" if "analysis" in header else "final"].append(body)
+    return Parsed("\n".join(said["final"]), calls, thinking="\n".join(said["analysis"]))
+
+
+def _looks_like_calls(written: str) -> bool:
+    keys = ('"arguments"' in written or '"parameters"' in written) and '"name"' in written
+    return keys and written.lstrip().startswith(("{", "["))
+
+
+def _load(written: str) -> Any:
+    try:
+        return json.loads(written)
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"the call of a tool is no valid JSON: {error}") from error
+
+
+def _sequence(text: str) -> tuple[list[Any], str]:
+    """The JSON values that a text begins with, apart by space or `;`, and what comes after them."""
+    values, rest, decoder = [], text.strip(), json.JSONDecoder()
+    while rest.startswith(("{", "[")):
+        try:
+            value, end = decoder.raw_decode(rest)
+        except (ValueError, RecursionError) as error:
+            raise Malformed(f"the call of a tool is no valid JSON: {error}") from error
+        values.append(value)
+        rest = rest[end:].lstrip(" \t\r\n;")
+    return values, rest
+
+
+def _calls(value: Any) -> list[Call]:
+    """The calls in JSON's value: an object, or a list of them."""
     calls = []
     for one in value if isinstance(value, list) else [value]:
         arguments = one.get("arguments", one.get("parameters", {})) if isinstance(one, dict) else None
         if not isinstance(arguments, dict) or not isinstance(one.get("name"), str):
-            return 'a call of a tool must be a JSON object with "name", a text, and "arguments", an object'
+            raise Malformed(f"the call of a tool {_SHAPE}")
         calls.append(Call(one["name"], arguments))
     return calls
 
 
-PARSERS: dict[str, Callable[[str], Parsed]] = {"hermes": hermes, "json": bare_json}
-"""By name; each reads a reply without its special tokens."""
+def _either(text: str) -> Parsed:
+    """Tags, or where there are none bare JSON: small models write it whatever the template asks for."""
+    return _hermes(text) if "<tool_call>" in text else _bare_json(text)
 
 
-def choose(name: str, chat_template: str) -> Callable[[str], Parsed]:
-    """Return the parser of a name; `auto` is the one that the chat template speaks of, else `json`.
+PARSERS: dict[str, Parser] = {
+    "hermes": Parser(_hermes),
+    "json": Parser(_bare_json),
+    "llama3_json": Parser(_llama3_json, special=True),
+    "mistral": Parser(_mistral, special=True),
+    "openai": Parser(_openai, special=True),
+    "pythonic": Parser(_pythonic),
+    "qwen3_coder": Parser(_qwen3_coder),
+}
+"""By vLLM's names; `json` is ours."""
+
+_SIGNS = {
+    "<|channel|>": "openai",
+    "<function=": "qwen3_coder",
+    "<tool_call>": "hermes",
+    "[TOOL_CALLS]": "mistral",
+    "<|python_tag|>": "llama3_json",
+}
+_HERMES_OR_JSON = Parser(_either)
+
+
+def named(name: str, chat_template: str) -> str:
+    """Return the name of the parser: where that is `auto`, of the format that a chat template speaks of, else `json`.
 
     Raises:
         UserError: an unknown name.
     """
     if name == "auto":
-        return _either if "<tool_call>" in chat_template else bare_json
+        return next((parser for sign, parser in _SIGNS.items() if sign in chat_template), "json")
     if name not in PARSERS:
         raise UserError(f"rollout.tool_parser: unknown value '{name}'; {did_you_mean(name, ['auto', *PARSERS])}")
-    return PARSERS[name]
+    return name
 
 
-def _either(text: str) -> Parsed:
-    """Tags, or where there are none bare JSON."""
-    found = hermes(text)
-    return found if found.calls or found.problem else bare_json(text)
+def choose(name: str, chat_template: str) -> Parser:
+    """Return the parser of a name, as `named` does; by `auto`, hermes also reads JSON without its tags."""
+    found = named(name, chat_template)
+    return _HERMES_OR_JSON if (name, found) == ("auto", "hermes") else PARSERS[found]
