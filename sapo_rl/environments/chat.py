@@ -257,7 +257,8 @@ class Conversation:
         template = self.template
         plain: Message = {"role": "assistant", "content": opened + template.decode(token_ids)}
         ids = token_ids[:-1] if self._last in template.special else token_ids
-        parsed = parsers.parse(template.parser, opened + template.decode(ids, template.parser.special))
+        text = opened + template.decode(ids, template.parser.special)
+        parsed = parsers.parse(template.parser, text, template.tools or ())
         self.problem, message = parsed.problem, plain
         if parsed.thinking is not None:
             message = plain | {"content": parsed.content} | ({"thinking": parsed.thinking} if parsed.thinking else {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from sapo_rl.errors import UserError, did_you_mean
@@ -37,6 +37,8 @@ class Parser(NamedTuple):
     read: Callable[[str], Parsed]
     special: bool = False
     """Whether it reads special tokens: they are left out of the text otherwise."""
+    untyped: bool = False
+    """Whether the format has text for every value: the tools' schemas say what it stands for."""
 
 
 class Malformed(Exception):
@@ -49,8 +51,10 @@ _ENDS = re.compile(r"<\|(?:end|call|return)\|>")
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 
 
-def parse(parser: Parser, text: str) -> Parsed:
+def parse(parser: Parser, text: str, tools: Sequence[dict[str, Any]] = ()) -> Parsed:
     """Take a reply apart; what stands before `</think>` is content whatever it holds, as is thinking without an end.
+
+    `tools` are the schemas.
 
     Example:
         >>> parse(PARSERS["hermes"], 'Well: <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>')
@@ -63,6 +67,8 @@ def parse(parser: Parser, text: str) -> Parsed:
         found = parser.read(said)
     except Malformed as error:
         return Parsed(text, [], str(error))
+    if parser.untyped:
+        found = found._replace(calls=[_typed(call, tools) for call in found.calls])
     return found._replace(content=thought + end + found.content) if end else found
 
 
@@ -92,14 +98,22 @@ def _function(written: str) -> list[Call]:
     name = re.match(r"\s*<function=([^>\n]+)>", written)
     if not name or "</function>" not in written:
         raise Malformed("the call of a tool must be <function=NAME> ... </function> with a <parameter=NAME> each")
-    return [Call(name[1], {key: _value(value) for key, value in _PARAMETER.findall(written)})]
+    return [Call(name[1], dict(_PARAMETER.findall(written)))]
 
 
-def _value(text: str) -> Any:
-    """JSON where it is any, else the text itself."""
+def _typed(call: Call, tools: Sequence[dict[str, Any]]) -> Call:
+    """The call with each text that its tool does not want as text read as JSON, where it is any."""
+    functions = {tool["function"]["name"]: tool["function"] for tool in tools}
+    properties = functions.get(call.name, {}).get("parameters", {}).get("properties", {})
+    return Call(call.name, {key: _value(text, properties.get(key, {})) for key, text in call.arguments.items()})
+
+
+def _value(text: str, schema: dict[str, Any]) -> Any:
+    if schema.get("type") == "string":
+        return text
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -228,7 +242,7 @@ PARSERS: dict[str, Parser] = {
     "mistral": Parser(_mistral, special=True),
     "openai": Parser(_openai, special=True),
     "pythonic": Parser(_pythonic),
-    "qwen3_coder": Parser(_qwen3_coder),
+    "qwen3_coder": Parser(_qwen3_coder, untyped=True),
 }
 """By vLLM's names; `json` is ours."""
 

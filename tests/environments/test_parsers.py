@@ -91,6 +91,13 @@ def test_thinking_is_content_and_calls_in_it_are_none() -> None:
     assert parse(PARSERS["hermes"], cut) == Parsed(cut, [])
 
 
+def test_text_of_a_format_without_types_is_what_the_tool_wants() -> None:
+    text = XML.replace("[2]", "[2")
+    schema = {"function": {"name": "add", "parameters": {"properties": {"a": {"type": "string"}}}}}
+    assert parse(PARSERS["qwen3_coder"], text).calls == [Call("add", {"a": 1, "b": "[2"})]
+    assert parse(PARSERS["qwen3_coder"], text, [schema]).calls == [Call("add", {"a": "1", "b": "[2"})]
+
+
 def test_channels_are_taken_apart() -> None:
     said = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
     call = f'{said} to=functions.add<|channel|>commentary json<|message|>{{"a": 1, "b": [2]}}<|call|>'
