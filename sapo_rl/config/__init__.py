@@ -11,6 +11,9 @@ from typing import Any, Optional
 from sapo_rl.config.fields import LONGEST_WAIT, MISSING, MOST_SAMPLES, choice, number
 from sapo_rl.config.loss import AdvantageConfig, LossConfig
 
+TOOL_PARSERS = ("hermes", "json", "llama3_json", "mistral", "openai", "pythonic", "qwen3_coder")
+"""Formats of calls of tools that are read."""
+
 
 @dataclass
 class LoraConfig:
@@ -147,6 +150,9 @@ class RolloutConfig:
     batches are generated ahead. 0 disables overlap. With `reproducible`: at most 1."""
     logprobs: bool = False
     """Keep vLLM's own log-probabilities of the sampled tokens (costs a third of its speed)."""
+    tool_parser: str = choice("auto", "auto", *TOOL_PARSERS)
+    """How calls of tools stand in what the model writes, by vLLM's names; `json` is bare or in a fence. `auto` takes
+    what the chat template speaks of. `check=chat` shows whether calls are read."""
     servers: list[str] = field(default_factory=list)
     """Addresses of running `sapo-serve` processes, as host:port; they write in place of engines beside the trainer."""
     transport: str = choice("auto", "auto", "file", "ipc", "nccl")
@@ -318,6 +324,8 @@ class Config:
     """A run folder to continue from its last checkpoint, or the folder of a recipe: its newest run."""
     dry_run: bool = False
     """Print what would happen and stop."""
+    check: str = choice("none", "none", "chat")
+    """Print how the model's chat template carries a conversation with tools (`chat`), and stop."""
 
     @property
     def in_flight(self) -> bool:

@@ -299,8 +299,7 @@ class Conversation:
         before, stream = len(self.next_prompt), self._streams[-1]
         self._replied = False
         self.messages += new
-        taken_back = stream.fragile and not self.template.finds(stream.fragile, self.template.render(self.messages))
-        if tail is None or taken_back:
+        if tail is None or not self._still_there(stream.fragile):
             return self._fork() - before
         stream.token_ids += tail
         return len(tail)
@@ -313,10 +312,14 @@ class Conversation:
 
     def _fork(self) -> int:
         """Go on in a row of its own; returns how long its prompt is."""
-        text = self.template.render(self.messages)
-        fragile = [reply for reply in self._streams[-1].fragile if self.template.finds([reply], text)]
-        self._streams.append(_Stream(self.template.encode(text), fragile=fragile))
+        fragile = [reply for reply in self._streams[-1].fragile if self._still_there([reply])]
+        self._streams.append(_Stream(self.template.start(self.messages), fragile=fragile))
         return len(self._streams[-1].prompt_ids)
+
+    def _still_there(self, replies: list[Message]) -> bool:
+        """Whether the template renders all of the replies in the transcript so far."""
+        template = self.template
+        return not replies or template.finds(replies, template.render(self.messages, generation_prompt=False))
 
     def rows(self) -> list[Row]:
         """Return the rows so far, up to the last reply: what was appended after it has not been sent."""

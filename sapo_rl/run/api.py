@@ -191,8 +191,9 @@ def _accepted(given: list[str], functions: list[str], scratch: str) -> tuple[com
             for name in [name for name in composed.reward.functions if name not in functions]:
                 del composed.reward.functions[name]
         config, frozen = compose.accept(composed, ready)
-        if config.dry_run:
-            raise ConfigError("dry_run", "is for the command line")
+        for key, asked in (("dry_run", config.dry_run), ("check", config.check != "none")):
+            if asked:
+                raise ConfigError(key, "is for the command line")
         if config.launch.num_machines > 1:
             raise ConfigError("launch.num_machines", "several machines are for the command line")
         if config.resume:

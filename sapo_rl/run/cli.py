@@ -32,6 +32,7 @@ sapo-train: reinforcement-learning fine-tuning under the SAPO objective
 
   sapo-train config=NAME|FILE.yaml [key=value ...]     run a recipe, or your own file
   sapo-train config=NAME dry_run=true                  show what would happen, and stop
+  sapo-train config=NAME check=chat                    show what the chat template does with several turns and tools
   sapo-train config=NAME --cfg job                     print the composed config
   sapo-train config=A,B loss.tau_neg=1.0,1.05 -m       sweep, one run after the other
   sapo-train config=NAME --config-dir PATH             your own recipe PATH/config/NAME.yaml, and groups
@@ -246,6 +247,11 @@ def _attempt(
             from sapo_rl.run.preview import preview
 
             preview(config, frozen, resumed)
+            return
+        if config.check == "chat":
+            from sapo_rl.run.check_chat import check_chat
+
+            check_chat(config)
             return
     except Exception as error:
         outcome.complain(error, own)

@@ -36,7 +36,7 @@ HELD_OUT = ("data.eval_path", "data.eval_split", "eval.prompts")
 """The same, where the held-out rows are taken out of the training rows."""
 MOVABLE = ("model.path", "data.path")
 """Keys that may name another place once nothing is left in the old one."""
-NOT_OF_THE_RUN = ("description", "dry_run", "resume")
+NOT_OF_THE_RUN = ("description", "dry_run", "check", "resume")
 _ABSENT = object()
 
 

@@ -178,8 +178,8 @@ def refuse_launcher(arguments: list[str]) -> None:
             )
     elif {"-m", "--multirun"} & set(arguments):
         raise UserError("a sweep (-m) starts processes of its own: run sapo-train without a launcher, with launch=ddp")
-    elif {"dry_run=true", "--cfg", "-c"} & set(arguments):  # other ranks would wait for a run
-        raise UserError("dry_run and --cfg are for one process: run sapo-train without a launcher")
+    elif {"dry_run=true", "check=chat", "--cfg", "-c"} & set(arguments):  # other ranks would wait for a run
+        raise UserError("dry_run, check and --cfg are for one process: run sapo-train without a launcher")
 
 
 def run_rank(folder: Path | None) -> None:

@@ -46,7 +46,7 @@ PANELS = (
 """The small curves: title and metric."""
 LOG_FROM = 100.0
 """Ratio above which its curve is drawn on a logarithmic scale."""
-OWN_KEYS = ("description", "resume", "dry_run", "run_dir", "logging.name")
+OWN_KEYS = ("description", "resume", "dry_run", "check", "run_dir", "logging.name")
 """Keys that say nothing about how two runs differ."""
 WIDE = 200
 """Columns of a table that is not printed to a terminal."""
