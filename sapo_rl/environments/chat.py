@@ -307,6 +307,7 @@ class Conversation:
     def rewrite(self, messages: Sequence[Message]) -> int:
         """Replace the whole transcript, which forks; returns by how many tokens the prompt has grown."""
         before = len(self.next_prompt)
+        self._replied = False
         self.messages = [dict(message) for message in messages]
         return self._fork() - before
 

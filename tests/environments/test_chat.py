@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from environments.chats import ADD, FORMATS, tokenizer_of
 from tiny import make_tokenizer
 
-from sapo_rl.environments.chat import ChatTemplate, Conversation
+from sapo_rl.config import DataConfig
+from sapo_rl.data import build_prompts
+from sapo_rl.environments.chat import ChatTemplate, Conversation, Refused
 from sapo_rl.errors import UserError
 
 ASK = [{"role": "user", "content": "guess"}]
@@ -62,4 +67,134 @@ def test_a_tokenizer_without_a_template_is_refused() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(UserError, match=r"model\.path: its tokenizer has no chat template"):
+        ChatTemplate(tokenizer)
+
+
+def chat_of(name: str, *, tools: bool = True, **arguments: Any) -> ChatTemplate:
+    return ChatTemplate(tokenizer_of(FORMATS[name]), tools=[ADD] if tools else None, arguments=arguments)
+
+
+def say(talk: Conversation, name: str, text: str, call: dict[str, int] | None = None) -> dict[str, Any]:
+    """Have a model of this format say or call something."""
+    ids = talk.template.encode(FORMATS[name].written(text, call))
+    return talk.reply(ids, None, truncated=False)
+
+
+def test_a_prompt_is_what_the_data_makes_of_it() -> None:
+    tokenizer = make_tokenizer()
+    [prompt], _ = build_prompts({0: {"prompt": "guess"}}, DataConfig(source="file", answer_column=None), tokenizer)
+    assert ChatTemplate(tokenizer).start(ASK) == prompt.token_ids
+
+
+def test_without_log_probabilities_rows_have_none() -> None:
+    talk = begin(chat_of("qwen2_5"))
+    say(talk, "qwen2_5", "5")
+    assert talk.rows()[0].rollout_logps is None
+
+
+def test_several_results_are_one_turn_of_the_user_where_the_template_says_so() -> None:
+    talk = begin(chat_of("qwen2_5"))
+    call = FORMATS["qwen2_5"].call.replace("{name}", "add")
+    ids = talk.template.encode(f"{call}\n{call}<|im_end|>".replace("{arguments}", '{"a": 1, "b": 2}'))
+    message = talk.reply(ids, None, truncated=False)
+    assert [one["id"] for one in message["tool_calls"]] == ["call00000", "call00001"]
+    assert message["tool_calls"][1]["function"] == {"name": "add", "arguments": {"a": 1, "b": 2}}
+    ids = [one["id"] for one in message["tool_calls"]]
+    talk.extend([{"role": "tool", "name": "add", "tool_call_id": one, "content": "3"} for one in ids])
+    sent = talk.template.decode(talk.next_prompt, special=True)
+    assert sent.count("<|im_start|>user") == 2 and sent.count("<tool_response>\n3\n</tool_response>") == 2
+    assert sent == talk.template.render(talk.messages)
+
+
+def test_a_malformed_call_is_content_with_a_problem_which_a_tool_may_tell() -> None:
+    talk = begin(chat_of("qwen2_5"))
+    written = "<tool_call>\n{add}\n</tool_call>"
+    message = say(talk, "qwen2_5", written)
+    assert message == {"role": "assistant", "content": written}
+    assert talk.problem.startswith("the call of a tool is no valid JSON")
+    talk.extend([{"role": "tool", "content": talk.problem}])
+    assert talk.forks == 0
+    assert talk.template.decode(talk.next_prompt, special=True) == talk.template.render(talk.messages)
+    say(talk, "qwen2_5", "sorry")
+    assert talk.problem == ""
+
+
+def test_calls_that_the_template_refuses_are_told_to_the_model() -> None:
+    talk = begin(chat_of("llama3"))
+    call = '{"name": "add", "parameters": {"a": 1, "b": 2}}'
+    message = say(talk, "llama3", f"{call}; {call}")
+    assert message == {"role": "assistant", "content": f"{call}; {call}"}
+    assert "This model only supports single tool-calls at once!" in talk.problem
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
+def test_results_are_messages_of_the_user_where_the_template_takes_no_tools(name: str) -> None:
+    talk = begin(chat_of(name))
+    say(talk, name, "hm")
+    talk.extend([{"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}])
+    assert talk.messages[-1] == {"role": "user", "content": "1\n2"}
+    assert "1\n2" in talk.template.decode(talk.next_prompt)
+
+
+def test_messages_that_the_template_refuses_are_told() -> None:
+    talk = begin(chat_of("gemma3"))
+    say(talk, "gemma3", "hm")
+    with pytest.raises(Refused, match="roles user, assistant, user, user: Conversation roles must alternate"):
+        talk.extend([{"role": "user", "content": "1"}, {"role": "user", "content": "2"}])
+
+
+def test_thinking_in_a_channel_is_kept_from_the_content_and_dropped_from_the_history() -> None:
+    talk = begin(chat_of("gpt_oss"))
+    thought = "<|channel|>analysis<|message|>one and two<|end|><|start|>assistant"
+    call = talk.template.encode(thought + FORMATS["gpt_oss"].written("", {"a": 1, "b": 2}))
+    message = talk.reply(call, None, truncated=False)
+    assert (message["content"], message["thinking"]) == ("", "one and two")
+    talk.extend([{"role": "tool", "name": "add", "tool_call_id": "call00000", "content": "3"}])
+    assert talk.forks == 0  # until there is an answer, the template keeps it
+    say(talk, "gpt_oss", "3")
+    talk.extend(ASK)
+    assert talk.forks == 1 and "one and two" not in talk.template.decode(talk.next_prompt)
+
+
+def test_an_empty_thought_of_the_prompt_forks_at_each_turn_where_the_history_lacks_it() -> None:
+    talk = begin(chat_of("qwen3", enable_thinking=False))
+    for turn in range(3):
+        say(talk, "qwen3", "5")
+        talk.extend(ASK)
+        assert talk.forks == turn + 1
+        assert talk.next_prompt == talk.template.start(talk.messages)
+
+
+def test_a_prompt_that_ends_in_an_open_reply_is_gone_on_with() -> None:
+    chat = chat_of("qwen2_5", tools=False)
+    messages = [*ASK, {"role": "assistant", "content": "It is "}]
+    talk = chat.begin(chat.encode(chat.render(ASK) + "It is "), messages)
+    assert say(talk, "qwen2_5", "7.") == {"role": "assistant", "content": "It is 7."}
+    talk.extend(ASK)
+    assert chat.decode(talk.next_prompt, special=True) == chat.render(talk.messages)
+
+
+def test_a_history_that_is_rewritten_goes_on_in_a_further_row() -> None:
+    talk = begin(chat_of("qwen2_5", tools=False))
+    say(talk, "qwen2_5", "5")
+    summary = [{"role": "user", "content": "You have said 5. Go on."}]
+    grown = talk.rewrite(summary)
+    assert talk.forks == 1 and talk.next_prompt == talk.template.start(summary)
+    with pytest.raises(ValueError, match="the model has not replied"):
+        talk.extend(ASK)
+    say(talk, "qwen2_5", "6")
+    first, second = talk.rows()
+    assert len(second.prompt_ids) == len(first.prompt_ids) + len(first.token_ids) + grown
+
+
+def test_the_environment_speaks_after_the_model() -> None:
+    talk = begin(chat_of("tiny"))
+    with pytest.raises(ValueError, match="the model has not replied"):
+        talk.extend(ASK)
+
+
+def test_a_template_for_other_content_than_text_is_refused() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.role }}{% endfor %}"
+    with pytest.raises(UserError, match=r"model\.path: its chat template leaves out the content"):
         ChatTemplate(tokenizer)
