@@ -86,6 +86,7 @@ class ChatTemplate:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of rendered text: the template has written the special tokens itself."""
+        text = text.encode(errors="replace").decode()  # half of a character is no text
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore[reportArgumentType]
 
     def decode(self, token_ids: list[int], special: bool = False) -> str:

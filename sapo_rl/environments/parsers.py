@@ -47,6 +47,7 @@ class Malformed(Exception):
 
 _SHAPE = 'must be a JSON object with "name", a text, and "arguments", an object'
 _FENCE = re.compile(r"```(?:\w+)?[ \t]*\n?(.*?)```", re.DOTALL)
+_HALF = re.compile("[\ud800-\udfff]")
 _ENDS = re.compile(r"<\|(?:end|call|return)\|>")
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 
@@ -165,17 +166,17 @@ def _pythonic(text: str) -> Parsed:
     try:
         tree = ast.parse(text.strip(), mode="eval").body
         nodes = tree.elts if isinstance(tree, ast.List) else []
-        calls = [_python_call(node) for node in nodes]
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        found = [_python_call(node) for node in nodes]
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise Malformed(f"the calls of tools are no valid Python: {error}") from error
-    return Parsed("", calls)
+    return Parsed("", _calls(found))
 
 
-def _python_call(node: ast.expr) -> Call:
+def _python_call(node: ast.expr) -> dict[str, Any]:
     if not isinstance(node, ast.Call) or node.args or any(one.arg is None for one in node.keywords):
         raise Malformed("the call of a tool must be NAME(ARGUMENT=VALUE, ...)")
     arguments = {one.arg: ast.literal_eval(one.value) for one in node.keywords if one.arg}
-    return Call(ast.unparse(node.func), arguments)
+    return {"name": ast.unparse(node.func), "arguments": arguments}
 
 
 def _openai(text: str) -> Parsed:
@@ -226,6 +227,12 @@ def _calls(value: Any) -> list[Call]:
         arguments = one.get("arguments", one.get("parameters", {})) if isinstance(one, dict) else None
         if not isinstance(arguments, dict) or not isinstance(one.get("name"), str):
             raise Malformed(f"the call of a tool {_SHAPE}")
+        try:
+            written = json.dumps(arguments, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise Malformed(f"the call of a tool holds what JSON does not: {error}") from error
+        if _HALF.search(one["name"] + written):
+            raise Malformed("the call of a tool holds one half of a character")
         calls.append(Call(one["name"], arguments))
     return calls
 

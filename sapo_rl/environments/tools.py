@@ -118,7 +118,8 @@ async def call(tools: dict[str, Tool], name: str, arguments: dict[str, Any]) -> 
         result = tool.function(**given)
         if inspect.isawaitable(result):
             result = await result
-        return Outcome(result if isinstance(result, str) else json.dumps(result, ensure_ascii=False), False)
+        text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
+        return Outcome(text.encode(errors="replace").decode(), False)  # half of a character is no text
     except Exception as error:  # it is the user's code, called as a model likes
         return Outcome(f"error: {name}: {type(error).__name__}: {error}", True)
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sapo_rl.environments.chat import ChatTemplate, Conversation
+from sapo_rl.environments.parsers import PARSERS, parse
 from sapo_rl.types import Row
 
 SMOLLM = Path(__file__).parents[2] / ".cache" / "models" / "SmolLM2-135M-Instruct"
@@ -141,3 +142,59 @@ def test_thinking_that_the_template_strips_forks_when_it_does(script: list[Any],
         assert chat.decode(watched.talk.next_prompt, special=True) == chat.render(watched.talk.messages)
     watched.write(form.written("done"))
     watched.check()
+
+
+pieces = st.sampled_from(
+    [
+        "<tool_call>",
+        "</tool_call>",
+        '{"name": "add", "arguments": {"a": 1, "b": 2}}',
+        "[add(a=1)]",
+        "{",
+        "}",
+        "[",
+        "```json",
+        "```",
+        "<think>",
+        "</think>",
+        "<|channel|>",
+        "analysis",
+        " to=functions.add",
+        "<|message|>",
+        "<|end|>",
+        "<|call|>",
+        "seven",
+        "\n",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<|eot_id|>",
+        "<function=add>",
+        "<parameter=a>",
+        "<|python_tag|>",
+        '"\\ud800"',
+        "[add(a={[]: 1})]",
+        '{"name": "add", "arguments": {"a": "\\ud800"}}',
+    ]
+)
+anything = st.lists(pieces, max_size=8).map("".join)
+
+
+@pytest.mark.parametrize("name", [*FORMATS])
+@settings(max_examples=40, deadline=None)
+@given(said=st.lists(st.tuples(anything, st.booleans(), st.booleans()), min_size=1, max_size=4))
+def test_whatever_a_model_writes_is_kept_and_goes_on(name: str, said: list[tuple[str, bool, bool]]) -> None:
+    watched = Watched(template_of(name, True), [{"role": "user", "content": "go"}])
+    for text, stops, tool in said:
+        message = watched.write(text + FORMATS[name].stop if stops else text + "x", cut=not stops)
+        watched.hear(answers(message, 2 if tool else 1, "\ud800", tools=True))
+    watched.write("done" + FORMATS[name].stop)
+    watched.check()
+
+
+@pytest.mark.parametrize("name", [*PARSERS])
+@settings(max_examples=60, deadline=None)
+@given(text=anything | st.text(max_size=40))
+def test_no_text_makes_a_parser_fail(name: str, text: str) -> None:
+    found = parse(PARSERS[name], text)
+    assert not (found.calls and found.problem)

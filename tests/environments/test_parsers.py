@@ -74,6 +74,9 @@ def test_calls_are_found_and_the_rest_is_content(parser: str, text: str, content
         ("pythonic", "[add(a=open('x'))]", "the calls of tools are no valid Python: malformed node"),
         ("pythonic", "[add(1)]", r"must be NAME\(ARGUMENT=VALUE, ...\)"),
         ("qwen3_coder", "<tool_call>add</tool_call>", "must be <function=NAME>"),
+        ("json", '{"name": "add", "arguments": {"a": "\\ud800"}}', "holds one half of a character"),
+        ("pythonic", "[add(a={1, 2})]", "holds what JSON does not: Object of type set"),
+        ("pythonic", "[add(a={[]: 1})]", "no valid Python: unhashable"),
         ("openai", " to=functions.add<|channel|>commentary json<|message|>{a}", "no valid JSON"),
     ],
 )
