@@ -259,6 +259,7 @@ _SIGNS = {
     "<tool_call>": "hermes",
     "[TOOL_CALLS]": "mistral",
     "<|python_tag|>": "llama3_json",
+    "<|tool_call_start|>": "pythonic",
 }
 _HERMES_OR_JSON = Parser(_either)
 

@@ -34,7 +34,7 @@ TOOL: dict[str, Any] = {
 }
 CALL = Call("add_numbers", {"a": 2, "b": 3})
 QUESTION: list[Message] = [{"role": "user", "content": "What is 2 + 3?"}]
-THOUGHT: Message = {"role": "assistant", "content": "<think>\nTwo and three.\n</think>\n\nFive."}
+THOUGHT = "<think>\nLet me see.\n</think>\n\n"
 SHOWN = 160
 """Characters shown of a stretch of tokens, from its end."""
 
@@ -65,21 +65,32 @@ class Trial:
         self._extend(
             talk, "tool", {"role": "tool", "tool_call_id": results[0]["id"], "name": CALL.name, "content": "5"}
         )
-        self._reply(talk, {"role": "assistant", "content": "It is 5."})
+        self._reply(talk, self.said("It is 5."))
         self._extend(talk, "user", {"role": "user", "content": "And twice that?"})
-        self._reply(talk, {"role": "assistant", "content": "It is 10."})
+        self._reply(talk, self.said("It is 10."))
         return talk
+
+    @property
+    def keeps_thinking(self) -> bool:
+        """Whether what stands in <think> tags is in the history."""
+        return self.chat.keeps({"role": "assistant", "content": f"{THOUGHT}Five."})
+
+    def said(self, text: str) -> Message:
+        """Return a reply, with a thought where the template knows of thinking and does not rule it out."""
+        thinks = not self.keeps_thinking and "</think>" not in self.chat.opening
+        return {"role": "assistant", "content": THOUGHT + text if thinks else text}
 
     def call(self) -> Message:
         """Return the message that calls the tool; bare JSON where the template has no form for it."""
         if self.chat.shows_calls:
-            return {"role": "assistant", "content": "", "tool_calls": [tool_call(CALL, 0)]}
-        return {"role": "assistant", "content": json.dumps({"name": CALL.name, "arguments": CALL.arguments})}
+            return self.said("") | {"tool_calls": [tool_call(CALL, 0)]}
+        return self.said(json.dumps({"name": CALL.name, "arguments": CALL.arguments}))
 
     def written(self, message: Message) -> list[int]:
         """Return the ids that a model would write of a message, with the stop token of the template's own."""
         prompt = self.chat.render(QUESTION).removesuffix(self.chat.opening)
-        ids = self.chat.encode(self.chat.render([*QUESTION, message], generation_prompt=False).removeprefix(prompt))
+        text = self.chat.render([*QUESTION, message], generation_prompt=False).removeprefix(prompt)
+        ids = self.chat.encode(text.removeprefix(self.chat.opening))
         end = next((place for place, one in enumerate(ids) if one in self.stops), None)
         if end is not None:
             return ids[: end + 1]
@@ -147,7 +158,7 @@ def _facts_table(trial: Trial, talk: Conversation, config: Config) -> Table:
         if any(message["role"] == "tool" for message in talk.messages)
         else "messages of the user: the template knows no tools",
         "thinking in <think> tags": "kept"
-        if chat.keeps(THOUGHT)
+        if trial.keeps_thinking
         else "taken back when the user speaks again: the episode goes on in a further row",
     } | {f"stop token {text}": what for text, what in _stops(trial)}
     table = Table(title="chat template", show_header=False, title_justify="left")
@@ -158,7 +169,7 @@ def _facts_table(trial: Trial, talk: Conversation, config: Config) -> Table:
 
 def _stops(trial: Trial) -> list[tuple[str, str]]:
     """Each stop token with what becomes of it in the history."""
-    answers = [(trial.call(), "a call"), ({"role": "assistant", "content": "5"}, "an answer")]
+    answers = [(trial.call(), "a call"), (trial.said("5"), "an answer")]
     found = []
     for stop in trial.stops:
         after = [what for message, what in answers if trial.chat.tail(message, QUESTION, stop, cut=False) is not None]

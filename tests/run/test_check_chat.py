@@ -39,7 +39,13 @@ FORKS = "the episode goes on in a further row"
             "qwen2_5",
             [HOLDS, "parser hermes (auto)", "tools described by the template", "thinking in <think> tags kept"],
         ),
-        ("qwen3", [HOLDS, f"thinking in <think> tags taken back when the user speaks again: {FORKS}"]),
+        (
+            "qwen3",
+            [
+                f"what is sent does not begin with what came before at 1 of 2 turns: {FORKS}",
+                f"thinking in <think> tags taken back when the user speaks again: {FORKS}",
+            ],
+        ),
         ("llama3", [HOLDS, "parser llama3_json (auto)", "calls in a form of the template's own"]),
         ("gemma3", [HOLDS, "results of tools messages of the user: the template knows no tools"]),
         ("gpt_oss", [f"what is sent does not begin with what came before at 2 of 2 turns: {FORKS}"]),
