@@ -6,9 +6,11 @@ of two messages with the new ones after them, and taking what comes after the re
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sapo_rl.environments import parsers
@@ -23,6 +25,9 @@ Message: TypeAlias = dict[str, Any]
 
 _START, _END = "sapo7start", "sapo7end"
 _WORD = re.compile(r"\w+")
+_TAG = re.compile(r"[<\[|]")
+CACHED = 4096
+"""Renderings that are kept: games say the same again and again."""
 
 
 class Refused(UserError):
@@ -67,6 +72,9 @@ class ChatTemplate:
         self.shows_calls = self._find_calls()
         self.opening = self._find_opening()
         """What the generation prompt writes of the reply itself, such as the begin of its thinking."""
+        self._after = lru_cache(CACHED)(self._after_of)
+        self._keeps_words = False
+        self._keeps_words = self.keeps({"role": "assistant", "content": "words"})
 
     def render(self, messages: Sequence[Message], generation_prompt: bool = True) -> str:
         """Return the text of a conversation. Raises Refused where the template has no words for it."""
@@ -111,10 +119,7 @@ class ChatTemplate:
             Refused: the template does not take `new` after such a message.
         """
         probe = self._probe(message)
-        ids, alone = (
-            self.encode(self.render([_user(), probe, *after], generation_prompt=bool(after)).partition(_END)[2])
-            for after in (new, [])
-        )
+        ids, alone = (list(self._after(json.dumps([probe, *after]))) for after in (new, []))
         if message.get("tool_calls") and self.shows_calls:  # what is left of the call is the model's own
             ids, alone = self._from_special(ids), self._from_special(alone)
         if last not in self.special:
@@ -130,6 +135,8 @@ class ChatTemplate:
         Raises:
             Refused: the template does not take such a message.
         """
+        if self._keeps_words and message.keys() == {"role", "content"} and not _TAG.search(message["content"]):
+            return True  # what templates take back stands in tags
         results = [
             {"role": "tool", "tool_call_id": call["id"], "name": call["function"]["name"], "content": "1"}
             for call in message.get("tool_calls", [])
@@ -154,6 +161,12 @@ class ChatTemplate:
                     return False
                 place += len(said)
         return True
+
+    def _after_of(self, messages: str) -> list[int]:
+        """The ids after the mark of the first of the messages, which are JSON; with more than it, to go on from."""
+        probe, *new = json.loads(messages)
+        text = self.render([_user(), probe, *new], generation_prompt=bool(new))
+        return self.encode(text.partition(_END)[2])
 
     def _probe(self, message: Message) -> Message:
         """The same kind of message with a mark where its last words are."""
