@@ -12,6 +12,9 @@ from typing import Any, NamedTuple, TypeAlias
 Messages: TypeAlias = list[dict[str, str]]
 """A chat: dictionaries with the keys `role` and `content`."""
 
+LARGEST_REWARD = 1e100
+"""Sums and squares of larger rewards could overflow."""
+
 Span: TypeAlias = tuple[int, int]
 """Places `start` to `end`, the latter exclusive."""
 
@@ -105,6 +108,8 @@ class Sample:
     """The model's turns in their order; empty for one turn, which is the whole row."""
     text: str = ""
     """What reward functions see: decoded, special tokens skipped."""
+    messages: list[dict[str, Any]] | None = None
+    """What was said after the prompt, by whom, in OpenAI's shape; None for one turn."""
     info: dict[str, Any] = field(default_factory=dict)
     """What an environment tells of it."""
     rewards: dict[str, float | None] = field(default_factory=dict)
@@ -189,3 +194,5 @@ class Batch:
     """Where the order of prompts stands after it."""
     usage: Usage
     """How long the engines wrote on it."""
+    dropped: list[str] = field(default_factory=list)
+    """What failed in each episode that its environment has lost."""

@@ -10,7 +10,8 @@ import pytest
 import torch
 from samples import one_row
 
-from sapo_rl.rewards.runner.scoring import ScoreError, call_arguments, evaluate, readable
+from sapo_rl.errors.own_code import readable
+from sapo_rl.rewards.runner.scoring import ScoreError, call_arguments, evaluate
 from sapo_rl.types import Group, Prompt
 
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
+from sapo_rl.errors.own_code import LONGEST_FAILURE, shorten
 from sapo_rl.rewards.registry import RewardFunction
-from sapo_rl.rewards.runner.scoring import LONGEST_FAILURE, ScoreError, evaluate_coroutine, shorten
+from sapo_rl.rewards.runner.scoring import ScoreError, evaluate_coroutine
 
 
 class Coroutines:

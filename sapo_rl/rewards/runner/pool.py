@@ -68,10 +68,10 @@ class RewardPool:
             self._workers.open()
             while not all(worker.ready for worker in self._workers):
                 self._advance()
-            first = next(iter(self._workers))
-            for name, function in self._cfg.functions.items():
-                check_concurrency(name, function, name in first.under_way.coroutines)
-            self._needs = first.needs
+            for first in list(self._workers)[:1]:  # none where an environment alone rewards
+                for name, function in self._cfg.functions.items():
+                    check_concurrency(name, function, name in first.under_way.coroutines)
+                self._needs = first.needs
         except BaseException:
             self._workers.close()
             raise
@@ -142,7 +142,8 @@ class RewardPool:
 
     def _add(self, group: Group) -> None:
         self._sheet.add(group)
-        self._queue.extend(Call(name, group, list(range(len(group.samples)))) for name in self._cfg.functions)
+        if group.samples:  # else all its episodes were dropped
+            self._queue.extend(Call(name, group, list(range(len(group.samples)))) for name in self._cfg.functions)
 
     def _advance(self, inbox: Inbox | None = None) -> list[Any]:
         """Hand out tasks, wait for the next event, here or in the inbox, and deal with it; return what was ready."""

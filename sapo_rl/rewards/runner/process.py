@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import socket
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Collection, Mapping
 from multiprocessing.connection import Connection
@@ -17,20 +14,17 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from sapo_rl.config import RewardConfig
+from sapo_rl.errors.own_code import readable
+from sapo_rl.processes.guarded import FOREIGN, GuardedProcess
 from sapo_rl.rewards.runner.blame import Call, Outcome
-from sapo_rl.rewards.runner.guardian import LOST, kill_descendants
-from sapo_rl.rewards.runner.scoring import call_arguments, readable
+from sapo_rl.rewards.runner.scoring import call_arguments
 from sapo_rl.rewards.runner.under_way import Task, UnderWay
 
 _CHUNK = 1 << 20  # bytes read at once, more than most answers have
 _LONGEST_ANSWER = 1 << 24  # bytes; 16384 samples, the most of a group, take 400 kB
 _BOOT_SECONDS = 60.0  # until a worker begins to import
 _SEND_SECONDS = 5  # that a worker may read nothing of what it is sent
-_STATUS_SECONDS = 2.0  # from the end of the connection to that of the process, where both end together
 _CANCEL_SECONDS = 2.0  # from the cancellation of a call to its end
-_END_SECONDS = 10.0  # for the guardian to end everything
-_LONGEST_LOG = 1 << 26  # bytes; begun anew then
-_FOREIGN = "it wrote to a file descriptor that is not its own, or closed it, or changed the module json"
 
 End: TypeAlias = tuple[Call | None, Outcome]
 """A call that has ended, None for the start of a worker, and how."""
@@ -57,24 +51,13 @@ class WorkerProcess:
         """The calls that it is at; knows which functions are coroutine functions once it is ready."""
         self.retried = retried
         self._cfg = cfg
-        self._log = log
         self._loading = ""
         self._start_deadline = time.monotonic() + max(cfg.start_timeout, _BOOT_SECONDS)
         self._read = b""
-        ours, theirs = socket.socketpair()
+        self._process = GuardedProcess("sapo_rl.rewards.runner.worker", environment, log)
         # A worker that was stopped reads nothing, and the pool must not wait for that without end.
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_SECONDS, 0))
-        self.connection = Connection(ours.detach())
-        with theirs, open(log or os.devnull, "ab") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "sapo_rl.rewards.runner.worker", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.PIPE,  # the guardian's lifeline
-                stdout=output if log else None,
-                stderr=output if log else None,
-                env=dict(environment),
-                start_new_session=True,  # Ctrl-C on the terminal reaches only this process
-            )
+        self._process.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_SECONDS, 0))
+        self.connection = Connection(self._process.socket.detach())
         with contextlib.suppress(OSError):  # it is dead already: `receive` tells how
             self.connection.send({name: (f.function, f.args) for name, f in cfg.functions.items()})
 
@@ -98,10 +81,7 @@ class WorkerProcess:
         Raises:
             OSError: the process is dead, or does not read; the call has not begun.
         """
-        if self._log is not None:
-            with contextlib.suppress(OSError):  # somebody has deleted it
-                if self._log.stat().st_size > _LONGEST_LOG:
-                    os.truncate(self._log, 0)
+        self._process.bound_log()
         number = self.under_way.add(Task(call, limit, time.monotonic() + limit))
         try:
             self.connection.send((number, call.name, call_arguments(call.group, call.positions)))
@@ -117,7 +97,7 @@ class WorkerProcess:
             found = b""
         calls = self.under_way.calls
         if not found:
-            return self._dead(self._ending(), calls)
+            return self._dead(self._process.ending(), calls)
         self._read += found
         if not found.endswith(b"\n") and len(self._read) < _LONGEST_ANSWER:
             return []
@@ -126,7 +106,7 @@ class WorkerProcess:
         for line in lines:
             understood = self._understand(line)
             if understood is None:
-                return self._dead(_FOREIGN, calls)
+                return self._dead(FOREIGN, calls)
             ends += understood
         return ends
 
@@ -152,18 +132,12 @@ class WorkerProcess:
     def hang_up(self) -> None:
         """Have the process end, with all that it started; `kill` waits for it."""
         self.connection.close()
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._process.hang_up()
 
     def kill(self) -> None:
         """End the process and all that it started."""
-        self.hang_up()
-        try:
-            self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:  # somebody has stopped the guardian
-            kill_descendants(self._process.pid)
-            self._process.kill()
-            self._process.wait()
+        self.connection.close()
+        self._process.kill()
 
     def _understand(self, line: bytes) -> list[End] | None:
         """Check one answer, of which nothing can be taken for granted; None where it is none."""
@@ -205,19 +179,6 @@ class WorkerProcess:
         if self.ready or not self._loading:
             return cause
         return f"importing '{self._cfg.functions[self._loading].function}' for '{self._loading}': {cause}"
-
-    def _ending(self) -> str:
-        """Say how the process ended; one that has closed the connection may live on."""
-        try:
-            code = self._process.wait(_STATUS_SECONDS)
-        except subprocess.TimeoutExpired:
-            return _FOREIGN
-        if code == -LOST:
-            return _FOREIGN
-        printed = f"; what it printed: {self._log}" if self._log is not None else ""
-        if code >= 0:
-            return f"its process ended with exit code {code}{printed}"
-        return f"its process ended by signal {-code} ({signal.strsignal(-code)}){printed}"
 
 
 def _as_columns(found: Any) -> dict[str, list[str]] | None:

@@ -5,28 +5,16 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-import traceback
 from collections.abc import Mapping, Set
 from types import CodeType
 from typing import Any
 
+from sapo_rl.errors.own_code import line_of, told
 from sapo_rl.rewards.registry import RewardFunction
-from sapo_rl.types import Group
+from sapo_rl.types import LARGEST_REWARD, Group, Sample
 
 GIVEN = ("completions", "prompts", "completion_ids")
 """What every call is given beside the data's columns and the function's settings."""
-
-LARGEST = 1e100
-"""Sums and squares of larger rewards could overflow."""
-
-LONGEST_FAILURE = 10_000
-"""Characters of a failure's text that a worker answers; what is shown of it is shortened further."""
-
-MOST_CHARACTERS = 1000
-"""Of a failure's text, in what is shown and kept."""
-
-MOST_LINES = 12
-"""The same in lines."""
 
 
 class ScoreError(Exception):
@@ -37,7 +25,8 @@ def call_arguments(group: Group, chosen: list[int]) -> dict[str, list[Any]]:
     """Return the keyword arguments for the samples `chosen` of a group, as TRL passes them.
 
     `prompts`, `completions`, `completion_ids` and every column of the prompt, each with `len(chosen)` entries. A chat
-    prompt's completion is a list of one assistant message, a text prompt's a string.
+    prompt's completion is a list of one assistant message, a text prompt's a string; that of an episode with several
+    turns is all that was said after the prompt, as messages.
     """
     samples = [group.samples[position] for position in chosen]
     chat = not isinstance(group.prompt.content, str)
@@ -45,9 +34,15 @@ def call_arguments(group: Group, chosen: list[int]) -> dict[str, list[Any]]:
     return {
         **columns,
         "prompts": [group.prompt.content] * len(samples),
-        "completions": [[{"role": "assistant", "content": s.text}] if chat else s.text for s in samples],
+        "completions": [_completion(sample, chat) for sample in samples],
         "completion_ids": [s.token_ids for s in samples],
     }
+
+
+def _completion(sample: Sample, chat: bool) -> str | list[dict[str, Any]]:
+    if sample.messages is not None:
+        return sample.messages
+    return [{"role": "assistant", "content": sample.text}] if chat else sample.text
 
 
 def needed_columns(function: RewardFunction, settings: dict[str, Any]) -> list[str]:
@@ -76,7 +71,7 @@ def evaluate(function: RewardFunction, arguments: dict[str, list[Any]], settings
     except ScoreError:  # of a function that has another one called
         raise
     except BaseException as error:
-        raise ScoreError(f"{_told(error)}{_line(function, error)}") from error
+        raise ScoreError(f"{told(error)}{_line(function, error)}") from error
     return _checked(result, expected, function)
 
 
@@ -94,7 +89,7 @@ async def evaluate_coroutine(
     except ScoreError:
         raise
     except BaseException as error:
-        raise ScoreError(f"{_told(error)}{_line(function, error)}") from error
+        raise ScoreError(f"{told(error)}{_line(function, error)}") from error
     return _checked(result, expected, function)
 
 
@@ -103,29 +98,13 @@ def is_coroutine(function: RewardFunction) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def shorten(text: str, most: int) -> str:
-    """Return `text`, or its beginning and its end where it has more than `most` characters."""
-    return text if len(text) <= most else f"{text[: most // 2]} [...] {text[-(most // 2) :]}"
-
-
-def readable(text: str) -> str:
-    """Return `text` from a function fit for a terminal: shortened in the middle, without what is not to be printed."""
-    lines = shorten(text, MOST_CHARACTERS).split("\n")
-    if len(lines) > MOST_LINES:
-        lines = [*lines[: MOST_LINES // 2], "[...]", *lines[-(MOST_LINES // 2) :]]
-    return "".join(
-        character if character.isprintable() or character in "\n\t" else ascii(character)[1:-1]
-        for character in "\n".join(lines)
-    )
-
-
 def _checked(result: Any, expected: int, function: RewardFunction) -> list[float | None]:
     if isinstance(result, str | bytes | bytearray | Mapping | Set) or not hasattr(result, "__iter__"):
         raise ScoreError(f"returned a {type(result).__name__}, must be a list of {expected}{_line(function)}")
     try:
         values = list(result)
     except BaseException as error:  # such as a tensor without dimensions
-        raise ScoreError(f"returned a {type(result).__name__}: {_told(error)}{_line(function)}") from error
+        raise ScoreError(f"returned a {type(result).__name__}: {told(error)}{_line(function)}") from error
     if len(values) != expected:
         raise ScoreError(f"returned {len(values)} values for {expected} completions{_line(function)}")
     return [_number(value, function) for value in values]
@@ -148,34 +127,21 @@ def _number(value: Any, function: RewardFunction) -> float | None:
         number = math.nan if isinstance(value, str | bytes) else float(value)
     except BaseException:  # its own `__float__` may raise anything
         number = math.nan
-    if not abs(number) <= LARGEST:
+    if not abs(number) <= LARGEST_REWARD:
         try:
             shown = repr(value)[:60]
         except BaseException as error:
-            shown = f"a {type(value).__name__} (its __repr__: {_told(error)})"
+            shown = f"a {type(value).__name__} (its __repr__: {told(error)})"
         raise ScoreError(
-            f"returned {shown} for a sample, must be a finite number of at most {LARGEST:g} or None{_line(function)}"
+            f"returned {shown} for a sample, must be a finite number of at most {LARGEST_REWARD:g} or None"
+            f"{_line(function)}"
         )
     return number
 
 
-def _told(error: BaseException) -> str:
-    try:
-        text = str(error)
-    except BaseException as other:
-        text = f"its __str__ raises {type(other).__name__}"
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
 def _line(function: RewardFunction, error: BaseException | None = None) -> str:
-    """` (file:line)` of the innermost frame in the function's own file; of its definition where there is none."""
-    code = _code(function)
-    frames = traceback.extract_tb(error.__traceback__)[1:] if error is not None else []  # the first frame is ours
-    own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
-    place = next(reversed(own or frames), None)
-    if place is not None:
-        return f" ({place.filename}:{place.lineno})"
-    return "" if code is None else f" ({code.co_filename}:{code.co_firstlineno})"
+    """Where the function raised, or where it is defined."""
+    return line_of(_code(function), error)
 
 
 def _code(function: RewardFunction) -> CodeType | None:

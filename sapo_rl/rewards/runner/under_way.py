@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sapo_rl.config import RewardFunctionConfig
+from sapo_rl.errors.own_code import readable
 from sapo_rl.rewards.runner.blame import Call, Outcome
-from sapo_rl.rewards.runner.scoring import LARGEST, readable
+from sapo_rl.types import LARGEST_REWARD
 
 _MOST = 64  # calls of a coroutine function at once, where the config does not say
 
@@ -114,6 +115,6 @@ def _as_scores(found: Any, count: int) -> list[float | None] | None:
     """Return what a worker answered as `count` scores; None where it is anything else."""
     if not isinstance(found, list) or len(found) != count:
         return None
-    if not all(one is None or (type(one) in (int, float) and abs(one) <= LARGEST) for one in found):
+    if not all(one is None or (type(one) in (int, float) and abs(one) <= LARGEST_REWARD) for one in found):
         return None
     return [None if one is None else float(one) for one in found]

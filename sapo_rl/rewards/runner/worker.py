@@ -4,7 +4,7 @@ It is handed its functions once, then answers calls until the other end closes: 
 of others one after the other. The parent sends
 pickles; an answer is a line of JSON with the number of its call, so that code which evaluates a model's words here
 cannot make the parent run any, and what a function writes to descriptors that are not its own is no answer. A guardian
-(`sapo_rl.rewards.runner.guardian`) stands between the two and ends what functions have started.
+(`sapo_rl.processes.guardian`) stands between the two and ends what functions have started.
 """
 
 from __future__ import annotations
@@ -13,36 +13,24 @@ import importlib
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 from sapo_rl.errors import UserError
-from sapo_rl.processes import die_with_parent, streams
+from sapo_rl.errors.own_code import LONGEST_FAILURE, shorten
+from sapo_rl.processes.guarded import begin
+from sapo_rl.processes.guardian import LOST
 from sapo_rl.rewards.lookup import check_own_arguments, resolve
 from sapo_rl.rewards.registry import PACKAGES, RewardFunction
 from sapo_rl.rewards.runner.coroutines import Coroutines
-from sapo_rl.rewards.runner.guardian import LOST, fork_guarded
-from sapo_rl.rewards.runner.scoring import (
-    LONGEST_FAILURE,
-    ScoreError,
-    evaluate,
-    is_coroutine,
-    needed_columns,
-    shorten,
-)
+from sapo_rl.rewards.runner.scoring import ScoreError, evaluate, is_coroutine, needed_columns
 
 
 def main() -> None:
     """Serve until the parent closes the connection or dies."""
-    descriptor = int(sys.argv[1])
-    die_with_parent(fork_guarded(descriptor))
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # one from outside is not the function's KeyboardInterrupt
-    os.set_inheritable(descriptor, False)
-    streams.outlive()
-    connection = Connection(descriptor)
+    connection = Connection(begin())
     try:
         _serve(connection, partial(_reply, connection, os.getpid()))
     except (EOFError, OSError):  # by the parent, which asks no more, or by a function

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sapo_rl.config import RewardConfig
-from sapo_rl.errors import UserError
-from sapo_rl.rewards.runner.environment import hidden
+from sapo_rl.processes.guarded import touch_log
+from sapo_rl.processes.hidden import environment_of, hidden, with_hint
 from sapo_rl.rewards.runner.process import WorkerProcess
 
 CLOSED = "the pool of reward functions is closed"
@@ -27,6 +25,7 @@ class Workers:
     def __init__(self, cfg: RewardConfig, log: Path | None) -> None:
         self.closed = False
         self._cfg = cfg
+        self._count = cfg.workers if cfg.functions else 0
         self._log = log
         self._workers: list[WorkerProcess] = []
         self._hidden: list[str] = []
@@ -41,12 +40,7 @@ class Workers:
             UserError: the log cannot be written.
         """
         self.closed = False
-        if self._log is not None:
-            try:
-                self._log.parent.mkdir(parents=True, exist_ok=True)
-                self._log.touch()
-            except OSError as error:
-                raise UserError(f"what reward functions print cannot be written: {error}") from error
+        touch_log(self._log, "reward functions")
         self.fill()
 
     def fill(self, retried: bool = False) -> None:
@@ -57,12 +51,11 @@ class Workers:
         """
         if self.closed:  # by the thread that opened them, while another scores
             raise RuntimeError(CLOSED)
-        if len(self._workers) == self._cfg.workers:  # after nearly every answer: an environment costs more to make
+        if len(self._workers) == self._count:  # after nearly every answer: an environment costs more to make
             return
         self._hidden = hidden(os.environ, self._cfg.env)
-        environment = {name: value for name, value in os.environ.items() if name not in self._hidden}
-        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)  # what we could import
-        while len(self._workers) < self._cfg.workers:
+        environment = environment_of(self._hidden)
+        while len(self._workers) < self._count:
             self._workers.append(WorkerProcess(self._cfg, environment, self._log, retried))
 
     def replace(self, worker: WorkerProcess, retried: bool = False) -> None:
@@ -85,5 +78,4 @@ class Workers:
 
     def with_hint(self, cause: str) -> str:
         """Add to a failure that names a variable which functions do not see how they get to see it."""
-        name = next((name for name in self._hidden if re.search(rf"\b{re.escape(name)}\b", cause)), None)
-        return cause if name is None else f"{cause}; reward.env=[{name}] lets functions see that variable"
+        return with_hint(cause, self._hidden)

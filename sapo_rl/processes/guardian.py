@@ -1,10 +1,10 @@
-"""The process between the pool and a worker, which ends whatever the worker's functions have started.
+"""The process between this one and a worker with a user's own code, which ends whatever that code has started.
 
-    pool -- lifeline (stdin) --> guardian -- watches --> worker -- starts --> anything
+    parent -- lifeline (stdin) --> guardian -- watches --> worker -- starts --> anything
 
-Processes that reward functions start may leave their session or outlive their parent. On Linux they fall to the
+Processes that the code starts may leave their session or outlive their parent. On Linux they fall to the
 guardian then (it is their subreaper), so it finds them all. It acts when the worker dies, and when the lifeline closes:
-the pool does that at its end, and the kernel where the pool's process is killed.
+the parent does that at its end, and the kernel where it is killed.
 """
 
 from __future__ import annotations
