@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 
 from sapo_rl.config import Config
 from sapo_rl.rewards import RewardPool
-from sapo_rl.rollout.collector import Rollouts
+from sapo_rl.rollout.collector import Writer
 from sapo_rl.rollout.share import Share
 from sapo_rl.telemetry import Telemetry, Timers
 from sapo_rl.types import Group, Messages, Prompt
@@ -35,7 +35,7 @@ class Evaluator:
         self,
         held_out: Sequence[Prompt],
         share: Share,
-        rollouts: Rollouts,
+        rollouts: Writer,
         rewards: RewardPool,
         telemetry: Telemetry,
         timers: Timers,
@@ -47,7 +47,7 @@ class Evaluator:
         self._any, self._own = bool(held_out), share.of(held_out)
         self._rollouts, self._rewards = rollouts, rewards
         self._telemetry, self._timers = telemetry, timers
-        self._functions, self._samples = list(config.reward.functions), config.eval.samples
+        self._functions, self._samples = list(config.rewards), config.eval.samples
         self._judge = config.eval.reward or next(iter(self._functions), "")
 
     def run(self, step: int) -> None:

@@ -50,7 +50,7 @@ def train(parts: Parts) -> bool:
         SharedError: the loss or the gradient is not finite; nothing of that step is saved or published.
     """
     config, batches, trainer, telemetry = parts.config, parts.batches, parts.trainer, parts.telemetry
-    log = StepLog(telemetry, parts.timers, config.in_flight)
+    log = StepLog(telemetry, parts.timers, config)
     if batches.step == 0:
         verify(parts, 0)
         parts.evaluator.run(0)
@@ -60,7 +60,7 @@ def train(parts: Parts) -> bool:
         telemetry.warn(text)
     with contextlib.closing(batches):
         for step, batch in batches:
-            batch = with_advantages(batch, config.reward.functions, config.advantage, gather_object)
+            batch = with_advantages(batch, config.rewards, config.advantage, gather_object)
             batches.sleep()
             stats = trainer.train_on(batch.groups, parts.timers)
             batches.ready_for_new_weights()

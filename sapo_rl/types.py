@@ -5,6 +5,7 @@ Ragged lists carry their axes in the name: P prompts of a step, G samples of a p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple, TypeAlias
@@ -194,5 +195,5 @@ class Batch:
     """Where the order of prompts stands after it."""
     usage: Usage
     """How long the engines wrote on it."""
-    dropped: list[str] = field(default_factory=list)
+    dropped: Sequence[str] = ()
     """What failed in each episode that its environment has lost."""

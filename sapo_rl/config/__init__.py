@@ -14,6 +14,9 @@ from sapo_rl.config.loss import AdvantageConfig, LossConfig
 TOOL_PARSERS = ("hermes", "json", "llama3_json", "mistral", "openai", "pythonic", "qwen3_coder")
 """Formats of calls of tools that are read."""
 
+ENVIRONMENT = "environment"
+"""The name of the environment's reward beside those of `reward.functions`."""
+
 
 @dataclass
 class LoraConfig:
@@ -119,7 +122,31 @@ class RewardConfig:
     start_timeout: float = number(120.0, above=0, most=LONGEST_WAIT)
     """Seconds that importing one function may take; then it is tried once more in a fresh process."""
     env: list[str] = field(default_factory=list)
-    """Environment variables named like a key, token or password that functions see nevertheless: `[JUDGE_API_KEY]`."""
+    """Environment variables named like a key, token or password that functions and environments see nevertheless:
+    `[JUDGE_API_KEY]`."""
+
+
+@dataclass
+class EnvironmentConfig:
+    """What answers the model, so that an episode has several turns; docs/environments.md."""
+
+    name: Optional[str] = None
+    """A built-in (`guess`, `calculator`), or the dotted path of your own class or of a function that makes one; null is
+    one turn."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the class."""
+    max_turns: int = number(8, least=1)
+    """Replies of the model in an episode."""
+    max_tokens: int = number(2048, least=1)
+    """Tokens of an episode after its prompt, the model's and the environment's together. One reply is bounded by
+    `rollout.max_completion_tokens`."""
+    turn_timeout: float = number(30.0, above=0, most=LONGEST_WAIT)
+    """Seconds that one call of the environment may take; then its process is killed."""
+    workers: int = number(4, least=1)
+    """Processes with environments, for each rank; each has many episodes under way."""
+    on_error: str = choice("raise", "raise", "drop")
+    """A failed environment ends the run with its text (`raise`), or its episode leaves its group and is counted
+    (`drop`)."""
 
 
 @dataclass
@@ -304,6 +331,9 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    tools: list[str] = field(default_factory=list)
+    """Typed functions that the model may call in the middle of an episode, by dotted path: `[my_tools.search]`."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -331,3 +361,19 @@ class Config:
     def in_flight(self) -> bool:
         """Whether rollouts go on while weights are replaced, so that batches overlap with each other too."""
         return self.rollout.overlaps and not self.reproducible
+
+    @property
+    def has_episodes(self) -> bool:
+        """Whether an episode may have several turns."""
+        return self.environment.name is not None or bool(self.tools)
+
+    @property
+    def max_episode_tokens(self) -> int:
+        """Tokens after a prompt, at most."""
+        return self.environment.max_tokens if self.has_episodes else self.rollout.max_completion_tokens
+
+    @property
+    def rewards(self) -> dict[str, RewardFunctionConfig]:
+        """What an episode is rewarded by: the reward functions, then the environment, with weight 1."""
+        own = {} if self.environment.name is None else {ENVIRONMENT: RewardFunctionConfig(self.environment.name)}
+        return self.reward.functions | own

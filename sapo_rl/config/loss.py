@@ -104,7 +104,8 @@ class LossConfig:
     )
     """How token losses become one number, over the whole batch of an update and all ranks."""
     loss_agg_norm: Optional[float] = None
-    """Divisor of `seq-mean-token-sum-norm`; null takes `rollout.max_completion_tokens`."""
+    """Divisor of `seq-mean-token-sum-norm`; null takes `rollout.max_completion_tokens`, with an
+    environment or tools `environment.max_tokens`."""
     old_logps: str = choice("recompute", "recompute", "rollout", "decoupled")
     """What the ratio is taken against: the trainer's log-probabilities before the step's first update (`recompute`),
     vLLM's when it sampled (`rollout`), or the former with a correction towards the latter (`decoupled`)."""

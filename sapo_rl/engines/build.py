@@ -106,8 +106,8 @@ def cache_bytes(config: Config, facts: ModelFacts, memory: int, engines: int) ->
 
 
 def longest(config: Config) -> int:
-    """Return the tokens of the longest sequence, prompt and completion."""
-    return config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    """Return the tokens of the longest sequence, a prompt and what follows it."""
+    return config.data.max_prompt_tokens + config.max_episode_tokens
 
 
 def engine_count(config: Config, facts: ModelFacts, device: Device) -> int:

@@ -1,1 +1,13 @@
-"""What a model talks to over several turns: its tools, its games, and the tokens of what is said."""
+"""What a model talks to over several turns: its tools, its games, and the tokens of what is said.
+
+Importing this package loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from sapo_rl.environments.calculator import Calculator
+from sapo_rl.environments.guess import Guess
+from sapo_rl.environments.lookup import check_environment, check_tool
+from sapo_rl.environments.registry import ENVIRONMENTS
+
+__all__ = ["ENVIRONMENTS", "Calculator", "Guess", "check_environment", "check_tool"]

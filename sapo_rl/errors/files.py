@@ -169,3 +169,17 @@ def _line(error: yaml.YAMLError) -> str:
 
 def _problem(error: yaml.YAMLError) -> str:
     return first_line(getattr(error, "problem", None) or getattr(error, "reason", None) or error)
+
+
+def touch_log(log: Path | None, whose: str) -> None:
+    """Make the log and its folder.
+
+    Raises:
+        UserError: it cannot be written; `whose` says who prints there.
+    """
+    if log is not None:
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.touch()
+        except OSError as error:
+            raise UserError(f"what {whose} print cannot be written: {error}") from error

@@ -186,7 +186,7 @@ class PolicyTrainer:
             self.config.loss.loss_agg_mode,
             num_sequences=num_sequences,
             num_tokens=num_tokens,
-            normalizer=self.config.loss.loss_agg_norm or self.config.rollout.max_completion_tokens,
+            normalizer=self.config.loss.loss_agg_norm or self.config.max_episode_tokens,
         )
         weight_of = dict(zip(lengths, weights.tolist(), strict=True))
         return [

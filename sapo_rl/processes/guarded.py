@@ -11,7 +11,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from sapo_rl.errors import UserError
 from sapo_rl.processes import die_with_parent, streams
 from sapo_rl.processes.guardian import LOST, fork_guarded, kill_descendants
 
@@ -91,17 +90,3 @@ def begin() -> int:
     os.set_inheritable(descriptor, False)
     streams.outlive()
     return descriptor
-
-
-def touch_log(log: Path | None, whose: str) -> None:
-    """Make the log and its folder.
-
-    Raises:
-        UserError: it cannot be written; `whose` says who prints there.
-    """
-    if log is not None:
-        try:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            log.touch()
-        except OSError as error:
-            raise UserError(f"what {whose} print cannot be written: {error}") from error

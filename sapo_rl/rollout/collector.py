@@ -6,13 +6,14 @@ import hashlib
 import queue
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from sapo_rl.config import RolloutConfig
 from sapo_rl.engines.base import Engine, Request, Sampling
 from sapo_rl.processes import at_once
-from sapo_rl.rollout.dispatch import Answer, Dispatcher
+from sapo_rl.rollout.dispatch import Answer, Dispatcher, Session
 from sapo_rl.types import Group, Prompt, Row, Sample, Stop, Usage
 
 if TYPE_CHECKING:
@@ -45,6 +46,34 @@ class RolloutResult(NamedTuple):
     """In the prompts' order."""
     usage: Usage
     """How long they wrote."""
+    dropped: Sequence[str] = ()
+    """What failed in each episode that is missing."""
+
+
+class Writer(Protocol):
+    """What writes groups with the weights that the engines hold: `Rollouts`, or `Episodes` where they have turns."""
+
+    def generate(self, prompts: Sequence[Prompt], step: int, n: int | None = None) -> list[Group]:
+        """Return the groups of `n` samples of each prompt, the group size by default, in the prompts' order."""
+        ...
+
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        step: int,
+        n: int | None = None,
+        on_group: Callable[[Group], None] = lambda group: None,
+    ) -> RolloutResult:
+        """Do as `generate`; `on_group` gets each group as soon as it is finished, in another thread."""
+        ...
+
+    def greedy(self, prompts: Sequence[Prompt], most: int | None = None) -> list[Group]:
+        """Return groups of one sample with the likeliest tokens, `most` a reply at most."""
+        ...
+
+    def sleep(self) -> None:
+        """Have the engines free the GPU's memory until the next call or weights."""
+        ...
 
 
 class Rollouts:
@@ -110,6 +139,10 @@ class Rollouts:
         limit = min(self.sampling.max_tokens, most or self.sampling.max_tokens)
         sampling = replace(self.sampling, temperature=0.0, logprobs=False, max_tokens=limit)
         return self._run(prompts, requests, sampling, lambda group: None, urgent=True).groups
+
+    def submit(self, request: Request, sampling: Sampling, session: Session) -> Future[Answer]:
+        """Return at once with a future of the answer to one turn of an episode; `session` is the episode's."""
+        return self._dispatcher.submit(request, sampling, session)
 
     def sleep(self) -> None:
         """Have the engines free the GPU's memory, as far as their settings say, until the next call or weights."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from sapo_rl.config import Config
 from sapo_rl.data import PromptSampler
 from sapo_rl.rewards import Inbox, RewardPool
-from sapo_rl.rollout.collector import RolloutResult, Rollouts
+from sapo_rl.rollout.collector import RolloutResult, Writer
 from sapo_rl.rollout.prefetch import Prefetcher
 from sapo_rl.rollout.share import Share
 from sapo_rl.types import Batch, Prompt
@@ -57,7 +57,7 @@ class BatchQueue:
         prompts: Sequence[Prompt],
         sampler: PromptSampler,
         share: Share,
-        rollouts: Rollouts,
+        rollouts: Writer,
         rewards: RewardPool,
         timers: Timer,
         config: Config,
@@ -124,7 +124,7 @@ class BatchQueue:
             written = pending.writing.result()
         with self._timers("reward"):
             scores = self._rewards.finish(written.groups)
-        return Batch(scores.groups, scores.stats, pending.sampler_state, written.usage)
+        return Batch(scores.groups, scores.stats, pending.sampler_state, written.usage, written.dropped)
 
 
 def _in_thread(work: Callable[[], T], at_end: Callable[[], None]) -> Future[T]:

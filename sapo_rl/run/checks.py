@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sapo_rl import plugins
-from sapo_rl.config import Config
+from sapo_rl.config import ENVIRONMENT, Config
 from sapo_rl.config.fields import BOUNDS
 from sapo_rl.config.loss import CHOSEN_KEYS, unread
 from sapo_rl.errors import UserError, brief, did_you_mean
@@ -237,7 +237,7 @@ def _check_sources(config: Config) -> None:
     except UserError as error:
         raise _with_key(error, "data.source") from error
     functions = config.reward.functions
-    if not functions:
+    if not config.rewards:
         raise ConfigError("reward.functions", "is empty; name at least one, e.g. with reward=numeric")
     for name, function in functions.items():
         try:
@@ -247,16 +247,41 @@ def _check_sources(config: Config) -> None:
     for name in config.reward.env:
         if name not in os.environ:
             raise ConfigError("reward.env", f"there is no environment variable '{name}'")
-    if not any(function.weight for function in functions.values()):
+    if not any(function.weight for function in config.rewards.values()):
         raise ConfigError("reward.functions", "every weight is 0: nothing to train on")
     judge = config.eval.reward
-    if judge is not None and judge not in functions:
-        raise ConfigError("eval.reward", f"unknown reward '{judge}'; {did_you_mean(judge, functions)}")
+    if judge is not None and judge not in config.rewards:
+        raise ConfigError("eval.reward", f"unknown reward '{judge}'; {did_you_mean(judge, config.rewards)}")
+
+
+def _check_environment(config: Config) -> None:
+    from sapo_rl.environments import check_environment, check_tool
+
+    environment = config.environment
+    if not config.has_episodes:
+        if environment.args:
+            raise ConfigError("environment.args", f"is {environment.args}, and environment.name is null")
+        return
+    try:
+        check_environment(environment)
+    except UserError as error:
+        raise _with_key(error, "environment.name") from error
+    for path in config.tools:
+        try:
+            check_tool(path)
+        except UserError as error:
+            raise ConfigError("tools", str(error)) from error
+    if environment.name is not None and ENVIRONMENT in config.reward.functions:
+        raise ConfigError(f"reward.functions.{ENVIRONMENT}", "is the name of the environment's reward; take another")
+    if not config.data.chat_template:
+        raise ConfigError("data.chat_template", "is false; an environment or tools need a chat")
+    if config.data.response_prefix:
+        raise ConfigError("data.response_prefix", "is for one turn; not with an environment or tools")
 
 
 def _with_key(error: UserError, key: str) -> ConfigError:
     """Take the key off the front of the message, where it names one."""
-    found = re.match(r"((?:data|reward|launch)\.[\w.]+): (.*)", str(error), re.DOTALL)
+    found = re.match(r"((?:data|reward|launch|environment)\.[\w.]+): (.*)", str(error), re.DOTALL)
     return ConfigError(found[1], found[2]) if found else ConfigError(key, str(error))
 
 
@@ -280,11 +305,11 @@ def _check_model(config: Config) -> None:
         hint = " (python scripts/fetch_model.py makes it)" if fetched else ""
         raise ConfigError("model.path", f"{error}{hint}") from error
     limit = shape.get("max_position_embeddings")
-    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    longest = config.data.max_prompt_tokens + config.max_episode_tokens
     if limit is not None and longest > limit:
         raise ConfigError(
-            "rollout.max_completion_tokens",
-            f"is {config.rollout.max_completion_tokens}, with data.max_prompt_tokens = {config.data.max_prompt_tokens} "
+            "environment.max_tokens" if config.has_episodes else "rollout.max_completion_tokens",
+            f"is {config.max_episode_tokens}, with data.max_prompt_tokens = {config.data.max_prompt_tokens} "
             f"up to {longest} tokens; the model's limit is {limit}",
         )
 
@@ -299,6 +324,7 @@ RULES = {
     "loss, rollout": _check_loss,
     "loss, rollout.top_p and others": _check_filters,
     "data, reward": _check_sources,
+    "environment, tools": _check_environment,
     "model.lora": _check_lora,
     "model.path": _check_model,
 }

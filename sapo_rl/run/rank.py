@@ -36,6 +36,7 @@ from sapo_rl.config import Config, ModelConfig
 from sapo_rl.data import PromptSampler, build_prompts, load_rows, own, repetition_warning
 from sapo_rl.engines.base import Engine
 from sapo_rl.engines.build import ModelFacts, build_engines, build_transport, close_all, device_of, model_facts
+from sapo_rl.environments.runner.pool import EnvironmentPool
 from sapo_rl.errors import UserError, first_line
 from sapo_rl.evaluation import Evaluator
 from sapo_rl.policy import checkpoint
@@ -46,6 +47,7 @@ from sapo_rl.policy.trainer import PolicyTrainer, Reference, objective
 from sapo_rl.processes import streams
 from sapo_rl.rewards import RewardPool
 from sapo_rl.rollout.collector import Rollouts
+from sapo_rl.rollout.episodes import Episodes
 from sapo_rl.rollout.filters import filter_warning
 from sapo_rl.rollout.publisher import WeightPublisher
 from sapo_rl.rollout.queue import BatchQueue
@@ -117,8 +119,8 @@ def build(folder: Path | None, stack: contextlib.ExitStack, stops: Stops) -> Par
 
     _import_own(config)
     tokenizer = load_tokenizer(config.model)
-    printed = folder / "logs" / f"rewards_rank{accelerator.process_index}.log"
-    rewards = stack.enter_context(RewardPool(config.reward, printed))
+    printed = partial(_log, folder, accelerator.process_index)
+    rewards = stack.enter_context(RewardPool(config.reward, printed("rewards")))
     resumed = _last_checkpoint(config, folder, accelerator) if config.resume else None
     device, facts = device_of(accelerator.local_process_index), _facts(config.model)
     transport = build_transport(config, facts, device, token, accelerator.is_main_process)
@@ -126,10 +128,12 @@ def build(folder: Path | None, stack: contextlib.ExitStack, stops: Stops) -> Par
     stream = f"vllm_rank{accelerator.process_index}/{resumed.name if resumed else ''}"
     engines = build_engines(config, facts, device, folder / "logs", stop_tokens(config.model, tokenizer), stream)
     stack.callback(close_all, engines)  # before the transport: they may have its memory mapped
+    rollouts = Rollouts(engines, config.rollout, tokenizer, config.seed, config.reproducible)
+    pool = EnvironmentPool(config, printed("environments"))
+    writer = stack.enter_context(Episodes(rollouts, pool, config)) if config.has_episodes else rollouts
     for engine in engines:
         engine.start()  # takes longest: prompts and the trainer's copy of the model are made meanwhile
-
-    prompts, held_out, dropped = _prompts(config, tokenizer, rewards)
+    prompts, held_out, dropped = _prompts(config, tokenizer, (rewards, pool))
     per_step = config.rollout.batch_size // config.rollout.group_size
     sampler = PromptSampler(len(prompts), per_step, config.seed, config.data.shuffle)
     trainer = PolicyTrainer(*_models(config, not loads_weights(accelerator)), config, accelerator)
@@ -143,16 +147,14 @@ def build(folder: Path | None, stack: contextlib.ExitStack, stops: Stops) -> Par
     for text in _warnings(config, dropped, repetition_warning(len(prompts), per_step)):
         telemetry.warn(text)
     timers = Timers(partial(torch.cuda.Event, enable_timing=True) if accelerator.device.type == "cuda" else None)
-    rollouts = Rollouts(engines, config.rollout, tokenizer, config.seed, config.reproducible)
-    sharing = 1 if config.rollout.servers else config.rollout.tensor_parallel
-    share = Share.of_rank(accelerator.process_index, accelerator.num_processes, sharing)
+    share = _share(config, accelerator)
     parts = Parts(
         config=config,
         frozen=frozen,
-        batches=BatchQueue(prompts, sampler, share, rollouts, rewards, timers, config, step, stops.asked_anywhere),
+        batches=BatchQueue(prompts, sampler, share, writer, rewards, timers, config, step, stops.asked_anywhere),
         trainer=trainer,
         weights=WeightPublisher(trainer, transport, engines, rollouts, prompts[0], config.model.dtype, timers),
-        evaluator=Evaluator(held_out, share, rollouts, rewards, telemetry, timers, config, state.get("before", [])),
+        evaluator=Evaluator(held_out, share, writer, rewards, telemetry, timers, config, state.get("before", [])),
         checkpoints=Checkpointer(folder, trainer, tokenizer, config.checkpoint),
         telemetry=telemetry,
         timers=timers,
@@ -164,6 +166,16 @@ def build(folder: Path | None, stack: contextlib.ExitStack, stops: Stops) -> Par
     if resumed or config.rollout.servers:  # which may still hold those of an earlier run
         parts.weights.publish(step)
     return parts
+
+
+def _log(folder: Path, rank: int, what: str) -> Path:
+    """Where a kind of a rank's processes prints."""
+    return folder / "logs" / f"{what}_rank{rank}.log"
+
+
+def _share(config: Config, accelerator: Accelerator) -> Share:
+    sharing = 1 if config.rollout.servers else config.rollout.tensor_parallel
+    return Share.of_rank(accelerator.process_index, accelerator.num_processes, sharing)
 
 
 def _wait_for(engines: Sequence[Engine], config: Config, folder: Path, telemetry: Telemetry) -> None:
@@ -220,14 +232,15 @@ def _models(config: Config, empty: bool) -> tuple[Policy, Reference | None]:
 
 
 def _prompts(
-    config: Config, tokenizer: PreTrainedTokenizerBase, rewards: RewardPool
+    config: Config, tokenizer: PreTrainedTokenizerBase, users: Sequence[RewardPool | EnvironmentPool]
 ) -> tuple[list[Prompt], list[Prompt], int]:
     rows, held_out_rows = load_rows(config.data, config.eval.prompts)
     prompts, dropped = build_prompts(rows, config.data, tokenizer)
     held_out, also_dropped = build_prompts(held_out_rows, config.data, tokenizer) if held_out_rows else ([], 0)
     for some, source in ((prompts[:1], "the data"), (held_out[:1], "the held-out data")):
         for prompt in some:  # all have the same columns
-            rewards.check_columns(prompt.columns, source)
+            for user in users:
+                user.check_columns(prompt.columns, source)
     return prompts, held_out, dropped + also_dropped
 
 

@@ -1,7 +1,8 @@
-"""What a dry run tries out, so that a mistake is told before a run: the data, the reward functions, the memory."""
+"""What a dry run tries out, so that a mistake is told before a run: the data, the user's own code, the memory."""
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import subprocess
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from sapo_rl.advantages import own_function
 from sapo_rl.config import Config
 from sapo_rl.data import load_rows, repetition_warning
 from sapo_rl.data.prompts import Rows, columns_of, content_of, with_all_columns
+from sapo_rl.environments.runner.pool import EnvironmentPool
 from sapo_rl.errors import UserError
 from sapo_rl.errors.files import expand, is_file, reading
 from sapo_rl.rewards import RewardPool
@@ -44,7 +46,7 @@ class Trial:
 
 
 def rehearse(config: Config) -> Trial:
-    """Read the data, word every prompt, and import what is the user's own: reward functions in a killable process.
+    """Read the data, word every prompt, and import what is the user's own, most of it in killable processes.
 
     Raises:
         UserError: as a run would, naming the file, row, column or function.
@@ -59,10 +61,27 @@ def rehearse(config: Config) -> Trial:
         train, held_out = with_all_columns(train, config.data), with_all_columns(held_out, config.data)
         facts, warnings = _look_at(config, train, held_out)
     with reading("reward"), RewardPool(replace(config.reward, workers=1)) as pool:
-        for rows, source in ((train, "the data"), (held_out, "the held-out data")):
-            for row in list(rows.values())[:1]:  # all have the same columns
-                pool.check_columns(columns_of(row, config.data), source)
+        _check_columns(config, pool, train, held_out)
+    if config.has_episodes:
+        with reading("environment"):
+            environments = EnvironmentPool(replace(config, environment=replace(config.environment, workers=1)))
+            asyncio.run(_open(environments))
+            _check_columns(config, environments, train, held_out)
     return Trial(facts, warnings + _loss_warnings(config))
+
+
+def _check_columns(config: Config, user: RewardPool | EnvironmentPool, train: Rows, held_out: Rows) -> None:
+    for rows, source in ((train, "the data"), (held_out, "the held-out data")):
+        for row in list(rows.values())[:1]:  # all have the same columns
+            user.check_columns(columns_of(row, config.data), source)
+
+
+async def _open(environments: EnvironmentPool) -> None:
+    """Have the environment imported and looked at."""
+    try:
+        await environments.open()
+    finally:
+        await environments.close()
 
 
 def _look_at(config: Config, train: Rows, held_out: Rows) -> tuple[dict[str, str], list[str]]:

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 from accelerate.utils import gather_object
 
+from sapo_rl.config import Config
 from sapo_rl.telemetry import Telemetry
+from sapo_rl.telemetry.episodes import EpisodeFacts, episode_metrics, facts_of
 from sapo_rl.telemetry.metrics import sample_metrics
 from sapo_rl.telemetry.sinks.completions import Row, rows
 from sapo_rl.telemetry.timers import Timers
@@ -25,6 +27,10 @@ class RankReport(NamedTuple):
     """Of its engines, so far."""
     peak: float
     """Its trainer's peak memory in GiB."""
+    episodes: list[EpisodeFacts]
+    """Where they may have several turns."""
+    dropped: int
+    """Episodes that their environment has lost."""
 
 
 class StepLog:
@@ -33,11 +39,12 @@ class StepLog:
     Args:
         telemetry: gets the metrics and the samples.
         timers: the phases of the step.
-        in_flight: whether batches span weight updates: an engine without work for this batch has work for the next.
+        config: the run's. Where batches span weight updates, an engine without work for this one has work for the next.
     """
 
-    def __init__(self, telemetry: Telemetry, timers: Timers, in_flight: bool) -> None:
-        self._telemetry, self._timers, self._in_flight = telemetry, timers, in_flight
+    def __init__(self, telemetry: Telemetry, timers: Timers, config: Config) -> None:
+        self._telemetry, self._timers, self._in_flight = telemetry, timers, config.in_flight
+        self._episodes = config.has_episodes
         self._warned_inapplicable: set[str] = set()
         self._warned_no_signal = False
 
@@ -53,11 +60,15 @@ class StepLog:
         """
         scoring = batch.scoring
         own_groups = [rows(step, group) for group in batch.groups]
+        facts = [facts_of(one) for group in batch.groups for one in group.samples] if self._episodes else []
         everyone: list[RankReport] = gather_object(
-            [RankReport(own_groups, scoring.errors, batch.usage, restarts, peak)]
+            [RankReport(own_groups, scoring.errors, batch.usage, restarts, peak, facts, len(batch.dropped))]
         )
         groups = [group for rank in everyone for group in rank.groups]
         metrics = sample_metrics(groups)
+        if self._episodes:
+            episodes = [one for rank in everyone for one in rank.episodes]
+            metrics |= episode_metrics(episodes, sum(rank.dropped for rank in everyone))
         self._warn(step, batch, metrics)
         phases = self._timers.take()
         tokens = sum(row["tokens"] for group in groups for row in group)
@@ -74,6 +85,8 @@ class StepLog:
 
     def _warn(self, step: int, batch: Batch, metrics: Mapping[str, float]) -> None:
         scoring = batch.scoring
+        for text in batch.dropped[:1]:
+            self._telemetry.warn(f"{text} ({len(batch.dropped)} episodes of step {step} dropped)")
         for name, text in scoring.failures.items():
             self._telemetry.warn(f"{text} (reward {name}: {scoring.errors[name]} samples scored 0)")
         inapplicable = {name for name in scoring.errors if f"rewards/{name}/mean" not in metrics}

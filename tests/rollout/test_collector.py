@@ -100,11 +100,11 @@ def test_each_group_is_handed_over_decoded_when_it_is_finished(tokenizer: PreTra
     engine = Echo(tokenizer.eos_token_id)
     seen: list[tuple[str, int]] = []
     rollouts = Rollouts([engine], RolloutConfig(group_size=2, max_num_seqs=2), tokenizer, seed=0, reproducible=False)
-    groups, _ = rollouts.write(
+    groups = rollouts.write(
         prompts(tokenizer, list("abcdefgh")),
         step=1,
         on_group=lambda group: seen.append((group.samples[0].text, len(engine.requests))),
-    )
+    ).groups
     assert [text for text, _ in seen] == [group.samples[0].text for group in groups] == list("abcdefgh")
     assert seen[0][1] < 8  # the last prompts were not even asked yet
 

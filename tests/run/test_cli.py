@@ -576,7 +576,7 @@ def test_every_loss_is_a_group_that_beats_a_recipe(tmp_path: Path, monkeypatch: 
         ("trainer.lr=1e-6", "trainer.learning_rate"),
         ("loss.kl_coef=0.1", "loss.kl.coef"),
         ("beta=0.04", "loss.kl.coef"),
-        ("rollout.max_tokens=64", "rollout.max_completion_tokens"),
+        ("rollout.max_tokens=64", "environment.max_tokens or rollout.max_completion_tokens"),
     ],
 )
 def test_keys_of_other_programs_and_of_other_sections_are_pointed_to_ours(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sapo_rl.config import RewardConfig
-from sapo_rl.processes.guarded import touch_log
+from sapo_rl.errors.files import touch_log
 from sapo_rl.processes.hidden import environment_of, hidden, with_hint
 from sapo_rl.rewards.runner.process import WorkerProcess
 

@@ -81,7 +81,7 @@ class WandbSink:
         self._table: Any = None
         self._rows = config.logging.completions
         self._steps = config.trainer.steps
-        self._columns = [*COLUMNS, *(f"rewards/{name}" for name in config.reward.functions)]
+        self._columns = [*COLUMNS, *(f"rewards/{name}" for name in config.rewards)]
 
     @property
     def where(self) -> str:

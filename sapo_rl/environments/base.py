@@ -1,0 +1,212 @@
+"""What an environment is: two shapes of class, told apart by their methods, played by one contract.
+
+A class with `step(reply)` answers each reply of the model, as a gym does. One without it is TRL's shape: its other
+public methods are tools that the model may call. Methods may be coroutines. An object is made for every episode.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from sapo_rl.environments.tools import call, tools_of, tools_of_object
+from sapo_rl.errors import UserError
+from sapo_rl.errors.own_code import line_of, told
+from sapo_rl.plugins import NAMED
+from sapo_rl.types import LARGEST_REWARD
+
+Answer: TypeAlias = dict[str, Any]
+"""What a call of an environment answers, as JSON holds it."""
+
+
+class Failure(Exception):
+    """A failed environment; the message is the cause, with file and line where they are known."""
+
+
+class Kind:
+    """The environments of a run: how one is made, of which shape it is, and which tools there are.
+
+    Args:
+        name: what the config calls it, for messages.
+        make: the class, or a function that makes the object of an episode; None where there are tools alone.
+        args: what it is called with.
+        functions: the tools of the config.
+
+    Raises:
+        UserError: the object is of neither shape, or a tool cannot be described.
+    """
+
+    def __init__(
+        self,
+        name: str | None,
+        make: Callable[..., Any] | None,
+        args: Mapping[str, Any],
+        functions: Sequence[Callable[..., Any]],
+    ) -> None:
+        self.name = name
+        self._make, self._args = make, args
+        self.tools = tools_of(functions)
+        """All tools by name; those that are methods, of an object that was made to be looked at."""
+        self.methods: list[str] = []
+        """Names of the object's own tools."""
+        self.steps = self.rewards = self.takes_seed = False
+        """Whether it answers each reply itself, whether it rewards, and whether `reset` takes a `seed`."""
+        self.needs: list[str] = []
+        """Columns without which `reset` cannot be called."""
+        if make is not None:
+            self._look_at(make(**args))
+
+    @property
+    def schemas(self) -> list[dict[str, Any]]:
+        """What the model is told of the tools, as OpenAI's API has it."""
+        return [tool.schema for tool in self.tools.values()]
+
+    def begin(self) -> Play:
+        """Make the object of an episode. Raises Failure where that fails."""
+        if self._make is None:
+            return Play(self, None)
+        try:
+            return Play(self, self._make(**self._args))
+        except BaseException as error:
+            raise Failure(f"making it: {told(error)}{line_of(None, error)}") from error
+
+    def _look_at(self, target: Any) -> None:
+        if not callable(getattr(target, "reset", None)):
+            raise UserError(f"environment '{self.name}' has no method reset")
+        parameters = inspect.signature(target.reset).parameters.values()
+        named = [one for one in parameters if one.kind in NAMED]
+        self.takes_seed = any(one.name == "seed" for one in named)
+        self.needs = [one.name for one in named if one.default is one.empty and one.name not in ("seed", "prompt")]
+        self.steps = callable(getattr(target, "step", None))
+        self.rewards = self.steps or callable(getattr(target, "get_reward", None))
+        if self.steps:
+            return
+        own = tools_of_object(target)
+        if not own and not self.tools:
+            raise UserError(f"environment '{self.name}' has neither a method step nor one that is a tool")
+        self.methods, self.tools = list(own), self.tools | own
+
+
+class Play:
+    """One episode of an environment. Every method raises Failure where the user's code does, or answers what cannot be.
+
+    Args:
+        kind: what is played.
+        own: its object; None for tools alone.
+    """
+
+    def __init__(self, kind: Kind, own: Any) -> None:
+        self.kind, self.own = kind, own
+        methods = {name: kind.tools[name]._replace(function=getattr(own, name)) for name in kind.methods}
+        self.tools = kind.tools | methods
+
+    async def reset(self, row: dict[str, Any], seed: int) -> Answer:
+        """Begin with a row's columns; answer `opening`: messages after the prompt, or text added to it, or None."""
+        if self.own is None:
+            return {"opening": None}
+        given = {**row, "seed": seed} if self.kind.takes_seed else row
+        found = await self._call("reset", **_accepted(self.own.reset, given))
+        if found is not None and not isinstance(found, str):
+            found = _messages(found, "reset")
+        return {"opening": found}
+
+    async def step(self, reply: str) -> Answer:
+        """Answer a reply: `messages` to the model, `reward`, `done` and `info`."""
+        found = await self._call("step", reply)
+        if not isinstance(found, tuple) or len(found) not in (3, 4):
+            raise self._wrong("step", found, "(observation, reward, done) or (observation, reward, done, info)")
+        seen, reward, done, *info = found
+        if seen is None and not done:
+            raise Failure(f"step returned no observation and not done{line_of(_code(self.own.step))}")
+        messages = [] if seen is None else [{"role": "user", "content": seen}] if isinstance(seen, str) else seen
+        return {
+            "messages": _messages(messages, "step"),
+            "reward": self._number("step", reward),
+            "done": bool(done),
+            "info": info[0] if info else {},
+        }
+
+    async def use(self, name: str, arguments: dict[str, Any]) -> Answer:
+        """Call a tool for the model: `text` is what it is told, `failed` whether the call was in vain."""
+        outcome = await call(self.tools, name, arguments)
+        return {"text": outcome.text, "failed": outcome.failed, "done": bool(getattr(self.own, "done", False))}
+
+    async def end(self) -> Answer:
+        """Close it; `reward` is what `get_reward` says, None where there is none, and `parts` where it has several."""
+        reward, parts = None, {}
+        if callable(getattr(self.own, "get_reward", None)):
+            found = await self._call("get_reward")
+            if isinstance(found, Mapping):
+                parts = {str(key): self._number("get_reward", value) for key, value in found.items()}
+                reward = sum(parts.values())
+            else:
+                reward = self._number("get_reward", found)
+        await self.close()
+        return {"reward": reward, "parts": parts}
+
+    async def close(self) -> Answer:
+        """Call `close`, where there is one."""
+        if callable(getattr(self.own, "close", None)):
+            await self._call("close")
+        return {}
+
+    async def _call(self, name: str, *given: Any, **named: Any) -> Any:
+        method = getattr(self.own, name)
+        try:
+            found = method(*given, **named)
+            return await found if inspect.isawaitable(found) else found
+        except BaseException as error:
+            raise Failure(f"{name}: {told(error)}{line_of(_code(method), error)}") from error
+
+    def _number(self, name: str, found: Any) -> float:
+        try:
+            number = float(found)
+        except BaseException:  # its own `__float__` may raise anything
+            number = float("nan")
+        if isinstance(found, str | bytes) or not abs(number) <= LARGEST_REWARD:
+            raise self._wrong(name, found, "a finite number as its reward")
+        return number
+
+    def _wrong(self, name: str, found: Any, valid: str) -> Failure:
+        place = line_of(_code(getattr(self.own, name)))
+        return Failure(f"{name} returned {_shown(found)}; must return {valid}{place}")
+
+
+def _messages(found: Any, name: str) -> list[dict[str, Any]]:
+    """Messages with the texts role and content."""
+    if not isinstance(found, list) or not all(map(_is_message, found)):
+        raise Failure(f"{name} returned {_shown(found)}; must be text, or messages with the texts role and content")
+    return [{"role": message["role"], "content": message["content"]} for message in found]
+
+
+def _is_message(found: Any) -> bool:
+    return isinstance(found, dict) and all(isinstance(found.get(key), str) for key in ("role", "content"))
+
+
+def _accepted(method: Callable[..., Any], keywords: dict[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(method).parameters
+    if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        return keywords
+    return {name: value for name, value in keywords.items() if name in parameters}
+
+
+def _code(method: Any) -> Any:
+    return getattr(inspect.unwrap(method), "__code__", None)
+
+
+def _shown(found: Any) -> str:
+    try:
+        text = repr(found)
+    except BaseException as error:
+        return f"a {type(found).__name__} (its __repr__: {told(error)})"
+    return text if len(text) <= 80 else f"{text[:60]}... ({type(found).__name__})"
+
+
+def as_json(answer: Answer) -> bytes:
+    """Return a line of JSON. Raises Failure where something in the answer has no place in it."""
+    try:
+        return json.dumps(answer, allow_nan=False).encode() + b"\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Failure(f"info holds what JSON does not: {error}") from error

@@ -1,0 +1,75 @@
+"""From the names in the config to environments and tools."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from sapo_rl import plugins
+from sapo_rl.config import EnvironmentConfig
+from sapo_rl.environments.base import Kind
+from sapo_rl.environments.registry import ENVIRONMENTS
+from sapo_rl.errors import UserError, did_you_mean
+
+KIND = "environment"
+
+
+def check_environment(cfg: EnvironmentConfig) -> None:
+    """Refuse early what `build` would refuse, without importing the user's module.
+
+    Raises:
+        UserError: an unknown built-in, missing module, a file that does not parse or never mentions the class, or
+            `args` that a built-in does not take.
+    """
+    name = cfg.name
+    if name is None:
+        return
+    if "." in name:
+        plugins.check(KIND, name)
+    elif name in ENVIRONMENTS:
+        _check_arguments(ENVIRONMENTS.get(name), cfg.args)
+    else:
+        hint = did_you_mean(name, ENVIRONMENTS)
+        raise UserError(
+            f"environment.name: unknown environment '{name}'; {hint}\n"
+            "  your own is a dotted path such as my_games.Wordle"
+        )
+
+
+def check_tool(path: str) -> None:
+    """Refuse early what `build` would refuse of a tool. Raises UserError."""
+    if "." not in path:
+        raise UserError(f"'{path}' is no dotted path; a tool is a function of yours: my_tools.search")
+    plugins.check("tool", path)
+
+
+def build(name: str | None, args: dict[str, Any], tools: list[str]) -> Kind:
+    """Import an environment and tools.
+
+    Raises:
+        UserError: there is no such thing, it does not suit `args`, or is of neither shape.
+    """
+    functions: list[Callable[..., Any]] = []
+    for path in tools:
+        function = plugins.find("tool", path)
+        if not callable(function) or isinstance(function, type):
+            raise UserError(f"tool '{path}' is a {type(function).__name__}, not a function")
+        functions.append(function)
+    if name is None:
+        return Kind(None, None, {}, functions)
+    found = plugins.find(KIND, name) if "." in name else ENVIRONMENTS.get(name)
+    if not callable(found):
+        raise UserError(f"environment '{name}' is a {type(found).__name__}, not a class or a function that makes one")
+    _check_arguments(found, args)
+    return Kind(name, found, args, functions)
+
+
+def _check_arguments(target: Callable[..., Any], args: dict[str, Any]) -> None:
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):  # some callables written in C have none
+        return
+    plugins.check_arguments(
+        "environment.args", target, args, [one for one in parameters if one.kind is not one.POSITIONAL_ONLY]
+    )

@@ -1,0 +1,184 @@
+"""Environments in worker processes: an episode takes a seat in one of them.
+
+An environment is user code that hears a model's words: it may hang in C, exhaust memory or end its process. So it runs
+in workers that are replaced when they die and killed when a call is late.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sapo_rl.config import Config
+from sapo_rl.environments.runner.process import EnvironmentFailed, EnvironmentWorker
+from sapo_rl.errors import UserError, did_you_mean
+from sapo_rl.errors.files import touch_log
+from sapo_rl.processes.hidden import environment_of, hidden, with_hint
+from sapo_rl.types import LARGEST_REWARD
+
+
+class Step(NamedTuple):
+    """What an environment says to a reply."""
+
+    messages: list[dict[str, Any]]
+    reward: float
+    done: bool
+    info: dict[str, Any]
+
+
+class Used(NamedTuple):
+    """What a tool says when the model calls it."""
+
+    text: str
+    failed: bool
+    """Whether the call was in vain, which `text` explains to the model."""
+    done: bool
+    """Whether the environment is over by it."""
+
+
+class EnvironmentPool:
+    """Keeps `environment.workers` processes, and seats episodes in the one that has the fewest.
+
+    Whatever environments have started ends with the pool, also where this process is killed. All methods belong to one
+    event loop.
+
+    Args:
+        config: the environment, the tools, and which secrets they see.
+        log: file that takes what they print, bounded; None leaves it to this process's stdout and stderr.
+    """
+
+    def __init__(self, config: Config, log: Path | None = None) -> None:
+        self.schemas: list[dict[str, Any]] = []
+        """What the model is told of the tools, as OpenAI's API has it; known once the pool is open."""
+        self.steps = False
+        """Whether the environment answers each reply itself."""
+        self._cfg, self._tools, self._log = config.environment, config.tools, log
+        self._hidden = hidden(os.environ, config.reward.env)
+        self._functions = config.reward.functions
+        self._workers: list[EnvironmentWorker] = []
+        self._needs: list[str] = []
+        self._numbers = itertools.count()
+        self._opening = asyncio.Lock()
+
+    async def open(self) -> None:
+        """Start all workers, and wait until they have imported the environment.
+
+        Raises:
+            UserError: it cannot be imported, is of neither shape, or does not suit its arguments.
+        """
+        touch_log(self._log, "environments")
+        await self._fill()
+        hello = self._workers[0].hello
+        self.schemas, self.steps, self._needs = hello["tools"], hello["steps"], hello["needs"]
+        if not hello["rewards"] and not self._functions:
+            raise UserError(f"environment '{self._cfg.name}' gives no reward; name one, e.g. with reward=numeric")
+
+    def check_columns(self, columns: Collection[str], source: str) -> None:
+        """Refuse columns with which `reset` cannot be called. Raises UserError; `source` says whose they are."""
+        for column in self._needs:
+            if column not in columns:
+                raise UserError(
+                    f"environment '{self._cfg.name}' needs '{column}' in reset, which is no column of {source}; "
+                    f"{did_you_mean(column, columns)}"
+                )
+
+    async def seat(self) -> Seat:
+        """Return a place for one episode."""
+        async with self._opening:
+            await self._fill()
+        worker = min(self._workers, key=lambda one: one.episodes)
+        return Seat(worker, next(self._numbers), self._hidden)
+
+    async def close(self) -> None:
+        """End all workers."""
+        workers, self._workers = self._workers, []
+        await asyncio.gather(*(worker.close() for worker in workers))
+
+    async def _fill(self) -> None:
+        """Start a worker in the place of each that is lost."""
+        lost = [worker for worker in self._workers if worker.lost]
+        self._workers = [worker for worker in self._workers if not worker.lost]
+        missing = self._cfg.workers - len(self._workers)
+        if not missing:
+            return
+        variables = environment_of(self._hidden)
+        new = [EnvironmentWorker(self._cfg, self._tools, variables, self._log) for _ in range(missing)]
+        self._workers += new
+        await asyncio.gather(*(worker.close() for worker in lost))
+        try:
+            await asyncio.gather(*(worker.start() for worker in new))
+        except UserError as error:
+            raise UserError(with_hint(str(error), self._hidden)) from error
+
+
+class Seat:
+    """One episode's place in a worker, and the clock of what its environment takes; a context manager.
+
+    Every call raises EnvironmentFailed where the environment's code does or answers what cannot be, and WorkerLost
+    where its process is gone.
+    """
+
+    def __init__(self, worker: EnvironmentWorker, number: int, secrets: Collection[str]) -> None:
+        self.seconds = 0.0
+        """What its calls took so far, waiting included."""
+        self._worker, self._number, self._secrets = worker, number, secrets
+        self._open = False
+
+    async def __aenter__(self) -> Seat:
+        """Take it."""
+        self._worker.episodes += 1
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Leave it; an environment that has not ended is closed, whatever that gives."""
+        self._worker.episodes -= 1
+        if self._open:
+            self._worker.leave(self._number)
+
+    async def reset(self, row: dict[str, Any], seed: int) -> str | list[dict[str, Any]] | None:
+        """Begin; return messages that follow the prompt, or text to add to its end."""
+        self._open = True
+        return (await self._ask("reset", row=row, seed=seed)).get("opening")
+
+    async def step(self, reply: str) -> Step:
+        """Return what the environment says to a reply."""
+        found = await self._ask("step", reply=reply)
+        messages, info = found.get("messages"), found.get("info")
+        return Step(
+            messages if isinstance(messages, list) else [],
+            _as_number(found.get("reward")),
+            found.get("done") is True,
+            info if isinstance(info, dict) else {"info": info},
+        )
+
+    async def use(self, tool: str, arguments: dict[str, Any]) -> Used:
+        """Return what a tool says when the model calls it."""
+        found = await self._ask("use", tool=tool, arguments=arguments)
+        return Used(str(found.get("text")), found.get("failed") is True, found.get("done") is True)
+
+    async def end(self) -> float | None:
+        """End; return what `get_reward` says, None where there is none."""
+        answer = await self._ask("end")
+        self._open = False
+        return None if answer.get("reward") is None else _as_number(answer["reward"])
+
+    async def _ask(self, does: str, **given: Any) -> dict[str, Any]:
+        start = time.perf_counter()
+        try:
+            return await self._worker.ask(self._number, does, **given)
+        except EnvironmentFailed as error:
+            raise EnvironmentFailed(with_hint(str(error), self._secrets)) from error
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+def _as_number(found: Any) -> float:
+    """A reward as a worker answered it, of which nothing can be taken for granted."""
+    if type(found) not in (int, float) or not abs(found) <= LARGEST_REWARD:
+        raise EnvironmentFailed(f"its process answered {str(found)[:60]!r} for a reward")
+    return float(found)

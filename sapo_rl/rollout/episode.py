@@ -1,0 +1,201 @@
+"""One episode: a prompt, then replies of the model and answers to them, until one of them ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+from sapo_rl.config import ENVIRONMENT, Config
+from sapo_rl.engines.base import Completion, Request, Sampling
+from sapo_rl.environments.chat import ChatTemplate, Conversation, Message
+from sapo_rl.environments.runner.pool import EnvironmentPool, Seat
+from sapo_rl.environments.runner.process import EnvironmentFailed, WorkerLost
+from sapo_rl.errors import UserError
+from sapo_rl.rollout.dispatch import Answer, Session
+from sapo_rl.types import Messages, Prompt, Sample, Stop
+
+Submit: TypeAlias = Callable[[Request, Sampling, Session], Future[Answer]]
+"""Asks the engines for one reply; the requests of a session stay with one of them."""
+
+
+def seed_of(*place: int | str) -> int:
+    """Return a seed below 2^62 for a place in a run, far from any other."""
+    digest = hashlib.blake2b("/".join(map(str, place)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the episodes of a run have in common."""
+
+    config: Config
+    template: ChatTemplate
+    environments: EnvironmentPool
+    submit: Submit
+
+
+@dataclass
+class Course:
+    """What has happened in an episode so far."""
+
+    rewards: list[float] = field(default_factory=list)
+    """By turn, where the environment answers replies."""
+    tool_calls: int = 0
+    """Malformed ones included."""
+    tool_failures: int = 0
+    info: dict[str, Any] = field(default_factory=dict)
+    """What the environment told last."""
+    answers: list[Answer] = field(default_factory=list)
+    """The engines', a turn each."""
+
+
+class Episode:
+    """Plays one episode.
+
+    Args:
+        setting: of the run.
+        prompt: what it begins with.
+        step: the rollout batch that it is for.
+        number: which of the prompt's episodes it is.
+        sampling: how replies are drawn.
+    """
+
+    def __init__(self, setting: Setting, prompt: Prompt, step: int, number: int, sampling: Sampling) -> None:
+        self._setting, self._prompt, self._sampling = setting, prompt, sampling
+        self._seed = (setting.config.seed, step, prompt.index)
+        self._number = number
+        self.course = Course()
+
+    async def play(self) -> Sample:
+        """Play to the end, and anew from the beginning where the environment's process is lost.
+
+        Raises:
+            EnvironmentFailed: its code raised or answered what cannot be, or has taken two processes down.
+            UserError: the prompt is too long with what the environment adds, or the chat template refuses a message.
+        """
+        suspected = 0
+        while True:
+            try:
+                async with await self._setting.environments.seat() as seat:
+                    return await self._play(seat)
+            except WorkerLost as lost:
+                suspected += lost.suspect
+                if suspected == 2:
+                    raise EnvironmentFailed(str(lost)) from lost
+
+    async def _play(self, seat: Seat) -> Sample:
+        self.course, session = Course(), Session()
+        conversation, limits = await self._begin(seat), self._setting.config.environment
+        room, shown = limits.max_tokens, len(conversation.messages)
+        shown -= conversation.messages[-1]["role"] == "assistant"  # it is the reply's beginning
+        told: list[Message] = []
+        for turn in itertools.count(1):
+            completion = await self._ask(conversation.next_prompt, room, turn, session)
+            message = conversation.reply(completion.token_ids, completion.logps, completion.truncated)
+            told, stop = await self._respond(seat, conversation, message)
+            if stop is None and turn == limits.max_turns:
+                stop = Stop.TURNS
+            elif stop is Stop.STOP and completion.truncated:
+                stop = Stop.LENGTH
+            if stop is None:
+                room -= len(completion.token_ids) + conversation.extend(told)
+                told = []
+                stop = None if room > 0 else Stop.LENGTH
+            if stop is not None:
+                return await self._sample(seat, conversation, [*conversation.messages[shown:], *told], stop)
+        raise AssertionError
+
+    async def _begin(self, seat: Seat) -> Conversation:
+        setting, content = self._setting, self._prompt.content
+        row = self._prompt.columns | {"prompt": content}
+        opening = await seat.reset(row, seed_of(*self._seed))  # the same task for all episodes of a group
+        messages = opened(content, setting.config.data.system_prompt, opening)
+        token_ids = setting.template.start(messages)
+        if len(token_ids) > (most := setting.config.data.max_prompt_tokens):
+            raise UserError(
+                f"data.max_prompt_tokens: prompt {self._prompt.index} has {len(token_ids)} tokens with its tools and "
+                f"what the environment adds; the limit is {most}"
+            )
+        return setting.template.begin(token_ids, messages)
+
+    async def _ask(self, prompt: list[int], room: int, turn: int, session: Session) -> Completion:
+        seed = seed_of(*self._seed, self._number, turn) if self._setting.config.reproducible else None
+        sampling = replace(self._sampling, max_tokens=min(room, self._sampling.max_tokens))
+        answer = await asyncio.wrap_future(self._setting.submit(Request(prompt, 1, seed), sampling, session))
+        self.course.answers.append(answer)
+        return answer.completions[0]
+
+    async def _respond(
+        self, seat: Seat, conversation: Conversation, message: Message
+    ) -> tuple[list[Message], Stop | None]:
+        """Return what is said to a reply, and why the episode ends with it, if it does."""
+        course, stop = self.course, None
+        if conversation.problem and self._setting.template.tools:
+            course.tool_calls += 1
+            course.tool_failures += 1
+            return [{"role": "tool", "content": conversation.problem}], None
+        told: list[Message] = []
+        for call in message.get("tool_calls", []):
+            function = call["function"]
+            answer = await seat.use(function["name"], function["arguments"])
+            course.tool_calls += 1
+            course.tool_failures += answer.failed
+            stop = Stop.ENVIRONMENT if answer.done else stop
+            told.append({"role": "tool", "tool_call_id": call["id"], "name": function["name"], "content": answer.text})
+        if told:
+            return told, stop
+        if not self._setting.environments.steps:
+            return [], Stop.STOP
+        step = await seat.step(message["content"])
+        course.rewards.append(step.reward)
+        course.info = step.info
+        return step.messages, Stop.ENVIRONMENT if step.done else None
+
+    async def _sample(self, seat: Seat, conversation: Conversation, messages: list[Message], stop: Stop) -> Sample:
+        course, own = self.course, await seat.end()
+        parts = [*course.rewards, *([] if own is None else [own])]
+        named = self._setting.config.environment.name is not None
+        return Sample(
+            conversation.rows(),
+            stop,
+            (min(one.oldest_version for one in course.answers), max(one.newest_version for one in course.answers)),
+            conversation.turns(),
+            transcript(messages),
+            messages=messages,
+            info={
+                "rewards": course.rewards,
+                "told": course.info,
+                "tool_calls": course.tool_calls,
+                "tool_failures": course.tool_failures,
+                "seconds": seat.seconds,
+            },
+            rewards={ENVIRONMENT: sum(parts) if parts else None} if named else {},
+        )
+
+
+def opened(content: str | Messages, system_prompt: str | None, opening: str | list[Message] | None) -> list[Message]:
+    """Return the messages of a prompt with what `reset` adds: messages after it, or text to its end."""
+    if isinstance(content, str):
+        system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        messages = [*system, {"role": "user", "content": content}]
+    else:
+        messages = [dict(message) for message in content]
+    if isinstance(opening, str):
+        messages[-1]["content"] += opening
+        return messages
+    return [*messages, *(opening or [])]
+
+
+def transcript(messages: Sequence[Message]) -> str:
+    """Return what was said for human eyes: the role and the words of each message, calls of tools as JSON."""
+    paragraphs = []
+    for message in messages:
+        calls = [json.dumps(call["function"]) for call in message.get("tool_calls", [])]
+        paragraphs.append("\n".join(filter(None, [f"{message['role']}: {message['content']}", *calls])))
+    return "\n\n".join(paragraphs)

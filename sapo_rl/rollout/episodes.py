@@ -1,0 +1,165 @@
+"""Prompts in, groups of episodes out: many of them at a time, between the engines and the environments of a rank."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, TypeVar
+
+from sapo_rl.config import Config
+from sapo_rl.engines.base import Sampling
+from sapo_rl.environments.chat import ChatTemplate
+from sapo_rl.environments.runner.pool import EnvironmentPool
+from sapo_rl.environments.runner.process import EnvironmentFailed
+from sapo_rl.errors import UserError
+from sapo_rl.rollout.collector import RolloutResult, Rollouts
+from sapo_rl.rollout.dispatch import Answer
+from sapo_rl.rollout.episode import Episode, Setting
+from sapo_rl.types import Group, Prompt, Sample, Usage
+
+T = TypeVar("T")
+
+
+class Episodes:
+    """Plays episodes with the weights that the engines hold; a context manager, whose exit ends the environments.
+
+    It is asked as `Rollouts` is. All episodes of a call are under way at once, in an event loop of a thread of its own;
+    each turn is a request of its own, so that an engine never waits for an environment while another episode has
+    something to ask.
+
+    Args:
+        rollouts: asks the engines.
+        environments: play the other part.
+        config: the run's.
+    """
+
+    def __init__(self, rollouts: Rollouts, environments: EnvironmentPool, config: Config) -> None:
+        self._rollouts, self._environments, self._config = rollouts, environments, config
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="episodes", daemon=True)
+        self._setting: Setting
+
+    def __enter__(self) -> Episodes:
+        """Start the environments. Raises UserError where they cannot be imported or do not suit the config."""
+        self._thread.start()
+        try:
+            self._wait(self._environments.open())
+            template = ChatTemplate(
+                self._rollouts.tokenizer,
+                tools=self._environments.schemas or None,
+                parser=self._config.rollout.tool_parser,
+                arguments=self._config.data.chat_template_args,
+            )
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        self._setting = Setting(self._config, template, self._environments, self._rollouts.submit)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the environments, and every episode that is under way."""
+        self._wait(self._end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def generate(self, prompts: Sequence[Prompt], step: int, n: int | None = None) -> list[Group]:
+        """Play `n` episodes (default: the group size) of each prompt; groups in the prompts' order."""
+        return [group for group in self.write(prompts, step, n).groups if group.samples]
+
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        step: int,
+        n: int | None = None,
+        on_group: Callable[[Group], None] = lambda group: None,
+    ) -> RolloutResult:
+        """Do as `generate`; several threads may. A group of which every episode was dropped stays, without samples.
+
+        `on_group` gets each group as soon as it is finished, in the thread of the episodes.
+
+        Raises:
+            UserError: an environment failed where `environment.on_error` is `raise`, or in every episode.
+        """
+        return self._wait(self._write(prompts, step, n or self._rollouts.group_size, self._rollouts.sampling, on_group))
+
+    def greedy(self, prompts: Sequence[Prompt], most: int | None = None) -> list[Group]:
+        """Play an episode of each prompt with the likeliest replies, of `most` tokens at most: groups of one."""
+        sampling = self._rollouts.sampling
+        limit = min(sampling.max_tokens, most or sampling.max_tokens)
+        sampling = replace(sampling, temperature=0.0, logprobs=False, max_tokens=limit)
+        groups = self._wait(self._write(prompts, 0, 1, sampling, lambda group: None)).groups
+        return [group for group in groups if group.samples]
+
+    def sleep(self) -> None:
+        """Have the engines free the GPU's memory, as far as their settings say, until the next call or weights."""
+        self._rollouts.sleep()
+
+    def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await self._environments.close()
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    async def _write(
+        self, prompts: Sequence[Prompt], step: int, n: int, sampling: Sampling, on_group: Callable[[Group], None]
+    ) -> RolloutResult:
+        start, failures = time.perf_counter(), []
+        answers: list[Answer] = []
+
+        async def play(prompt: Prompt, number: int) -> Sample | None:
+            episode = Episode(self._setting, prompt, step, number, sampling)
+            try:
+                return await episode.play()
+            except EnvironmentFailed as error:
+                failures.append(self._told(prompt, error))
+                return None
+            finally:
+                answers.extend(episode.course.answers)
+
+        async def group(prompt: Prompt) -> Group:
+            async with asyncio.TaskGroup() as tasks:
+                playing = [tasks.create_task(play(prompt, number)) for number in range(n)]
+            finished = Group(prompt, [sample for one in playing if (sample := one.result()) is not None])
+            on_group(finished)
+            return finished
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                playing = [tasks.create_task(group(prompt)) for prompt in prompts]
+        except BaseExceptionGroup as errors:
+            raise _first(errors) from None
+        groups = [one.result() for one in playing]
+        if failures and not any(one.samples for one in groups):
+            raise UserError(f"no episode is left; {failures[0]}")
+        return RolloutResult(groups, _usage(answers, start, len(self._rollouts.engines)), failures)
+
+    def _told(self, prompt: Prompt, error: EnvironmentFailed) -> str:
+        """Say what failed, or end all with it."""
+        name = self._config.environment.name
+        text = f"{f'environment {name!r}' if name else 'a tool'} failed on prompt {prompt.index}: {error}"
+        if self._config.environment.on_error == "raise":
+            raise UserError(f"{text}; environment.on_error=drop leaves such episodes out") from error
+        return text
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first of the errors that groups of tasks have wrapped."""
+    error = errors.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+def _usage(answers: Sequence[Answer], start: float, engines: int) -> Usage:
+    """How long the engines wrote, by their answers."""
+    until = [max((one.at - start for one in answers if one.engine == index), default=0.0) for index in range(engines)]
+    return Usage(until, max(until, default=0.0))

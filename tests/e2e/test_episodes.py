@@ -1,0 +1,141 @@
+"""Runs with environments and tools: real vLLM on the CPU, a tiny random model, float32."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from command import new_run, records, run, steps_of, timeless
+from games import MODULE
+from tiny import engine_settings, logps_of, make_tokenizer, make_workspace
+from transformers import AutoModelForCausalLM
+
+from sapo_rl.config import Config, EnvironmentConfig, RewardFunctionConfig
+from sapo_rl.engines.process import LocalEngine
+from sapo_rl.environments.runner.pool import EnvironmentPool
+from sapo_rl.rollout.collector import Rollouts
+from sapo_rl.rollout.episodes import Episodes
+from sapo_rl.types import Prompt
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    folder = make_workspace(
+        tmp_path_factory.mktemp("workspace"),
+        tiny_model,
+        data={"source": "sapo_rl.environments.guess.tasks", "eval_split": "held out", "max_prompt_tokens": 256},
+        reward={"functions": {"said": {"function": "my_games.said"}}},
+        environment={"name": "guess", "max_turns": 3, "max_tokens": 200, "workers": 1},
+        rollout={"verify_every": 1},
+        trainer={"steps": 2},
+        eval={"every": 1, "prompts": 4},
+        checkpoint={"every": 1},
+    )
+    (folder / "my_games.py").write_text(MODULE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def guessing(workspace: Path) -> Path:
+    return new_run(workspace)
+
+
+def test_a_game_is_trained_on_by_one_command(guessing: Path) -> None:
+    first, second = steps_of(guessing)
+    for record in (first, second):
+        assert record["episode/turns/mean"] == record["episode/turns/max"] == 3  # it never hits
+        assert 0 < record["episode/masked_fraction"] < 1
+        assert record["stop/turns"] == 1 and record["stop/length"] == record["episode/dropped"] == 0
+        assert record["episode/forks"] == 0
+        assert record["time/environment"] > 0
+        assert record["rewards/environment/mean"] is not None and record["rewards/said/mean"] == 1
+        assert record["completions/mean_length"] < record["episode/length"] <= 200
+    evaluations = [record for record in records(guessing) if "eval/accuracy" in record]
+    assert [record["step"] for record in evaluations] == [0, 1, 2]
+    assert "eval/rewards/environment" in evaluations[0]
+    table = pq.read_table(guessing / "completions/step_00001.parquet").to_pydict()
+    assert set(table["turns"]) == {3} and set(table["stop"]) == {"turns"}
+    assert all(text.startswith("assistant: ") and "\n\nuser: " in text for text in table["completion"])
+    assert (guessing / "logs/environments_rank0.log").is_file()
+
+
+def test_the_same_run_twice_and_a_resumed_one_play_the_same_episodes(guessing: Path, workspace: Path) -> None:
+    again = new_run(workspace)
+    assert timeless(again) == timeless(guessing)
+    half = new_run(workspace, "trainer.steps=1")
+    code, out, err = run(workspace, f"resume={half}", "trainer.steps=2")
+    assert code == 0, out + err
+    assert timeless(half)[-1] == timeless(guessing)[-1]
+
+
+def test_a_class_of_trls_shape_and_a_tool_train_with_overlap(workspace: Path) -> None:
+    folder = new_run(
+        workspace,
+        "environment.name=my_games.Shelf",
+        "data.source=my_games.rows",
+        "data.eval_split=null",
+        "eval.prompts=0",
+        "tools=[my_games.double]",
+        "rollout.mode=overlap",
+        "reproducible=false",
+    )
+    for record in steps_of(folder):
+        assert record["episode/turns/mean"] == 1  # a random model calls no tool
+        assert record["tools/call_frequency"] == 0
+        assert record["rewards/environment/mean"] == 0.25 and record["rewards/said/mean"] == 1
+
+
+def test_an_environment_that_fails_ends_the_run_by_name_and_leaves_nothing_behind(workspace: Path) -> None:
+    code, out, err = run(
+        workspace, "config=tiny.yaml", "environment.name=my_games.Answers", "environment.args={found: '7'}"
+    )
+    assert code == 2, out + err
+    assert "environment 'my_games.Answers' failed on prompt" in err and "step returned 7; must return" in err
+    assert "environment.on_error=drop" in err and "Traceback" not in err
+    assert [one.pid for one in psutil.process_iter(["cmdline"]) if "environments.runner" in str(one.cmdline())] == []
+
+
+def test_a_dry_run_tells_what_is_wrong_with_an_environment(workspace: Path) -> None:
+    code, out, err = run(workspace, "config=tiny.yaml", "environment.name=my_games.Mute", "dry_run=true")
+    assert code == 2 and "'my_games.Mute' has neither a method step nor one that is a tool" in err, out + err
+
+
+def test_the_trainers_log_probabilities_are_vllms_over_turns_with_tools(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A random model calls no tool: a parser that takes every reply for a call has it use one at each turn."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_games.py").write_text(MODULE)
+    from sapo_rl.environments import parsers
+
+    every = parsers.Parsed("", [parsers.Call("double", {"number": 21})])
+    monkeypatch.setattr(parsers, "choose", lambda name, template: parsers.Parser(lambda text: every))
+    cfg = Config(environment=EnvironmentConfig("my_games.Shelf", max_turns=4, workers=1), tools=["my_games.double"])
+    cfg.reward.functions = {"match": RewardFunctionConfig("exact_match")}
+    cfg.rollout.group_size, cfg.rollout.max_completion_tokens, cfg.rollout.logprobs = 4, 12, True
+    cfg.environment.max_tokens, cfg.data.max_prompt_tokens = 300, 100
+    tokenizer = make_tokenizer()
+    engine = LocalEngine(engine_settings(tiny_model, tmp_path / "log", max_model_len=400))
+    engine.start()
+    try:
+        engine.wait_ready()
+        rollouts = Rollouts([engine], cfg.rollout, tokenizer, seed=0, reproducible=False)
+        with Episodes(rollouts, EnvironmentPool(cfg), cfg) as episodes:
+            (group,) = episodes.generate([Prompt(0, [1], "Look.", {"word": "ab"})], step=1)
+    finally:
+        engine.close()
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    differences = []
+    for sample in group.samples:
+        assert len(sample.turns) == 4 and sample.info["tool_calls"] == 4
+        for row in sample.rows:
+            logps = logps_of(model, [*row.prompt_ids, *row.token_ids])[len(row.prompt_ids) - 1 :]
+            assert row.loss_mask is not None and row.rollout_logps is not None
+            mine = [logp for start, end in row.loss_mask for logp in logps[start:end]]
+            differences += [abs(a - b) for a, b in zip(mine, row.rollout_logps, strict=True)]
+    assert statistics.fmean(differences) <= 1e-5, max(differences)

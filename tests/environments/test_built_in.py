@@ -1,0 +1,119 @@
+"""The environments of the project."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sapo_rl.config import EnvironmentConfig
+from sapo_rl.environments import Calculator, Guess, check_environment, check_tool
+from sapo_rl.environments.calculator import evaluate
+from sapo_rl.environments.guess import tasks
+from sapo_rl.errors import UserError
+
+
+def test_guessing_answers_higher_lower_and_rewards_the_number() -> None:
+    game = Guess(1, 100)
+    game.reset(seed=3, answer="62")
+    assert game.step("50") == ("higher", 0.0, False)
+    assert game.step("Is it 50 or 75?") == ("lower", 0.0, False)  # the last number counts
+    assert game.step("hm") == ("Guess a whole number from 1 to 100.", 0.0, False)
+    assert game.step("62") == (None, 1.0, True)
+
+
+def test_a_number_is_drawn_by_the_seed_where_the_row_has_none() -> None:
+    drawn = []
+    for seed in range(50):
+        game = Guess(1, 6)
+        game.reset(seed=seed)
+        drawn.append(game.number)
+        game.reset(seed=seed)
+        assert game.number == drawn[-1]
+    assert set(drawn) == {1, 2, 3, 4, 5, 6}
+
+
+@given(st.integers(0, 9), st.lists(st.integers(-5, 20), max_size=10))
+def test_shaping_pays_for_what_comes_nearer_and_less_than_its_share_in_all(number: int, guesses: list[int]) -> None:
+    game = Guess(0, 9, shaping=0.5)
+    game.reset(seed=0, answer=number)
+    rewards = [game.step(str(guess))[1] for guess in guesses if guess != number]
+    assert all(reward >= 0 for reward in rewards) and sum(rewards) < 0.5
+    if rewards:
+        nearest = min(abs(guess - number) for guess in guesses if guess != number)
+        assert sum(rewards) == pytest.approx(0.5 * max(0, 9 - nearest) / 9)
+
+
+def test_the_prompts_of_a_split_are_always_the_same() -> None:
+    rows = tasks("train", 100, 3, 5)
+    assert rows == tasks("train", 100, 3, 5) != tasks("other", 100, 3, 5)
+    assert {row["answer"] for row in rows} == {"3", "4", "5"}
+    assert "from 3 to 5" in rows[0]["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("1 + 2 * 3", "7"),
+        ("(12 + 30) * 7 / 4", "73.5"),
+        ("-3 % 5", "2"),
+        ("7 // 2", "3"),
+        ("0.1 + 0.2", "0.3"),
+        ("1 / 3", "0.333333333333"),
+        ("2 ** 100", str(2**100)),
+        ("2 ** -2", "0.25"),
+        ("48123 * 771 - 99999", str(48123 * 771 - 99999)),
+    ],
+)
+def test_the_calculator_is_exact(expression: str, value: str) -> None:
+    assert Calculator().calculate(expression) == value
+
+
+@given(
+    st.recursive(
+        st.integers(0, 999).map(str),
+        lambda s: st.tuples(s, st.sampled_from("+-*"), s).map("({0[0]}{0[1]}{0[2]})".format),
+        max_leaves=12,
+    )
+)
+def test_the_calculator_agrees_with_python(expression: str) -> None:
+    assert evaluate(expression) == str(eval(expression))
+
+
+@pytest.mark.parametrize(
+    ("expression", "told"),
+    [
+        ("__import__('os')", "is no arithmetic"),
+        ("x + 1", "'x' is no arithmetic"),
+        ("True + 1", "'True' is no arithmetic"),
+        ("1 if 2 else 3", "is no arithmetic"),
+        ("(1", "is no arithmetic expression"),
+        ("9 ** 9 ** 9", r"the exponent 3\.8\d*e\+08 must be a whole number from -200 to 200"),
+        ("9 ** 200", "larger than 1e"),
+        ("1e400", "larger than 1e"),
+        ("1" * 501, "has 501 characters; at most 500"),
+    ],
+)
+def test_the_calculator_refuses_what_is_no_arithmetic_or_too_large(expression: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        evaluate(expression)
+    with pytest.raises(ZeroDivisionError, match="divides by 0"):
+        evaluate("1 / (2 - 2)")
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "told"),
+    [
+        ("gues", {}, r"^environment\.name: unknown environment 'gues'; did you mean 'guess'\?"),
+        ("guess", {"lwo": 1}, r"^environment\.args\.lwo: unknown argument; did you mean 'low'\?"),
+        ("guess", {"low": "1"}, r"^environment\.args\.low: '1' is a str, must be int$"),
+        ("no_such_module.Game", {}, r"^environment 'no_such_module\.Game': there is no module 'no_such_module'"),
+    ],
+)
+def test_names_and_arguments_are_checked_before_anything_starts(name: str, args: dict[str, object], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        check_environment(EnvironmentConfig(name, args))
+    with pytest.raises(
+        UserError, match=r"^'search' is no dotted path; a tool is a function of yours: my_tools\.search$"
+    ):
+        check_tool("search")

@@ -1,0 +1,267 @@
+"""Episodes between an engine that says what the test has it say and environments in real processes."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from games import MODULE
+from tiny import make_tokenizer
+
+from sapo_rl.config import Config, EnvironmentConfig, RewardFunctionConfig
+from sapo_rl.engines.base import Completion, Request, Sampling
+from sapo_rl.environments.runner.pool import EnvironmentPool
+from sapo_rl.errors import UserError
+from sapo_rl.rewards.runner.scoring import call_arguments
+from sapo_rl.rollout.collector import Rollouts
+from sapo_rl.rollout.episodes import Episodes
+from sapo_rl.types import Group, Prompt, Row, Sample, Stop
+
+TOKENIZER = make_tokenizer()
+ASSISTANT = "<|im_start|>assistant\n"
+
+
+def play_high_low(said: str) -> str:
+    """Halve what is left of 1 to 100, by the guesses and answers so far."""
+    low, high = 1, 100
+    for guess, answer in re.findall(r"assistant\n(\d+)<\|im_end\|>\n<\|im_start\|>user\n(higher|lower)", said):
+        low, high = (int(guess) + 1, high) if answer == "higher" else (low, int(guess) - 1)
+    return str((low + high) // 2)
+
+
+@dataclass
+class Scripted:
+    """An engine that answers a prompt by its text."""
+
+    script: Callable[[str], str]
+    weight_version: int = 0
+    restarts: int = 0
+    asleep: bool = False
+    requests: list[tuple[Request, Sampling]] = field(default_factory=list)
+    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+
+    def submit(self, requests: Sequence[Request], sampling: Sampling) -> list[Future[list[Completion]]]:
+        self.requests += [(request, sampling) for request in requests]
+        return [self.thread.submit(self.answer, request, sampling) for request in requests]
+
+    def answer(self, request: Request, sampling: Sampling) -> list[Completion]:
+        assert request.n == 1
+        ids = TOKENIZER(self.script(TOKENIZER.decode(request.token_ids)) + "<|im_end|>")["input_ids"]
+        assert isinstance(ids, list)
+        cut = ids[: sampling.max_tokens]
+        logps = [-0.5 - place for place in range(len(cut))] if sampling.logprobs else None
+        return [Completion(cut, len(cut) < len(ids), logps)]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_games.py").write_text(MODULE)
+    return tmp_path
+
+
+def config(name: str | None, tools: tuple[str, ...] = (), **settings: Any) -> Config:
+    found = Config(environment=EnvironmentConfig(name, **({"workers": 1} | settings)), tools=[*tools])
+    found.rollout.group_size, found.rollout.logprobs, found.reproducible = 2, True, True
+    found.reward.functions = {"match": RewardFunctionConfig("exact_match")}
+    return found
+
+
+@contextmanager
+def playing(cfg: Config, script: Callable[[str], str]) -> Iterator[tuple[Episodes, Scripted]]:
+    engine: Any = Scripted(script)
+    rollouts = Rollouts([engine], cfg.rollout, TOKENIZER, cfg.seed, cfg.reproducible)
+    with Episodes(rollouts, EnvironmentPool(cfg), cfg) as episodes:
+        yield episodes, engine
+
+
+def prompt(index: int = 0, content: Any = "Go.", **columns: Any) -> Prompt:
+    return Prompt(index, [1], content, columns)
+
+
+def play(cfg: Config, script: Callable[[str], str], *prompts: Prompt) -> list[Group]:
+    with playing(cfg, script) as (episodes, _):
+        return episodes.write(prompts, step=1).groups
+
+
+def one(cfg: Config, script: Callable[[str], str], **columns: Any) -> Sample:
+    return play(cfg, script, prompt(**columns))[0].samples[0]
+
+
+def trained(row: Row) -> list[str]:
+    return [TOKENIZER.decode(row.token_ids[start:end]) for start, end in row.loss_mask or [(0, len(row.token_ids))]]
+
+
+def test_a_game_is_played_to_its_end_and_only_what_the_model_wrote_is_trained_on(here: Path) -> None:
+    group = play(config("guess", args={"low": 1, "high": 100}), play_high_low, prompt(answer="62"))[0]
+    for sample in group.samples:
+        (row,) = sample.rows
+        assert TOKENIZER.decode(row.prompt_ids) == f"<|im_start|>user\nGo.<|im_end|>\n{ASSISTANT}"
+        assert trained(row) == ["50<|im_end|>", "75<|im_end|>", "62<|im_end|>"]
+        assert row.rollout_logps == [-0.5, -1.5, -2.5] * 3
+        assert [(turn.start, turn.end) for turn in sample.turns] == row.loss_mask
+        assert sample.stop is Stop.ENVIRONMENT and sample.rewards == {"environment": 1.0}
+        assert sample.info["rewards"] == [0.0, 0.0, 1.0]
+        assert sample.text == "assistant: 50\n\nuser: higher\n\nassistant: 75\n\nuser: lower\n\nassistant: 62"
+    assert call_arguments(group, [1])["completions"][0][:2] == [
+        {"role": "assistant", "content": "50"},
+        {"role": "user", "content": "higher"},
+    ]
+
+
+def test_each_turn_begins_with_all_that_was_sent_and_sampled_before(here: Path) -> None:
+    with playing(config("guess"), play_high_low) as (episodes, engine):
+        (group,) = episodes.write([prompt(answer="33")], step=1, n=1).groups
+    (row,) = group.samples[0].rows
+    whole = row.prompt_ids + row.token_ids
+    assert len(engine.requests) == len(group.samples[0].turns) > 3
+    for (request, _), turn in zip(engine.requests, group.samples[0].turns, strict=True):
+        assert request.token_ids == whole[: len(row.prompt_ids) + turn.start]
+
+
+@pytest.mark.parametrize(
+    ("limits", "stop", "turns", "last"),
+    [
+        ({"max_turns": 2}, Stop.TURNS, 2, "75<|im_end|>"),
+        ({"max_tokens": 3}, Stop.LENGTH, 1, "50<|im_end|>"),  # what was said to it has no room
+        ({"max_tokens": 31}, Stop.LENGTH, 2, "75"),  # cut in the middle
+    ],
+)
+def test_limits_on_turns_and_tokens_end_an_episode(
+    here: Path, limits: dict[str, int], stop: Stop, turns: int, last: str
+) -> None:
+    sample = one(config("guess", **limits), play_high_low, answer="62")
+    assert (sample.stop, len(sample.turns)) == (stop, turns)
+    assert trained(sample.rows[0])[-1] == last
+    assert len(sample.token_ids) <= limits.get("max_tokens", 10**9)
+    assert sample.rewards == {"environment": 0.0}
+
+
+def test_a_reply_that_is_cut_at_its_own_limit_is_heard_and_the_episode_goes_on(here: Path) -> None:
+    cfg = config("guess")
+    cfg.rollout.max_completion_tokens = 2
+    sample = one(cfg, lambda said: "62" if "higher" in said else "5000", answer="62")
+    assert sample.stop is Stop.ENVIRONMENT and trained(sample.rows[0]) == ["50", "62"]
+    assert "50<|im_end|>\n<|im_start|>user\nhigher" in TOKENIZER.decode(sample.token_ids)
+
+
+def call_of(name: str, **arguments: Any) -> str:
+    import json
+
+    return json.dumps({"name": name, "arguments": arguments})
+
+
+def test_tools_are_called_until_a_reply_calls_none(here: Path) -> None:
+    def script(said: str) -> str:
+        replies = [call_of("look", place=2), call_of("find"), '{"name": "look", "arguments": 3}', "abab"]
+        return replies[said.count(ASSISTANT) - 1]
+
+    cfg = config("my_games.Shelf", tools=("my_games.double",))
+    sample = one(cfg, script, word="ab")
+    assert sample.stop is Stop.STOP and len(sample.turns) == 4
+    assert (sample.info["tool_calls"], sample.info["tool_failures"]) == (3, 2)
+    assert sample.rewards == {"environment": 1.25}  # read once, and the bonus
+    assert sample.messages is not None
+    assert [message["role"] for message in sample.messages] == ["assistant", "tool"] * 3 + ["assistant"]
+    assert sample.messages[0]["tool_calls"][0]["function"] == {"name": "look", "arguments": {"place": 2}}
+    assert sample.messages[1]["content"] == "abab"
+    assert "Go. There is a shelf." in TOKENIZER.decode(sample.rows[0].prompt_ids)
+
+
+def test_a_tool_that_ends_the_episode_and_tools_without_an_environment(here: Path) -> None:
+    sample = one(config("my_games.Shelf"), lambda said: call_of("finish"), word="ab")
+    assert sample.stop is Stop.ENVIRONMENT and len(sample.turns) == 1
+    sample = one(
+        config(None, tools=("my_games.double",)),
+        lambda said: "8" if said.count(ASSISTANT) > 1 else call_of("double", number=4),
+    )
+    assert sample.rewards == {} and sample.stop is Stop.STOP
+    assert sample.messages is not None and sample.messages[1]["content"] == "8"
+
+
+def test_a_failed_environment_ends_the_run_or_leaves_its_group(here: Path) -> None:
+    def script(said: str) -> str:
+        return "do fail" if "Bad" in said else "hm"
+
+    prompts = [prompt(3, "Good."), prompt(4, "Bad.")]
+    told = (
+        r"^environment 'my_games\.Echo' failed on prompt 4: step: ValueError: no mood \(.*my_games\.py:\d+\); "
+        r"environment\.on_error=drop leaves such episodes out$"
+    )
+    with pytest.raises(UserError, match=told):
+        play(config("my_games.Echo"), script, *prompts)
+    with playing(config("my_games.Echo", on_error="drop"), script) as (episodes, _):
+        finished: list[Group] = []
+        result = episodes.write(prompts, step=1, on_group=finished.append)
+        assert [len(group.samples) for group in result.groups] == [2, 0]
+        assert len(result.dropped) == 2 and "no mood" in result.dropped[0]
+        assert sorted(group.prompt.index for group in finished) == [3, 4]
+        assert [group.prompt.index for group in episodes.greedy(prompts)] == [3]
+        with pytest.raises(UserError, match=r"^no episode is left; environment 'my_games\.Echo' failed on prompt 4"):
+            episodes.write(prompts[1:], step=1)
+
+
+def test_an_episode_is_played_anew_where_its_process_is_lost_and_fails_the_second_time(here: Path) -> None:
+    sample = one(config("my_games.Echo", args={"turns": 2}), lambda said: "do die_once")
+    assert len(sample.turns) == 2 and sample.info["told"]["heard"] == 2
+    sample = one(config("my_games.Echo", args={"turns": 1}, turn_timeout=1.0), lambda said: "do hang_once")
+    assert len(sample.turns) == 1
+    with pytest.raises(UserError, match=r"failed on prompt 0: took longer than 1 s \(environment\.turn_timeout\)"):
+        one(config("my_games.Echo", turn_timeout=1.0), lambda said: "do hang")
+    assert [file for file in here.glob("worker.*") if psutil.pid_exists(int(file.suffix[1:]))] == []
+
+
+def test_the_same_run_plays_the_same_episodes_and_a_group_has_one_task(here: Path) -> None:
+    def seeds(cfg: Config) -> tuple[list[int | None], list[int]]:
+        with playing(cfg, lambda said: "a") as (episodes, engine):
+            groups = episodes.write([prompt(0), prompt(1)], step=1).groups
+            drawn = [sample.info["told"]["drawn"] for group in groups for sample in group.samples]
+            return sorted((request.seed for request, _ in engine.requests), key=str), drawn
+
+    cfg = config("my_games.Echo", args={"turns": 2})
+    first, drawn = seeds(cfg)
+    assert (first, drawn) == seeds(cfg)
+    assert len(set(first)) == len(first) == 8 and None not in first
+    assert drawn[0] == drawn[1] != drawn[2] == drawn[3]
+    cfg.reproducible = False
+    assert set(seeds(cfg)[0]) == {None}
+
+
+def test_greedy_episodes_take_the_likeliest_replies(here: Path) -> None:
+    with playing(config("my_games.Echo"), lambda said: "abc") as (episodes, engine):
+        (group,) = episodes.greedy([prompt()], most=2)
+        assert {(sampling.temperature, sampling.logprobs, sampling.max_tokens) for _, sampling in engine.requests} == {
+            (0.0, False, 2)
+        }
+    assert len(group.samples) == 1 and group.samples[0].rows[0].rollout_logps is None
+
+
+def test_a_prompt_that_the_environment_makes_too_long_is_refused(here: Path) -> None:
+    cfg = config("my_games.Shelf")
+    cfg.data.max_prompt_tokens = 39
+    with pytest.raises(UserError, match=r"^data\.max_prompt_tokens: prompt 0 has \d+ tokens with its tools and what"):
+        one(cfg, lambda said: "", word="ab")
+
+
+def test_the_end_does_not_wait_for_episodes_under_way(here: Path) -> None:
+    heard = threading.Event()
+
+    def script(said: str) -> str:
+        heard.set()
+        return "do hang"
+
+    with ThreadPoolExecutor(1) as other:
+        with playing(config("my_games.Echo"), script) as (episodes, _):
+            writing = other.submit(episodes.write, [prompt()], 1)
+            assert heard.wait(30)
+        with pytest.raises(CancelledError):
+            writing.result(timeout=10)
+    assert [file for file in here.glob("worker.*") if psutil.pid_exists(int(file.suffix[1:]))] == []
