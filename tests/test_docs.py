@@ -50,6 +50,27 @@ def module(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return load
 
 
+def test_the_game_of_docs_environments_plays_and_passes_a_dry_run(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for language, text in blocks("docs/environments.md"):
+        name = text.partition("\n")[0].removeprefix("# ")
+        if language in ("python", "yaml") and name.endswith((".py", ".yaml")):
+            (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    game = importlib.import_module("my_game").Anagram(hints=1)
+    assert sorted(game.reset("stone", seed=3).removeprefix(" The letters: ")) == sorted("stone")
+    assert game.step("notes") == ("No. It begins with s", 0.0, False)
+    assert game.step("onset") == ("No. It begins with st", 0.0, True)
+    assert game.step(" Stone") == (None, 1.0, True)
+    code, shown, told = sapo_train("config=game.yaml", f"model.path={tiny_model}", "dry_run=true")
+    assert code == 0, told
+    assert "longest sequence" in shown and "256 tokens" in shown
+    code, _, told = sapo_train("config=game.yaml", f"model.path={tiny_model}", "environment.args.hint=3", "dry_run=true")
+    assert code == 2 and "environment.args" in told
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/sapo.md"])
 def test_python_on_other_pages_runs(page: str) -> None:
     texts = [text for language, text in blocks(page) if language == "python"]
