@@ -92,7 +92,7 @@ def test_a_class_of_trls_shape_and_a_tool_train_with_overlap(workspace: Path) ->
 
 def test_an_environment_that_fails_ends_the_run_by_name_and_leaves_nothing_behind(workspace: Path) -> None:
     code, out, err = run(
-        workspace, "config=tiny.yaml", "environment.name=my_games.Answers", "environment.args={found: '7'}"
+        workspace, "config=tiny.yaml", "environment.name=my_games.Answers", "+environment.args.found='7'"
     )
     assert code == 2, out + err
     assert "environment 'my_games.Answers' failed on prompt" in err and "step returned 7; must return" in err
