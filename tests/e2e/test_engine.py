@@ -152,7 +152,7 @@ def test_filters_raise_log_probabilities_by_what_they_leave_out(engine: LocalEng
     """A sampled token's probability is the model's over the sum of those that are kept."""
     prompt = [2, 31, 41, 51]
     for sampling in (Sampling(1.0, 0.9, 0, 0.0, 1.0, 12, True), Sampling(1.0, 1.0, 20, 0.0, 1.0, 12, True)):
-        ((one,),) = engine.generate([Request(prompt, 1, seed=3)], sampling)
+        ((one,),) = generate(engine, [Request(prompt, 1, seed=3)], sampling)
         logits = policy(torch.tensor([prompt + one.token_ids])).logits[0, len(prompt) - 1 : -1]
         likeliest_first, _ = logits.softmax(-1).sort(descending=True)
         reached = likeliest_first.cumsum(-1) - likeliest_first < sampling.top_p

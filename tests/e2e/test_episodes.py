@@ -97,7 +97,8 @@ def test_an_environment_that_fails_ends_the_run_by_name_and_leaves_nothing_behin
     assert code == 2, out + err
     assert "environment 'my_games.Answers' failed on prompt" in err and "step returned 7; must return" in err
     assert "environment.on_error=drop" in err and "Traceback" not in err
-    assert [one.pid for one in psutil.process_iter(["cmdline"]) if "environments.runner" in str(one.cmdline())] == []
+    own = [one for one in psutil.process_iter(["cmdline", "cwd"]) if one.info["cwd"] == str(workspace)]
+    assert [one.pid for one in own if "environments.runner" in str(one.info["cmdline"])] == []
 
 
 def test_a_dry_run_tells_what_is_wrong_with_an_environment(workspace: Path) -> None:
