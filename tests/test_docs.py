@@ -68,9 +68,9 @@ def test_the_game_of_docs_environments_plays_and_passes_a_dry_run(
     assert code == 0, told
     assert "longest sequence" in shown and "256 tokens" in shown
     code, _, told = sapo_train(
-        "config=game.yaml", f"model.path={tiny_model}", "environment.args.hint=3", "dry_run=true"
+        "config=game.yaml", f"model.path={tiny_model}", "+environment.args.hint=3", "dry_run=true"
     )
-    assert code == 2 and "environment.args" in told
+    assert code == 2 and "environment.args.hint: unknown argument; did you mean 'hints'?" in told
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/sapo.md"])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 import re
+from typing import Any
 
 from sapo_rl.environments.registry import ENVIRONMENTS
 
-ASKED = (
-    "I think of a whole number from {low} to {high}. Guess it with one number, nothing else. "
-    "I then say whether mine is higher or lower, and you guess again."
-)
+ASKED = "I think of a whole number from {low} to {high}. Guess it with one number, nothing else."
+AGAIN = "Right. Now I think of another whole number from {low} to {high}."
 _NUMBER = re.compile(r"-?\d+")
 
 
@@ -55,8 +54,15 @@ class Guess:
         return "higher" if guess < self.number else "lower", nearer, False
 
 
-def tasks(split: str, count: int = 256, low: int = 1, high: int = 100) -> list[dict[str, str]]:
-    """Return `count` prompts, the same for the same split, each with a number under `answer`; a source of data."""
-    rng = random.Random(f"guess/{split}")
-    prompt = ASKED.format(low=low, high=high)
+def tasks(split: str, count: int = 256, low: int = 1, high: int = 100) -> list[dict[str, Any]]:
+    """Return `count` prompts, the same for the same split, each with a number under `answer`; a source of data.
+
+    A prompt is a chat in which a game has just been played: small models do not do without.
+    """
+    rng, middle = random.Random(f"guess/{split}"), (low + high) // 2
+    said = (ASKED, str(middle), "higher", str((middle + high + 1) // 2), AGAIN)
+    prompt = [
+        {"role": ("user", "assistant")[place % 2], "content": text.format(low=low, high=high)}
+        for place, text in enumerate(said)
+    ]
     return [{"prompt": prompt, "answer": str(rng.randint(low, high))} for _ in range(count)]

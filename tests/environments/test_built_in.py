@@ -48,7 +48,9 @@ def test_the_prompts_of_a_split_are_always_the_same() -> None:
     rows = tasks("train", 100, 3, 5)
     assert rows == tasks("train", 100, 3, 5) != tasks("other", 100, 3, 5)
     assert {row["answer"] for row in rows} == {"3", "4", "5"}
-    assert "from 3 to 5" in rows[0]["prompt"]
+    prompt = rows[0]["prompt"]
+    assert [message["content"] for message in prompt[1:4]] == ["4", "higher", "5"]
+    assert "from 3 to 5" in prompt[0]["content"] and prompt[-1]["role"] == "user"
 
 
 @pytest.mark.parametrize(
