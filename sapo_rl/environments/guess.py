@@ -17,8 +17,8 @@ _NUMBER = re.compile(r"-?\d+")
 class Guess:
     """A number from `low` to `high` is to be guessed; the last whole number of a reply is the guess.
 
-    The reward is 1 for the number. Before that each guess that is nearer than all before it earns a share of `shaping`,
-    so that a model which never hits has something to learn from; all of them together less than `shaping`.
+    An episode that hits earns 1 in all. Before that each guess that is nearer than all before it earns a share of
+    `shaping`, so that a model which never hits has something to learn from; all of them together less than `shaping`.
 
     Args:
         low: the smallest number.
@@ -38,7 +38,7 @@ class Guess:
         drawn = random.Random(seed).randint(self.low, self.high)
         known = isinstance(answer, int) or (isinstance(answer, str) and _NUMBER.fullmatch(answer))
         self.number = int(answer) if known and answer is not None else drawn
-        self.nearest = self.high - self.low
+        self.nearest, self.earned = self.high - self.low, 0.0
 
     def step(self, reply: str) -> tuple[str | None, float, bool]:
         """Compare the guess."""
@@ -47,10 +47,11 @@ class Guess:
             return f"Guess a whole number from {self.low} to {self.high}.", 0.0, False
         guess = int(found[-1][:20])
         if guess == self.number:
-            return None, 1.0, True
+            return None, 1.0 - self.earned, True
         distance, before = abs(guess - self.number), self.nearest
         self.nearest = min(before, distance)
         nearer = self.shaping * (before - self.nearest) / (self.high - self.low)
+        self.earned += nearer
         return "higher" if guess < self.number else "lower", nearer, False
 
 

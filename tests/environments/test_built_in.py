@@ -39,6 +39,7 @@ def test_shaping_pays_for_what_comes_nearer_and_less_than_its_share_in_all(numbe
     game.reset(seed=0, answer=number)
     rewards = [game.step(str(guess))[1] for guess in guesses if guess != number]
     assert all(reward >= 0 for reward in rewards) and sum(rewards) < 0.5
+    assert sum(rewards) + game.step(str(number))[1] == pytest.approx(1.0)
     if rewards:
         nearest = min(abs(guess - number) for guess in guesses if guess != number)
         assert sum(rewards) == pytest.approx(0.5 * max(0, 9 - nearest) / 9)
