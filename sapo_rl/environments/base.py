@@ -134,17 +134,14 @@ class Play:
         return {"text": outcome.text, "failed": outcome.failed, "done": bool(getattr(self.own, "done", False))}
 
     async def end(self) -> Answer:
-        """Close it; `reward` is what `get_reward` says, None where there is none, and `parts` where it has several."""
-        reward, parts = None, {}
+        """Close it; `reward` is what `get_reward` says, the sum where it has several, None where there is none."""
+        reward = None
         if callable(getattr(self.own, "get_reward", None)):
             found = await self._call("get_reward")
-            if isinstance(found, Mapping):
-                parts = {str(key): self._number("get_reward", value) for key, value in found.items()}
-                reward = sum(parts.values())
-            else:
-                reward = self._number("get_reward", found)
+            parts = list(found.values()) if isinstance(found, Mapping) else [found]
+            reward = sum(self._number("get_reward", part) for part in parts)
         await self.close()
-        return {"reward": reward, "parts": parts}
+        return {"reward": reward}
 
     async def close(self) -> Answer:
         """Call `close`, where there is one."""
