@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from accelerate.utils import gather_object
 
-from sapo_rl.config import Config
+from sapo_rl.config import ENVIRONMENT, Config
 from sapo_rl.rewards import RewardPool
 from sapo_rl.rollout.collector import Writer
 from sapo_rl.rollout.share import Share
@@ -62,7 +62,8 @@ class Evaluator:
         greedy, sampled = gather_object(greedy), gather_object(sampled)
         metrics = {"eval/accuracy": mean_reward(greedy, self._judge), "eval/mean_length": mean_length(greedy)}
         if len(self._functions) > 1:
-            metrics |= {f"eval/rewards/{name}": mean_reward(greedy, name) for name in self._functions}
+            told = [name for name in self._functions if name != ENVIRONMENT or _applies(greedy, name)]
+            metrics |= {f"eval/rewards/{name}": mean_reward(greedy, name) for name in told}
         if sampled:
             metrics["eval/reward_mean"] = mean_reward(sampled, self._judge)
         examples = [(_shown(group.prompt.content), group.samples[0].text) for group in greedy[:EXAMPLES]]
@@ -81,6 +82,11 @@ def mean_length(groups: Sequence[Group]) -> float:
     """Return the mean number of tokens that the model wrote."""
     lengths = [sample.num_trained for group in groups for sample in group.samples]
     return sum(lengths) / len(lengths)
+
+
+def _applies(groups: Sequence[Group], name: str) -> bool:
+    """Whether there is such a reward: an environment of tools alone gives none."""
+    return any(sample.rewards[name] is not None for group in groups for sample in group.samples)
 
 
 def _shown(content: str | Messages) -> str:
