@@ -89,7 +89,7 @@ def phases(record: Record) -> dict[str, float]:
 
     Where completions were written beside the training, the phases are the trainer's; `beside` has the others.
     """
-    apart = ("step", *ASIDE, *beside(record))
+    apart = ("step", "environment", *ASIDE, *beside(record))  # an episode's wait is a part of the rollout
     found = {
         name.removeprefix("time/"): seconds
         for name, seconds in record.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sapo_rl.telemetry.episodes import EpisodeFacts, episode_metrics, facts_of
+from sapo_rl.telemetry.progress import phases
 from sapo_rl.types import Row, Sample, Stop, Turn
 
 
@@ -27,3 +28,8 @@ def test_facts_and_metrics_count_turns_tokens_tools_and_why_episodes_ended() -> 
         "stop/turns": 0.5,
         "stop/environment": 0.0,
     }
+
+
+def test_the_wait_for_an_environment_is_no_phase_of_its_own() -> None:
+    record = {"step": 1, "time/step": 5.0, "time/rollout": 3.0, "time/update": 2.0, "time/environment": 1.5}
+    assert phases(record) == {"rollout": 3.0, "update": 2.0}
