@@ -76,12 +76,29 @@ class Echo:
             time.sleep(0.05)
 
 
-class Nap(Echo):
-    """The same, asynchronous: many wait at a time."""
+class Meeting(Echo):
+    """The same, asynchronous: goes on only once 50 episodes of its process wait in `step`."""
+
+    waiting = 0
 
     async def step(self, reply):
-        await asyncio.sleep(0.3)
+        Meeting.waiting += 1
+        while Meeting.waiting < 50:
+            await asyncio.sleep(0.01)
         return super().step(reply)
+
+
+class Gymnasium:
+    """Returns what Gymnasium's environments do."""
+
+    def __init__(self, last: str) -> None:
+        self.last = last
+
+    def reset(self, seed=None):
+        return "begin", {"seed": seed}
+
+    def step(self, action):
+        return f"you did {action}", 1.0, self.last == "terminated", self.last == "truncated", {"action": action}
 
 
 class Answers:

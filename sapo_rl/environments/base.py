@@ -108,6 +108,8 @@ class Play:
             return {"opening": None}
         given = {**row, "seed": seed} if self.kind.takes_seed else row
         found = await self._call("reset", **_accepted(self.own.reset, given))
+        if isinstance(found, tuple) and len(found) == 2:  # Gymnasium's: an observation and info
+            found = found[0]
         if found is not None and not isinstance(found, str):
             found = _messages(found, "reset")
         return {"opening": found}
@@ -115,8 +117,10 @@ class Play:
     async def step(self, reply: str) -> Answer:
         """Answer a reply: `messages` to the model, `reward`, `done` and `info`."""
         found = await self._call("step", reply)
-        if not isinstance(found, tuple) or len(found) not in (3, 4):
+        if not isinstance(found, tuple) or len(found) not in (3, 4, 5):
             raise self._wrong("step", found, "(observation, reward, done) or (observation, reward, done, info)")
+        if len(found) == 5:  # Gymnasium's: terminated and truncated
+            found = (*found[:2], found[2] or found[3], found[4])
         seen, reward, done, *info = found
         if seen is None and not done:
             raise Failure(f"step returned no observation and not done{line_of(_code(self.own.step))}")

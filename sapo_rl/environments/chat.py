@@ -64,7 +64,7 @@ class ChatTemplate:
             text = tokenizer.get_chat_template(tools=self.tools)
         except ValueError as error:
             raise UserError("model.path: its tokenizer has no chat template, which an environment needs") from error
-        self.parser = parsers.choose(parser, text)
+        self.parser = parsers.choose(parser, text, tools=bool(self.tools))
         added = tokenizer.added_tokens_decoder.items()
         self.special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
         self.shows_calls = True

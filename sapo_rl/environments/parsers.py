@@ -277,7 +277,15 @@ def named(name: str, chat_template: str) -> str:
     return name
 
 
-def choose(name: str, chat_template: str) -> Parser:
-    """Return the parser of a name, as `named` does; by `auto`, hermes also reads JSON without its tags."""
+_NO_CALLS = Parser(lambda text: Parsed(text, []))
+
+
+def choose(name: str, chat_template: str, tools: bool = True) -> Parser:
+    """Return the parser of a name, as `named` does; by `auto`, hermes also reads JSON without its tags.
+
+    Without tools a reply that looks like a call is none; only channels are told apart then.
+    """
     found = named(name, chat_template)
+    if not tools and not PARSERS[found].special:
+        return _NO_CALLS
     return _HERMES_OR_JSON if (name, found) == ("auto", "hermes") else PARSERS[found]

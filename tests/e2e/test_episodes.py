@@ -115,7 +115,7 @@ def test_the_trainers_log_probabilities_are_vllms_over_turns_with_tools(
     from sapo_rl.environments import parsers
 
     every = parsers.Parsed("", [parsers.Call("double", {"number": 21})])
-    monkeypatch.setattr(parsers, "choose", lambda name, template: parsers.Parser(lambda text: every))
+    monkeypatch.setattr(parsers, "choose", lambda name, template, tools: parsers.Parser(lambda text: every))
     cfg = Config(environment=EnvironmentConfig("my_games.Shelf", max_turns=4, workers=1), tools=["my_games.double"])
     cfg.reward.functions = {"match": RewardFunctionConfig("exact_match")}
     cfg.rollout.group_size, cfg.rollout.max_completion_tokens, cfg.rollout.logprobs = 4, 12, True

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,12 +71,17 @@ def test_a_gym_answers_replies_rewards_them_and_says_when_it_is_over(here: Path)
 
 
 def test_coroutines_of_many_episodes_wait_side_by_side(here: Path) -> None:
-    async def work(pool: EnvironmentPool) -> float:
-        start = time.monotonic()
-        await asyncio.gather(*(episode(pool, "a") for _ in range(50)))
-        return time.monotonic() - start
+    async def work(pool: EnvironmentPool) -> list[Any]:
+        return await asyncio.gather(*(episode(pool, "a") for _ in range(50)))
 
-    assert run(config("my_games.Nap"), work) < 5  # one after the other they take 15 s
+    assert len(run(config("my_games.Meeting", workers=1), work)) == 50
+
+
+@pytest.mark.parametrize(("last", "done"), [("terminated", True), ("truncated", True), ("neither", False)])
+def test_a_gymnasium_environment_is_played_as_it_is(here: Path, last: str, done: bool) -> None:
+    opening, step, _ = run(config("my_games.Gymnasium", args={"last": last}), lambda pool: episode(pool, "x"))
+    assert opening == "begin"
+    assert step == ([{"role": "user", "content": "you did x"}], 1.0, done, {"action": "x"})
 
 
 def test_tools_of_an_object_and_of_functions_are_described_and_called(here: Path) -> None:
@@ -116,7 +120,7 @@ def test_tools_of_an_object_and_of_functions_are_described_and_called(here: Path
         (
             "my_games.Nothing",
             {},
-            r"^environment 'my_games\.Nothing': 'my_games' has no 'Nothing'; valid: Answers",
+            r"^environment 'my_games\.Nothing': 'my_games' has no 'Nothing'; did you mean 'Meeting'",
         ),
         ("guess", {"low": 5, "high": 2}, r"^environment 'guess': ValueError: low is 5, must be below high = 2$"),
     ],

@@ -423,8 +423,8 @@ def test_an_argument_that_a_users_function_does_not_take_is_refused_before_it_is
         pass
     groups = [group(0, ["a", "b"])]
     with RewardPool(config(mine={"function": "pool_narrow.narrow", "args": {"scale": 2.0}})) as pool:
-        pool.score(groups)
-    assert rewards(groups, "mine") == [[2.0, 2.0]]
+        scored, _ = pool.score(groups)
+    assert rewards(scored, "mine") == [[2.0, 2.0]]
 
 
 def test_columns_that_functions_cannot_do_with_are_refused(here: Path) -> None:
