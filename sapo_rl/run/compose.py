@@ -32,6 +32,9 @@ FULL_ERROR = "HYDRA_FULL_ERROR"
 """Variable that asks for the traceback of what composing a config raises."""
 ADDED_FUNCTION = r"\+reward\.functions\.([\w-]+)(\.(function|weight|timeout|on_error))?="
 
+ARGS = r"(?=[a-z][\w.-]*\.(args|chat_template_args)[.=])"
+"""Before a key that the user's own code, or a generator, has a name for: Hydra wants a + where the recipe has none."""
+
 GLOBAL = "# @package _global_"
 """First line of a group's file that sets keys of other sections as well."""
 
@@ -75,6 +78,7 @@ def register(argv: list[str], folder: str | None = None) -> Arguments:
     for argument in _with_resumed(argv):
         if re.match(ADDED_FUNCTION, argument):
             argument = argument.removeprefix("+")
+        argument = re.sub(f"^{ARGS}", "++", argument)
         key, equals, value = argument.partition("=")
         _check_choice(key, equals, value)
         if key != "config" or not equals:

@@ -131,7 +131,8 @@ def _elsewhere(key: str) -> str:
 def origin(key: str, arguments: Arguments) -> str:
     """Return where the effective value of `key` was set: the command line, a file, or the defaults."""
     argv = arguments.argv
-    if any(argument.partition("=")[0].lstrip("+~") == key for argument in argv):
+    typed = [argument.partition("=")[0].lstrip("+~") for argument in argv]
+    if any(f"{one}.".startswith(f"{key}.") for one in typed):  # it, or a part of it
         return "command line"
     choices = dict(argument.split("=", 1) for argument in argv if re.fullmatch(r"\w+=[^=]*", argument))
     names = [name.strip() for name in choices.get("config", "default").strip("[]").split(",")]

@@ -461,8 +461,8 @@ class Bare(CISPOPolicyLossFn):
 OWN_SETTINGS = {
     "loss.args.neg_high=0.3": "",
     "+loss.args.clip_low=0.3": "",
-    "+loss.args.neg_hihg=0.3": "loss.args.neg_hihg: unknown argument; did you mean 'neg_high'? valid: clip_high, ",
-    "loss.args.neg_hihg=0.3": "no such key; to add it, write +loss.args.neg_hihg=...",
+    "loss.args.clip_low=0.3": "",
+    "loss.args.neg_hihg=0.3": "loss.args.neg_hihg: unknown argument; did you mean 'neg_high'? valid: clip_high, ",
     "loss.args.neg_high=high": "loss.args.neg_high: 'high' is a str, must be float",
     "loss.args.neg_high=2": "loss.args: 'own_cispo.Soft' refuses its settings: neg_high must be at most 1",
     "+loss.args.loss_agg_mode=token-mean": "loss.args.loss_agg_mode: unknown argument",
