@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sapo_rl.config import EnvironmentConfig
-from sapo_rl.environments import Calculator, Guess, check_environment, check_tool
+from sapo_rl.environments import Calculator, Guess, Wordle, check_environment, check_tool, wordle
 from sapo_rl.environments.calculator import evaluate
 from sapo_rl.environments.guess import tasks
 from sapo_rl.errors import UserError
@@ -120,3 +123,74 @@ def test_names_and_arguments_are_checked_before_anything_starts(name: str, args:
         UserError, match=r"^'search' is no dotted path; a tool is a function of yours: my_tools\.search$"
     ):
         check_tool("search")
+
+
+WORDS = ["crane", "slate", "allee", "elate", "eerie", "tiger"]
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> str:
+    (tmp_path / "words.txt").write_text("\n".join(WORDS).upper() + "\n")
+    return str(tmp_path / "words.txt")
+
+
+@pytest.mark.parametrize(
+    ("guess", "word", "marks"),
+    [
+        ("allee", "elate", "YG-YG"),
+        ("eerie", "elate", "G---G"),  # the word has two: no mark for the third
+        ("elate", "eerie", "G---G"),
+        ("eerie", "tiger", "Y-YY-"),
+        ("tiger", "tiger", "GGGGG"),
+        ("slate", "crane", "--G-G"),
+    ],
+)
+def test_wordle_marks_no_letter_more_often_than_the_word_has_it(guess: str, word: str, marks: str) -> None:
+    assert wordle.compare(guess, word) == marks
+
+
+@given(st.text("abc", min_size=4, max_size=4), st.text("abc", min_size=4, max_size=4))
+def test_wordle_marks_are_as_many_as_both_words_share(guess: str, word: str) -> None:
+    marks = wordle.compare(guess, word)
+    shared = Counter(guess) & Counter(word)
+    marked = Counter(letter for letter, mark in zip(guess, marks, strict=True) if mark != "-")
+    assert marked == shared
+    assert all((mark == "G") == (one == two) for one, two, mark in zip(guess, word, marks, strict=True))
+
+
+def test_wordle_ends_with_the_word_or_the_last_guess_and_pays_one_in_all(words: str) -> None:
+    game = Wordle(words, guesses=4, shaping=0.5)
+    game.reset(seed=0, answer="elate")
+    assert game.step("My guess is SLATE.") == ("slate -GGGG. 3 left.", pytest.approx(0.4), False)
+    assert game.step("crown") == ("That is no word of the list. 2 left.", 0.0, False)
+    assert game.step("elate") == (None, pytest.approx(0.6), True)
+    game.reset(seed=0, answer="elate")
+    for left in (3, 2, 1):
+        assert game.step("nothing at all")[0] == f"That is no word of the list. {left} left."
+    assert game.step("slate") == (None, 0.0, True)
+
+
+def test_wordles_held_out_words_are_never_trained_on(tmp_path: Path) -> None:
+    path = tmp_path / "many.txt"
+    path.write_text("\n".join(f"{one}{two}{three}" for one in "abcd" for two in "abcde" for three in "abcdefgh"))
+    train, held_out = (wordle.tasks(split, str(path), 400) for split in ("train", "test"))
+    assert train == wordle.tasks("train", str(path), 400)
+    assert not {row["answer"] for row in train} & {row["answer"] for row in held_out}
+    assert 5 <= len({row["answer"] for row in held_out}) <= 30
+    assert "3 letters in 6 guesses" in train[0]["prompt"][0]["content"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no words"),
+        ("abc\nabcd\n", "word 2, 'abcd', must be 3 letters"),
+        ("abc\na1c\n", "word 2, 'a1c', must be"),
+    ],
+)
+def test_a_list_that_is_none_is_told(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(UserError, match=message):
+        Wordle(str(tmp_path / "list.txt"))
+    with pytest.raises(UserError, match="cannot be read"):
+        Wordle(str(tmp_path / "nothing.txt"))
