@@ -24,6 +24,8 @@ os.environ.update(
 os.environ.pop("WANDB_API_KEY", None)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: programs under test must hear Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # the same of `nohup`
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @functools.cache

@@ -65,7 +65,7 @@ def test_dry_run_says_from_where_how_much_is_left_and_what_changes(workspace: Pa
     ("change", "told"),
     [
         ("model.path=./other", "/other, but the run was begun with /"),
-        ("data.args.digits=2", "data.args (run/config.yaml): is {'digits': 2}, but the run was begun with {'dig"),
+        ("data.args.digits=2", "data.args (command line): is {'digits': 2}, but the run was begun with {'dig"),
         ("trainer.steps=5", "the run has made 10 steps of trainer.steps=5"),
     ],
 )
