@@ -33,9 +33,12 @@ def sampling_of(cfg: RolloutConfig) -> Sampling:
     )
 
 
-def request_seed(seed: int, step: int, index: int) -> int:
-    """Return a seed below 2^62 for prompt `index` in `step` of a run, far from any other: vLLM counts up from it."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{index}".encode(), digest_size=8).digest()
+def seed_of(*place: int) -> int:
+    """Return a seed below 2^62 for a place in a run (its seed, a step, a prompt, ...), far from that of any other.
+
+    vLLM counts up from it.
+    """
+    digest = hashlib.blake2b("/".join(map(str, place)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2
 
 
@@ -124,7 +127,7 @@ class Rollouts:
             Request(
                 prompt.token_ids,
                 n or self.group_size,
-                request_seed(self.seed, step, prompt.index) if self.reproducible else None,
+                seed_of(self.seed, step, prompt.index) if self.reproducible else None,
             )
             for prompt in prompts
         ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -17,17 +16,12 @@ from sapo_rl.environments.chat import ChatTemplate, Conversation, Message
 from sapo_rl.environments.runner.pool import EnvironmentPool, Seat
 from sapo_rl.environments.runner.process import EnvironmentFailed, WorkerLost
 from sapo_rl.errors import UserError
+from sapo_rl.rollout.collector import seed_of
 from sapo_rl.rollout.dispatch import Answer, Session
 from sapo_rl.types import Messages, Prompt, Sample, Stop
 
 Submit: TypeAlias = Callable[[Request, Sampling, Session], Future[Answer]]
 """Asks the engines for one reply; the requests of a session stay with one of them."""
-
-
-def seed_of(*place: int | str) -> int:
-    """Return a seed below 2^62 for a place in a run, far from any other."""
-    digest = hashlib.blake2b("/".join(map(str, place)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 2
 
 
 @dataclass(frozen=True)

@@ -106,10 +106,10 @@ class Episodes:
 
     async def _end(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
-        await self._environments.close()
-        for task in others:
+        for task in others:  # first: an episode that loses its process would take another
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        await self._environments.close()
 
     async def _write(
         self, prompts: Sequence[Prompt], step: int, n: int, sampling: Sampling, on_group: Callable[[Group], None]

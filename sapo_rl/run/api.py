@@ -24,8 +24,10 @@ from omegaconf import OmegaConf
 
 from sapo_rl import plugins, run_folder
 from sapo_rl.config import Config
+from sapo_rl.config.fields import MISSING
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.rewards import RewardFunction, session
+from sapo_rl.rewards.lookup import KIND
 from sapo_rl.run import compose, explain, launch
 from sapo_rl.run import resume as resuming
 from sapo_rl.run.checks import ConfigError
@@ -184,21 +186,13 @@ def _accepted(given: list[str], functions: list[str], scratch: str) -> tuple[com
         ready = compose.register(given)
         with hydra.initialize_config_dir(str(compose.CONFIGS), version_base="1.3"):
             composed = hydra.compose("train", overrides=ready.argv)
-        compose.check_choices(composed, ready.argv)
-        compose.forget_unread(composed, ready.argv)
-        if functions:
-            OmegaConf.set_struct(composed, False)
-            for name in [name for name in composed.reward.functions if name not in functions]:
-                del composed.reward.functions[name]
-        config, frozen = compose.accept(composed, ready)
+        config, frozen = compose.accept(composed, ready, ready.argv, functions)
         for key, asked in (("dry_run", config.dry_run), ("check", config.check != "none")):
             if asked:
                 raise ConfigError(key, "is for the command line")
         if config.launch.num_machines > 1:
             raise ConfigError("launch.num_machines", "several machines are for the command line")
         if config.resume:
-            if config.run_dir:
-                raise ConfigError("run_dir", "a run that is resumed stays in its folder; leave run_dir out")
             resuming.plan(config, frozen)
     except Exception as error:
         text = explain.explain(error, ready)
@@ -232,7 +226,7 @@ def _source(config: Any, resumed: Any, scratch: Path) -> list[str]:
 def _plain(node: Any) -> Any:
     """The same in what YAML knows; a value that must be given is left out."""
     if isinstance(node, Mapping):
-        return {str(key): _plain(value) for key, value in node.items() if value != "???"}
+        return {str(key): _plain(value) for key, value in node.items() if value != MISSING}
     if isinstance(node, list | tuple):
         return [_plain(value) for value in node]
     return str(node) if isinstance(node, Path) else node
@@ -243,11 +237,11 @@ def _data(rows: Iterable[Mapping[str, Any]] | None, held_out: Iterable[Mapping[s
         return []
     if rows is None:
         raise UserError("eval_dataset needs dataset: rows of other sources are held out by data.eval_path")
-    found = ["data=file", f"data.path='{_kept('dataset', rows)}'"]
-    return found if held_out is None else [*found, f"data.eval_path='{_kept('eval_dataset', held_out)}'"]
+    found = ["data=file", f"data.path={compose.quoted(_kept('dataset', rows))}"]
+    return found if held_out is None else [*found, f"data.eval_path={compose.quoted(_kept('eval_dataset', held_out))}"]
 
 
-def _kept(name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+def _kept(name: str, rows: Iterable[Mapping[str, Any]]) -> str:
     """Write rows into a file that is named by their content; return its path."""
     lines = []
     for number, row in enumerate(rows):
@@ -263,7 +257,7 @@ def _kept(name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
     path = DATASETS.absolute() / f"{xxhash.xxh3_128_hexdigest(text.encode())}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     run_folder.write_atomic(path, text)
-    return path
+    return str(path)
 
 
 def _by_name(rewards: Sequence[Any] | Mapping[str, Any]) -> dict[str, RewardFunction | str]:
@@ -300,8 +294,8 @@ def _is_importable(dotted: str, function: RewardFunction) -> bool:
     if dotted.startswith("__main__.") or dotted.count(".") < 1 or "<" in dotted:
         return False
     with contextlib.suppress(UserError):
-        plugins.check("reward function", dotted)
-        return plugins.find("reward function", dotted) is function
+        plugins.check(KIND, dotted)
+        return plugins.find(KIND, dotted) is function
     return False
 
 

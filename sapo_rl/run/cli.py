@@ -24,7 +24,6 @@ from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.errors.files import expand, is_folder
 from sapo_rl.processes import streams
 from sapo_rl.run import compose, explain, keys, launch, resume, sweep
-from sapo_rl.run.checks import ConfigError
 from sapo_rl.run.start import Start, refuse_launcher, run, run_rank
 
 USAGE = """\
@@ -237,11 +236,7 @@ def _attempt(
     """Check a composed config, and show it or run it; `outcome` gets the exit code of what fails."""
     own = replace(ready, argv=[*ready.argv, *overrides])  # in a sweep the latter are this job's own
     try:
-        compose.check_choices(composed, overrides)
-        compose.forget_unread(composed, overrides)
-        config, frozen = compose.accept(composed, ready)
-        if config.resume and config.run_dir:
-            raise ConfigError("run_dir", "a run that is resumed stays in its folder; leave run_dir out")
+        config, frozen = compose.accept(composed, ready, overrides)
         resumed = resume.plan(config, frozen) if config.resume else None
         if config.dry_run:
             from sapo_rl.run.preview import preview

@@ -32,8 +32,8 @@ FULL_ERROR = "HYDRA_FULL_ERROR"
 """Variable that asks for the traceback of what composing a config raises."""
 ADDED_FUNCTION = r"\+reward\.functions\.([\w-]+)(\.(function|weight|timeout|on_error))?="
 
-ARGS = r"(?=[a-z][\w.-]*\.(args|chat_template_args)[.=])"
-"""Before a key that the user's own code, or a generator, has a name for: Hydra wants a + where the recipe has none."""
+ARGS = r"[a-z][\w.-]*\.(args|chat_template_args)[.=]"
+"""A key that the user's own code, or a generator, has a name for: Hydra wants a + where the recipe has none."""
 
 GLOBAL = "# @package _global_"
 """First line of a group's file that sets keys of other sections as well."""
@@ -78,7 +78,8 @@ def register(argv: list[str], folder: str | None = None) -> Arguments:
     for argument in _with_resumed(argv):
         if re.match(ADDED_FUNCTION, argument):
             argument = argument.removeprefix("+")
-        argument = re.sub(f"^{ARGS}", "++", argument)
+        if re.match(ARGS, argument):
+            argument = f"++{argument}"
         key, equals, value = argument.partition("=")
         _check_choice(key, equals, value)
         if key != "config" or not equals:
@@ -113,7 +114,7 @@ def _with_choices(argv: list[str]) -> list[str]:
     return expanded
 
 
-def forget_unread(composed: DictConfig, overrides: Sequence[str]) -> None:
+def _forget_unread(composed: DictConfig, overrides: Sequence[str]) -> None:
     """Where the overrides choose `loss=CHOICE`, put back what the config sets for another loss, but for what is typed.
 
     A baseline is so one word away from a recipe with settings of its loss.
@@ -126,7 +127,7 @@ def forget_unread(composed: DictConfig, overrides: Sequence[str]) -> None:
             composed.loss[key] = default
 
 
-def check_choices(composed: DictConfig, overrides: Sequence[str]) -> None:
+def _check_choices(composed: DictConfig, overrides: Sequence[str]) -> None:
     """Raise ConfigError where a recipe hides a part of `GROUP=CHOICE`, as it does in a sweep over choices."""
     typed = _keys(overrides)
     for override in overrides:
@@ -150,7 +151,7 @@ def _chosen_keys(override: str) -> Iterator[tuple[str, Any]]:
 
 
 def _as_override(value: Any) -> str:
-    return _quoted(value) if isinstance(value, str) else json.dumps(value)
+    return quoted(value) if isinstance(value, str) else json.dumps(value)
 
 
 def _with_resumed(argv: list[str]) -> list[str]:
@@ -162,10 +163,11 @@ def _with_resumed(argv: list[str]) -> list[str]:
     folder = locate(folders[-1])
     # Quoted: Hydra would stumble over some characters of a path.
     others = [argument for argument in argv if not argument.startswith("resume=")]
-    return [f"config={folder / CONFIG}", f"resume={_quoted(str(folder))}", *others]
+    return [f"config={folder / CONFIG}", f"resume={quoted(str(folder))}", *others]
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """Return a text as Hydra reads it back, whatever characters are in it."""
     return "'" + text.replace("'", "\\'") + "'"
 
 
@@ -205,18 +207,30 @@ def _candidates(stem: str) -> Iterator[str]:
         number += 1
 
 
-def accept(composed: DictConfig, arguments: Arguments) -> tuple[Config, str]:
+def accept(
+    composed: DictConfig, arguments: Arguments, overrides: Sequence[str], only: Sequence[str] = ()
+) -> tuple[Config, str]:
     """Turn what Hydra composed into real dataclasses, checked, and into the YAML that the run folder keeps.
 
     The YAML is resolved but for what comes from the environment, which it only refers to: `${oc.env:NAME}` is read anew
     by every rank.
 
+    Args:
+        composed: it is changed.
+        arguments: from which it was composed.
+        overrides: the same, as Hydra has read them; in a sweep those of this job.
+        only: names of the reward functions that shall stay; none stands for all.
+
     Raises:
         ConfigError: naming the key.
         OmegaConfBaseException: a key that does not exist.
     """
+    _check_choices(composed, overrides)
+    _forget_unread(composed, overrides)
     OmegaConf.set_struct(composed, False)
     functions = composed.reward.functions
+    for name in [name for name in functions if only and name not in only]:
+        del functions[name]
     for name in arguments.added:  # the recipe's come first
         functions[name] = functions.pop(name)
     _refuse_secrets(OmegaConf.to_container(composed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -41,7 +42,9 @@ class Following:
     def __call__(self, child: subprocess.Popen[bytes]) -> int:
         """Return the training's exit code once it has ended and all its records are told."""
         assert self._start.folder is not None and child.stderr is not None
-        reader = threading.Thread(target=self._pass_on, args=(child.stderr,), name="stderr", daemon=True)
+        reader = threading.Thread(
+            target=self._pass_on, args=(os.dup(child.stderr.fileno()),), name="stderr", daemon=True
+        )
         reader.start()
         records = _new_records(self._start.folder)
         while True:
@@ -71,13 +74,14 @@ class Following:
         if code not in (0, STOPPED):
             raise RuntimeError(f"the training ended with exit code {code}; what it printed says why")
 
-    def _pass_on(self, stderr: Any) -> None:
-        for raw in stderr:
-            line = raw.decode(errors="replace")
-            if self._held or line.startswith(PROGRAM):
-                self._held.append(line)
-            else:
-                print(line, end="", file=sys.stderr, flush=True)
+    def _pass_on(self, descriptor: int) -> None:
+        with open(descriptor, "rb") as lines:  # of its own: Popen could not close one that a thread reads
+            for raw in lines:
+                line = raw.decode(errors="replace")
+                if self._held or line.startswith(PROGRAM):
+                    self._held.append(line)
+                else:
+                    print(line, end="", file=sys.stderr, flush=True)
 
     def _tell(self, record: dict[str, Any], child: subprocess.Popen[bytes]) -> None:
         name = "on_step" if "time/step" in record else "on_eval" if "eval/accuracy" in record else None
@@ -106,12 +110,14 @@ def _new_records(folder: Path) -> Iterator[dict[str, Any] | None]:
     before = path.stat().st_ino if path.is_file() else None
     while not path.is_file() or path.stat().st_ino == before:
         yield None
-    seen = 0
+    place = 0
     while True:
-        lines = path.read_bytes().split(b"\n")[:-1]  # whole ones
-        for line in lines[seen:]:
+        with path.open("rb") as file:  # anew: a new run replaces its first, empty file
+            file.seek(place)
+            *lines, rest = file.read().split(b"\n")
+            place = file.tell() - len(rest)
+        for line in lines:
             record = json.loads(line)
             if record["step"] > last and "warning" not in record:
                 yield record
-        seen = len(lines)
         yield None

@@ -56,9 +56,11 @@ def plan(config: Config, frozen: str) -> Plan:
     """Look at the newest checkpoint of the run that `config` (as YAML: `frozen`) goes on with.
 
     Raises:
-        ConfigError: a key differs from the run so far that cannot; it is named.
+        ConfigError: a key differs from the run so far that cannot, or `run_dir` is set; it is named.
         UserError: there is no checkpoint, it is damaged, no step is left to do, or the run has just begun.
     """
+    if config.run_dir:
+        raise ConfigError("run_dir", "a run that is resumed stays in its folder; leave run_dir out")
     folder = expand(str(config.resume))
     run_folder.refuse_finished(folder, config.trainer.steps)
     if not run_folder.checkpoints_in(folder / run_folder.CHECKPOINTS):

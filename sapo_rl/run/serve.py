@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             # Checked as the config of a run with this server: what only engines beside a trainer must heed is left out.
             own = [one for one in ready.argv if not one.startswith(("launch=", "launch."))]
             overrides = [*own, f"rollout.servers=[127.0.0.1:{options.port}]"]
-            config, _ = compose.accept(hydra.compose("train", overrides=overrides), ready)
+            config, _ = compose.accept(hydra.compose("train", overrides=overrides), ready, overrides)
         settings = engine_settings(config, options)
         environment = server_environment(os.environ, settings.device != "cpu") | {VARIABLE: make_key()}
     except (UserError, HydraException, OmegaConfBaseException) as error:

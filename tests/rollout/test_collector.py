@@ -17,7 +17,7 @@ from sapo_rl.config import RolloutConfig
 from sapo_rl.engines.base import Completion, Request, Sampling
 from sapo_rl.engines.parity import TOLERANCE, verify
 from sapo_rl.errors import EngineError
-from sapo_rl.rollout.collector import Rollouts, request_seed
+from sapo_rl.rollout.collector import Rollouts, seed_of
 from sapo_rl.types import Group, Prompt, Stop
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def test_seeds_depend_on_run_step_and_prompt_but_not_on_the_engines(tokenizer: P
 
 
 def test_seeds_are_far_apart_and_fit_64_bits() -> None:
-    seeds = sorted(request_seed(run, step, index) for run in range(3) for step in range(20) for index in range(50))
+    seeds = sorted(seed_of(run, step, index) for run in range(3) for step in range(20) for index in range(50))
     assert seeds[0] >= 0
     assert seeds[-1] < 2**62
     assert min(b - a for a, b in itertools.pairwise(seeds)) > 1_000_000  # vLLM counts up by one a sample
