@@ -67,7 +67,7 @@ class Writer(Protocol):
         n: int | None = None,
         on_group: Callable[[Group], None] = lambda group: None,
     ) -> RolloutResult:
-        """Do as `generate`; `on_group` gets each group as soon as it is finished, in another thread."""
+        """Do as `generate`; `on_group` gets each group as soon as it is finished, in any thread."""
         ...
 
     def greedy(self, prompts: Sequence[Prompt], most: int | None = None) -> list[Group]:

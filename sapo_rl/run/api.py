@@ -33,11 +33,11 @@ from sapo_rl.run import resume as resuming
 from sapo_rl.run.checks import ConfigError
 from sapo_rl.run.following import Following
 from sapo_rl.run.start import Start, run
-from sapo_rl.telemetry.metrics import Record, read_metrics
-from sapo_rl.telemetry.sinks.completions import completions_path
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from sapo_rl.telemetry.metrics import Record
 
 DATASETS = Path("runs/datasets")
 """Where rows that are given as objects are kept, by their content: a resume reads them again."""
@@ -89,6 +89,8 @@ class Run:
         """
         import pandas as pd
 
+        from sapo_rl.telemetry.metrics import read_metrics
+
         rows: dict[int, Record] = {}
         for record in read_metrics(self.folder / run_folder.METRICS):
             if "warning" not in record:
@@ -102,6 +104,8 @@ class Run:
             UserError: the run has not made that step.
         """
         import pandas as pd
+
+        from sapo_rl.telemetry.sinks.completions import completions_path
 
         path = completions_path(self.folder, step)
         if not path.is_file():

@@ -9,18 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import one_row
+from rewards.groups import group
 
 from sapo_rl.config import RewardConfig, RewardFunctionConfig
 from sapo_rl.errors import UserError
 from sapo_rl.rewards import RewardPool, session
-from sapo_rl.types import Group, Prompt
 
 Score = Callable[..., dict[str, list[float | None]]]
-
-
-def group(texts: list[str]) -> Group:
-    return Group(Prompt(0, [1], "question", {"answer": "1"}), [one_row([1], text=text) for text in texts])
 
 
 @pytest.fixture
@@ -40,7 +35,7 @@ def score(monkeypatch: pytest.MonkeyPatch) -> Score:
             for name, value in variables.items():
                 patch.setenv(name, value)
             with RewardPool(config) as pool:
-                (scored,) = pool.score([group(texts)]).groups
+                (scored,) = pool.score([group(0, texts, answer="1")]).groups
         return {name: [sample.rewards[name] for sample in scored.samples] for name in functions}
 
     return scored
@@ -54,7 +49,7 @@ def test_a_function_gets_what_any_reward_function_gets_and_its_settings(score: S
         return [None if text == "none" else factor * len(text) for text in completions]
 
     assert score(["a", "none", "abc"], mine=mine) == {"mine": [2.0, None, 6.0]}
-    assert seen == [{"prompts": ["question"] * 3, "answer": ["1"] * 3, "process": os.getpid()}]
+    assert seen == [{"prompts": ["Q?"] * 3, "answer": ["1"] * 3, "process": os.getpid()}]
 
 
 def test_coroutine_functions_keep_one_loop_and_functions_are_called_by_their_names(score: Score) -> None:
@@ -101,7 +96,7 @@ def test_without_its_session_a_function_says_where_it_was() -> None:
     path = session.path_to(lambda completions, **columns: [])
     config = RewardConfig({"mine": RewardFunctionConfig(path, args={"session_function": "mine"})})
     with RewardPool(config) as pool, pytest.raises(UserError, match=r"the Python session that started the run"):
-        pool.score([group(["a"])])
+        pool.score([group(0, ["a"])])
 
 
 def test_nothing_is_left_of_a_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
