@@ -12,14 +12,12 @@ import json
 import os
 import socket
 import socketserver
-import tempfile
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from sapo_rl.processes.scratch import FILES, hold, release
+from sapo_rl.processes.scratch import temporary_folder
 from sapo_rl.rewards.registry import RewardFunction
 from sapo_rl.rewards.runner.scoring import ScoreError, evaluate, evaluate_coroutine, is_coroutine
 
@@ -96,30 +94,33 @@ class SessionFunctions:
     def __init__(self, functions: Mapping[str, RewardFunction]) -> None:
         self._functions = dict(functions)
         self._turn = threading.Lock()
-        self._loop = asyncio.new_event_loop()
-        """Of the coroutine functions: always the same, so that clients which they keep stay usable."""
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> dict[str, str]:
         """Listen from now on; return the environment variables that tell workers where."""
         if not self._functions:
             return {}
-        self._folder = Path(tempfile.mkdtemp(prefix=FILES))  # readable by its owner alone
-        self._lock = hold(self._folder)
-        address = str(self._folder / "session")
-        self._server = _Server(address, self._answer)
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), name="rewards", daemon=True).start()
-        threading.Thread(target=self._loop.run_forever, name="coroutine rewards", daemon=True).start()
+        with contextlib.ExitStack() as stack:
+            address = str(stack.enter_context(temporary_folder()) / "session")  # readable by its owner alone
+            server = stack.enter_context(_Server(address, self._answer))
+            stack.callback(server.shutdown)
+            # Always the same, so that clients which coroutine functions keep stay usable.
+            self._loop = asyncio.new_event_loop()
+            stack.callback(self._loop.call_soon_threadsafe, self._loop.stop)
+            threading.Thread(target=server.serve_forever, args=(0.05,), name="rewards", daemon=True).start()
+            threading.Thread(target=self._run_coroutines, name="coroutine rewards", daemon=True).start()
+            self._stack = stack.pop_all()
         return {VARIABLE: address}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Take no more calls."""
-        if self._functions:
-            self._server.shutdown()
-            self._server.server_close()
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            release(self._folder, self._lock)
+        self._stack.close()
+
+    def _run_coroutines(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
 
     def _answer(self, request: bytes) -> bytes:
         name, arguments = json.loads(request)

@@ -181,11 +181,11 @@ def _stops(trial: Trial) -> list[tuple[str, str]]:
 def _check_parser(trial: Trial, name: str) -> None:
     chat, ids = trial.chat, trial.written(trial.call())
     text, whole = chat.decode(ids), chat.decode(ids[:-1], special=True)
-    readers = [
-        name
-        for name, parser in PARSERS.items()
-        if parsers.parse(parser, whole if parser.special else text, [TOOL]).calls == [CALL]
-    ]
-    if parsers.parse(chat.parser, whole if chat.parser.special else text, [TOOL]).calls != [CALL]:
-        valid = ", ".join(["auto", *readers] if name != "auto" else readers) or "none of them"
+
+    def reads(parser: parsers.Parser) -> bool:
+        return parsers.parse(parser, whole if parser.special else text, [TOOL]).calls == [CALL]
+
+    if not reads(chat.parser):
+        found = parsers.choose("auto", str(chat.tokenizer.get_chat_template(tools=chat.tools)))
+        valid = ", ".join(key for key, one in {"auto": found, **PARSERS}.items() if reads(one)) or "none of them"
         raise ConfigError("rollout.tool_parser", f"'{name}' does not read the call {text!r}; what reads it: {valid}")
