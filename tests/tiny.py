@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
     from sapo_rl.engines.base import Completion, EngineSettings, Request, Sampling
 
@@ -67,6 +67,25 @@ def make_tiny_model(folder: Path, seed: int = 0) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def small_llama(vocabulary: int, seed: int = 0, **shape: Any) -> LlamaForCausalLM:
+    """A random Llama of two layers with the trainer's attention; `shape` replaces settings of its config."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from sapo_rl.policy import attention
+
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": vocabulary,
+        "attn_implementation": attention.NAME,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(settings | shape)))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

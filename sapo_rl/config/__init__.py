@@ -373,6 +373,11 @@ class Config:
         return self.environment.max_tokens if self.has_episodes else self.rollout.max_completion_tokens
 
     @property
+    def max_sequence_tokens(self) -> int:
+        """Tokens of a prompt and what follows it, at most."""
+        return self.data.max_prompt_tokens + self.max_episode_tokens
+
+    @property
     def rewards(self) -> dict[str, RewardFunctionConfig]:
         """What an episode is rewarded by: the reward functions, then the environment, with weight 1."""
         own = {} if self.environment.name is None else {ENVIRONMENT: RewardFunctionConfig(self.environment.name)}

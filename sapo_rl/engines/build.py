@@ -99,15 +99,12 @@ def cache_bytes(config: Config, facts: ModelFacts, memory: int, engines: int) ->
     meanwhile for its own. None where the share is too small for this estimate: vLLM must measure.
     """
     rollout, size = config.rollout, element_size(config) / config.rollout.tensor_parallel
-    per_sequence = (longest(config) + 16) * facts.cache_elements * size  # the cache is dealt out by 16 tokens
+    per_sequence = (
+        (config.max_sequence_tokens + 16) * facts.cache_elements * size
+    )  # the cache is dealt out by 16 tokens
     logits = 4 * 4 * rollout.max_num_seqs * facts.shape.get("vocab_size", 0)
     left = rollout.gpu_memory_utilization * memory / engines - facts.parameters * size - OVERHEAD - logits
     return int(min(left, rollout.max_num_seqs * per_sequence)) if left >= per_sequence else None
-
-
-def longest(config: Config) -> int:
-    """Return the tokens of the longest sequence, a prompt and what follows it."""
-    return config.data.max_prompt_tokens + config.max_episode_tokens
 
 
 def engine_count(config: Config, facts: ModelFacts, device: Device) -> int:
@@ -191,7 +188,7 @@ def build_engines(
                 address=address,
                 key=key,
                 dtype=config.model.dtype,
-                max_model_len=longest(config),
+                max_model_len=config.max_sequence_tokens,
                 stop_token_ids=stop_token_ids,
                 start_timeout=rollout.start_timeout,
                 timeout=rollout.timeout,
@@ -225,7 +222,7 @@ def engine_settings(
         EngineSettings(
             model=config.model.path,
             dtype=config.model.dtype,
-            max_model_len=longest(config),
+            max_model_len=config.max_sequence_tokens,
             max_num_seqs=rollout.max_num_seqs,
             gpu_memory_utilization=rollout.gpu_memory_utilization / count,
             cpu_kv_cache_gb=rollout.cpu_kv_cache_gb / count,

@@ -33,6 +33,18 @@ def sampling_of(cfg: RolloutConfig) -> Sampling:
     )
 
 
+def greedy_of(sampling: Sampling, most: int | None) -> Sampling:
+    """Return the sampling that takes the likeliest tokens, `most` at most, without their log-probabilities."""
+    limit = min(sampling.max_tokens, most or sampling.max_tokens)
+    return replace(sampling, temperature=0.0, logprobs=False, max_tokens=limit)
+
+
+def usage_of(answers: Sequence[Answer], start: float, engines: int) -> Usage:
+    """Return how long `engines` engines wrote on these answers; `start` is on the clock of `time.perf_counter`."""
+    until = [max((one.at - start for one in answers if one.engine == index), default=0.0) for index in range(engines)]
+    return Usage(until, max(until, default=0.0))
+
+
 def seed_of(*place: int) -> int:
     """Return a seed below 2^62 for a place in a run (its seed, a step, a prompt, ...), far from that of any other.
 
@@ -139,9 +151,7 @@ class Rollouts:
         They are begun before all that waits for an engine.
         """
         requests = [Request(prompt.token_ids, 1) for prompt in prompts]
-        limit = min(self.sampling.max_tokens, most or self.sampling.max_tokens)
-        sampling = replace(self.sampling, temperature=0.0, logprobs=False, max_tokens=limit)
-        return self._run(prompts, requests, sampling, lambda group: None, urgent=True).groups
+        return self._run(prompts, requests, greedy_of(self.sampling, most), lambda group: None, urgent=True).groups
 
     def submit(self, request: Request, sampling: Sampling, session: Session) -> Future[Answer]:
         """Return at once with a future of the answer to one turn of an episode; `session` is the episode's."""
@@ -160,7 +170,6 @@ class Rollouts:
         urgent: bool,
     ) -> RolloutResult:
         start = time.perf_counter()
-        until = [0.0 for _ in self.engines]
         groups: dict[int, Group] = {}
         finished: queue.SimpleQueue[int] = queue.SimpleQueue()
         answers = self._dispatcher.submit_all(requests, sampling, urgent)
@@ -170,7 +179,6 @@ class Rollouts:
             while len(groups) < len(requests):
                 index = finished.get()
                 answer = answers[index].result()
-                until[answer.engine] = max(until[answer.engine], answer.at - start)
                 # Decoded here: in the engine's own thread it would keep other answers waiting.
                 groups[index] = self._group(prompts[index], answer)
                 on_group(groups[index])
@@ -178,7 +186,8 @@ class Rollouts:
             for future in answers:
                 future.cancel()
             raise
-        return RolloutResult([groups[index] for index in range(len(prompts))], Usage(until, max(until, default=0.0)))
+        usage = usage_of([future.result() for future in answers], start, len(self.engines))
+        return RolloutResult([groups[index] for index in range(len(prompts))], usage)
 
     def _group(self, prompt: Prompt, answer: Answer) -> Group:
         completions, versions = answer.completions, (answer.oldest_version, answer.newest_version)

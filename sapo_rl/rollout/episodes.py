@@ -6,7 +6,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -16,10 +15,10 @@ from sapo_rl.environments.chat import ChatTemplate
 from sapo_rl.environments.runner.pool import EnvironmentPool
 from sapo_rl.environments.runner.process import EnvironmentFailed
 from sapo_rl.errors import UserError
-from sapo_rl.rollout.collector import RolloutResult, Rollouts
+from sapo_rl.rollout.collector import RolloutResult, Rollouts, greedy_of, usage_of
 from sapo_rl.rollout.dispatch import Answer
 from sapo_rl.rollout.episode import Episode, Setting
-from sapo_rl.types import Group, Prompt, Sample, Usage
+from sapo_rl.types import Group, Prompt, Sample
 
 T = TypeVar("T")
 
@@ -91,9 +90,7 @@ class Episodes:
 
     def greedy(self, prompts: Sequence[Prompt], most: int | None = None) -> list[Group]:
         """Play an episode of each prompt with the likeliest replies, of `most` tokens at most: groups of one."""
-        sampling = self._rollouts.sampling
-        limit = min(sampling.max_tokens, most or sampling.max_tokens)
-        sampling = replace(sampling, temperature=0.0, logprobs=False, max_tokens=limit)
+        sampling = greedy_of(self._rollouts.sampling, most)
         groups = self._wait(self._write(prompts, 0, 1, sampling, lambda group: None)).groups
         return [group for group in groups if group.samples]
 
@@ -142,7 +139,7 @@ class Episodes:
         groups = [one.result() for one in playing]
         if failures and not any(one.samples for one in groups):
             raise UserError(f"no episode is left; {failures[0]}")
-        return RolloutResult(groups, _usage(answers, start, len(self._rollouts.engines)), failures)
+        return RolloutResult(groups, usage_of(answers, start, len(self._rollouts.engines)), failures)
 
     def _told(self, prompt: Prompt, error: EnvironmentFailed) -> str:
         """Say what failed, or end all with it."""
@@ -157,9 +154,3 @@ def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
     """The first of the errors that groups of tasks have wrapped."""
     error = errors.exceptions[0]
     return _first(error) if isinstance(error, BaseExceptionGroup) else error
-
-
-def _usage(answers: Sequence[Answer], start: float, engines: int) -> Usage:
-    """How long the engines wrote, by their answers."""
-    until = [max((one.at - start for one in answers if one.engine == index), default=0.0) for index in range(engines)]
-    return Usage(until, max(until, default=0.0))

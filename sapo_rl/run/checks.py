@@ -305,7 +305,7 @@ def _check_model(config: Config) -> None:
         hint = " (python scripts/fetch_model.py makes it)" if fetched else ""
         raise ConfigError("model.path", f"{error}{hint}") from error
     limit = shape.get("max_position_embeddings")
-    longest = config.data.max_prompt_tokens + config.max_episode_tokens
+    longest = config.max_sequence_tokens
     if limit is not None and longest > limit:
         raise ConfigError(
             "environment.max_tokens" if config.has_episodes else "rollout.max_completion_tokens",

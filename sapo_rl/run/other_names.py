@@ -155,10 +155,11 @@ OTHER_NAMES: dict[str, tuple[str, str]] = {
 }
 """Our key by another trainer's name, and what is to be heeded."""
 
+LONGEST = "it is data.max_prompt_tokens + rollout.max_completion_tokens, or + environment.max_tokens"
 NONE_HERE = {
     "use_vllm": "vLLM writes all rollouts",
-    "vllm_max_model_length": "it is data.max_prompt_tokens + rollout.max_completion_tokens",
-    "max_model_len": "it is data.max_prompt_tokens + rollout.max_completion_tokens",
+    "vllm_max_model_length": LONGEST,
+    "max_model_len": LONGEST,
     "max_num_batched_tokens": "vLLM's own; rollout.max_num_seqs bounds what is decoded at once",
     "output_dir": "run_dir; without it runs go to runs/<recipe>/<time> below the current folder",
     "overwrite_output_dir": "every run has a folder of its own",

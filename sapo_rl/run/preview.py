@@ -63,7 +63,7 @@ def batch_arithmetic(config: Config) -> dict[str, str]:
         "processes": f"{config.launch.num_processes}, with {prompts // config.launch.num_processes} prompts each",
         "completions in all": str(rollout.batch_size * trainer.steps),
         "updates in all": str(trainer.updates_per_rollout * trainer.steps),
-        "longest sequence": f"{config.data.max_prompt_tokens + config.max_episode_tokens} tokens",
+        "longest sequence": f"{config.max_sequence_tokens} tokens",
     }
 
 

@@ -116,7 +116,6 @@ def engine_settings(config: Config, options: argparse.Namespace) -> EngineSettin
     require_vllm()
     import torch
 
-    from sapo_rl.engines.build import longest
     from sapo_rl.policy.model import check_shapes, load_tokenizer
 
     model, rollout = config.model, config.rollout
@@ -125,7 +124,7 @@ def engine_settings(config: Config, options: argparse.Namespace) -> EngineSettin
     return EngineSettings(
         model=model.path,
         dtype=model.dtype,
-        max_model_len=longest(config),
+        max_model_len=config.max_sequence_tokens,
         max_num_seqs=rollout.max_num_seqs,
         gpu_memory_utilization=options.gpu_memory,
         cpu_kv_cache_gb=rollout.cpu_kv_cache_gb,

@@ -10,9 +10,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from gpu.waits import update_without_waiting
+from tiny import small_llama
 from torch import Tensor
 from torch._dynamo.utils import counters
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from sapo_rl.config import Config, ModelConfig, RolloutConfig, TrainerConfig
 from sapo_rl.policy import attention, logprobs
@@ -35,19 +35,17 @@ def fresh_graphs() -> Iterator[None]:
 
 
 def make_policy(dtype: torch.dtype) -> Policy:
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    model = small_llama(
+        VOCABULARY,
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=VOCABULARY,
         initializer_range=0.1,
         tie_word_embeddings=True,
-        attn_implementation=attention.NAME,
     )
-    return Policy(LlamaForCausalLM(config).to(CUDA).train(), dtype)
+    return Policy(model.to(CUDA).train(), dtype)
 
 
 def make_items(seed: int, prompts: int = 6) -> list[list[Item]]:

@@ -24,10 +24,10 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_model
 from samples import as_group
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import small_llama
 
 from sapo_rl.config import Config, LoraConfig, ModelConfig, RolloutConfig, TrainerConfig
-from sapo_rl.policy import attention, checkpoint
+from sapo_rl.policy import checkpoint
 from sapo_rl.policy.lora import LoraPolicy
 from sapo_rl.policy.model import DTYPES, Policy, load_policy
 from sapo_rl.policy.parallel import loads_weights
@@ -47,17 +47,9 @@ WAYS = [way for way in ENVIRONMENTS if importlib.util.find_spec("deepspeed") or 
 
 def make_policy(dtype: torch.dtype = torch.float32, seed: int = 0) -> Policy:
     """A tied head in float32, one of its own in bfloat16; few sizes divide by four ranks."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=40,
-        intermediate_size=46,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        vocab_size=VOCABULARY,
-        tie_word_embeddings=dtype == torch.float32,
-        attn_implementation=attention.NAME,
-    )
-    model = LlamaForCausalLM(config)
+    tied = dtype == torch.float32
+    shape = {"hidden_size": 40, "intermediate_size": 46, "num_attention_heads": 1, "tie_word_embeddings": tied}
+    model = small_llama(VOCABULARY, seed, **shape)
     for parameter in model.parameters():
         if parameter.dim() == 1:  # norms are ones at first, which all dtypes hold exactly
             parameter.data += 0.3 * torch.rand_like(parameter)

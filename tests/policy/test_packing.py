@@ -8,7 +8,8 @@ from dataclasses import fields
 import pytest
 import torch
 from samples import make_item
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from tiny import small_llama
+from transformers import PreTrainedModel
 
 from sapo_rl.policy import attention
 from sapo_rl.policy.model import Policy
@@ -19,17 +20,8 @@ VOCABULARY = 97
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-        attn_implementation=attention.NAME,
-    )
-    return LlamaForCausalLM(config).double()
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return small_llama(VOCABULARY, **shape).double()
 
 
 def groups_of(sizes: list[int], seed: int) -> list[list[Item]]:

@@ -18,12 +18,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from samples import as_group
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import small_llama
 
 from sapo_rl.config import Config, ModelConfig, RolloutConfig, TrainerConfig
 from sapo_rl.config.loss import AdvantageConfig, CorrectionConfig, KLConfig, LossConfig
 from sapo_rl.errors import UserError
-from sapo_rl.policy import attention, checkpoint
+from sapo_rl.policy import checkpoint
 from sapo_rl.policy.model import Policy
 from sapo_rl.policy.trainer import PolicyTrainer
 from sapo_rl.run_folder import latest_checkpoint
@@ -33,16 +33,7 @@ VOCABULARY = 41
 
 
 def make_policy(dtype: torch.dtype = torch.float32) -> Policy:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vocab_size=VOCABULARY,
-        attn_implementation=attention.NAME,
-    )
-    return Policy(LlamaForCausalLM(config), dtype)
+    return Policy(small_llama(VOCABULARY), dtype)
 
 
 def make_groups(seed: int, zero_spread: int = 0, least: int = 1) -> list[Group]:

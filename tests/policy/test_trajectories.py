@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 from losses.batches import SETTINGS
+from tiny import small_llama
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from sapo_rl.losses import AGGREGATION_MODES, POLICY_LOSS_FN, LossInputs, build_loss, token_weights
@@ -24,16 +25,7 @@ CORRECTION = {"mode": "sequence_mask", "low": 0.9, "high": 1.1, "stale_negative_
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vocab_size=VOCABULARY,
-        attn_implementation=attention.NAME,
-    )
-    model = LlamaForCausalLM(config)
+    model = small_llama(VOCABULARY)
     for module in [*model.modules()]:
         for name, norm in module.named_children():
             if isinstance(norm, LlamaRMSNorm):  # it computes in float32 whatever it is given
