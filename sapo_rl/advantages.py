@@ -157,8 +157,8 @@ def own_function(settings: AdvantageConfig) -> OwnFunction | None:
             raise UserError(f"'{settings.name}' is a {type(found).__name__}, not a function")
     except UserError as error:
         raise UserError(f"advantage.name: {error}") from error
-    parameters = list(inspect.signature(found).parameters.values())
-    if not parameters or parameters[0].kind not in (inspect.Parameter.POSITIONAL_ONLY, plugins.NAMED[0]):
+    parameters = list(plugins.parameters_of(found).values())
+    if not parameters or parameters[0].kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD):
         raise UserError(f"advantage.name: '{settings.name}' must take a group's rewards first: f(rewards, **args)")
     plugins.check_arguments("advantage.args", found, settings.args, parameters[1:])
     return found

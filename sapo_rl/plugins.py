@@ -100,6 +100,22 @@ NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 """Kinds of parameters that can be passed by name."""
 
 
+def parameters_of(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a function or class by name; `*args, **kwargs` where it is written in C and has none."""
+    try:
+        return inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return inspect.signature(lambda *args, **kwargs: None).parameters
+
+
+def accepted(target: Callable[..., Any], keywords: dict[str, Any]) -> dict[str, Any]:
+    """Return those of `keywords` that a function names; all of them where it takes `**kwargs`."""
+    parameters = parameters_of(target)
+    if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        return keywords
+    return {name: value for name, value in keywords.items() if name in parameters}
+
+
 def _hints_of(target: Callable[..., Any]) -> dict[str, Any]:
     """The annotations of the parameters, as objects; none where a name in them means nothing at run time."""
     own = isinstance(target, type) and not hasattr(target, "__dataclass_fields__")

@@ -203,6 +203,7 @@ def nothing(rewards): return None
 def words(rewards): return ["1", "2", "3"]
 def fails(rewards): return rewards[0] / 0
 def empty(): return []
+in_c = max
 number = 3
 """
 
@@ -244,6 +245,7 @@ def test_a_function_of_ones_own_makes_advantages_of_weighted_rewards(own: None) 
         ("infinite", r"returned \[inf, inf, inf\]"),
         ("nothing", "returned None"),
         ("words", r"returned \['1', '2', '3'\]"),
+        ("in_c", r"'own_advantages.in_c' failed on the rewards .*: TypeError: '>' not supported between"),
         ("fails", "'own_advantages.fails' failed on the rewards .*: ZeroDivisionError: "),
     ],
 )

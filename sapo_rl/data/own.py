@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias, cast
@@ -33,7 +32,7 @@ def find(cfg: DataConfig) -> Source:
     if not callable(found):
         raise UserError(f"data.source: '{cfg.source}' is a {type(found).__name__}, not a function")
     function = cast(Source, found)
-    parameters = inspect.signature(function).parameters
+    parameters = plugins.parameters_of(function)
     settings = [one for name, one in parameters.items() if name != SPLIT]
     plugins.check_arguments("data.args", function, cfg.args, settings)
     if cfg.eval_split is not None and SPLIT not in parameters:
@@ -51,7 +50,7 @@ def read(cfg: DataConfig, split: str) -> list[dict[str, Any]]:
         UserError: as `find`, or the function raised, or returned anything but mappings.
     """
     function = find(cfg)
-    named = {SPLIT: split} if SPLIT in inspect.signature(function).parameters else {}
+    named = {SPLIT: split} if SPLIT in plugins.parameters_of(function) else {}
     try:
         rows = list(function(**named, **cfg.args))
     except Exception as error:

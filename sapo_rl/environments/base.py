@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 
 from sapo_rl.environments.tools import call, tools_of, tools_of_object
 from sapo_rl.errors import UserError
-from sapo_rl.errors.own_code import line_of, told
-from sapo_rl.plugins import NAMED
+from sapo_rl.errors.own_code import line_of, number_of, shown, told
+from sapo_rl.plugins import NAMED, accepted, parameters_of
 from sapo_rl.types import LARGEST_REWARD
 
 Answer: TypeAlias = dict[str, Any]
@@ -75,7 +75,7 @@ class Kind:
     def _look_at(self, target: Any) -> None:
         if not callable(getattr(target, "reset", None)):
             raise UserError(f"environment '{self.name}' has no method reset")
-        parameters = inspect.signature(target.reset).parameters.values()
+        parameters = parameters_of(target.reset).values()
         named = [one for one in parameters if one.kind in NAMED]
         self.takes_seed = any(one.name == "seed" for one in named)
         self.needs = [one.name for one in named if one.default is one.empty and one.name not in ("seed", "prompt")]
@@ -107,7 +107,7 @@ class Play:
         if self.own is None:
             return {"opening": None}
         given = {**row, "seed": seed} if self.kind.takes_seed else row
-        found = await self._call("reset", **_accepted(self.own.reset, given))
+        found = await self._call("reset", **accepted(self.own.reset, given))
         if isinstance(found, tuple) and len(found) == 2:  # Gymnasium's: an observation and info
             found = found[0]
         if found is not None and not isinstance(found, str):
@@ -123,7 +123,7 @@ class Play:
             found = (*found[:2], found[2] or found[3], found[4])
         seen, reward, done, *info = found
         if seen is None and not done:
-            raise Failure(f"step returned no observation and not done{line_of(_code(self.own.step))}")
+            raise Failure(f"step returned no observation and not done{line_of(self.own.step)}")
         messages = [] if seen is None else [{"role": "user", "content": seen}] if isinstance(seen, str) else seen
         return {
             "messages": _messages(messages, "step"),
@@ -159,50 +159,28 @@ class Play:
             found = method(*given, **named)
             return await found if inspect.isawaitable(found) else found
         except BaseException as error:
-            raise Failure(f"{name}: {told(error)}{line_of(_code(method), error)}") from error
+            raise Failure(f"{name}: {told(error)}{line_of(method, error)}") from error
 
     def _number(self, name: str, found: Any) -> float:
-        try:
-            number = float(found)
-        except BaseException:  # its own `__float__` may raise anything
-            number = float("nan")
-        if isinstance(found, str | bytes) or not abs(number) <= LARGEST_REWARD:
+        number = number_of(found, LARGEST_REWARD)
+        if number is None:
             raise self._wrong(name, found, "a finite number as its reward")
         return number
 
     def _wrong(self, name: str, found: Any, valid: str) -> Failure:
-        place = line_of(_code(getattr(self.own, name)))
-        return Failure(f"{name} returned {_shown(found)}; must return {valid}{place}")
+        place = line_of(getattr(self.own, name))
+        return Failure(f"{name} returned {shown(found)}; must return {valid}{place}")
 
 
 def _messages(found: Any, name: str) -> list[dict[str, Any]]:
     """Messages with the texts role and content."""
     if not isinstance(found, list) or not all(map(_is_message, found)):
-        raise Failure(f"{name} returned {_shown(found)}; must be text, or messages with the texts role and content")
+        raise Failure(f"{name} returned {shown(found)}; must be text, or messages with the texts role and content")
     return [{"role": message["role"], "content": message["content"]} for message in found]
 
 
 def _is_message(found: Any) -> bool:
     return isinstance(found, dict) and all(isinstance(found.get(key), str) for key in ("role", "content"))
-
-
-def _accepted(method: Callable[..., Any], keywords: dict[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(method).parameters
-    if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
-        return keywords
-    return {name: value for name, value in keywords.items() if name in parameters}
-
-
-def _code(method: Any) -> Any:
-    return getattr(inspect.unwrap(method), "__code__", None)
-
-
-def _shown(found: Any) -> str:
-    try:
-        text = repr(found)
-    except BaseException as error:
-        return f"a {type(found).__name__} (its __repr__: {told(error)})"
-    return text if len(text) <= 80 else f"{text[:60]}... ({type(found).__name__})"
 
 
 def as_json(answer: Answer) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -66,10 +65,7 @@ def build(name: str | None, args: dict[str, Any], tools: list[str]) -> Kind:
 
 
 def _check_arguments(target: Callable[..., Any], args: dict[str, Any]) -> None:
-    try:
-        parameters = inspect.signature(target).parameters.values()
-    except (TypeError, ValueError):  # some callables written in C have none
-        return
+    parameters = plugins.parameters_of(target).values()
     plugins.check_arguments(
         "environment.args", target, args, [one for one in parameters if one.kind is not one.POSITIONAL_ONLY]
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import traceback
-from types import CodeType
+from typing import Any
 
 LONGEST_FAILURE = 10_000
 """Characters of a failure's text that a worker answers; what is shown of it is shortened further."""
@@ -24,14 +26,37 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def line_of(code: CodeType | None, error: BaseException | None = None) -> str:
-    """Return ` (file:line)` of the innermost frame in the file of `code`; of its definition where there is none."""
+def line_of(function: Any, error: BaseException | None = None) -> str:
+    """Return ` (file:line)` of the innermost frame in the file of `function`; of its definition where there is none.
+
+    `function` may be anything that is called; nothing is returned where neither place is known.
+    """
+    plain = inspect.unwrap(function) if callable(function) else None
+    code = getattr(plain, "__code__", getattr(type(plain).__call__, "__code__", None)) if plain is not None else None
     frames = traceback.extract_tb(error.__traceback__)[1:] if error is not None else []  # the first frame is ours
     own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
     place = next(reversed(own or frames), None)
     if place is not None:
         return f" ({place.filename}:{place.lineno})"
     return "" if code is None else f" ({code.co_filename}:{code.co_firstlineno})"
+
+
+def number_of(found: Any, most: float) -> float | None:
+    """Return `found` as a number; None for text, and for what is no number, not finite or beyond `most` either way."""
+    try:
+        number = math.nan if isinstance(found, str | bytes) else float(found)
+    except BaseException:  # its own `__float__` may raise anything
+        return None
+    return number if abs(number) <= most else None
+
+
+def shown(found: Any) -> str:
+    """Return how an object shows itself, cut where it is long, with the name of its type."""
+    try:
+        text = repr(found)
+    except BaseException as error:
+        return f"a {type(found).__name__} (its __repr__: {told(error)})"
+    return text if len(text) <= 80 else f"{text[:60]}... ({type(found).__name__})"
 
 
 def shorten(text: str, most: int) -> str:

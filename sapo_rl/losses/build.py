@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 from sapo_rl.losses.base import POLICY_LOSS_FN, PolicyLossFn
 from sapo_rl.losses.correction import MismatchCorrection
 from sapo_rl.losses.divergence import KLPenalty
+from sapo_rl.plugins import parameters_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ def build_loss(name: str | type[PolicyLossFn], **settings: Any) -> Callable[[Los
 
 
 def _settings_of(loss_class: type[PolicyLossFn]) -> set[str]:
-    return set(inspect.signature(loss_class).parameters)
+    return set(parameters_of(loss_class))
 
 
 def _evaluate(

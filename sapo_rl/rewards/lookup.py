@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -93,17 +92,14 @@ def check_own_arguments(name: str, function: RewardFunction, args: Mapping[str, 
     Raises:
         UserError: naming the argument, and what is near it.
     """
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some callables written in C have none
-        return
+    parameters = plugins.parameters_of(function).values()
     named = [one.replace(default=None) for one in parameters if one.kind in plugins.NAMED and one.name not in GIVEN]
     rest = [one for one in parameters if one.kind is one.VAR_KEYWORD]
     plugins.check_arguments(f"reward.functions.{name}.args", function, args, [*named, *rest])
 
 
 def _check_arguments(where: str, function: RewardFunction, args: dict[str, Any]) -> None:
-    parameters = inspect.signature(function).parameters.values()
+    parameters = plugins.parameters_of(function).values()
     plugins.check_arguments(
         f"{where}.args", function, args, [one for one in parameters if one.kind is one.KEYWORD_ONLY]
     )

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
 import socketserver
 import threading
 from collections.abc import Mapping
@@ -41,14 +40,7 @@ def call(*, session_function: str, **arguments: list[Any]) -> list[float | None]
     Raises:
         ScoreError: it has failed, or the session is gone.
     """
-    try:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(os.environ[VARIABLE])
-            connection.sendall(_line([session_function, arguments]))
-            with connection.makefile("rb") as answers:
-                return _scores(answers.readline(LONGEST_LINE))
-    except (OSError, KeyError) as error:
-        raise ScoreError(GONE) from error
+    return asyncio.run(call_coroutine(session_function=session_function, **arguments))
 
 
 async def call_coroutine(*, session_function: str, **arguments: list[Any]) -> list[float | None]:

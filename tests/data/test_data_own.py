@@ -31,6 +31,7 @@ def nothing():
     return []
 
 number = 3
+in_c = iter
 """
 
 
@@ -77,6 +78,7 @@ def test_mistakes_are_found_before_it_is_called(name: str, settings: dict[str, A
         ("fails", r"data.source: 'own_rows.fails' failed: ValueError: no more \(.*own_rows.py:10\)"),
         ("words", r"data.source: row 0 of 'own_rows.words' is a str, must be a mapping"),
         ("nothing", r"data.source: 'own_rows.nothing', split 'train', has no rows"),
+        ("in_c", r"data.source: 'own_rows.in_c' failed: TypeError: iter expected at least 1 argument"),
     ],
 )
 def test_what_it_returns_is_looked_at(name: str, message: str) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -25,6 +25,7 @@ import torch
 from command import folders, free_port, records, steps_of
 from tiny import logps_of, make_workspace
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from waiting import until
 
 from sapo_rl.config import RolloutConfig
 from sapo_rl.engines.base import Completion, Request, Sampling
@@ -110,16 +111,9 @@ def servers(workspace: Path, environment: dict[str, str]) -> Iterator[list[Serve
 @pytest.fixture(scope="module")
 def key(servers: list[Server], workspace: Path) -> str:
     path = workspace / "home" / "sapo-train" / "api_key"
-    wait_until(path.exists, 60)
+    until(path.exists, 60)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     return path.read_text().strip()
-
-
-def wait_until(holds: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +263,7 @@ def test_a_server_works_for_one_run_at_a_time(
         answers(late, [Request([2, 30], 1)], WARM)
     assert verify(fleet[0], tokens, logps_of(policy, tokens), "float32") < 1e-5
     transport.close()
-    wait_until(lambda: late.restarts == 1, 60)
+    until(lambda: late.restarts == 1, 60)
     assert verify(late, tokens, logps_of(newer, tokens), "float32") < 1e-5
     waiting.close()
 
@@ -293,7 +287,7 @@ def test_a_server_writes_on_while_it_gets_new_weights(
     others: list[Future[Answer]] = []
     for version, model in enumerate((newer, policy, newer), start=2):
         others += dispatcher.submit_all([Request([2, 30 + i, version], 4) for i in range(60)], long)
-        wait_until(others[-60].done, 60)
+        until(others[-60].done, 60)
         transport.push(model.named_parameters(), [engine], version)
         assert not others[-1].done()  # it waits, or is written by weights of two versions
         for _ in range(2):  # the second time by what the cache has
@@ -330,7 +324,7 @@ def test_one_of_two_dies_in_mid_batch_and_is_taken_back_with_current_weights(
         future.add_done_callback(partial(take, number))
     assert {future.result(120).engine for future in asked} == {0, 1}
     assert sum(future.result().engine == 0 for future in asked) > 20  # some that server 1 had begun
-    wait_until(lambda: answered == Counter(range(40)), 10)
+    until(lambda: answered == Counter(range(40)), 10)
     (told,) = [record.message for record in caplog.records if record.name.startswith("sapo_rl")]
     assert f"{servers[1].address} does not answer" in told
 
@@ -338,7 +332,7 @@ def test_one_of_two_dies_in_mid_batch_and_is_taken_back_with_current_weights(
     transport.push(newer.named_parameters(), fleet, 2)
     restarts = fleet[1].restarts
     servers[1].start()
-    wait_until(lambda: fleet[1].restarts == restarts + 1, 300)
+    until(lambda: fleet[1].restarts == restarts + 1, 300)
     tokens = list(range(5, 60))
     assert verify(fleet[1], tokens, logps_of(newer, tokens), "float32") < 1e-5
     rollouts = Rollouts(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import atexit
 import importlib.util
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 from tiny import engine_settings
+from waiting import until
 
 from sapo_rl.engines import process
 from sapo_rl.engines.base import EngineSettings, Request, Sampling
@@ -197,13 +197,6 @@ def stands(monkeypatch: pytest.MonkeyPatch) -> list[Stand]:
 
     monkeypatch.setattr(process, "ChildProcess", make)
     return made
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 GREEDY = Sampling(0.0, 1.0, 0, 0.0, 1.0, 4, False)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
+from waiting import until
 
 from sapo_rl.engines.rpc import RpcConnection
 from sapo_rl.errors import EngineError, EngineLost
@@ -122,13 +123,6 @@ def test_all_open_calls_and_later_ones_learn_that_the_other_end_is_gone(ends: En
     assert {lost(future) for future in futures} == {"its process died"}
     assert lost(rpc.call("add", 1)) == rpc.lost == "its process died"
     assert not rpc.idle()
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_silence_counts_from_the_last_message_to_anybody() -> None:

@@ -8,13 +8,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rewards.groups import group, rewards
+from waiting import until
 
 from sapo_rl.config import RewardConfig, RewardFunctionConfig
 from sapo_rl.errors import UserError
@@ -144,14 +144,6 @@ def alive(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return state != "Z"
-
-
-def wait_for(condition: Callable[[], Any]) -> Any:
-    for _ in range(600):
-        if found := condition():
-            return found
-        time.sleep(0.1)
-    raise AssertionError("waited a minute")
 
 
 def worker_pids(here: Path) -> list[int]:
@@ -343,7 +335,7 @@ def test_a_worker_that_dies_between_batches_is_replaced(here: Path) -> None:
         pool.score([group(0, ["fine"])])
         (pid,) = worker_pids(here)
         os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: not alive(pid))
+        until(lambda: not alive(pid))
         groups, _ = pool.score([group(1, ["fine", "fine"])])
     assert rewards(groups, "mood") == [[1.0, 1.0]]
 
@@ -472,12 +464,12 @@ def test_workers_and_what_they_have_started_die_with_their_parent(here: Path, de
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     parent = subprocess.Popen([sys.executable, str(script)], env=env, stderr=subprocess.DEVNULL)
     try:
-        wait_for(lambda: (here / "left").exists() and len(worker_pids(here)) == 4)
+        until(lambda: (here / "left").exists() and len(worker_pids(here)) == 4)
         pids = worker_pids(here)
         assert all(alive(pid) for pid in pids)
         parent.send_signal(death)
         assert parent.wait(timeout=60) != 0
-        wait_for(lambda: not any(alive(pid) for pid in pids))
+        until(lambda: not any(alive(pid) for pid in pids))
     finally:
         parent.kill()
 
@@ -488,7 +480,7 @@ def test_closing_ends_what_another_thread_scores_and_starts_nothing(here: Path) 
     groups = [group(index, ["a"]) for index in range(200)]
     with ThreadPoolExecutor(1) as thread:
         scoring = thread.submit(pool.score, groups)
-        wait_for((here / "noted").exists)
+        until((here / "noted").exists)
         pool.__exit__(None, None, None)
         with pytest.raises(RuntimeError, match="closed"):
             scoring.result(timeout=10)

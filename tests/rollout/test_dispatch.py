@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import until
 
 from sapo_rl.engines.base import Completion, Request, Sampling, failed
 from sapo_rl.errors import EngineError, EngineLost
@@ -95,13 +96,6 @@ def dispatcher_of(*engines: Manual, window: int = 4, lost_timeout: float = 30.0)
 
 def requests(count: int, n: int = 1, first: int = 0) -> list[Request]:
     return [Request([first + i], n) for i in range(count)]
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def first_token(future: Future[Answer]) -> int:

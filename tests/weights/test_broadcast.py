@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from waiting import until
 
 from sapo_rl.errors import EngineLost
 from sapo_rl.weights import broadcast
@@ -113,10 +113,7 @@ def test_weights_are_expected_of_a_server_once_all_that_answer_have_them(monkeyp
             assert server.tensors["w"].tolist() == [version] * 3
     assert servers[0].expected_at_load == servers[1].expected_at_load == ["", "run/1"]
     servers[2].away = False
-    deadline = time.monotonic() + 20
-    while not servers[2].restarts:  # gets the same, between two pushes
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: servers[2].restarts)  # gets the same, between two pushes
     assert servers[2].held == "run/2" and servers[2].tensors["w"].tolist() == [2.0] * 3
     assert [server.restarts for server in servers] == [0, 0, 1]
     transport.close()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import math
 from collections.abc import Mapping, Set
-from types import CodeType
 from typing import Any
 
-from sapo_rl.errors.own_code import line_of, told
+from sapo_rl.errors.own_code import line_of, number_of, shown, told
+from sapo_rl.plugins import NAMED, accepted, parameters_of
 from sapo_rl.rewards.registry import RewardFunction
 from sapo_rl.types import LARGEST_REWARD, Group, Sample
 
@@ -47,11 +46,7 @@ def _completion(sample: Sample, chat: bool) -> str | list[dict[str, Any]]:
 
 def needed_columns(function: RewardFunction, settings: dict[str, Any]) -> list[str]:
     """Return the columns without which `function` cannot be called."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some callables written in C have none
-        return []
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty]
+    named = [p for p in parameters_of(function).values() if p.kind in NAMED and p.default is p.empty]
     return [p.name for p in named if p.name not in GIVEN and p.name not in settings]
 
 
@@ -65,13 +60,13 @@ def evaluate(function: RewardFunction, arguments: dict[str, list[Any]], settings
     """
     expected = len(arguments["completions"])  # now: the function may change the lists that it is given
     try:
-        result = function(**_accepted(function, {**arguments, **settings}))
+        result = function(**accepted(function, {**arguments, **settings}))
         if inspect.iscoroutine(result):
             result = asyncio.run(result)
     except ScoreError:  # of a function that has another one called
         raise
     except BaseException as error:
-        raise ScoreError(f"{told(error)}{_line(function, error)}") from error
+        raise ScoreError(f"{told(error)}{line_of(function, error)}") from error
     return _checked(result, expected, function)
 
 
@@ -85,11 +80,11 @@ async def evaluate_coroutine(
     """
     expected = len(arguments["completions"])
     try:
-        result = await function(**_accepted(function, {**arguments, **settings}))
+        result = await function(**accepted(function, {**arguments, **settings}))
     except ScoreError:
         raise
     except BaseException as error:
-        raise ScoreError(f"{told(error)}{_line(function, error)}") from error
+        raise ScoreError(f"{told(error)}{line_of(function, error)}") from error
     return _checked(result, expected, function)
 
 
@@ -100,50 +95,21 @@ def is_coroutine(function: RewardFunction) -> bool:
 
 def _checked(result: Any, expected: int, function: RewardFunction) -> list[float | None]:
     if isinstance(result, str | bytes | bytearray | Mapping | Set) or not hasattr(result, "__iter__"):
-        raise ScoreError(f"returned a {type(result).__name__}, must be a list of {expected}{_line(function)}")
+        raise ScoreError(f"returned a {type(result).__name__}, must be a list of {expected}{line_of(function)}")
     try:
         values = list(result)
     except BaseException as error:  # such as a tensor without dimensions
-        raise ScoreError(f"returned a {type(result).__name__}: {told(error)}{_line(function)}") from error
+        raise ScoreError(f"returned a {type(result).__name__}: {told(error)}{line_of(function)}") from error
     if len(values) != expected:
-        raise ScoreError(f"returned {len(values)} values for {expected} completions{_line(function)}")
+        raise ScoreError(f"returned {len(values)} values for {expected} completions{line_of(function)}")
     return [_number(value, function) for value in values]
 
 
-def _accepted(function: RewardFunction, keywords: dict[str, Any]) -> dict[str, Any]:
-    try:
-        parameters = inspect.signature(function).parameters
-    except ValueError:  # some callables written in C have none
-        return keywords
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return keywords
-    return {name: value for name, value in keywords.items() if name in parameters}
-
-
 def _number(value: Any, function: RewardFunction) -> float | None:
-    if value is None:
-        return None
-    try:
-        number = math.nan if isinstance(value, str | bytes) else float(value)
-    except BaseException:  # its own `__float__` may raise anything
-        number = math.nan
-    if not abs(number) <= LARGEST_REWARD:
-        try:
-            shown = repr(value)[:60]
-        except BaseException as error:
-            shown = f"a {type(value).__name__} (its __repr__: {told(error)})"
+    number = None if value is None else number_of(value, LARGEST_REWARD)
+    if value is not None and number is None:
         raise ScoreError(
-            f"returned {shown} for a sample, must be a finite number of at most {LARGEST_REWARD:g} or None"
-            f"{_line(function)}"
+            f"returned {shown(value)} for a sample, must be a finite number of at most {LARGEST_REWARD:g} or None"
+            f"{line_of(function)}"
         )
     return number
-
-
-def _line(function: RewardFunction, error: BaseException | None = None) -> str:
-    """Where the function raised, or where it is defined."""
-    return line_of(_code(function), error)
-
-
-def _code(function: RewardFunction) -> CodeType | None:
-    plain = inspect.unwrap(function)
-    return getattr(plain, "__code__", getattr(type(plain).__call__, "__code__", None))
