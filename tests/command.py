@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 MODULE = ("-m", "sapo_rl")
-CLOCKS = ("time/", "perf/tokens_per_second")
+CLOCKS = ("time/", "perf/tokens_per_second", "rollout/prefix_hit")
 
 
 def start(

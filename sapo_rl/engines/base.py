@@ -32,6 +32,8 @@ class Completion:
     """True where the length limit ended it."""
     logps: list[float] | None = None
     """Log-probability of each token under the distribution it was sampled from (after temperature and filters)."""
+    cached: int = 0
+    """Tokens of the prompt that the engine's cache held, so that they were not computed again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,8 @@ class Course:
     """What the environment told last."""
     answers: list[Answer] = field(default_factory=list)
     """The engines', a turn each."""
+    sent: int = 0
+    """Tokens of the prompts of all turns."""
 
 
 class Episode:
@@ -123,6 +125,7 @@ class Episode:
         sampling = replace(self._sampling, max_tokens=min(room, self._sampling.max_tokens))
         answer = await asyncio.wrap_future(self._setting.submit(Request(prompt, 1, seed), sampling, session))
         self.course.answers.append(answer)
+        self.course.sent += len(prompt)
         return answer.completions[0]
 
     async def _respond(
@@ -168,6 +171,8 @@ class Episode:
                 "tool_calls": course.tool_calls,
                 "tool_failures": course.tool_failures,
                 "seconds": seat.seconds,
+                "sent": course.sent,
+                "cached": sum(one.completions[0].cached for one in course.answers),
             },
             rewards={ENVIRONMENT: sum(parts) if parts else None} if named else {},
         )

@@ -23,6 +23,10 @@ class EpisodeFacts(NamedTuple):
     tool_failures: int
     seconds: float
     """What the calls of its environment took."""
+    sent: int
+    """Tokens of the prompts of all turns."""
+    cached: int
+    """Those of them that an engine's cache held."""
 
 
 def facts_of(sample: Sample) -> EpisodeFacts:
@@ -36,11 +40,15 @@ def facts_of(sample: Sample) -> EpisodeFacts:
         tool_calls=sample.info["tool_calls"],
         tool_failures=sample.info["tool_failures"],
         seconds=sample.info["seconds"],
+        sent=sample.info["sent"],
+        cached=sample.info["cached"],
     )
 
 
 def episode_metrics(episodes: Sequence[EpisodeFacts], dropped: int) -> dict[str, float]:
-    """Return `episode/*`, `stop/*`, `tools/*` and `time/environment` of a step's episodes, of which there is one.
+    """Return `episode/*`, `stop/*`, `tools/*`, `time/environment` and `rollout/prefix_hit` of a step's episodes.
+
+    There is at least one.
 
     Args:
         episodes: those that are left.
@@ -59,4 +67,5 @@ def episode_metrics(episodes: Sequence[EpisodeFacts], dropped: int) -> dict[str,
         "tools/call_frequency": calls / len(episodes),
         "tools/failure_frequency": failures / max(1, calls),
         "time/environment": statistics.fmean(one.seconds for one in episodes),
+        "rollout/prefix_hit": sum(one.cached for one in episodes) / sum(one.sent for one in episodes),
     } | {f"stop/{stop}": stops.count(stop) / len(stops) for stop in Stop if stop is not Stop.ERROR}

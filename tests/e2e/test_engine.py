@@ -139,6 +139,15 @@ def test_greedy_is_the_trainers_argmax(engine: LocalEngine, policy: PreTrainedMo
     assert tokens(found) == [[likeliest(policy, prompt, GREEDY.max_tokens, eos=3)] for prompt in prompts]
 
 
+def test_an_answer_tells_how_much_of_its_prompt_was_in_the_cache(engine: LocalEngine) -> None:
+    prompt, held = [2, *range(30, 99), *range(30, 99)], []  # vLLM's cache holds whole blocks, on the CPU of 128 tokens
+    for _ in range(2):
+        ((one,),) = generate(engine, [Request(prompt, 1)], GREEDY)
+        held.append(one.cached)
+        prompt = [*prompt, *one.token_ids, 2]
+    assert held == [0, 128]
+
+
 def test_log_probabilities_are_of_the_distribution_sampled_from(engine: LocalEngine, policy: PreTrainedModel) -> None:
     prompt = [2, 31, 41, 51]
     (group,) = generate(engine, [Request(prompt, 4, seed=3)], Sampling(0.7, 1.0, 0, 0.0, 1.0, 32, True))

@@ -226,6 +226,8 @@ def test_servers_write_what_the_trainers_weights_say(
             assert one.truncated == (one.token_ids[-1] != EOS)
             expected = logps_of(policy, prompt + one.token_ids, WARM.temperature)[len(prompt) - 1 :]
             assert one.logps == pytest.approx(expected, abs=1e-4)
+    turns = [answers(fleet[0], [Request([2, *range(5, 90), *range(5, 70)], 1)], WARM)[0][0] for _ in range(2)]
+    assert [one.cached for one in turns] == [0, 128]  # a whole block of vLLM's cache
     expected = logps_of(policy, list(range(5, 60)))
     assert max(verify_all(fleet, list(range(5, 60)), expected, "float32")) < 1e-5
     transport.close()  # else it would bring them

@@ -91,7 +91,8 @@ class Llm:
     def step(self) -> list[Any]:
         done, self.under_way = self.under_way, []
         one = SimpleNamespace(token_ids=[7], finish_reason="stop", logprobs=None)
-        return [SimpleNamespace(request_id=name, finished=True, outputs=[one]) for name in done]
+        about = {"finished": True, "outputs": [one], "num_cached_tokens": 3}
+        return [SimpleNamespace(request_id=name, **about) for name in done]
 
     def abort_request(self, names: list[str]) -> None:
         self.under_way = [name for name in self.under_way if name not in names]
@@ -116,7 +117,7 @@ def process(monkeypatch: pytest.MonkeyPatch) -> tuple[VllmProcess, Llm]:
 
 
 SAMPLING = Sampling(1.0, 1.0, 0, 0.0, 1.0, 8, False)
-ANSWER = [Completion([7], truncated=False)]
+ANSWER = [Completion([7], truncated=False, cached=3)]
 
 
 def test_each_call_gets_its_completions_and_a_dropped_one_none(process: tuple[VllmProcess, Llm]) -> None:

@@ -56,6 +56,7 @@ def completions_of(output: RequestOutput) -> list[Completion]:
             token_ids=list(one.token_ids),
             truncated=one.finish_reason == "length",
             logps=_sampled(one.logprobs) if isinstance(one.logprobs, FlatLogprobs) else None,
+            cached=output.num_cached_tokens or 0,
         )
         for one in output.outputs
     ]
