@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import operator
+import random
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 from sapo_rl.environments.registry import ENVIRONMENTS
+from sapo_rl.errors import UserError
 
 LONGEST = 500
 """Characters of an expression."""
@@ -21,6 +24,7 @@ _BINARY: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
+_WORDS = {"+": "Add", "-": "Subtract", "*": "Multiply by"}
 
 
 @ENVIRONMENTS.register_module("calculator")
@@ -59,6 +63,47 @@ def evaluate(expression: str) -> str:
     if value.denominator == 1:
         return str(value.numerator)
     return f"{float(value):.12g}" if abs(value) >= 10**12 else f"{round(float(value), 12):.15g}"
+
+
+def tasks(
+    split: str, count: int = 4096, operations: list[int] | None = None, digits: list[int] | None = None
+) -> list[dict[str, Any]]:
+    """Return `count` chains of sums, differences and products in words, the same for the same split; a source of data.
+
+    `Begin with 4821. Multiply by 317. Subtract 90211. What is the result?`, with the exact result under `answer`.
+
+    Args:
+        split: seeds the draw.
+        count: rows.
+        operations: fewest and most operations in a chain, by default 3 and 5.
+        digits: fewest and most digits of a number, by default 3 and 5.
+
+    Raises:
+        UserError: bounds that are none.
+    """
+    steps, sizes = (_bounds(*one) for one in (("operations", operations or [3, 5]), ("digits", digits or [3, 5])))
+    rng = random.Random(f"calculator/{split}")
+
+    def number() -> int:
+        size = rng.randint(*sizes)
+        return rng.randrange(10 ** (size - 1), 10**size)
+
+    rows = []
+    for _ in range(count):
+        value = number()
+        said = [f"Begin with {value}."]
+        for _ in range(rng.randint(*steps)):
+            sign, other = rng.choice("+-*"), number()
+            value = value + other if sign == "+" else value - other if sign == "-" else value * other
+            said.append(f"{_WORDS[sign]} {other}.")
+        rows.append({"prompt": " ".join([*said, "What is the result?"]), "answer": str(value)})
+    return rows
+
+
+def _bounds(name: str, given: list[int]) -> tuple[int, int]:
+    if len(given) != 2 or not 1 <= given[0] <= given[1] <= 18:
+        raise UserError(f"data.args.{name}: must be [least, most] within 1 to 18, got {given}")
+    return given[0], given[1]
 
 
 def _value(node: ast.expr) -> Fraction:

@@ -11,6 +11,7 @@ from sapo_rl.rewards.math import math_verify
 from sapo_rl.rewards.registry import REWARD_FUNCTIONS, RewardFunction
 from sapo_rl.rewards.runner.inbox import Inbox
 from sapo_rl.rewards.runner.pool import RewardPool
+from sapo_rl.rewards.short_answers import squad_exact_match, squad_f1
 from sapo_rl.rewards.text import exact_match, format_tags, length_limit, numeric_answer, numeric_digits, regex
 
 __all__ = [
@@ -28,4 +29,6 @@ __all__ = [
     "reasoning_gym",
     "regex",
     "resolve",
+    "squad_exact_match",
+    "squad_f1",
 ]

@@ -22,8 +22,13 @@ _NUMBER = re.compile(
 
 
 def text_of(completion: Completion) -> str:
-    """Return the text of a completion, which is a string or a list of messages (then the last one's content)."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+    """Return the text of a completion, which is a string or a list of messages: then the model's last word.
+
+    Empty where the last word was not the model's: what a tool has said is no answer of its.
+    """
+    if isinstance(completion, str):
+        return completion
+    return completion[-1]["content"] if completion[-1]["role"] == "assistant" else ""
 
 
 def final_answer(text: str) -> str:

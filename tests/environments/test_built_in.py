@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sapo_rl.config import EnvironmentConfig
-from sapo_rl.environments import Calculator, Guess, Wordle, check_environment, check_tool, wordle
+from sapo_rl.environments import Calculator, Guess, Wordle, calculator, check_environment, check_tool, wordle
 from sapo_rl.environments.calculator import evaluate
 from sapo_rl.environments.guess import tasks
 from sapo_rl.errors import UserError
@@ -84,6 +84,29 @@ def test_the_calculator_is_exact(expression: str, value: str) -> None:
 )
 def test_the_calculator_agrees_with_python(expression: str) -> None:
     assert evaluate(expression) == str(eval(expression))
+
+
+@given(st.integers(1, 4), st.integers(0, 2), st.integers(1, 6))
+def test_chains_say_how_their_answer_comes_about(fewest: int, more: int, size: int) -> None:
+    rows = calculator.tasks("train", 20, [fewest, fewest + more], [size, size])
+    for row in rows:
+        said = row["prompt"].removesuffix(". What is the result?").split(". ")
+        assert fewest <= len(said) - 1 <= fewest + more
+        assert all(len(one.split()[-1]) == size for one in said)
+        value = said[0].removeprefix("Begin with ")
+        for one in said[1:]:
+            word, _, number = one.replace("Multiply by", "Multiply").partition(" ")
+            value = f"({value}) {'+-*'[['Add', 'Subtract', 'Multiply'].index(word)]} {number}"
+        assert row["answer"] == str(eval(value)) == Calculator().calculate(value)
+
+
+def test_chains_are_the_same_for_a_split_and_bounds_are_checked() -> None:
+    held_out = calculator.tasks("held out", 300)
+    assert held_out == calculator.tasks("held out", 300)
+    assert not {row["prompt"] for row in held_out} & {row["prompt"] for row in calculator.tasks("train", 300)}
+    assert {row["prompt"].count(". ") for row in held_out} == {4, 5, 6}
+    with pytest.raises(UserError, match=r"^data\.args\.digits: must be \[least, most\] within 1 to 18, got \[3, 2\]"):
+        calculator.tasks("train", digits=[3, 2])
 
 
 @pytest.mark.parametrize(

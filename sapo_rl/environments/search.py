@@ -1,0 +1,112 @@
+"""Questions about documents that come with the row: the model searches them and reads what it needs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from sapo_rl.environments.registry import ENVIRONMENTS
+from sapo_rl.errors import did_you_mean
+
+SHOWN = 160
+"""Characters of a document that a search shows."""
+K1, B = 1.5, 0.75
+"""BM25's usual settings: how soon a repeated word counts no more, and how much long documents are held back."""
+_WORD = re.compile(r"\w+")
+
+
+@ENVIRONMENTS.register_module("search")
+class Search:
+    """Lets the model search and read the documents of its row; rewards are left to the reward functions.
+
+    Args:
+        results: how many documents a search shows.
+    """
+
+    def __init__(self, results: int = 3) -> None:
+        if results < 1:
+            raise ValueError(f"results is {results}, must be at least 1")
+        self.results = results
+
+    def reset(self, documents: list[dict[str, Any]]) -> None:
+        """Take the row's documents, each with a `title`, and its `text` or `sentences`."""
+        self._texts = dict(_document(place, one) for place, one in enumerate(documents))
+        self._titles = {title.casefold(): title for title in self._texts}
+        self._index = BM25([f"{title} {text}" for title, text in self._texts.items()])
+
+    def search(self, query: str) -> str:
+        """Find documents that suit a query. Shows their titles and how they begin.
+
+        Args:
+            query: Words to look for, e.g. "director of Doctor Strange".
+
+        Returns:
+            A line for each document, the best first.
+        """
+        scores, documents = self._index.scores(query), list(self._texts.items())
+        best = sorted(range(len(scores)), key=lambda place: -scores[place])[: self.results]
+        found = [documents[place] for place in best if scores[place] > 0]
+        return "\n".join(f"{title}: {text[:SHOWN]}" for title, text in found) or "No document has any of these words."
+
+    def read(self, title: str) -> str:
+        """Read a document.
+
+        Args:
+            title: Its title, as a search shows it.
+
+        Returns:
+            Its text.
+        """
+        if (known := self._titles.get(title.strip().casefold())) is None:
+            raise ValueError(f"there is no document '{title}'; {did_you_mean(title, self._texts)}")
+        return self._texts[known]
+
+
+class BM25:
+    """Scores documents by the words that they share with a query (Robertson and Zaragoza 2009, Lucene's weights).
+
+    Made for the few documents of a row; a library with an index of its own pays from thousands on.
+
+    Example:
+        >>> [round(score, 3) for score in BM25(["a red fox", "a dog"]).scores("red dog")]
+        [0.633, 0.764]
+    """
+
+    def __init__(self, documents: Sequence[str]) -> None:
+        self._counts = [Counter(_words(document)) for document in documents]
+        self._lengths = [counts.total() for counts in self._counts]
+        self._mean_length = sum(self._lengths) / max(1, len(documents))
+        self._found_in = Counter(word for counts in self._counts for word in counts)
+
+    def scores(self, query: str) -> list[float]:
+        """Return the score of each document, 0 where it shares no word with the query."""
+        weights = {word: self._weight(word) for word in _words(query) if word in self._found_in}
+        return [
+            sum(weight * self._share(counts[word], length) for word, weight in weights.items())
+            for counts, length in zip(self._counts, self._lengths, strict=True)
+        ]
+
+    def _weight(self, word: str) -> float:
+        found_in = self._found_in[word]
+        return math.log(1 + (len(self._counts) - found_in + 0.5) / (found_in + 0.5))
+
+    def _share(self, count: int, length: int) -> float:
+        return count * (K1 + 1) / (count + K1 * (1 - B + B * length / self._mean_length))
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.casefold())
+
+
+def _document(place: int, given: dict[str, Any]) -> tuple[str, str]:
+    """Its title and text; raises ValueError where it has none."""
+    try:
+        text = given["text"] if "text" in given else "".join(given["sentences"])
+        if not isinstance(given["title"], str) or not isinstance(text, str):
+            raise TypeError
+    except (TypeError, KeyError, AttributeError):
+        raise ValueError(f"documents[{place}] must have a title, and a text or sentences, as text") from None
+    return given["title"], text.strip()
