@@ -55,10 +55,13 @@ class Evaluator:
         if not self._any:
             return
         with self._timers("eval"):
-            greedy, _ = self._rewards.score(self._rollouts.greedy(self._own))
+            with self._rewards.scoring() as scoring:
+                greedy, _ = scoring.result(self._rollouts.greedy(self._own, on_group=scoring.add))
             sampled: list[Group] = []
             if self._samples:
-                sampled, _ = self._rewards.score(self._rollouts.generate(self._own, -step, self._samples))
+                with self._rewards.scoring() as scoring:
+                    written = self._rollouts.write(self._own, -step, self._samples, on_group=scoring.add)
+                    sampled, _ = scoring.result([group for group in written.groups if group.samples])
         greedy, sampled = gather_object(greedy), gather_object(sampled)
         metrics = {"eval/accuracy": mean_reward(greedy, self._judge), "eval/mean_length": mean_length(greedy)}
         if len(self._functions) > 1:

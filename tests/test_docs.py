@@ -175,8 +175,8 @@ def test_the_engine_writes_scores_and_takes_weights(module: Any, tiny_model: Pat
     prompts = [Prompt(index, tokenizer(text)["input_ids"], text, {}) for index, text in enumerate(("1 + 1", "2 + 5"))]
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
 
-    groups = rollouts.generate(prompts, step=1)
-    assert groups == rollouts.generate(prompts, step=1) != rollouts.generate(prompts, step=2)
+    groups = rollouts.write(prompts, step=1).groups
+    assert groups == rollouts.write(prompts, step=1).groups != rollouts.write(prompts, step=2).groups
     for group in groups:
         for sample in group.samples:
             expected = logps_of(model, [*group.prompt.token_ids, *sample.token_ids])[len(group.prompt.token_ids) - 1 :]
@@ -189,5 +189,5 @@ def test_the_engine_writes_scores_and_takes_weights(module: Any, tiny_model: Pat
     module("my_engine").CopyTransport().push(other.named_parameters(), [engine], version=3)
     token_ids = [*prompts[0].token_ids, *groups[0].samples[0].token_ids]
     assert verify(engine, token_ids, logps_of(other, token_ids), "float32") < 1e-5
-    assert rollouts.generate(prompts, step=1)[0].samples[0].versions == (3, 3)
+    assert rollouts.write(prompts, step=1).groups[0].samples[0].versions == (3, 3)
     engine.close()

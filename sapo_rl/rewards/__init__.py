@@ -9,16 +9,16 @@ from sapo_rl.rewards.gym import reasoning_gym
 from sapo_rl.rewards.lookup import check_function, resolve
 from sapo_rl.rewards.math import math_verify
 from sapo_rl.rewards.registry import REWARD_FUNCTIONS, RewardFunction
-from sapo_rl.rewards.runner.inbox import Inbox
+from sapo_rl.rewards.runner.batch import Scoring
 from sapo_rl.rewards.runner.pool import RewardPool
 from sapo_rl.rewards.short_answers import squad_exact_match, squad_f1
 from sapo_rl.rewards.text import exact_match, format_tags, length_limit, numeric_answer, numeric_digits, regex
 
 __all__ = [
     "REWARD_FUNCTIONS",
-    "Inbox",
     "RewardFunction",
     "RewardPool",
+    "Scoring",
     "check_function",
     "exact_match",
     "format_tags",

@@ -68,10 +68,6 @@ class RolloutResult(NamedTuple):
 class Writer(Protocol):
     """What writes groups with the weights that the engines hold: `Rollouts`, or `Episodes` where they have turns."""
 
-    def generate(self, prompts: Sequence[Prompt], step: int, n: int | None = None) -> list[Group]:
-        """Return the groups of `n` samples of each prompt, the group size by default, in the prompts' order."""
-        ...
-
     def write(
         self,
         prompts: Sequence[Prompt],
@@ -79,11 +75,19 @@ class Writer(Protocol):
         n: int | None = None,
         on_group: Callable[[Group], None] = lambda group: None,
     ) -> RolloutResult:
-        """Do as `generate`; `on_group` gets each group as soon as it is finished, in any thread."""
+        """Return the groups of `n` samples of each prompt, the group size by default, in the prompts' order.
+
+        `on_group` gets each as soon as it is finished, in any thread.
+        """
         ...
 
-    def greedy(self, prompts: Sequence[Prompt], most: int | None = None) -> list[Group]:
-        """Return groups of one sample with the likeliest tokens, `most` a reply at most."""
+    def greedy(
+        self,
+        prompts: Sequence[Prompt],
+        most: int | None = None,
+        on_group: Callable[[Group], None] = lambda group: None,
+    ) -> list[Group]:
+        """Return groups of one sample with the likeliest tokens, `most` a reply at most; `on_group` as in `write`."""
         ...
 
     def sleep(self) -> None:
@@ -120,10 +124,6 @@ class Rollouts:
         # As many wait in each engine as it decodes, so that it never lacks work.
         self._dispatcher = Dispatcher(engines, 2 * cfg.max_num_seqs, cfg.start_timeout)
 
-    def generate(self, prompts: Sequence[Prompt], step: int, n: int | None = None) -> list[Group]:
-        """Sample `n` completions (default: the group size) of each prompt; groups in the prompts' order."""
-        return self.write(prompts, step, n).groups
-
     def write(
         self,
         prompts: Sequence[Prompt],
@@ -131,9 +131,10 @@ class Rollouts:
         n: int | None = None,
         on_group: Callable[[Group], None] = lambda group: None,
     ) -> RolloutResult:
-        """Do as `generate`; several threads may.
+        """Sample `n` completions (default: the group size) of each prompt; groups in the prompts' order.
 
-        `on_group` gets each group as soon as it is finished. What an engine raises ends the whole call.
+        Several threads may call it. `on_group` gets each group as soon as it is finished. What an engine raises ends
+        the whole call.
         """
         requests = [
             Request(
@@ -145,13 +146,18 @@ class Rollouts:
         ]
         return self._run(prompts, requests, self.sampling, on_group, urgent=False)
 
-    def greedy(self, prompts: Sequence[Prompt], most: int | None = None) -> list[Group]:
+    def greedy(
+        self,
+        prompts: Sequence[Prompt],
+        most: int | None = None,
+        on_group: Callable[[Group], None] = lambda group: None,
+    ) -> list[Group]:
         """Return the likeliest completion of each prompt, token by token, `most` at most: groups of one.
 
-        They are begun before all that waits for an engine.
+        They are begun before all that waits for an engine. `on_group` gets each as soon as it is finished.
         """
         requests = [Request(prompt.token_ids, 1) for prompt in prompts]
-        return self._run(prompts, requests, greedy_of(self.sampling, most), lambda group: None, urgent=True).groups
+        return self._run(prompts, requests, greedy_of(self.sampling, most), on_group, urgent=True).groups
 
     def submit(self, request: Request, sampling: Sampling, session: Session) -> Future[Answer]:
         """Return at once with a future of the answer to one turn of an episode; `session` is the episode's."""

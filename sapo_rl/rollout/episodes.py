@@ -68,10 +68,6 @@ class Episodes:
         self._thread.join()
         self._loop.close()
 
-    def generate(self, prompts: Sequence[Prompt], step: int, n: int | None = None) -> list[Group]:
-        """Play `n` episodes (default: the group size) of each prompt; groups in the prompts' order."""
-        return [group for group in self.write(prompts, step, n).groups if group.samples]
-
     def write(
         self,
         prompts: Sequence[Prompt],
@@ -79,7 +75,9 @@ class Episodes:
         n: int | None = None,
         on_group: Callable[[Group], None] = lambda group: None,
     ) -> RolloutResult:
-        """Do as `generate`; several threads may. A group of which every episode was dropped stays, without samples.
+        """Play `n` episodes (default: the group size) of each prompt; groups in the prompts' order.
+
+        Several threads may call it. A group of which every episode was dropped stays, without samples.
 
         `on_group` gets each group as soon as it is finished, in the thread of the episodes.
 
@@ -88,10 +86,18 @@ class Episodes:
         """
         return self._wait(self._write(prompts, step, n or self._rollouts.group_size, self._rollouts.sampling, on_group))
 
-    def greedy(self, prompts: Sequence[Prompt], most: int | None = None) -> list[Group]:
-        """Play an episode of each prompt with the likeliest replies, of `most` tokens at most: groups of one."""
+    def greedy(
+        self,
+        prompts: Sequence[Prompt],
+        most: int | None = None,
+        on_group: Callable[[Group], None] = lambda group: None,
+    ) -> list[Group]:
+        """Play an episode of each prompt with the likeliest replies, of `most` tokens at most: groups of one.
+
+        `on_group` gets each as soon as it is finished, in the thread of the episodes.
+        """
         sampling = greedy_of(self._rollouts.sampling, most)
-        groups = self._wait(self._write(prompts, 0, 1, sampling, lambda group: None)).groups
+        groups = self._wait(self._write(prompts, 0, 1, sampling, on_group)).groups
         return [group for group in groups if group.samples]
 
     def sleep(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from sapo_rl.config import Config
 from sapo_rl.data import PromptSampler
-from sapo_rl.rewards import Inbox, RewardPool
+from sapo_rl.rewards import RewardPool, Scoring
 from sapo_rl.rollout.collector import RolloutResult, Writer
 from sapo_rl.rollout.prefetch import Prefetcher
 from sapo_rl.rollout.share import Share
@@ -24,7 +24,7 @@ class PendingBatch(NamedTuple):
     """A rollout batch in flight."""
 
     writing: Future[RolloutResult]
-    finished: Inbox
+    scoring: Scoring
     """Gets its groups one by one."""
     sampler_state: dict[str, Any]
     """What to save once the batch is trained on."""
@@ -113,24 +113,23 @@ class BatchQueue:
     def _begin(self, step: int) -> PendingBatch:
         """Draw prompts, the same on all ranks, and have this rank's completed."""
         prompts = self._share.of([self._prompts[index] for index in self._sampler.next()])
-        finished = Inbox()
-        writing = _in_thread(lambda: self._rollouts.write(prompts, step, on_group=finished.put), finished.close)
-        return PendingBatch(writing, finished, self._sampler.state_dict())
+        scoring = self._rewards.scoring()
+        writing = _in_thread(lambda: self._rollouts.write(prompts, step, on_group=scoring.add))
+        return PendingBatch(writing, scoring, self._sampler.state_dict())
 
     def _finish(self, pending: PendingBatch) -> Batch:
-        """Score the groups of a batch, while others of it are being generated."""
-        with self._timers("rollout"):
-            self._rewards.follow(pending.finished)
-            written = pending.writing.result()
-        with self._timers("reward"):
-            scores = self._rewards.finish(written.groups)
+        """Wait for the groups of a batch, of which each is scored while others are generated, and for their scores."""
+        with pending.scoring:
+            with self._timers("rollout"):
+                written = pending.writing.result()
+            with self._timers("reward"):
+                scores = pending.scoring.result(written.groups)
         return Batch(scores.groups, scores.stats, pending.sampler_state, written.usage, written.dropped)
 
 
-def _in_thread(work: Callable[[], T], at_end: Callable[[], None]) -> Future[T]:
-    """Start `work` in a thread of its own, then `at_end`, whether it succeeded or not."""
+def _in_thread(work: Callable[[], T]) -> Future[T]:
+    """Start `work` in a thread of its own."""
     pool = ThreadPoolExecutor(1)
     future = pool.submit(work)
-    future.add_done_callback(lambda _: at_end())
     pool.shutdown(wait=False)  # of new work
     return future

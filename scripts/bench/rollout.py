@@ -84,7 +84,7 @@ def config_of(args: argparse.Namespace, wanted: Set) -> Config:
 def measure(rollouts: Rollouts, prompts: Sequence[Prompt], step: int) -> tuple[float, int]:
     """Return seconds and completion tokens of one batch, decoding included."""
     start = time.perf_counter()
-    groups = rollouts.generate(prompts, step)
+    groups = rollouts.write(prompts, step).groups
     seconds = time.perf_counter() - start
     return seconds, sum(len(sample.token_ids) for group in groups for sample in group.samples)
 

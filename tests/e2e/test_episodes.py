@@ -127,7 +127,7 @@ def test_the_trainers_log_probabilities_are_vllms_over_turns_with_tools(
         engine.wait_ready()
         rollouts = Rollouts([engine], cfg.rollout, tokenizer, seed=0, reproducible=False)
         with Episodes(rollouts, EnvironmentPool(cfg), cfg) as episodes:
-            (group,) = episodes.generate([Prompt(0, [1], "Look.", {"word": "ab"})], step=1)
+            (group,) = episodes.write([Prompt(0, [1], "Look.", {"word": "ab"})], step=1).groups
     finally:
         engine.close()
     model = AutoModelForCausalLM.from_pretrained(tiny_model)

@@ -6,8 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from waiting import until
 
 from sapo_rl.config import RewardConfig, RewardFunctionConfig
 from sapo_rl.errors import UserError
-from sapo_rl.rewards import Inbox, RewardPool
+from sapo_rl.rewards import RewardPool
 
 MODULE = '''
 import contextlib, math, os, signal, sys, time
@@ -173,35 +171,50 @@ def test_several_functions_score_every_sample_by_name(here: Path) -> None:
 
 def test_groups_are_scored_while_others_are_still_written(here: Path) -> None:
     early, late = group(0, ["b", "a"], answer="b"), group(1, ["x", "y"], answer="y")
-    inbox, deadline = Inbox(), time.monotonic() + 20
-
-    def write() -> None:
-        inbox.put(early)
-        while not (here / "noted").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        inbox.put(late)  # only once the first is being scored
-        inbox.close()
-
     functions = {"exact": {"function": "exact_match"}, "notes": {"function": "pool_rewards.notes"}}
-    with RewardPool(config(**functions)) as pool:
-        writer = threading.Thread(target=write)
-        writer.start()
-        pool.follow(inbox)
-        writer.join()
-        assert time.monotonic() < deadline
-        groups, stats = pool.finish([late, early])
+    with RewardPool(config(**functions)) as pool, pool.scoring() as scoring:
+        scoring.add(early)
+        until((here / "noted").exists)
+        scoring.add(late)  # only once the first is being scored
+        groups, stats = scoring.result([late, early])
     assert rewards(groups, "exact") == [[0.0, 1.0], [1.0, 0.0]]
     assert stats.errors == stats.not_applicable == {"exact": 0, "notes": 0}
     assert not early.samples[0].rewards  # scoring makes new samples
 
 
-def test_a_failure_ends_the_following_of_an_inbox_that_stays_open(here: Path) -> None:
-    inbox = Inbox()
-    inbox.put(group(3, ["raise"]))
+def test_any_thread_gets_the_future_of_a_groups_scores(here: Path) -> None:
+    with RewardPool(config(workers=2, rank={"function": "pool_rewards.rank"})) as pool:
+        with ThreadPoolExecutor(8) as threads:
+            groups = [group(index, ["c", "a", "b"][: index % 4]) for index in range(40)]  # also of none
+            futures = list(threads.map(pool.submit, groups))
+        found = [future.result(60) for future in futures]
+    assert [rewards(scores.groups, "rank") for scores in found] == [
+        [[[], [0.0], [1.0, 0.0], [2.0, 0.0, 1.0]][index % 4]] for index in range(40)
+    ]
+    assert all(scores.stats.errors == {"rank": 0} for scores in found)
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.submit(groups[0]).result(0)
+
+
+def test_a_failure_ends_a_batch_of_which_more_groups_come(here: Path) -> None:
     with RewardPool(config(mood={"function": "pool_rewards.moody"})) as pool:
-        with pytest.raises(UserError, match="no mood"):
-            pool.follow(inbox)
-        assert pool.finish([]).stats.errors == {"mood": 0}  # forgotten
+        with pytest.raises(UserError, match="no mood"), pool.scoring() as scoring:
+            scoring.add(group(3, ["raise"]))
+            while True:
+                scoring.add(group(4, ["fine"]))
+        with pool.scoring() as scoring:
+            assert scoring.result([]).stats.errors == {"mood": 0}  # forgotten
+
+
+def test_what_is_given_up_holds_nobody_up_and_costs_others_nothing(here: Path) -> None:
+    """The worker of a call that hangs is replaced; calls beside it are made again."""
+    with RewardPool(config(mood={"function": "pool_rewards.moody", "timeout": 900})) as pool:
+        hanging = pool.submit(group(0, ["hang"]))
+        (pid,) = until(lambda: worker_pids(here))
+        others = [pool.submit(group(index, ["fine"])) for index in (1, 2)]
+        assert hanging.cancel() and others[0].cancel()
+        assert rewards(others[1].result(60).groups, "mood") == [[1.0]]
+        assert not alive(pid)
 
 
 CAUSES = [

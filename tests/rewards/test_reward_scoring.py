@@ -12,16 +12,17 @@ from samples import one_row
 
 from sapo_rl.errors.own_code import readable
 from sapo_rl.rewards.runner.scoring import ScoreError, call_arguments, evaluate
-from sapo_rl.types import Group, Prompt
+from sapo_rl.rewards.runner.sheet import Place
+from sapo_rl.types import Prompt
 
 
-def group(content: Any, texts: list[str], **columns: Any) -> Group:
-    samples = [one_row([len(text)], text=text) for text in texts]
-    return Group(Prompt(7, [1, 2], content, columns), samples)
+def group(content: Any, texts: list[str], **columns: Any) -> list[Place]:
+    prompt = Prompt(7, [1, 2], content, columns)
+    return [Place(prompt, one_row([len(text)], text=text)) for text in texts]
 
 
 def test_text_prompts_are_passed_as_trl_passes_them() -> None:
-    arguments = call_arguments(group("Q?", ["a", "bb"], answer="A", level=3), [0, 1])
+    arguments = call_arguments(group("Q?", ["a", "bb"], answer="A", level=3))
     assert arguments == {
         "prompts": ["Q?", "Q?"],
         "completions": ["a", "bb"],
@@ -33,7 +34,7 @@ def test_text_prompts_are_passed_as_trl_passes_them() -> None:
 
 def test_chats_are_passed_as_trl_passes_them() -> None:
     chat = [{"role": "user", "content": "Q?"}]
-    arguments = call_arguments(group(chat, ["a", "b"]), [1])
+    arguments = call_arguments(group(chat, ["a", "b"])[1:])
     assert arguments["prompts"] == [chat]
     assert arguments["completions"] == [[{"role": "assistant", "content": "b"}]]
 
@@ -46,7 +47,7 @@ def test_settings_go_before_columns_and_unnamed_arguments_are_left_out() -> None
         assert set(columns) == {"prompts", "completion_ids", "answer"}
         return [scale for _ in completions]
 
-    arguments = call_arguments(group("Q", ["a", "b"], answer="a", scale=9), [0, 1])
+    arguments = call_arguments(group("Q", ["a", "b"], answer="a", scale=9))
     assert evaluate(narrow, arguments, {}) == [1.0, 0.0]
     assert evaluate(wide, arguments, {"scale": 2.5}) == [2.5, 2.5]
 
@@ -55,7 +56,7 @@ def test_coroutines_and_other_numbers_are_understood() -> None:
     async def later(completions: list[str]) -> list[float | None]:
         return [1, None]
 
-    arguments = call_arguments(group("Q", ["a", "b"]), [0, 1])
+    arguments = call_arguments(group("Q", ["a", "b"]))
     assert evaluate(later, arguments, {}) == [1.0, None]
     assert evaluate(lambda completions: np.array([0.5, 2.0], dtype=np.float32), arguments, {}) == [0.5, 2.0]
     assert evaluate(lambda completions: torch.tensor([0.5, 2.0]), arguments, {}) == [0.5, 2.0]
@@ -83,7 +84,7 @@ def test_coroutines_and_other_numbers_are_understood() -> None:
 )
 def test_unusable_results_are_refused(result: Any, message: str) -> None:
     with pytest.raises(ScoreError, match=message + r".*test_reward_scoring\.py:\d+"):
-        evaluate(lambda completions: result, call_arguments(group("Q", ["a", "b"]), [0, 1]), {})
+        evaluate(lambda completions: result, call_arguments(group("Q", ["a", "b"])), {})
 
 
 def test_exceptions_are_told_with_the_line_of_the_users_function() -> None:
@@ -92,7 +93,7 @@ def test_exceptions_are_told_with_the_line_of_the_users_function() -> None:
 
     line = raises.__code__.co_firstlineno + 1
     with pytest.raises(ScoreError, match=rf"^ValueError: could not convert.*test_reward_scoring\.py:{line}\)$"):
-        evaluate(raises, call_arguments(group("Q", ["4", "x"]), [0, 1]), {})
+        evaluate(raises, call_arguments(group("Q", ["4", "x"])), {})
 
 
 def test_a_missing_column_and_an_exit_are_failures_too() -> None:
@@ -102,7 +103,7 @@ def test_a_missing_column_and_an_exit_are_failures_too() -> None:
     def leaves(completions: list[str]) -> list[float]:
         raise SystemExit(3)
 
-    arguments = call_arguments(group("Q", ["a"]), [0])
+    arguments = call_arguments(group("Q", ["a"]))
     with pytest.raises(ScoreError, match="missing 1 required positional argument: 'solution'"):
         evaluate(wants, arguments, {})
     with pytest.raises(ScoreError, match="SystemExit: 3"):
@@ -116,7 +117,7 @@ def test_completions_are_counted_before_the_function_can_change_them(change: str
         return [1.0 for _ in completions]
 
     with pytest.raises(ScoreError, match=r"returned \d values for 2 completions"):
-        evaluate(mutates, call_arguments(group("Q", ["a", "b"]), [0, 1]), {})
+        evaluate(mutates, call_arguments(group("Q", ["a", "b"])), {})
 
 
 class Wordless(Exception):
@@ -149,12 +150,12 @@ def test_whatever_is_raised_is_named(error: BaseException, message: str) -> None
         raise error
 
     with pytest.raises(ScoreError, match=message + r".*test_reward_scoring\.py:\d+"):
-        evaluate(raises, call_arguments(group("Q", ["a"]), [0]), {})
+        evaluate(raises, call_arguments(group("Q", ["a"])), {})
 
 
 def test_a_value_that_cannot_be_shown_is_named_by_its_type() -> None:
     with pytest.raises(ScoreError, match=r"returned a Odd .its __repr__: KeyboardInterrupt. for a sample"):
-        evaluate(lambda completions: [Odd()], call_arguments(group("Q", ["a"]), [0]), {})
+        evaluate(lambda completions: [Odd()], call_arguments(group("Q", ["a"])), {})
 
 
 def test_long_messages_keep_both_ends_and_nothing_that_a_terminal_obeys() -> None:

@@ -82,7 +82,9 @@ def prompts(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[Prompt
 def test_groups_come_back_whole_and_in_order(tokenizer: PreTrainedTokenizerFast, engines: int) -> None:
     fleet = [Echo(tokenizer.eos_token_id, weight_version=5 + i) for i in range(engines)]
     asked = prompts(tokenizer, ["1 + 1", "two", "3", "four 4", "5"])
-    groups = Rollouts(fleet, RolloutConfig(group_size=4), tokenizer, seed=0, reproducible=False).generate(asked, step=1)
+    groups = (
+        Rollouts(fleet, RolloutConfig(group_size=4), tokenizer, seed=0, reproducible=False).write(asked, step=1).groups
+    )
     assert [group.prompt for group in groups] == asked
     for i, group in enumerate(groups):
         assert [sample.text for sample in group.samples] == [asked[i].content] * 4
@@ -113,7 +115,7 @@ def test_an_engine_with_room_takes_more_and_none_takes_all(tokenizer: PreTrained
     slow, quick = Echo(tokenizer.eos_token_id, pause=0.2), Echo(tokenizer.eos_token_id, pause=0.01)
     asked = prompts(tokenizer, [str(i) for i in range(40)])
     cfg = RolloutConfig(group_size=2, max_num_seqs=4)
-    groups = Rollouts([slow, quick], cfg, tokenizer, seed=0, reproducible=False).generate(asked, step=1)
+    groups = Rollouts([slow, quick], cfg, tokenizer, seed=0, reproducible=False).write(asked, step=1).groups
     assert [group.prompt for group in groups] == asked
     assert slow.most == quick.most == 8  # twice what an engine decodes, in whole groups
     assert 4 <= len(slow.requests) < len(quick.requests)
@@ -137,7 +139,7 @@ def test_an_engine_that_fails_ends_the_call_and_what_the_others_do_for_it(tokeni
 
     fleet = [Patient(tokenizer.eos_token_id), Failing(tokenizer.eos_token_id)]
     with pytest.raises(EngineError, match="gone"):
-        Rollouts(fleet, RolloutConfig(), tokenizer, 0, False).generate(prompts(tokenizer, ["a", "b", "c"]), step=1)
+        Rollouts(fleet, RolloutConfig(), tokenizer, 0, False).write(prompts(tokenizer, ["a", "b", "c"]), step=1)
     assert [call.cancelled() for call in fleet[0].calls] == [True, True]
 
 
@@ -159,7 +161,7 @@ def test_seeds_depend_on_run_step_and_prompt_but_not_on_the_engines(tokenizer: P
 
     def seeds(count: int, seed: int, step: int) -> dict[tuple[int, ...], int | None]:
         fleet = [Echo(tokenizer.eos_token_id) for _ in range(count)]
-        Rollouts(fleet, RolloutConfig(), tokenizer, seed, reproducible=True).generate(asked, step)
+        Rollouts(fleet, RolloutConfig(), tokenizer, seed, reproducible=True).write(asked, step)
         return {tuple(request.token_ids): request.seed for one in fleet for request in one.requests}
 
     assert seeds(1, 0, 1) == seeds(3, 0, 1)
@@ -187,10 +189,10 @@ def test_the_config_decides_how_is_sampled(tokenizer: PreTrainedTokenizerFast) -
     )
     engine = Echo(tokenizer.eos_token_id)
     rollouts = Rollouts([engine], cfg, tokenizer, seed=0, reproducible=False)
-    groups = rollouts.generate(prompts(tokenizer, ["x"]), step=0)
+    groups = rollouts.write(prompts(tokenizer, ["x"]), step=0).groups
     assert engine.sampling == Sampling(0.7, 0.9, 20, 0.1, 1.1, 9, True)
     assert [sample.rollout_logps for sample in groups[0].samples] == [[-1.0]] * 3
-    assert len(rollouts.generate(prompts(tokenizer, ["x"]), step=0, n=5)[0].samples) == 5
+    assert len(rollouts.write(prompts(tokenizer, ["x"]), step=0, n=5).groups[0].samples) == 5
 
 
 def test_greedy_is_one_completion_without_log_probabilities(tokenizer: PreTrainedTokenizerFast) -> None:

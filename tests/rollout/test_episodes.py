@@ -21,6 +21,7 @@ from sapo_rl.engines.base import Completion, Request, Sampling
 from sapo_rl.environments.runner.pool import EnvironmentPool
 from sapo_rl.errors import UserError
 from sapo_rl.rewards.runner.scoring import call_arguments
+from sapo_rl.rewards.runner.sheet import Place
 from sapo_rl.rollout.collector import Rollouts
 from sapo_rl.rollout.episodes import Episodes
 from sapo_rl.types import Group, Prompt, Row, Sample, Stop
@@ -111,7 +112,7 @@ def test_a_game_is_played_to_its_end_and_only_what_the_model_wrote_is_trained_on
         assert sample.stop is Stop.ENVIRONMENT and sample.rewards == {"environment": 1.0}
         assert sample.info["rewards"] == [0.0, 0.0, 1.0]
         assert sample.text == "assistant: 50\n\nuser: higher\n\nassistant: 75\n\nuser: lower\n\nassistant: 62"
-    assert call_arguments(group, [1])["completions"][0][:2] == [
+    assert call_arguments([Place(group.prompt, group.samples[1])])["completions"][0][:2] == [
         {"role": "assistant", "content": "50"},
         {"role": "user", "content": "higher"},
     ]

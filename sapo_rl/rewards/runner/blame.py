@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from sapo_rl.types import Group
+from sapo_rl.rewards.runner.sheet import Place, Sheet
 
 
 @dataclass(slots=True, eq=False)
@@ -19,9 +19,10 @@ class Call:
 
     name: str
     """The function's name in the config."""
-    group: Group
-    positions: list[int]
-    """The samples' places in the group."""
+    sheet: Sheet
+    """Where its scores are taken down."""
+    places: list[Place]
+    """The samples."""
     repeated: bool = False
     """Whether the same call has taken a worker down before, or was too late."""
     patient: bool = False
@@ -93,17 +94,17 @@ class Blame:
     def limit(self, call: Call) -> float:
         """Return how many seconds a call may take that is about to be made."""
         call.patient = call.name in self._slow
-        return self._timeouts[call.name] * (len(call.positions) if call.patient else 1)
+        return self._timeouts[call.name] * (len(call.places) if call.patient else 1)
 
     def after(self, call: Call, outcome: Outcome) -> Verdict:
         """Return what follows from the end of `call`."""
         failed = outcome.scores is None
         if outcome.shared:
             return Verdict(first=[replace(call, alone=True)])
-        if failed and len(call.positions) > 1:
-            search = _Search(call, outcome, len(call.positions))
-            alone = call.alone
-            return Verdict(first=[Call(call.name, call.group, [i], alone=alone, search=search) for i in call.positions])
+        if failed and len(call.places) > 1:
+            search = _Search(call, outcome, len(call.places))
+            one = Call(call.name, call.sheet, [], alone=call.alone, search=search)
+            return Verdict(first=[replace(one, places=[place]) for place in call.places])
         if failed and (outcome.dead or outcome.late) and not call.repeated:
             return Verdict(first=[replace(call, repeated=True)])
         search = call.search

@@ -84,7 +84,7 @@ class WorkerProcess:
         self._process.bound_log()
         number = self.under_way.add(Task(call, limit, time.monotonic() + limit))
         try:
-            self.connection.send((number, call.name, call_arguments(call.group, call.positions)))
+            self.connection.send((number, call.name, call_arguments(call.places)))
         except OSError:
             self.under_way.remove(number)
             raise

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from sapo_rl.errors.own_code import line_of, number_of, shown, told
 from sapo_rl.plugins import NAMED, accepted, parameters_of
 from sapo_rl.rewards.registry import RewardFunction
-from sapo_rl.types import LARGEST_REWARD, Group, Sample
+from sapo_rl.rewards.runner.sheet import Place
+from sapo_rl.types import LARGEST_REWARD
 
 GIVEN = ("completions", "prompts", "completion_ids")
 """What every call is given beside the data's columns and the function's settings."""
@@ -20,28 +21,27 @@ class ScoreError(Exception):
     """A call that gave no usable scores; the message is the cause, with file and line where they are known."""
 
 
-def call_arguments(group: Group, chosen: list[int]) -> dict[str, list[Any]]:
-    """Return the keyword arguments for the samples `chosen` of a group, as TRL passes them.
+def call_arguments(places: Sequence[Place]) -> dict[str, list[Any]]:
+    """Return the keyword arguments for some samples, as TRL passes them.
 
-    `prompts`, `completions`, `completion_ids` and every column of the prompt, each with `len(chosen)` entries. A chat
+    `prompts`, `completions`, `completion_ids` and every column of the prompts, each with an entry a sample. A chat
     prompt's completion is a list of one assistant message, a text prompt's a string; that of an episode with several
     turns is all that was said after the prompt, as messages.
     """
-    samples = [group.samples[position] for position in chosen]
-    chat = not isinstance(group.prompt.content, str)
-    columns = {name: [value] * len(samples) for name, value in group.prompt.columns.items()}
+    prompts = [place.prompt for place in places]
     return {
-        **columns,
-        "prompts": [group.prompt.content] * len(samples),
-        "completions": [_completion(sample, chat) for sample in samples],
-        "completion_ids": [s.token_ids for s in samples],
+        **{name: [prompt.columns[name] for prompt in prompts] for name in prompts[0].columns},
+        "prompts": [prompt.content for prompt in prompts],
+        "completions": [_completion(place) for place in places],
+        "completion_ids": [place.sample.token_ids for place in places],
     }
 
 
-def _completion(sample: Sample, chat: bool) -> str | list[dict[str, Any]]:
-    if sample.messages is not None:
-        return sample.messages
-    return [{"role": "assistant", "content": sample.text}] if chat else sample.text
+def _completion(place: Place) -> str | list[dict[str, Any]]:
+    text, messages = place.sample.text, place.sample.messages
+    if messages is not None:
+        return messages
+    return text if isinstance(place.prompt.content, str) else [{"role": "assistant", "content": text}]
 
 
 def needed_columns(function: RewardFunction, settings: dict[str, Any]) -> list[str]:

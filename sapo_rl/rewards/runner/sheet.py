@@ -1,52 +1,69 @@
-"""The rewards of a batch while they come in."""
+"""The rewards of some groups while they come in."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 
-from sapo_rl.rewards.runner.blame import Call
-from sapo_rl.types import Group, RewardStats, Scores
+from sapo_rl.types import Group, Prompt, RewardStats, Sample, Scores
 
 
-class ScoreSheet:
-    """Notes what the calls of a batch's groups return, and makes scored groups of it.
+@dataclass(slots=True, eq=False)
+class Place:
+    """A sample that is being scored."""
+
+    prompt: Prompt
+    sample: Sample
+    rewards: dict[str, float | None] = field(default_factory=dict)
+    """What is known of its rewards, by the function's name in the config."""
+
+
+class Sheet:
+    """Takes down what functions make of some groups, and resolves a future with it.
 
     Args:
-        names: of all functions, as the config has them.
+        groups: to be scored.
+        names: of the functions that score them, as the config has them.
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, groups: Sequence[Group], names: Iterable[str]) -> None:
+        self.future: Future[Scores] = Future()
+        """Gets the groups with `sample.rewards[name]` for each function, and what happened meanwhile."""
+        self.places = [[Place(group.prompt, sample) for sample in group.samples] for group in groups]
+        """Those of each group."""
+        self.open = 0
+        """Calls that are yet to end."""
+        self._groups = groups
         self._errors = dict.fromkeys(names, 0)
         self._failures: dict[str, str] = {}
-        self._entries: dict[int, tuple[Group, list[dict[str, float | None]]]] = {}
-        """The groups with a dictionary a sample, by the identity of the group: a prompt may be in a batch twice."""
 
-    def add(self, group: Group) -> None:
-        """Expect the rewards of a group."""
-        self._entries[id(group)] = group, [{} for _ in group.samples]
+    @property
+    def names(self) -> list[str]:
+        """The names of the functions."""
+        return list(self._errors)
 
-    def note(self, call: Call, scores: Sequence[float | None]) -> None:
-        """Enter what a call returned, one value a sample of it."""
-        _, rewards = self._entries[id(call.group)]
-        for position, value in zip(call.positions, scores, strict=True):
-            rewards[position][call.name] = value
+    def fail(self, name: str, places: Sequence[Place], text: str) -> None:
+        """Score samples 0 on which a function has failed, and count them; `text` says what happened."""
+        for place in places:
+            place.rewards[name] = 0.0
+        self._errors[name] += len(places)
+        self._failures.setdefault(name, text)
 
-    def fail(self, call: Call, text: str) -> None:
-        """Score the samples of a failed call 0 and count them; `text` says what happened."""
-        self.note(call, [0.0] * len(call.positions))
-        self._errors[call.name] += len(call.positions)
-        self._failures.setdefault(call.name, text)
+    def finish(self) -> None:
+        """Resolve the future; all rewards are known."""
+        scored = [self._scored(*pair) for pair in zip(self._groups, self.places, strict=True)]
+        places = [place for group in self.places for place in group]
+        inapplicable = {name: sum(place.rewards[name] is None for place in places) for name in self._errors}
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_result(Scores(scored, RewardStats(self._errors, inapplicable, self._failures)))
 
-    def scores(self, groups: Iterable[Group]) -> Scores:
-        """Return these groups, all of them added and complete, with their samples' rewards."""
-        scored = [self._scored(group) for group in groups]
-        samples = [sample for group in scored for sample in group.samples]
-        inapplicable = {name: sum(sample.rewards[name] is None for sample in samples) for name in self._errors}
-        return Scores(scored, RewardStats(self._errors, inapplicable, self._failures))
+    def give_up(self, error: BaseException) -> None:
+        """Fail the future."""
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
 
-    def _scored(self, group: Group) -> Group:
-        _, rewards = self._entries[id(group)]
-        found = [{name: own[name] for name in self._errors} for own in rewards]
+    def _scored(self, group: Group, places: Sequence[Place]) -> Group:
+        found = [{name: place.rewards[name] for name in self._errors} for place in places]
         pairs = zip(group.samples, found, strict=True)
         return replace(group, samples=[replace(sample, rewards=sample.rewards | own) for sample, own in pairs])

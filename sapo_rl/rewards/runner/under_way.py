@@ -98,7 +98,7 @@ class UnderWay:
         if answer.get("under_way") is True and number == self._unacknowledged:
             self._unacknowledged = None
             return []
-        scores = _as_scores(answer.get("scores"), len(task.call.positions))
+        scores = _as_scores(answer.get("scores"), len(task.call.places))
         if isinstance(answer.get("failed"), str):
             outcome = Outcome(None, readable(answer["failed"]))
         elif answer.get("late") is True and task.cancelled:

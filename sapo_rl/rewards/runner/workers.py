@@ -11,8 +11,6 @@ from sapo_rl.errors.files import touch_log
 from sapo_rl.processes.hidden import environment_of, hidden, with_hint
 from sapo_rl.rewards.runner.process import WorkerProcess
 
-CLOSED = "the pool of reward functions is closed"
-
 
 class Workers:
     """Keeps `cfg.workers` processes; iterates over them.
@@ -23,7 +21,6 @@ class Workers:
     """
 
     def __init__(self, cfg: RewardConfig, log: Path | None) -> None:
-        self.closed = False
         self._cfg = cfg
         self._count = cfg.workers if cfg.functions else 0
         self._log = log
@@ -39,18 +36,11 @@ class Workers:
         Raises:
             UserError: the log cannot be written.
         """
-        self.closed = False
         touch_log(self._log, "reward functions")
         self.fill()
 
     def fill(self, retried: bool = False) -> None:
-        """Start a worker for each that is missing; `retried` is that of `WorkerProcess`.
-
-        Raises:
-            RuntimeError: they are closed.
-        """
-        if self.closed:  # by the thread that opened them, while another scores
-            raise RuntimeError(CLOSED)
+        """Start a worker for each that is missing; `retried` is that of `WorkerProcess`."""
         if len(self._workers) == self._count:  # after nearly every answer: an environment costs more to make
             return
         self._hidden = hidden(os.environ, self._cfg.env)
@@ -72,8 +62,7 @@ class Workers:
             worker.kill()
 
     def close(self) -> None:
-        """End all workers, for good."""
-        self.closed = True
+        """End all workers."""
         self.end([*self._workers])
 
     def with_hint(self, cause: str) -> str:
