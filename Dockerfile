@@ -1,6 +1,9 @@
 # docker build -t sapo-train . ; docker run --gpus all --shm-size 16g -v "$PWD:/work" sapo-train config=mine.yaml
 FROM vllm/vllm-openai:v0.25.1
 
+# Programs that a model writes run in it; it needs user namespaces: docker run --security-opt seccomp=unconfined
+RUN apt-get update && apt-get install -y --no-install-recommends bubblewrap && rm -rf /var/lib/apt/lists/*
+
 # Dependencies in a layer of their own: a change of the source does not install them again.
 WORKDIR /opt/sapo-train
 COPY pyproject.toml README.md LICENSE ./

@@ -12,6 +12,7 @@ slow=(
     tests/engines/test_child.py
     tests/engines/test_process.py
     tests/engines/test_vllm_serve.py
+    tests/rewards/test_reward_code.py
     tests/rewards/test_reward_pool.py
     tests/run/test_fuzz.py
     tests/run/test_serve.py
@@ -19,9 +20,16 @@ slow=(
     tests/run/test_sweep.py
     tests/test_bench.py
     tests/test_packaging.py
+    tests/test_sandbox.py
 )
 if [ $# -gt 0 ] && [ "$*" != --fast ]; then
     exec .venv/bin/python -m pytest "$@"
+fi
+# The sandbox for programs is tested where there is bubblewrap.
+if ! command -v bwrap >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    say "installing bubblewrap"
+    { apt-get install -y bubblewrap || { apt-get update && apt-get install -y bubblewrap; }; } >>.venv/setup.log 2>&1 ||
+        say "there is none to be had: tests of the sandbox are skipped"
 fi
 failed=""
 say "ruff"

@@ -5,6 +5,7 @@ Importing this package loads none of the libraries that the verifiers use.
 
 from __future__ import annotations
 
+from sapo_rl.rewards.code import code, isolation_warning
 from sapo_rl.rewards.gym import reasoning_gym
 from sapo_rl.rewards.lookup import check_function, resolve
 from sapo_rl.rewards.math import math_verify
@@ -20,8 +21,10 @@ __all__ = [
     "RewardPool",
     "Scoring",
     "check_function",
+    "code",
     "exact_match",
     "format_tags",
+    "isolation_warning",
     "length_limit",
     "math_verify",
     "numeric_answer",

@@ -19,7 +19,7 @@ from sapo_rl.data.prompts import Rows, columns_of, content_of, with_all_columns
 from sapo_rl.environments.runner.pool import EnvironmentPool
 from sapo_rl.errors import UserError
 from sapo_rl.errors.files import expand, is_file, reading
-from sapo_rl.rewards import RewardPool
+from sapo_rl.rewards import RewardPool, isolation_warning
 from sapo_rl.rollout.filters import filter_warning
 from sapo_rl.run.launch import SINGLE
 from sapo_rl.sizing import GIB
@@ -67,7 +67,7 @@ def rehearse(config: Config) -> Trial:
             environments = EnvironmentPool(replace(config, environment=replace(config.environment, workers=1)))
             asyncio.run(_open(environments))
             _check_columns(config, environments, train, held_out)
-    return Trial(facts, warnings + _loss_warnings(config))
+    return Trial(facts, warnings + _setting_warnings(config))
 
 
 def _check_columns(config: Config, user: RewardPool | EnvironmentPool, train: Rows, held_out: Rows) -> None:
@@ -132,9 +132,9 @@ def _tokenizer(file: Path) -> Any:
         return Tokenizer.from_file(str(file))
 
 
-def _loss_warnings(config: Config) -> list[str]:
+def _setting_warnings(config: Config) -> list[str]:
     loss = config.loss
-    found = [filter_warning(config.rollout, loss.correction.by_token)]
+    found = [filter_warning(config.rollout, loss.correction.by_token), isolation_warning(config.reward)]
     if loss.name == "sapo" and loss.gradient == "paper":
         from sapo_rl.losses import inert_temperature_warning  # imports torch
 

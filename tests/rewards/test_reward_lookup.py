@@ -36,7 +36,7 @@ def check(function: str, **args: Any) -> None:
 def test_built_in_names_resolve() -> None:
     assert resolve("numeric_answer") is numeric_answer
     assert set(REWARD_FUNCTIONS) == {
-        *("exact_match", "format_tags", "length_limit", "math_verify"),
+        *("code", "exact_match", "format_tags", "length_limit", "math_verify"),
         *("numeric_answer", "numeric_digits", "squad_exact_match", "squad_f1", "reasoning_gym", "regex"),
     }
 

@@ -1,0 +1,53 @@
+"""A tool with which the model runs Python programs of its own."""
+
+from __future__ import annotations
+
+from sapo_rl.environments.registry import ENVIRONMENTS
+from sapo_rl.processes.sandbox import Isolation, Job, Limits, check, run
+
+
+@ENVIRONMENTS.register_module("python")
+class Python:
+    r"""Lets the model run programs in a sandbox; rewards are left to the reward functions.
+
+    Args:
+        cpu_seconds: computing time of a program.
+        memory_mb: its memory, in units of 2^20 bytes.
+        most: characters of what it printed that the model is shown, from the end.
+        sandbox: `bubblewrap`, or `none` for limits alone.
+
+    Raises:
+        ValueError: unusable settings, or a machine without bubblewrap.
+
+    Example:
+        >>> asyncio.run(Python().python("print(6 * 7)"))
+        '42\n'
+    """
+
+    def __init__(
+        self, cpu_seconds: int = 5, memory_mb: int = 512, most: int = 2000, sandbox: str = "bubblewrap"
+    ) -> None:
+        if most < 1:
+            raise ValueError(f"most is {most}, must be at least 1")
+        self._limits, self._most = Limits.of(cpu_seconds, memory_mb), most
+        self._isolation: Isolation = check(sandbox)
+
+    def reset(self) -> None:
+        """Keep nothing: each program begins anew."""
+
+    async def python(self, code: str) -> str:
+        """Run a Python program and return what it printed. Nothing is kept from one call to the next.
+
+        Args:
+            code: The program; use print to see a value.
+
+        Returns:
+            What it printed.
+        """
+        result = await run(Job(code), self._limits, self._isolation)
+        printed = result.stdout + result.stderr
+        if result.stopped == "output":
+            printed += "\n(stopped: it printed too much)"
+        elif result.exit_code > 128:
+            printed += f"\n(stopped: it took longer than {self._limits.cpu_seconds} seconds, or crashed)"
+        return printed[-self._most :] or "(it printed nothing)"

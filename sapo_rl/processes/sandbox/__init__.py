@@ -1,0 +1,305 @@
+"""Running a program that a model wrote: apart from everything, bounded in everything, gone when it ends.
+
+    caller -- asyncio --> bwrap -- namespaces --> Python with inside.py -- limits, system call filter --> the program
+
+Bubblewrap gives the program namespaces of its own: no network, no process but its own to see or to signal, and a file
+system of the Python installation, read-only, and a small /tmp in memory. `inside.py` adds what namespaces do not bound:
+memory, CPU time, files, and new processes. Whatever ends the program ends all that belongs to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, get_args
+
+from sapo_rl.processes.sandbox import inside
+from sapo_rl.processes.sandbox.calls import MACHINES, numbers
+
+Isolation = Literal["bubblewrap", "none"]
+"""`none`: limits and the filter of system calls alone; the program sees the user's files."""
+INSTALL = "apt-get install bubblewrap (dnf install bubblewrap)"
+
+_PYTHON = os.path.realpath(sys.executable)  # what a virtual environment's leads to
+_FILES = 64  # open at once
+_MEGABYTE = 1 << 20
+_CHUNK = 1 << 14  # bytes read at once
+_LONGEST_REPORT = 1 << 22  # bytes of all reports of a run
+
+
+class SandboxMissing(ValueError):
+    """Programs cannot be isolated in this way, or not on this machine; the message says why, and what helps."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on one run of a program.
+
+    Example:
+        >>> Limits(cpu_seconds=2).memory_mb
+        512
+    """
+
+    cpu_seconds: int = 5
+    """Of computing; then it is killed."""
+    seconds: float = 10.0
+    """Of wall-clock time, the start of Python included; then it is killed."""
+    memory_mb: int = 512
+    """Of its address space, in units of 2^20 bytes."""
+    output_bytes: int = 1 << 16
+    """Of stdout and stderr each; a program that prints more is killed."""
+    disk_mb: int = 16
+    """Of files that it writes, in units of 2^20 bytes."""
+
+    @classmethod
+    def of(cls, cpu_seconds: int, memory_mb: int) -> Limits:
+        """Return limits with three seconds on the clock for each of computing, as programs wait for each other.
+
+        Raises:
+            ValueError: numbers with which no program runs.
+        """
+        if cpu_seconds < 1 or memory_mb < 64:
+            raise ValueError(f"needs cpu_seconds >= 1 and memory_mb >= 64, got {cpu_seconds} and {memory_mb}")
+        return cls(cpu_seconds, 3.0 * cpu_seconds, memory_mb)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A program, and what is asked of it once it has run.
+
+    Example:
+        >>> Job("def double(x): return 2 * x", checks=["assert double(2) == 4"])
+        >>> Job("print(int(input()) + 1)", stdin="41")
+        >>> Job("def double(x): return 2 * x", function="double", calls=[[2], [3]])
+    """
+
+    program: str
+    """Python's source."""
+    stdin: str = ""
+    """What it reads."""
+    checks: Sequence[str] = ()
+    """Statements that run in its names; one that raises has failed."""
+    function: str = ""
+    """A function of it, or a method of its class `Solution`, for `calls`."""
+    calls: Sequence[list[Any]] = ()
+    """Arguments of each call, as JSON knows them."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run has ended."""
+
+    exit_code: int
+    """The program's, or 128 and the number of the signal that ended it, as shells have it."""
+    stdout: str
+    """What it printed, at most `Limits.output_bytes`."""
+    stderr: str
+    """Likewise, with the traceback of an error."""
+    stopped: Literal["", "seconds", "output"] = ""
+    """The limit for which it was killed from outside; empty where it ended by itself, or by the kernel."""
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    """One for each check (`passed`, `error`) or call (`value`, or `error`), as far as it came."""
+
+
+async def run(job: Job, limits: Limits, isolation: Isolation = "bubblewrap") -> Result:
+    """Run a program by itself and return how it ended, whatever it does.
+
+    Raises:
+        SandboxMissing: as `check`.
+        OSError: the machine did not start it, which is no fault of the program.
+    """
+    check(isolation)
+    key = secrets.token_hex(16)  # the program does not know it: lines of its own are no reports
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as reports, _folder(isolation) as folder:
+        with os.fdopen(writing, "wb"), _memory_file(_task(job, limits, key)) as task:
+            process = await asyncio.create_subprocess_exec(
+                *_command(limits, isolation, task, writing),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=[task, writing],
+                env={"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": folder or "/tmp"},
+                cwd=folder,
+                start_new_session=True,
+            )
+        run = _Run(process, limits)
+        try:
+            await run.follow(job.stdin.encode(errors="replace"), await _stream(reports))
+        finally:
+            run.kill()
+            code = await process.wait()
+    stdout, stderr = (text.decode(errors="replace") for text in (run.stdout, run.stderr))
+    found = _by_key(run.reports, key)
+    if not found:
+        raise OSError(
+            f"the sandbox did not start a program: {stderr.strip()[-300:] or run.stopped or f'exit code {code}'}"
+        )
+    return Result(code if code >= 0 else 128 - code, stdout, stderr, run.stopped, found[1:])
+
+
+@cache
+def check(isolation: str) -> Isolation:
+    """Return `isolation` where programs can be run with it on this machine.
+
+    Raises:
+        SandboxMissing: another word; no bubblewrap, or none that this user may use here; an unknown kind of processor.
+    """
+    if isolation not in get_args(Isolation):
+        raise SandboxMissing(f"sandbox is '{isolation}'; valid: {', '.join(get_args(Isolation))}")
+    if sys.platform != "linux" or platform.machine() not in MACHINES:
+        known = ", ".join(MACHINES)
+        raise SandboxMissing(
+            f"programs are run on Linux on {known} alone, this is {sys.platform} on {platform.machine()}"
+        )
+    if isolation == "none":
+        return "none"
+    if shutil.which("bwrap") is None:
+        raise SandboxMissing(f"needs bubblewrap to isolate programs: {INSTALL}")
+    tried = subprocess.run([*_bubblewrap(Limits()), _PYTHON, "-ISc", ""], capture_output=True, text=True)
+    if tried.returncode:
+        raise SandboxMissing(
+            f"bubblewrap cannot isolate programs here: {tried.stderr.strip() or f'exit code {tried.returncode}'}; "
+            "in a container, allow user namespaces (docker run --security-opt seccomp=unconfined)"
+        )
+    return "bubblewrap"
+
+
+class _Run:
+    """A process that is under way, and what it has written."""
+
+    def __init__(self, process: asyncio.subprocess.Process, limits: Limits) -> None:
+        self._process, self._limits = process, limits
+        self.stdout, self.stderr, self.reports = bytearray(), bytearray(), bytearray()
+        self.stopped: Literal["", "seconds", "output"] = ""
+
+    async def follow(self, stdin: bytes, reports: asyncio.StreamReader) -> None:
+        """Hand it its input and read what it writes until it ends."""
+        process, most = self._process, self._limits.output_bytes
+        assert process.stdout and process.stderr
+        timer = asyncio.get_running_loop().call_later(self._limits.seconds, self._stop, "seconds")
+        try:
+            await asyncio.gather(
+                self._write(stdin),
+                self._read(process.stdout, self.stdout, most),
+                self._read(process.stderr, self.stderr, most),
+                self._read(reports, self.reports, _LONGEST_REPORT),
+                process.wait(),
+            )
+        finally:
+            timer.cancel()
+
+    def kill(self) -> None:
+        """End it, where it has not ended."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _stop(self, why: Literal["seconds", "output"]) -> None:
+        self.stopped = self.stopped or why
+        self.kill()
+
+    async def _write(self, stdin: bytes) -> None:
+        stream = self._process.stdin
+        assert stream is not None
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it reads no further
+            stream.write(stdin)
+            await stream.drain()
+        stream.close()
+
+    async def _read(self, stream: asyncio.StreamReader, into: bytearray, most: int) -> None:
+        while found := await stream.read(_CHUNK):
+            room = most - len(into)
+            into += found[:room]
+            if len(found) > room:
+                self._stop("output")
+
+
+async def _stream(pipe: BinaryIO) -> asyncio.StreamReader:
+    """Give a stream of what arrives in a pipe."""
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
+    return reader
+
+
+def _task(job: Job, limits: Limits, key: str) -> bytes:
+    """What `inside.py` is told."""
+    bounds = {
+        "memory": limits.memory_mb * _MEGABYTE,
+        "seconds": limits.cpu_seconds,
+        "file": limits.disk_mb * _MEGABYTE,
+        "files": _FILES,
+    }
+    rest = {"program": job.program, "checks": [*job.checks], "function": job.function, "calls": [*job.calls]}
+    return json.dumps({"key": key, "limits": bounds, "system": numbers(platform.machine()), **rest}).encode()
+
+
+def _command(limits: Limits, isolation: Isolation, task: int, report: int) -> list[str]:
+    python = [_PYTHON, "-ISB", "-c", _source(), str(task), str(report)]
+    return python if isolation == "none" else [*_bubblewrap(limits), *python]
+
+
+def _bubblewrap(limits: Limits) -> list[str]:
+    """The part of a command line that shows what follows nothing but Python, read-only, and an empty /tmp."""
+    command = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+    command += ["--uid", "65534", "--gid", "65534", "--hostname", "sandbox"]
+    for name in ("usr", "bin", "sbin", "lib", "lib64"):
+        path = Path("/", name)
+        if path.is_symlink():
+            command += ["--symlink", os.readlink(path), str(path)]
+        elif path.exists():
+            command += ["--ro-bind", str(path), str(path)]
+    command += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+    if not Path(sys.base_prefix).is_relative_to("/usr"):
+        command += ["--ro-bind", sys.base_prefix, sys.base_prefix]
+    command += ["--dev", "/dev", "--remount-ro", "/dev"]  # /dev/shm too: what lies there counts as nobody's memory
+    command += ["--size", str(limits.disk_mb * _MEGABYTE), "--tmpfs", "/tmp", "--chdir", "/tmp"]
+    return [*command, "--remount-ro", "/"]
+
+
+@cache
+def _source() -> str:
+    return Path(inside.__file__).read_text(encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _memory_file(content: bytes) -> Iterator[int]:
+    """Give the descriptor of a file in memory, at its start."""
+    with os.fdopen(os.memfd_create("sandbox"), "w+b") as stream:
+        stream.write(content)
+        stream.seek(0)
+        yield stream.fileno()
+
+
+@contextlib.contextmanager
+def _folder(isolation: Isolation) -> Iterator[str | None]:
+    """Give the folder in which a program runs that is not isolated."""
+    if isolation == "bubblewrap":
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="sapo-program-", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+def _by_key(reports: bytearray, key: str) -> list[dict[str, Any]]:
+    """Read what `inside.py` has told, which knows the key."""
+    found = []
+    for line in reports.splitlines():
+        with contextlib.suppress(ValueError, RecursionError, AttributeError):
+            told = json.loads(line)
+            if told.pop("key", None) == key:
+                found.append(told)
+    return found

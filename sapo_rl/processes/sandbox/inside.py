@@ -1,0 +1,129 @@
+"""What runs inside the sandbox: limits itself, then runs a program and what is asked of it.
+
+It is handed to `python -c` as text, imports the standard library alone, and gets two descriptors as arguments: one of a
+JSON object, the job, and one that takes a line of JSON at the start and for each check or call. Stdin, stdout and
+stderr are the program's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import linecache
+import os
+import resource
+import struct
+import sys
+import traceback
+from typing import Any
+
+_NAME = "program.py"
+_PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _FILTER = 38, 22, 2
+_ALLOW, _REFUSE, _NO_SUCH_CALL, _KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000  # EPERM, ENOSYS
+_CLONE_THREAD = 0x10000
+
+
+def main() -> None:
+    """Run the job and exit as the program does."""
+    task, report = map(int, sys.argv[1:])
+    with open(task, "rb") as stream:
+        job = json.load(stream)
+    _limit(**job["limits"])
+    _forbid(**job["system"])
+    sys.argv[:] = [_NAME]
+
+    def tell(**found: Any) -> None:
+        os.write(report, json.dumps({"key": job["key"], **found}).encode() + b"\n")
+
+    tell(started=True)
+    namespace = _run(job["program"])
+    for check in job["checks"]:
+        tell(**_check(check, namespace))
+    for arguments in job["calls"]:
+        tell(**_call(job["function"], arguments, namespace))
+
+
+def _run(program: str) -> dict[str, Any]:
+    """Run a program as Python runs a file; return its names. An error ends this process, as it ends a program."""
+    linecache.cache[_NAME] = (len(program), None, program.splitlines(keepends=True), _NAME)
+    namespace: dict[str, Any] = {"__name__": "__main__", "__builtins__": __builtins__}
+    try:
+        exec(compile(program, _NAME, "exec", dont_inherit=True), namespace)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        trace = error.__traceback__
+        traceback.print_exception(type(error), error, trace and trace.tb_next)  # without the lines of this file
+        sys.exit(1)
+    return namespace
+
+
+def _check(check: str, namespace: dict[str, Any]) -> dict[str, Any]:
+    """Run a test, which fails by raising."""
+    try:
+        exec(compile(check, "test", "exec", dont_inherit=True), namespace)
+    except BaseException as error:
+        return {"passed": False, "error": _told(error)}
+    return {"passed": True}
+
+
+def _call(name: str, arguments: list[Any], namespace: dict[str, Any]) -> dict[str, Any]:
+    """Call a function of the program, or a method of its class `Solution`; what it returned, as JSON."""
+    try:
+        owner = namespace["Solution"]() if name not in namespace and "Solution" in namespace else None
+        function = namespace[name] if owner is None else getattr(owner, name)
+        return {"value": json.loads(json.dumps(function(*arguments)))}
+    except BaseException as error:
+        return {"error": _told(error)}
+
+
+def _told(error: BaseException) -> str:
+    with contextlib.suppress(BaseException):
+        return f"{type(error).__name__}: {error}"[:200]
+    return "an error that cannot be shown"
+
+
+def _limit(memory: int, seconds: int, file: int, files: int) -> None:
+    """Bound what this process may take: bytes of address space, seconds of CPU, bytes of a file, open files."""
+    for what, most in (
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_FSIZE, file),
+        (resource.RLIMIT_NOFILE, files),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(what, (most, most))
+
+
+def _forbid(machine: int, refused: list[int], clone: int, clone3: int) -> None:
+    """Have the kernel refuse system calls, and every new process; threads are allowed.
+
+    It is a program of the kernel's packet filter over `struct seccomp_data`: the call's number at 0, the machine at 4,
+    arguments from 16.
+
+    Args:
+        machine: the kernel's number for this kind of processor; calls by another convention end the process.
+        refused: numbers of system calls that fail with EPERM.
+        clone: that of `clone`, which fails unless it makes a thread.
+        clone3: that of `clone3`, whose flags a filter cannot see; it does not exist, and libraries take `clone` then.
+    """
+    load, equal, at_least, test, end = 0x20, 0x15, 0x35, 0x45, 0x06
+    lines = [(load, 0, 0, 4), (equal, 1, 0, machine), (end, 0, 0, _KILL), (load, 0, 0, 0)]
+    lines += [(at_least, 0, 1, 0x40000000), (end, 0, 0, _KILL)]  # the x32 convention
+    lines += [(equal, 0, 1, clone3), (end, 0, 0, _NO_SUCH_CALL)]
+    for number in refused:
+        lines += [(equal, 0, 1, number), (end, 0, 0, _REFUSE)]
+    lines += [(equal, 0, 3, clone), (load, 0, 0, 16), (test, 1, 0, _CLONE_THREAD), (end, 0, 0, _REFUSE)]
+    lines += [(end, 0, 0, _ALLOW)]
+    code = b"".join(struct.pack("HBBI", *line) for line in lines)
+    buffer = ctypes.create_string_buffer(code)
+    program = ctypes.create_string_buffer(struct.pack("HL", len(lines), ctypes.addressof(buffer)))
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+    if prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or prctl(_PR_SET_SECCOMP, _FILTER, ctypes.addressof(program), 0, 0):
+        raise OSError(ctypes.get_errno(), "the kernel takes no filter of system calls")
+
+
+if __name__ == "__main__":
+    main()

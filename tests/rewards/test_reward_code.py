@@ -1,0 +1,145 @@
+"""The reward for programs: which program is run, which tests it meets, and what it earns."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rewards.groups import group, rewards
+
+from sapo_rl.config import RewardConfig, RewardFunctionConfig
+from sapo_rl.data.programs import mbpp
+from sapo_rl.environments import Python
+from sapo_rl.errors import UserError
+from sapo_rl.rewards import RewardPool, check_function, code, isolation_warning
+from sapo_rl.rewards.code import program_of
+
+pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
+DOUBLE = "def double(x):\n    return 2 * x"
+TRIPLE = "def double(x):\n    return 3 * x if x else x"
+SOLUTION = "class Solution:\n    def double(self, x):\n        return (2 * x, 0.1 + 0.2)"
+ECHO = "print(2 * int(input()), end=' \\n\\n')"
+
+
+def score(program: str, tests: Any, **more: Any) -> float | None:
+    return code([program], [tests], **more)[0]
+
+
+@pytest.mark.parametrize(
+    ("reply", "program"),
+    [
+        ("print(1)", "print(1)"),
+        ("So:\n```python\nprint(1)\n```\nThat is it.", "print(1)\n"),
+        ("```python\nfirst\n```\n```py\nsecond\n```\n```\nits output\n```", "second\n"),
+        ("```\nfirst\n```\nor\n  ```js\nsecond\n  ```", "second\n"),
+        ("<think>\n```python\nno\n```\n</think>\nprint(2)", "\nprint(2)"),
+        ("```python\nnever closed", "```python\nnever closed"),
+    ],
+)
+def test_the_program_of_a_reply(reply: str, program: str) -> None:
+    assert program_of(reply) == program
+
+
+@pytest.mark.parametrize(
+    ("program", "tests", "expected"),
+    [
+        (DOUBLE, ["assert double(1) == 2", "assert double('a') == 'aa'"], 1),
+        (TRIPLE, ["assert double(0) == 0", "assert double(1) == 2"], 0),
+        (DOUBLE, "assert double(1) == 2", 1),
+        (DOUBLE, json.dumps(["assert double(1) == 2"]), 1),
+        (ECHO, [{"input": "3\n", "output": "6"}, {"input": "4", "output": "8\n"}], 1),
+        (ECHO, {"inputs": ["3", "4"], "outputs": ["6", "9"]}, 0),
+        (ECHO, {"inputs": [["3", "4"]], "outputs": [["6"]]}, 1),
+        (DOUBLE, {"fn_name": "double", "inputs": [[1], ["a"]], "outputs": [2, ["aa"]]}, 1),
+        (TRIPLE, {"fn_name": "double", "inputs": [[0], [1]], "outputs": [0, 2]}, 0),
+        (SOLUTION, {"fn_name": "double", "inputs": [[1]], "outputs": [[2, 0.3]]}, 1),
+        ("double = 3", {"fn_name": "double", "inputs": [[1]], "outputs": [2]}, 0),
+        ("def double(x): return x == 1", {"fn_name": "double", "inputs": [[1]], "outputs": [1]}, 0),
+        ("def double(:", ["assert True"], 0),
+        ("raise SystemExit(0)", ["assert True"], 0),
+        ("import os\nos._exit(0)", ["assert True"], 0),
+        (DOUBLE, None, None),
+    ],
+)
+def test_what_a_program_earns(program: str, tests: Any, expected: float | None) -> None:
+    assert score(program, tests) == expected
+
+
+def test_setup_runs_before_and_a_body_goes_on_where_it_ends() -> None:
+    setup = "import math\ndef root(x):\n    '''The square root.'''\n"
+    check = "def check(candidate):\n    assert candidate(4) == 2.0\n    assert root is candidate"
+    bodies = ["    return math.sqrt(x)\n", "def root(x): return math.sqrt(x)", "    return x\n"]
+    assert code(bodies, [check] * 3, [setup] * 3, ["root"] * 3) == [1, 1, 0]
+
+
+def test_partial_pays_for_each_test() -> None:
+    assert score(TRIPLE, ["assert double(0) == 0", "assert double(1) == 2"], partial=True) == 0.5
+    assert score(ECHO, {"inputs": ["3", "4", "5"], "outputs": ["6", "9", "10"]}, partial=True) == pytest.approx(2 / 3)
+    assert score(DOUBLE, {"fn_name": "double", "inputs": [[1], [2]], "outputs": [2, 5]}, partial=True) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("tests", "said"),
+    [
+        ([], "the tests are '[]'; must be statements, or inputs and outputs"),
+        (7, "the tests are '7'"),
+        ([{"in": 1}], "the tests begin with \"{'in': 1}\"; must be statements, or have input and output"),
+    ],
+)
+def test_tests_of_another_shape_are_refused(tests: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said.replace("[", r"\[").replace("{", r"\{")):
+        score(DOUBLE, tests)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ({"sandbox": "docker"}, "code: sandbox is 'docker'; valid: bubblewrap, none"),
+        ({"cpu_seconds": 0}, "needs cpu_seconds >= 1"),
+        ({"memory_mb": 8}, "memory_mb >= 64, got 5 and 8"),
+        ({"seconds": 1}, "seconds"),
+    ],
+)
+def test_settings_are_checked_before_anything_runs(args: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        check_function("passed", RewardFunctionConfig("code", args=args))
+
+
+def test_a_pool_scores_programs_and_a_hostile_one_harms_none(tmp_path: Path) -> None:
+    hostile = "import os, signal\nfor victim in (os.getppid(), 1, -1):\n    os.kill(victim, signal.SIGKILL)"
+    groups = [group(0, [DOUBLE, hostile, "while True: pass"], answer=["assert double(2) == 4"])]
+    config = RewardConfig(functions={"passed": RewardFunctionConfig("code", args={"cpu_seconds": 1})})
+    with RewardPool(config, tmp_path / "log") as pool:
+        assert rewards(pool.score(groups).groups, "passed") == [[1, 0, 0]]
+
+
+def test_only_a_config_without_a_sandbox_is_warned_of() -> None:
+    apart = RewardConfig(functions={"passed": RewardFunctionConfig("code")})
+    assert isolation_warning(apart) is None
+    bare = RewardConfig(functions={"passed": RewardFunctionConfig("code", args={"sandbox": "none"})})
+    assert "reward.functions.passed.args.sandbox: is none" in str(isolation_warning(bare))
+
+
+def test_the_tool_python_shows_what_was_printed() -> None:
+    tool = Python(cpu_seconds=1, most=60)
+    assert asyncio.run(tool.python("print(6 * 7)")) == "42\n"
+    assert asyncio.run(tool.python("x = 1")) == "(it printed nothing)"
+    assert asyncio.run(tool.python("1 / 0")).endswith("ZeroDivisionError: division by zero\n")
+    assert asyncio.run(tool.python("while True: pass")) == "\n(stopped: it took longer than 1 seconds, or crashed)"
+    assert asyncio.run(tool.python("while True: print(7)")).endswith("(stopped: it printed too much)")
+
+
+def test_tasks_of_mbpp(tmp_path: Path) -> None:
+    file = tmp_path / "mbpp.jsonl"
+    row = {"task_id": 2, "text": "Double x.", "test_list": ["assert double(1) == 2", "pass"], "test_setup_code": ""}
+    file.write_text(json.dumps(row))
+    asked = "Double x.\nThe program must pass this:\n```python\nassert double(1) == 2\n```"
+    assert list(mbpp(str(file))) == [{"task": 2, "prompt": asked, "tests": row["test_list"], "setup": ""}]
+    assert next(mbpp(str(file), shown=0))["prompt"] == "Double x."
+    file.write_text(json.dumps({"text": "Double x."}))
+    with pytest.raises(UserError, match="is no task of MBPP, which has text or prompt, tests"):
+        list(mbpp(str(file)))
