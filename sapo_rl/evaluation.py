@@ -48,6 +48,7 @@ class Evaluator:
         self._rollouts, self._rewards = rollouts, rewards
         self._telemetry, self._timers = telemetry, timers
         self._functions, self._samples = list(config.rewards), config.eval.samples
+        self._environments = list(config.environments)
         self._judge = config.eval.reward or next(iter(self._functions), "")
 
     def run(self, step: int) -> None:
@@ -64,6 +65,7 @@ class Evaluator:
                     sampled, _ = scoring.result([group for group in written.groups if group.samples])
         greedy, sampled = gather_object(greedy), gather_object(sampled)
         metrics = {"eval/accuracy": mean_reward(greedy, self._judge), "eval/mean_length": mean_length(greedy)}
+        metrics |= self._by_environment(greedy)
         if len(self._functions) > 1:
             told = [name for name in self._functions if name != ENVIRONMENT or _applies(greedy, name)]
             metrics |= {f"eval/rewards/{name}": mean_reward(greedy, name) for name in told}
@@ -72,6 +74,15 @@ class Evaluator:
         examples = [(_shown(group.prompt.content), group.samples[0].text) for group in greedy[:EXAMPLES]]
         self.before = self.before or examples
         self._telemetry.log_eval(step, metrics, examples)
+
+    def _by_environment(self, groups: Sequence[Group]) -> dict[str, float]:
+        """The accuracy for each of several environments to which its reward applies."""
+        found = {}
+        for name in self._environments:
+            own = [group for group in groups if group.prompt.columns[ENVIRONMENT] == name]
+            if _applies(own, self._judge):
+                found[f"eval/environment/{name}"] = mean_reward(own, self._judge)
+        return found
 
 
 def mean_reward(groups: Sequence[Group], name: str) -> float:

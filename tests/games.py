@@ -174,7 +174,10 @@ def double(number: int) -> int:
 
 
 def rows(count: int = 20):
-    return [{"prompt": f"Look at {number}.", "word": "ab", "answer": "ab"} for number in range(count)]
+    row = {"word": "ab", "answer": "ab"}
+    return [
+        row | {"prompt": f"Look at {number}.", "environment": ("shelf", "guess")[number % 2]} for number in range(count)
+    ]
 
 
 def said(completions, **columns):

@@ -15,7 +15,8 @@ TOOL_PARSERS = ("hermes", "json", "llama3_json", "mistral", "openai", "pythonic"
 """Formats of calls of tools that are read."""
 
 ENVIRONMENT = "environment"
-"""The name of the environment's reward beside those of `reward.functions`."""
+"""The name of the environment's reward beside those of `reward.functions`, and of the column that chooses among
+several environments."""
 
 
 @dataclass
@@ -332,6 +333,9 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    environments: dict[str, EnvironmentConfig] = field(default_factory=dict)
+    """Several, in place of `environment`: each row of the data names its own in the column `environment`. E.g.
+    `{easy: {name: guess, args: {high: 9}}, hard: {name: guess}}`."""
     tools: list[str] = field(default_factory=list)
     """Typed functions that the model may call in the middle of an episode, by dotted path: `[my_tools.search]`."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -365,12 +369,18 @@ class Config:
     @property
     def has_episodes(self) -> bool:
         """Whether an episode may have several turns."""
-        return self.environment.name is not None or bool(self.tools)
+        return bool(self.played)
+
+    @property
+    def played(self) -> dict[str, EnvironmentConfig]:
+        """What answers the model, by the column `environment`; under "" where it is the same for all rows."""
+        alone = {"": self.environment} if self.environment.name is not None or self.tools else {}
+        return self.environments or alone
 
     @property
     def max_episode_tokens(self) -> int:
         """Tokens after a prompt, at most."""
-        return self.environment.max_tokens if self.has_episodes else self.rollout.max_completion_tokens
+        return max((one.max_tokens for one in self.played.values()), default=self.rollout.max_completion_tokens)
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -380,5 +390,5 @@ class Config:
     @property
     def rewards(self) -> dict[str, RewardFunctionConfig]:
         """What an episode is rewarded by: the reward functions, then the environment, with weight 1."""
-        own = {} if self.environment.name is None else {ENVIRONMENT: RewardFunctionConfig(self.environment.name)}
-        return self.reward.functions | own
+        named = [one.name for one in self.played.values() if one.name is not None]
+        return self.reward.functions | ({ENVIRONMENT: RewardFunctionConfig(named[0])} if named else {})

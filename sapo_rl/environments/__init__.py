@@ -7,10 +7,20 @@ from __future__ import annotations
 
 from sapo_rl.environments.calculator import Calculator
 from sapo_rl.environments.guess import Guess
-from sapo_rl.environments.lookup import check_environment, check_tool
+from sapo_rl.environments.lookup import check_environment, check_tool, environment_for
 from sapo_rl.environments.python import Python
 from sapo_rl.environments.registry import ENVIRONMENTS
 from sapo_rl.environments.search import Search
 from sapo_rl.environments.wordle import Wordle
 
-__all__ = ["ENVIRONMENTS", "Calculator", "Guess", "Python", "Search", "Wordle", "check_environment", "check_tool"]
+__all__ = [
+    "ENVIRONMENTS",
+    "Calculator",
+    "Guess",
+    "Python",
+    "Search",
+    "Wordle",
+    "check_environment",
+    "check_tool",
+    "environment_for",
+]

@@ -26,11 +26,13 @@ Submit: TypeAlias = Callable[[Request, Sampling, Session], Future[Answer]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What the episodes of a run have in common."""
+    """What the episodes of an environment have in common."""
 
     config: Config
+    name: str
+    """Of the environment, in `config.played`."""
     template: ChatTemplate
-    environments: EnvironmentPool
+    environment: EnvironmentPool
     submit: Submit
 
 
@@ -78,7 +80,7 @@ class Episode:
         suspected = 0
         while True:
             try:
-                async with await self._setting.environments.seat() as seat:
+                async with await self._setting.environment.seat() as seat:
                     return await self._play(seat)
             except WorkerLost as lost:
                 suspected += lost.suspect
@@ -87,7 +89,7 @@ class Episode:
 
     async def _play(self, seat: Seat) -> Sample:
         self.course, session = Course(), Session()
-        conversation, limits = await self._begin(seat), self._setting.config.environment
+        conversation, limits = await self._begin(seat), self._setting.environment.cfg
         room, shown = limits.max_tokens, len(conversation.messages)
         shown -= conversation.messages[-1]["role"] == "assistant"  # it is the reply's beginning
         told: list[Message] = []
@@ -147,7 +149,7 @@ class Episode:
             told.append({"role": "tool", "tool_call_id": call["id"], "name": function["name"], "content": answer.text})
         if told:
             return told, stop
-        if not self._setting.environments.steps:
+        if not self._setting.environment.steps:
             return [], Stop.STOP
         step = await seat.step(message["content"])
         course.rewards.append(step.reward)
@@ -157,7 +159,7 @@ class Episode:
     async def _sample(self, seat: Seat, conversation: Conversation, messages: list[Message], stop: Stop) -> Sample:
         course, own = self.course, await seat.end()
         parts = [*course.rewards, *([] if own is None else [own])]
-        named = self._setting.config.environment.name is not None
+        rewarded = ENVIRONMENT in self._setting.config.rewards
         return Sample(
             conversation.rows(),
             stop,
@@ -166,6 +168,7 @@ class Episode:
             transcript(messages),
             messages=messages,
             info={
+                "environment": self._setting.name,
                 "rewards": course.rewards,
                 "told": course.info,
                 "tool_calls": course.tool_calls,
@@ -174,7 +177,7 @@ class Episode:
                 "sent": course.sent,
                 "cached": sum(one.completions[0].cached for one in course.answers),
             },
-            rewards={ENVIRONMENT: sum(parts) if parts else None} if named else {},
+            rewards={ENVIRONMENT: sum(parts) if parts else None} if rewarded else {},
         )
 
 

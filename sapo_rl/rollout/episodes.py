@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
 from sapo_rl.config import Config
 from sapo_rl.engines.base import Sampling
+from sapo_rl.environments import environment_for
 from sapo_rl.environments.chat import ChatTemplate
 from sapo_rl.environments.runner.pool import EnvironmentPool
 from sapo_rl.environments.runner.process import EnvironmentFailed
@@ -32,31 +33,25 @@ class Episodes:
 
     Args:
         rollouts: asks the engines.
-        environments: play the other part.
+        environments: play the other part; each by its name in `config.played`.
         config: the run's.
     """
 
-    def __init__(self, rollouts: Rollouts, environments: EnvironmentPool, config: Config) -> None:
+    def __init__(self, rollouts: Rollouts, environments: Mapping[str, EnvironmentPool], config: Config) -> None:
         self._rollouts, self._environments, self._config = rollouts, environments, config
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="episodes", daemon=True)
-        self._setting: Setting
+        self._settings: dict[str, Setting]
 
     def __enter__(self) -> Episodes:
         """Start the environments. Raises UserError where they cannot be imported or do not suit the config."""
         self._thread.start()
         try:
-            self._wait(self._environments.open())
-            template = ChatTemplate(
-                self._rollouts.tokenizer,
-                tools=self._environments.schemas or None,
-                parser=self._config.rollout.tool_parser,
-                arguments=self._config.data.chat_template_args,
-            )
+            self._wait(self._open())
+            self._settings = {name: self._setting(name, pool) for name, pool in self._environments.items()}
         except BaseException:
             self.__exit__(None, None, None)
             raise
-        self._setting = Setting(self._config, template, self._environments, self._rollouts.submit)
         return self
 
     def __exit__(
@@ -104,15 +99,27 @@ class Episodes:
         """Have the engines free the GPU's memory, as far as their settings say, until the next call or weights."""
         self._rollouts.sleep()
 
+    def _setting(self, name: str, pool: EnvironmentPool) -> Setting:
+        template = ChatTemplate(
+            self._rollouts.tokenizer,
+            tools=pool.schemas or None,
+            parser=self._config.rollout.tool_parser,
+            arguments=self._config.data.chat_template_args,
+        )
+        return Setting(self._config, name, template, pool, self._rollouts.submit)
+
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    async def _open(self) -> None:
+        await asyncio.gather(*(pool.open() for pool in self._environments.values()))
 
     async def _end(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:  # first: an episode that loses its process would take another
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        await self._environments.close()
+        await asyncio.gather(*(pool.close() for pool in self._environments.values()))
 
     async def _write(
         self, prompts: Sequence[Prompt], step: int, n: int, sampling: Sampling, on_group: Callable[[Group], None]
@@ -121,11 +128,12 @@ class Episodes:
         answers: list[Answer] = []
 
         async def play(prompt: Prompt, number: int) -> Sample | None:
-            episode = Episode(self._setting, prompt, step, number, sampling)
+            setting = self._settings[environment_for(self._config, prompt.columns, prompt.index)]
+            episode = Episode(setting, prompt, step, number, sampling)
             try:
                 return await episode.play()
             except EnvironmentFailed as error:
-                failures.append(self._told(prompt, error))
+                failures.append(_told(setting.environment, prompt, error))
                 return None
             finally:
                 answers.extend(episode.course.answers)
@@ -147,13 +155,13 @@ class Episodes:
             raise UserError(f"no episode is left; {failures[0]}")
         return RolloutResult(groups, usage_of(answers, start, len(self._rollouts.engines)), failures)
 
-    def _told(self, prompt: Prompt, error: EnvironmentFailed) -> str:
-        """Say what failed, or end all with it."""
-        name = self._config.environment.name
-        text = f"{f'environment {name!r}' if name else 'a tool'} failed on prompt {prompt.index}: {error}"
-        if self._config.environment.on_error == "raise":
-            raise UserError(f"{text}; environment.on_error=drop leaves such episodes out") from error
-        return text
+
+def _told(pool: EnvironmentPool, prompt: Prompt, error: EnvironmentFailed) -> str:
+    """Say what failed, or end all with it."""
+    text = f"{pool.named} failed on prompt {prompt.index}: {error}"
+    if pool.cfg.on_error == "raise":
+        raise UserError(f"{text}; {pool.key}.on_error=drop leaves such episodes out") from error
+    return text
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:

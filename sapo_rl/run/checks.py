@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sapo_rl import plugins
-from sapo_rl.config import ENVIRONMENT, Config
+from sapo_rl.config import ENVIRONMENT, Config, EnvironmentConfig
 from sapo_rl.config.fields import BOUNDS
 from sapo_rl.config.loss import CHOSEN_KEYS, unread
 from sapo_rl.errors import UserError, brief, did_you_mean
@@ -258,20 +258,27 @@ def _check_environment(config: Config) -> None:
     from sapo_rl.environments import check_environment, check_tool
 
     environment = config.environment
+    if config.environments:
+        for field in dataclasses.fields(environment):
+            if (value := getattr(environment, field.name)) != getattr(EnvironmentConfig(), field.name):
+                key = f"environment.{field.name}"
+                raise ConfigError(key, f"is {value}, and there are environments; set it under each, or leave them out")
     if not config.has_episodes:
         if environment.args:
             raise ConfigError("environment.args", f"is {environment.args}, and environment.name is null")
         return
-    try:
-        check_environment(environment)
-    except UserError as error:
-        raise _with_key(error, "environment.name") from error
+    for name, one in config.played.items():
+        key = f"environments.{name}" if name else "environment"
+        try:
+            check_environment(one, key)
+        except UserError as error:
+            raise _with_key(error, f"{key}.name") from error
     for path in config.tools:
         try:
             check_tool(path)
         except UserError as error:
             raise ConfigError("tools", str(error)) from error
-    if environment.name is not None and ENVIRONMENT in config.reward.functions:
+    if any(one.name for one in config.played.values()) and ENVIRONMENT in config.reward.functions:
         raise ConfigError(f"reward.functions.{ENVIRONMENT}", "is the name of the environment's reward; take another")
     if not config.data.chat_template:
         raise ConfigError("data.chat_template", "is false; an environment or tools need a chat")
@@ -281,7 +288,7 @@ def _check_environment(config: Config) -> None:
 
 def _with_key(error: UserError, key: str) -> ConfigError:
     """Take the key off the front of the message, where it names one."""
-    found = re.match(r"((?:data|reward|launch|environment)\.[\w.]+): (.*)", str(error), re.DOTALL)
+    found = re.match(r"((?:data|reward|launch|environments?)\.[\w.]+): (.*)", str(error), re.DOTALL)
     return ConfigError(found[1], found[2]) if found else ConfigError(key, str(error))
 
 
@@ -308,10 +315,18 @@ def _check_model(config: Config) -> None:
     longest = config.max_sequence_tokens
     if limit is not None and longest > limit:
         raise ConfigError(
-            "environment.max_tokens" if config.has_episodes else "rollout.max_completion_tokens",
+            _longest_key(config),
             f"is {config.max_episode_tokens}, with data.max_prompt_tokens = {config.data.max_prompt_tokens} "
             f"up to {longest} tokens; the model's limit is {limit}",
         )
+
+
+def _longest_key(config: Config) -> str:
+    """The key that bounds what follows a prompt."""
+    for name, one in config.played.items():
+        if one.max_tokens == config.max_episode_tokens:
+            return f"environments.{name}.max_tokens" if name else "environment.max_tokens"
+    return "rollout.max_completion_tokens"
 
 
 RULES = {
@@ -324,7 +339,7 @@ RULES = {
     "loss, rollout": _check_loss,
     "loss, rollout.top_p and others": _check_filters,
     "data, reward": _check_sources,
-    "environment, tools": _check_environment,
+    "environment, environments, tools": _check_environment,
     "model.lora": _check_lora,
     "model.path": _check_model,
 }

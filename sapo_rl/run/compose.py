@@ -17,7 +17,7 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from sapo_rl.config import Config, RewardConfig, RewardFunctionConfig
+from sapo_rl.config import Config, EnvironmentConfig, RewardConfig, RewardFunctionConfig
 from sapo_rl.config.loss import unread
 from sapo_rl.config.nested import leaves
 from sapo_rl.errors import UserError, did_you_mean
@@ -31,6 +31,7 @@ from sapo_rl.run_folder.secrets import is_secret, worth_hiding
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """Variable that asks for the traceback of what composing a config raises."""
 ADDED_FUNCTION = r"\+reward\.functions\.([\w-]+)(\.(function|weight|timeout|on_error))?="
+ADDED_ENVIRONMENT = r"\+environments\.([\w-]+)(\.(name|max_turns|max_tokens|turn_timeout|workers|on_error))?="
 
 ARGS = r"[a-z][\w.-]*\.(args|chat_template_args)[.=]"
 """A key that the user's own code, or a generator, has a name for: Hydra wants a + where the recipe has none."""
@@ -65,18 +66,22 @@ def register(argv: list[str], folder: str | None = None) -> Arguments:
 
     `config=path/to/file.yaml` becomes `config=<stem>`, and `config=NAME` is `folder/config/NAME.yaml` where the folder
     of the user's own groups has one; `resume=FOLDER` becomes the recipe that the folder holds. A new reward function
-    (`+reward.functions.NAME.function=...`) is entered into the schema, to which Hydra cannot add it.
+    (`+reward.functions.NAME.function=...`) or environment (`+environments.NAME.name=...`) is entered into the schema,
+    to which Hydra cannot add it.
 
     Raises:
         UserError: a file that is missing or no mapping, or a name that no recipe has.
     """
-    added = list(dict.fromkeys(found[1] for argument in argv if (found := re.match(ADDED_FUNCTION, argument))))
-    functions = {name: RewardFunctionConfig() for name in added}
-    ConfigStore.instance().store(name="schema", node=Config(reward=RewardConfig(functions=functions)))
+    added, environments = _added(argv, ADDED_FUNCTION), _added(argv, ADDED_ENVIRONMENT)
+    schema = Config(
+        reward=RewardConfig(functions={name: RewardFunctionConfig() for name in added}),
+        environments={name: EnvironmentConfig() for name in environments},
+    )
+    ConfigStore.instance().store(name="schema", node=schema)
     known, files, rewritten = recipes(), {}, []
     own = {path.stem: path for path in expand(folder).glob("config/*.yaml")} if folder else {}
     for argument in _with_resumed(argv):
-        if re.match(ADDED_FUNCTION, argument):
+        if re.match(f"{ADDED_FUNCTION}|{ADDED_ENVIRONMENT}", argument):
             argument = argument.removeprefix("+")
         if re.match(ARGS, argument):
             argument = f"++{argument}"
@@ -91,6 +96,11 @@ def register(argv: list[str], folder: str | None = None) -> Arguments:
         listed = value.startswith("[") and items != [value]
         rewritten.append(f"config=[{joined}]" if listed else f"config={joined}")
     return Arguments(_with_choices(rewritten), files, added)
+
+
+def _added(argv: list[str], pattern: str) -> list[str]:
+    """The names that arguments of this form add to the config, each once."""
+    return list(dict.fromkeys(found[1] for argument in argv if (found := re.match(pattern, argument))))
 
 
 def _check_choice(key: str, equals: str, value: str) -> None:

@@ -11,7 +11,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sapo_rl.config import Config, RewardFunctionConfig
+from sapo_rl.config import Config, EnvironmentConfig, RewardFunctionConfig
 from sapo_rl.config.nested import leaves
 from sapo_rl.errors import UserError, brief, did_you_mean, first_line
 from sapo_rl.errors.files import is_file, read_yaml
@@ -111,8 +111,8 @@ def nearest_key(key: str) -> str:
         if not isinstance(node, DictConfig):
             return ""
         options = [str(option) for option in node]
-        if not options and key.startswith("reward.functions."):  # names of the user's own
-            node = OmegaConf.structured(RewardFunctionConfig)
+        if not options and key.startswith(("reward.functions.", "environments.")):  # names of the user's own
+            node = OmegaConf.structured(RewardFunctionConfig if key.startswith("reward.") else EnvironmentConfig)
         elif options and part not in options:
             return _elsewhere(key) or did_you_mean(part, options)
         else:
@@ -131,9 +131,12 @@ def _elsewhere(key: str) -> str:
 def origin(key: str, arguments: Arguments) -> str:
     """Return where the effective value of `key` was set: the command line, a file, or the defaults."""
     argv = arguments.argv
-    typed = [argument.partition("=")[0].lstrip("+~") for argument in argv]
-    if any(f"{one}.".startswith(f"{key}.") for one in typed):  # it, or a part of it
-        return "command line"
+    for name, _, value in (argument.partition("=") for argument in argv):
+        one = name.lstrip("+~")
+        if f"{one}.".startswith(f"{key}.") or (
+            value[:1] == "{" and key.startswith(f"{one}.")
+        ):  # it, a part, or a whole
+            return "command line"
     choices = dict(argument.split("=", 1) for argument in argv if re.fullmatch(r"\w+=[^=]*", argument))
     names = [name.strip() for name in choices.get("config", "default").strip("[]").split(",")]
     paths = [arguments.files.get(name, CONFIGS / "config" / f"{name}.yaml") for name in reversed(names)]

@@ -36,7 +36,8 @@ from sapo_rl.config import Config, ModelConfig
 from sapo_rl.data import PromptSampler, build_prompts, load_rows, own, repetition_warning
 from sapo_rl.engines.base import Engine
 from sapo_rl.engines.build import ModelFacts, build_engines, build_transport, close_all, device_of, model_facts
-from sapo_rl.environments.runner.pool import EnvironmentPool
+from sapo_rl.environments import environment_for
+from sapo_rl.environments.runner.pool import EnvironmentPool, pools_of
 from sapo_rl.errors import UserError, first_line
 from sapo_rl.evaluation import Evaluator
 from sapo_rl.policy import checkpoint
@@ -129,11 +130,11 @@ def build(folder: Path | None, stack: contextlib.ExitStack, stops: Stops) -> Par
     engines = build_engines(config, facts, device, folder / "logs", stop_tokens(config.model, tokenizer), stream)
     stack.callback(close_all, engines)  # before the transport: they may have its memory mapped
     rollouts = Rollouts(engines, config.rollout, tokenizer, config.seed, config.reproducible)
-    pool = EnvironmentPool(config, printed("environments"))
-    writer = stack.enter_context(Episodes(rollouts, pool, config)) if config.has_episodes else rollouts
+    pools = pools_of(config, printed("environments"))
+    writer = stack.enter_context(Episodes(rollouts, pools, config)) if pools else rollouts
     for engine in engines:
         engine.start()  # takes longest: prompts and the trainer's copy of the model are made meanwhile
-    prompts, held_out, dropped = _prompts(config, tokenizer, (rewards, pool))
+    prompts, held_out, dropped = _prompts(config, tokenizer, (rewards, *pools.values()))
     per_step = config.rollout.batch_size // config.rollout.group_size
     sampler = PromptSampler(len(prompts), per_step, config.seed, config.data.shuffle)
     trainer = PolicyTrainer(*_models(config, not loads_weights(accelerator)), config, accelerator)
@@ -237,6 +238,8 @@ def _prompts(
     rows, held_out_rows = load_rows(config.data, config.eval.prompts)
     prompts, dropped = build_prompts(rows, config.data, tokenizer)
     held_out, also_dropped = build_prompts(held_out_rows, config.data, tokenizer) if held_out_rows else ([], 0)
+    for prompt in (*prompts, *held_out):
+        environment_for(config, prompt.columns, prompt.index)
     for some, source in ((prompts[:1], "the data"), (held_out[:1], "the held-out data")):
         for prompt in some:  # all have the same columns
             for user in users:

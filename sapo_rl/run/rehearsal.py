@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import subprocess
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from sapo_rl.advantages import own_function
 from sapo_rl.config import Config
 from sapo_rl.data import load_rows, repetition_warning
 from sapo_rl.data.prompts import Rows, columns_of, content_of, with_all_columns
+from sapo_rl.environments import environment_for
 from sapo_rl.environments.runner.pool import EnvironmentPool
 from sapo_rl.errors import UserError
 from sapo_rl.errors.files import expand, is_file, reading
@@ -62,9 +64,9 @@ def rehearse(config: Config) -> Trial:
         facts, warnings = _look_at(config, train, held_out)
     with reading("reward"), RewardPool(replace(config.reward, workers=1)) as pool:
         _check_columns(config, pool, train, held_out)
-    if config.has_episodes:
+    for name in config.played:
         with reading("environment"):
-            environments = EnvironmentPool(replace(config, environment=replace(config.environment, workers=1)))
+            environments = EnvironmentPool(config, name, workers=1)
             asyncio.run(_open(environments))
             _check_columns(config, environments, train, held_out)
     return Trial(facts, warnings + _setting_warnings(config))
@@ -95,6 +97,7 @@ def _look_at(config: Config, train: Rows, held_out: Rows) -> tuple[dict[str, str
         "rows to train on": f"{len(train):,}",
         "held-out rows": f"{len(held_out):,}",
         "columns": ", ".join(map(str, next(iter(train.values())))),
+        **_environments(config, train, held_out),
         "longest prompt": length,
     }
     prompts, limit = config.rollout.batch_size // config.rollout.group_size, config.data.max_prompt_tokens
@@ -110,6 +113,15 @@ def _look_at(config: Config, train: Rows, held_out: Rows) -> tuple[dict[str, str
                 f"{shortest}"
             )
     return facts, warnings
+
+
+def _environments(config: Config, train: Rows, held_out: Rows) -> dict[str, str]:
+    """How many rows to train on each of several environments has. Raises UserError where a row has none."""
+    for number, row in held_out.items():
+        environment_for(config, row, number)
+    found = Counter(environment_for(config, row, number) for number, row in train.items())
+    counts = ", ".join(f"{name} {found[name]:,}" for name in config.environments)
+    return {"rows by environment": counts} if counts else {}
 
 
 def _text(content: str | Messages) -> str:

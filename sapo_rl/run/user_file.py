@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sapo_rl.config import Config, RewardFunctionConfig
+from sapo_rl.config import Config, EnvironmentConfig, RewardFunctionConfig
 from sapo_rl.config.loss import LossConfig
 from sapo_rl.config.nested import leaves
 from sapo_rl.errors import UserError, first_line
@@ -31,6 +31,11 @@ HYDRA_KEYS = {
 }
 """Hydra's keys that a recipe may set."""
 
+ENTRIES: dict[str, tuple[type, str, str]] = {
+    "functions": (RewardFunctionConfig, "function", "numeric_answer"),
+    "environments": (EnvironmentConfig, "name", "guess"),
+}
+"""What may stand under names of the user's own: its schema, the key that it cannot do without, and an example."""
 LONGEST_NUMBER = 1000
 """Bits of a whole number; longer ones do not fit into a float."""
 
@@ -120,7 +125,7 @@ def _check_section(content: dict[Any, Any], schema: type, prefix: str, configs: 
             if isinstance(hint, type) and dataclasses.is_dataclass(hint):
                 _check_section(value, hint, f"{key}.", configs)
             elif children and dataclasses.is_dataclass(children[0]):
-                _check_functions(value, f"{key}.", configs)
+                _check_entries(value, name, f"{key}.", configs)
         elif get_origin(hint) is list and not isinstance(value, list):
             raise ConfigError(key, f"is {_shown(value)}, must be a list such as [{value}]")
         elif get_origin(hint) is not list and isinstance(value, list | dict):
@@ -129,14 +134,16 @@ def _check_section(content: dict[Any, Any], schema: type, prefix: str, configs: 
             raise ConfigError(key, "is a whole number of more than 300 digits")
 
 
-def _check_functions(content: dict[Any, Any], prefix: str, configs: Path) -> None:
+def _check_entries(content: dict[Any, Any], section: str, prefix: str, configs: Path) -> None:
+    """Look over reward functions or environments under names of the user's own."""
+    schema, first, example = ENTRIES[section]
     for name, value in content.items():
         key = f"{prefix}{name}"
         if isinstance(value, str) and not value.startswith("${"):
-            raise ConfigError(key, f"is '{value}'; write {name}: {{function: {value}}}")
+            raise ConfigError(key, f"is '{value}'; write {name}: {{{first}: {value}}}")
         if not isinstance(value, dict):
-            raise ConfigError(key, f"is {_shown(value)}, must be such as {{function: numeric_answer}}")
-        _check_section(value, RewardFunctionConfig, f"{key}.", configs)
+            raise ConfigError(key, f"is {_shown(value)}, must be such as {{{first}: {example}}}")
+        _check_section(value, schema, f"{key}.", configs)
 
 
 def _no_mapping(key: str, value: Any, configs: Path) -> str:

@@ -6,19 +6,15 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from sapo_rl.telemetry.sinks.completions import Row
 from sapo_rl.types import Sample, Stop
 
 
 class EpisodeFacts(NamedTuple):
-    """What the metrics take of one episode."""
+    """What the metrics take of one episode beside its `Row`."""
 
-    turns: int
-    forks: int
-    trained: int
-    """Tokens that the model wrote."""
-    length: int
-    """Those and the environment's."""
-    stop: str
+    environment: str
+    """Its name among several; empty where there is one."""
     tool_calls: int
     tool_failures: int
     seconds: float
@@ -31,41 +27,36 @@ class EpisodeFacts(NamedTuple):
 
 def facts_of(sample: Sample) -> EpisodeFacts:
     """Return the facts of an episode that `rollout/episode.py` has played."""
-    return EpisodeFacts(
-        turns=len(sample.turns),
-        forks=len(sample.rows) - 1,
-        trained=sample.num_trained,
-        length=sum(len(row.token_ids) for row in sample.rows),
-        stop=sample.stop.value,
-        tool_calls=sample.info["tool_calls"],
-        tool_failures=sample.info["tool_failures"],
-        seconds=sample.info["seconds"],
-        sent=sample.info["sent"],
-        cached=sample.info["cached"],
-    )
+    return EpisodeFacts(*(sample.info[name] for name in EpisodeFacts._fields))
 
 
-def episode_metrics(episodes: Sequence[EpisodeFacts], dropped: int) -> dict[str, float]:
-    """Return `episode/*`, `stop/*`, `tools/*`, `time/environment` and `rollout/prefix_hit` of a step's episodes.
-
-    There is at least one.
+def episode_metrics(rows: Sequence[Row], facts: Sequence[EpisodeFacts], dropped: int) -> dict[str, float]:
+    """Return `episode/*`, `stop/*`, `tools/*`, `time/environment`, `rollout/prefix_hit` and `environment/*` of a step.
 
     Args:
-        episodes: those that are left.
+        rows: those that are left, at least one.
+        facts: of the same, in their order.
         dropped: how many the environment failed.
     """
-    turns, calls = [one.turns for one in episodes], sum(one.tool_calls for one in episodes)
-    length = sum(one.length for one in episodes)
-    failures = sum(one.tool_failures for one in episodes)
-    stops = [one.stop for one in episodes]
-    return {
+    turns, calls = [row["turns"] for row in rows], sum(one.tool_calls for one in facts)
+    length, trained = (sum(row[name] for row in rows) for name in ("length", "tokens"))
+    stops = [row["stop"] for row in rows]
+    metrics = {
         "episode/turns/mean": statistics.fmean(turns),
         "episode/turns/max": float(max(turns)),
-        "episode/masked_fraction": 1 - sum(one.trained for one in episodes) / max(1, length),
-        "episode/forks": float(sum(one.forks for one in episodes)),
+        "episode/masked_fraction": 1 - trained / max(1, length),
+        "episode/forks": float(sum(row["rows"] - 1 for row in rows)),
         "episode/dropped": float(dropped),
-        "tools/call_frequency": calls / len(episodes),
-        "tools/failure_frequency": failures / max(1, calls),
-        "time/environment": statistics.fmean(one.seconds for one in episodes),
-        "rollout/prefix_hit": sum(one.cached for one in episodes) / sum(one.sent for one in episodes),
+        "tools/call_frequency": calls / len(facts),
+        "tools/failure_frequency": sum(one.tool_failures for one in facts) / max(1, calls),
+        "time/environment": statistics.fmean(one.seconds for one in facts),
+        "rollout/prefix_hit": sum(one.cached for one in facts) / sum(one.sent for one in facts),
     } | {f"stop/{stop}": stops.count(stop) / len(stops) for stop in Stop if stop is not Stop.ERROR}
+    for name in sorted({one.environment for one in facts if one.environment}):
+        own = [row for row, one in zip(rows, facts, strict=True) if one.environment == name]
+        rewards = [row["reward"] for row in own if row["reward"] is not None]
+        metrics[f"environment/{name}/fraction"] = len(own) / len(rows)
+        metrics[f"environment/{name}/turns"] = statistics.fmean(row["turns"] for row in own)
+        if rewards:
+            metrics[f"environment/{name}/reward"] = statistics.fmean(rewards)
+    return metrics

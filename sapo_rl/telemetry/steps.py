@@ -13,7 +13,7 @@ from sapo_rl.telemetry.episodes import EpisodeFacts, episode_metrics, facts_of
 from sapo_rl.telemetry.metrics import sample_metrics
 from sapo_rl.telemetry.sinks.completions import Row, rows
 from sapo_rl.telemetry.timers import Timers
-from sapo_rl.types import Batch, Usage
+from sapo_rl.types import Batch, RewardStats, Usage
 
 
 class RankReport(NamedTuple):
@@ -29,8 +29,8 @@ class RankReport(NamedTuple):
     """Its trainer's peak memory in GiB."""
     episodes: list[EpisodeFacts]
     """Where they may have several turns."""
-    dropped: int
-    """Episodes that their environment has lost."""
+    dropped: Sequence[str]
+    """What failed in each episode that its environment has lost."""
 
 
 class StepLog:
@@ -62,14 +62,15 @@ class StepLog:
         own_groups = [rows(step, group) for group in batch.groups]
         facts = [facts_of(one) for group in batch.groups for one in group.samples] if self._episodes else []
         everyone: list[RankReport] = gather_object(
-            [RankReport(own_groups, scoring.errors, batch.usage, restarts, peak, facts, len(batch.dropped))]
+            [RankReport(own_groups, scoring.errors, batch.usage, restarts, peak, facts, batch.dropped)]
         )
         groups = [group for rank in everyone for group in rank.groups]
         metrics = sample_metrics(groups)
         if self._episodes:
             episodes = [one for rank in everyone for one in rank.episodes]
-            metrics |= episode_metrics(episodes, sum(rank.dropped for rank in everyone))
-        self._warn(step, batch, metrics)
+            samples = [row for group in groups for row in group]
+            metrics |= episode_metrics(samples, episodes, sum(len(rank.dropped) for rank in everyone))
+        self._warn(step, scoring, [text for rank in everyone for text in rank.dropped], metrics)
         phases = self._timers.take()
         tokens = sum(row["tokens"] for group in groups for row in group)
         own = {
@@ -83,10 +84,9 @@ class StepLog:
             own["rollout/idle_fraction"] = idle_fraction([rank.usage for rank in everyone])
         self._telemetry.log_step(step, {**metrics, **own, **stats, **phases}, groups)
 
-    def _warn(self, step: int, batch: Batch, metrics: Mapping[str, float]) -> None:
-        scoring = batch.scoring
-        for text in batch.dropped[:1]:
-            self._telemetry.warn(f"{text} ({len(batch.dropped)} episodes of step {step} dropped)")
+    def _warn(self, step: int, scoring: RewardStats, dropped: Sequence[str], metrics: Mapping[str, float]) -> None:
+        for text in dropped[:1]:
+            self._telemetry.warn(f"{text} ({len(dropped)} episodes of step {step} dropped)")
         for name, text in scoring.failures.items():
             self._telemetry.warn(f"{text} (reward {name}: {scoring.errors[name]} samples scored 0)")
         inapplicable = {name for name in scoring.errors if f"rewards/{name}/mean" not in metrics}

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from sapo_rl.config import Config, DataConfig, EnvironmentConfig
 from sapo_rl.data import build_prompts
 from sapo_rl.engines.build import build_engines, close_all, device_of, model_facts
-from sapo_rl.environments.runner.pool import EnvironmentPool
+from sapo_rl.environments.runner.pool import pools_of
 from sapo_rl.policy.model import load_tokenizer, stop_tokens
 from sapo_rl.rollout.collector import Rollouts, Writer
 from sapo_rl.rollout.episodes import Episodes
@@ -96,7 +96,7 @@ def compare(args: argparse.Namespace, write: Callable[[list[dict[str, Any]]], No
         for replies in args.replies:
             asked = game(args, replies)
             rollouts = Rollouts(engines, asked.rollout, tokenizer, seed=0, reproducible=False)
-            with Episodes(rollouts, EnvironmentPool(asked), asked) as episodes:
+            with Episodes(rollouts, pools_of(asked), asked) as episodes:
                 found.append(measure(episodes, games, f"{TURNS} turns of up to {replies}"))
             write(found)
 

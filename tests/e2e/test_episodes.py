@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from command import new_run, records, run, steps_of, timeless
 from games import MODULE
 from tiny import engine_settings, logps_of, make_tokenizer, make_workspace
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from sapo_rl.config import Config, EnvironmentConfig, RewardFunctionConfig
 from sapo_rl.engines.process import LocalEngine
-from sapo_rl.environments.runner.pool import EnvironmentPool
+from sapo_rl.environments.runner.pool import pools_of
 from sapo_rl.rollout.collector import Rollouts
 from sapo_rl.rollout.episodes import Episodes
 from sapo_rl.types import Prompt
@@ -73,21 +74,38 @@ def test_the_same_run_twice_and_a_resumed_one_play_the_same_episodes(guessing: P
     assert timeless(half)[-1] == timeless(guessing)[-1]
 
 
-def test_a_class_of_trls_shape_and_a_tool_train_with_overlap(workspace: Path) -> None:
-    folder = new_run(
-        workspace,
-        "environment.name=my_games.Shelf",
+def test_a_class_of_trls_shape_beside_a_game_and_a_tool_train_with_overlap(workspace: Path) -> None:
+    recipe = yaml.safe_load((workspace / "tiny.yaml").read_text())
+    game = recipe.pop("environment")
+    recipe["environments"] = {"shelf": {**game, "name": "my_games.Shelf"}, "guess": game}
+    folder = workspace / "several"
+    folder.mkdir()
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    for name in ("my_games.py", "my_rewards.py"):
+        (folder / name).symlink_to(workspace / name)
+    done = new_run(
+        folder,
         "data.source=my_games.rows",
         "data.eval_split=null",
-        "eval.prompts=0",
+        "eval.prompts=8",
         "tools=[my_games.double]",
         "rollout.mode=overlap",
         "reproducible=false",
     )
-    for record in steps_of(folder):
-        assert record["episode/turns/mean"] == 1  # a random model calls no tool
-        assert record["tools/call_frequency"] == 0
-        assert record["rewards/environment/mean"] == 0.25 and record["rewards/said/mean"] == 1
+    for record in steps_of(done):
+        shares = {name: record.get(f"environment/{name}/fraction", 0.0) for name in ("shelf", "guess")}
+        assert sum(shares.values()) == 1
+        if shares["shelf"]:  # a random model calls no tool
+            assert record["environment/shelf/turns"] == 1 and record["environment/shelf/reward"] == 1.25
+        if shares["guess"]:
+            assert record["environment/guess/turns"] == 3
+        assert record["tools/call_frequency"] == 0 and record["rewards/said/mean"] == 1
+    assert {name for record in steps_of(done) for name in record if name.endswith("/fraction")} == {
+        "environment/shelf/fraction",
+        "environment/guess/fraction",
+    }
+    evaluations = [record for record in records(done) if "eval/accuracy" in record]
+    assert all("eval/environment/shelf" in record and "eval/environment/guess" in record for record in evaluations)
 
 
 def test_an_environment_that_fails_ends_the_run_by_name_and_leaves_nothing_behind(workspace: Path) -> None:
@@ -126,7 +144,7 @@ def test_the_trainers_log_probabilities_are_vllms_over_turns_with_tools(
     try:
         engine.wait_ready()
         rollouts = Rollouts([engine], cfg.rollout, tokenizer, seed=0, reproducible=False)
-        with Episodes(rollouts, EnvironmentPool(cfg), cfg) as episodes:
+        with Episodes(rollouts, pools_of(cfg), cfg) as episodes:
             (group,) = episodes.write([Prompt(0, [1], "Look.", {"word": "ab"})], step=1).groups
     finally:
         engine.close()

@@ -38,7 +38,7 @@ def run(cfg: Config, work: Callable[[EnvironmentPool], Awaitable[T]], log: Path 
     """Do `work` with an open pool, and close it."""
 
     async def whole() -> T:
-        pool = EnvironmentPool(cfg, log)
+        pool = EnvironmentPool(cfg, log=log)
         try:
             await pool.open()
             return await work(pool)

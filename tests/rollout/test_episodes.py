@@ -18,7 +18,7 @@ from tiny import make_tokenizer
 
 from sapo_rl.config import Config, EnvironmentConfig, RewardFunctionConfig
 from sapo_rl.engines.base import Completion, Request, Sampling
-from sapo_rl.environments.runner.pool import EnvironmentPool
+from sapo_rl.environments.runner.pool import pools_of
 from sapo_rl.errors import UserError
 from sapo_rl.rewards.runner.scoring import call_arguments
 from sapo_rl.rewards.runner.sheet import Place
@@ -80,7 +80,7 @@ def config(name: str | None, tools: tuple[str, ...] = (), **settings: Any) -> Co
 def playing(cfg: Config, script: Callable[[str], str]) -> Iterator[tuple[Episodes, Scripted]]:
     engine: Any = Scripted(script)
     rollouts = Rollouts([engine], cfg.rollout, TOKENIZER, cfg.seed, cfg.reproducible)
-    with Episodes(rollouts, EnvironmentPool(cfg), cfg) as episodes:
+    with Episodes(rollouts, pools_of(cfg), cfg) as episodes:
         yield episodes, engine
 
 
@@ -186,6 +186,32 @@ def test_a_tool_that_ends_the_episode_and_tools_without_an_environment(here: Pat
     )
     assert sample.rewards == {} and sample.stop is Stop.STOP
     assert sample.messages is not None and sample.messages[1]["content"] == "8"
+
+
+def test_each_prompt_is_played_in_the_environment_that_its_row_names(here: Path) -> None:
+    def script(said: str) -> str:
+        if "shelf" in said:
+            return "abab" if said.count(ASSISTANT) > 1 else call_of("look", place=2)
+        return "8"
+
+    cfg = config(None)
+    cfg.environments = {
+        "shelf": EnvironmentConfig("my_games.Shelf", workers=1),
+        "echo": EnvironmentConfig("my_games.Echo", args={"turns": 4}, max_turns=2, workers=1),
+        "plain": EnvironmentConfig(workers=1),
+    }
+    rows = [prompt(place, environment=name, word="ab") for place, name in enumerate(("plain", "echo", "shelf"))]
+    plain, echo, shelf = (group.samples[0] for group in play(cfg, script, *rows))
+    assert (plain.stop, len(plain.turns), plain.rewards) == (Stop.STOP, 1, {"environment": None})
+    assert (echo.stop, len(echo.turns), echo.rewards) == (Stop.TURNS, 2, {"environment": 1.0})
+    assert (shelf.stop, len(shelf.turns), shelf.rewards) == (Stop.STOP, 2, {"environment": 1.25})
+    assert [one.info["environment"] for one in (plain, echo, shelf)] == ["plain", "echo", "shelf"]
+    cfg.environments["echo"].args = {"turns": 1}
+    told = (
+        r"^environment 'my_games\.Echo' failed on prompt 1: step: ValueError: no mood .*; environments\.echo\.on_error"
+    )
+    with pytest.raises(UserError, match=told):
+        play(cfg, lambda said: "do fail", rows[1])
 
 
 def test_a_failed_environment_ends_the_run_or_leaves_its_group(here: Path) -> None:

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sapo_rl.telemetry.episodes import EpisodeFacts, episode_metrics, facts_of
 from sapo_rl.telemetry.progress import phases
-from sapo_rl.types import Row, Sample, Stop, Turn
+from sapo_rl.telemetry.sinks.completions import rows
+from sapo_rl.types import Group, Prompt, Row, Sample, Stop, Turn
+
+
+def samples(first: str = "", second: str = "") -> list[Sample]:
+    """An episode of three turns in two rows, and one of a single turn; the names are their environments'."""
+    info: list[dict[str, Any]] = [
+        {"environment": first, "tool_calls": 3, "tool_failures": 1, "seconds": 0.5, "sent": 30, "cached": 16},
+        {"environment": second, "tool_calls": 0, "tool_failures": 0, "seconds": 1.5, "sent": 10, "cached": 0},
+    ]
+    forked = [Row([1], [2, 3, 4, 5], [(0, 1), (3, 4)]), Row([1, 9], [6, 7], [(0, 2)])]
+    turns = [Turn(0, 1), Turn(3, 4), Turn(0, 2, 1)]
+    return [
+        Sample(forked, Stop.TURNS, (0, 0), turns, info=info[0], reward=0.25),
+        Sample([Row([1], [2, 3])], Stop.STOP, (0, 0), [Turn(0, 2)], info=info[1], reward=1.0),
+    ]
+
+
+def metrics_of(found: list[Sample], dropped: int = 0) -> dict[str, float]:
+    return episode_metrics(
+        rows(1, Group(Prompt(0, [1], "a", {}), found)), [facts_of(one) for one in found], dropped=dropped
+    )
 
 
 def test_facts_and_metrics_count_turns_tokens_tools_and_why_episodes_ended() -> None:
-    rows = [Row([1], [2, 3, 4, 5], [(0, 1), (3, 4)]), Row([1, 9], [6, 7], [(0, 2)])]
-    info = {"tool_calls": 3, "tool_failures": 1, "seconds": 0.5, "sent": 30, "cached": 16}
-    turns = [Turn(0, 1), Turn(3, 4), Turn(0, 2, 1)]
-    first = facts_of(Sample(rows, Stop.TURNS, (0, 0), turns, info=info))
-    assert first == EpisodeFacts(3, 1, 4, 6, "turns", 3, 1, 0.5, 30, 16)
-    metrics = episode_metrics([first, EpisodeFacts(1, 0, 2, 2, "stop", 0, 0, 1.5, 10, 0)], dropped=2)
-    assert metrics == {
+    assert facts_of(samples()[0]) == EpisodeFacts("", 3, 1, 0.5, 30, 16)
+    assert metrics_of(samples(), dropped=2) == {
         "episode/turns/mean": 2.0,
         "episode/turns/max": 3.0,
         "episode/masked_fraction": 0.25,
@@ -28,6 +46,18 @@ def test_facts_and_metrics_count_turns_tokens_tools_and_why_episodes_ended() -> 
         "stop/length": 0.0,
         "stop/turns": 0.5,
         "stop/environment": 0.0,
+    }
+
+
+def test_several_environments_have_numbers_of_their_own() -> None:
+    own = {name: value for name, value in metrics_of(samples("a", "b")).items() if name.startswith("environment/")}
+    assert own == {
+        "environment/a/fraction": 0.5,
+        "environment/a/turns": 3.0,
+        "environment/a/reward": 0.25,
+        "environment/b/fraction": 0.5,
+        "environment/b/turns": 1.0,
+        "environment/b/reward": 1.0,
     }
 
 

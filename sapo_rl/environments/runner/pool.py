@@ -42,22 +42,30 @@ class Used(NamedTuple):
 
 
 class EnvironmentPool:
-    """Keeps `environment.workers` processes, and seats episodes in the one that has the fewest.
+    """Keeps as many processes as its `workers` says, and seats episodes in the one that has the fewest.
 
     Whatever environments have started ends with the pool, also where this process is killed. All methods belong to one
     event loop.
 
     Args:
         config: the environment, the tools, and which secrets they see.
+        chosen: which of `config.played`.
         log: file that takes what they print, bounded; None leaves it to this process's stdout and stderr.
+        workers: how many processes; None takes as many as its config says.
     """
 
-    def __init__(self, config: Config, log: Path | None = None) -> None:
+    def __init__(self, config: Config, chosen: str = "", log: Path | None = None, workers: int | None = None) -> None:
+        self.cfg = config.played[chosen]
+        """The environment."""
+        self.key = f"environments.{chosen}" if chosen else "environment"
+        """Where it stands in the config."""
+        self.named = f"environment '{name}'" if (name := self.cfg.name or chosen) else "a tool"
+        """What it is called in messages."""
         self.schemas: list[dict[str, Any]] = []
         """What the model is told of the tools, as OpenAI's API has it; known once the pool is open."""
         self.steps = False
         """Whether the environment answers each reply itself."""
-        self._cfg, self._tools, self._log = config.environment, config.tools, log
+        self._tools, self._log, self._size = config.tools, log, workers or self.cfg.workers
         self._hidden = hidden(os.environ, config.reward.env)
         self._functions = config.reward.functions
         self._workers: list[EnvironmentWorker] = []
@@ -76,14 +84,14 @@ class EnvironmentPool:
         hello = self._workers[0].hello
         self.schemas, self.steps, self._needs = hello["tools"], hello["steps"], hello["needs"]
         if not hello["rewards"] and not self._functions:
-            raise UserError(f"environment '{self._cfg.name}' gives no reward; name one, e.g. with reward=numeric")
+            raise UserError(f"{self.named} gives no reward; name one, e.g. with reward=numeric")
 
     def check_columns(self, columns: Collection[str], source: str) -> None:
         """Refuse columns with which `reset` cannot be called. Raises UserError; `source` says whose they are."""
         for column in self._needs:
             if column not in columns:
                 raise UserError(
-                    f"environment '{self._cfg.name}' needs '{column}' in reset, which is no column of {source}; "
+                    f"{self.named} needs '{column}' in reset, which is no column of {source}; "
                     f"{did_you_mean(column, columns)}"
                 )
 
@@ -103,17 +111,22 @@ class EnvironmentPool:
         """Start a worker in the place of each that is lost."""
         lost = [worker for worker in self._workers if worker.lost]
         self._workers = [worker for worker in self._workers if not worker.lost]
-        missing = self._cfg.workers - len(self._workers)
+        missing = self._size - len(self._workers)
         if not missing:
             return
         variables = environment_of(self._hidden)
-        new = [EnvironmentWorker(self._cfg, self._tools, variables, self._log) for _ in range(missing)]
+        new = [EnvironmentWorker(self.cfg, self.key, self._tools, variables, self._log) for _ in range(missing)]
         self._workers += new
         await asyncio.gather(*(worker.close() for worker in lost))
         try:
             await asyncio.gather(*(worker.start() for worker in new))
         except UserError as error:
             raise UserError(with_hint(str(error), self._hidden)) from error
+
+
+def pools_of(config: Config, log: Path | None = None) -> dict[str, EnvironmentPool]:
+    """Return a pool for each of `config.played`, by the same names; `log` takes what is printed in all of them."""
+    return {name: EnvironmentPool(config, name, log) for name in config.played}
 
 
 class Seat:

@@ -50,13 +50,14 @@ class EnvironmentWorker:
 
     Args:
         cfg: the environment.
+        key: where it stands in the config.
         tools: dotted paths.
         variables: what it sees of the environment variables.
         log: file that takes what it prints; None leaves it to this process's stdout and stderr.
     """
 
     def __init__(
-        self, cfg: EnvironmentConfig, tools: list[str], variables: Mapping[str, str], log: Path | None
+        self, cfg: EnvironmentConfig, key: str, tools: list[str], variables: Mapping[str, str], log: Path | None
     ) -> None:
         self.episodes = 0
         """How many are played here."""
@@ -64,7 +65,7 @@ class EnvironmentWorker:
         """What it tells of the environment, once it has started."""
         self.lost = ""
         """Why it is gone; empty as long as it is not."""
-        self._cfg, self._tools = cfg, tools
+        self._cfg, self._key, self._tools = cfg, key, tools
         self._process = GuardedProcess("sapo_rl.environments.runner.worker", variables, log)
         self._asked: dict[int, _Asked] = {}
         self._numbers = itertools.count(1)
@@ -80,7 +81,7 @@ class EnvironmentWorker:
         """
         reader, self._writer = await asyncio.open_connection(sock=self._process.socket, limit=LONGEST_LINE)
         name = self._cfg.name
-        self._send({"environment": name, "args": self._cfg.args, "tools": self._tools})
+        self._send({"environment": name, "args": self._cfg.args, "tools": self._tools, "key": self._key})
         what = f"environment '{name}'" if name else "tools"
         try:
             hello = _parsed(await asyncio.wait_for(reader.readline(), _START_SECONDS))
@@ -174,7 +175,7 @@ class EnvironmentWorker:
             late = [one for one in self._asked.values() if one.begun is not None and now - one.begun > limit]
             oldest = min((one.sent for one in self._asked.values()), default=now)
             if late or now - max(oldest, self._heard) > limit:
-                self._lose(f"took longer than {limit:g} s (environment.turn_timeout)", late or None)
+                self._lose(f"took longer than {limit:g} s ({self._key}.turn_timeout)", late or None)
                 await asyncio.to_thread(self._process.kill)
 
     def _lose(self, cause: str, suspects: list[_Asked] | None = None) -> None:

@@ -55,7 +55,7 @@ class Worker:
         reader, self._writer = await asyncio.open_connection(sock=self._connection, limit=LONGEST_LINE)
         asked = await self._line(reader)
         try:
-            self._kind = build(asked["environment"], asked["args"], asked["tools"])
+            self._kind = build(asked["environment"], asked["args"], asked["tools"], asked["key"])
             kind = self._kind
             hello = {"tools": kind.schemas, "steps": kind.steps, "rewards": kind.rewards, "needs": kind.needs}
         except UserError as error:
