@@ -31,7 +31,6 @@ from sapo_rl.environments.runner.pool import pools_of
 from sapo_rl.policy.model import load_tokenizer, stop_tokens
 from sapo_rl.rollout.collector import Rollouts, Writer
 from sapo_rl.rollout.episodes import Episodes
-from sapo_rl.telemetry.episodes import episode_metrics, facts_of
 
 TURNS = 4
 HIGH = 10**9
@@ -56,17 +55,19 @@ def game(args: argparse.Namespace, replies: int) -> Config:
 
 def measure(writer: Writer, prompts: list[Any], row: str) -> dict[str, Any]:
     """Return the better of two runs: seconds, the model's tokens, and where there are turns their numbers."""
-    writer.generate(prompts[: max(1, len(prompts) // 4)], 0)
+    writer.write(prompts[: max(1, len(prompts) // 4)], 0)
     runs: list[dict[str, Any]] = []
     for step in (1, 2):
         start = time.perf_counter()
-        samples = [sample for group in writer.generate(prompts, step) for sample in group.samples]
+        samples = [sample for group in writer.write(prompts, step).groups for sample in group.samples]
         seconds, tokens = time.perf_counter() - start, sum(sample.num_trained for sample in samples)
         turns = sum(max(1, len(sample.turns)) for sample in samples)
         found = {"row": row, "seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds}
         found["reply_mean"] = tokens / turns
         if samples[0].turns:
-            found["episodes"] = episode_metrics([facts_of(sample) for sample in samples], 0)
+            found["turns"] = turns / len(samples)
+            sent, cached = (sum(sample.info[name] for sample in samples) for name in ("sent", "cached"))
+            found |= {"prefix_hit": cached / sent, "forks": sum(len(sample.rows) - 1 for sample in samples)}
         runs.append(found)
     return max(runs, key=lambda run: run["tokens_per_second"])
 
@@ -105,11 +106,9 @@ def table(args: argparse.Namespace, found: list[dict[str, Any]]) -> dict[str, An
     """Return the measurements as a table of texts."""
     workload, rows = WORKLOADS[args.workload], []
     for one in found:
-        told = one.get("episodes")
         own = ["", "", ""]
-        if told:
-            own = [f"{told['episode/turns/mean']:.2f}", f"{told['rollout/prefix_hit']:.2f}"]
-            own.append(f"{told['episode/forks']:.0f}")
+        if "turns" in one:
+            own = [f"{one['turns']:.2f}", f"{one['prefix_hit']:.2f}", str(one["forks"])]
         rows.append(
             [
                 one["row"],
