@@ -55,14 +55,12 @@ class Evaluator:
         """Measure the greedy completions, and the mean of several samples where asked for; every rank calls it."""
         if not self._any:
             return
-        with self._timers("eval"):
-            with self._rewards.scoring() as scoring:
-                greedy, _ = scoring.result(self._rollouts.greedy(self._own, on_group=scoring.add))
+        with self._timers("eval"), self._rewards.scoring() as scoring:
+            greedy = self._rollouts.greedy(self._own, on_group=scoring.add)
             sampled: list[Group] = []
             if self._samples:
-                with self._rewards.scoring() as scoring:
-                    written = self._rollouts.write(self._own, -step, self._samples, on_group=scoring.add)
-                    sampled, _ = scoring.result([group for group in written.groups if group.samples])
+                sampled = self._rollouts.write(self._own, -step, self._samples, on_group=scoring.add).groups
+            greedy, sampled = scoring.result(greedy).groups, scoring.result(sampled).groups
         greedy, sampled = gather_object(greedy), gather_object(sampled)
         metrics = {"eval/accuracy": mean_reward(greedy, self._judge), "eval/mean_length": mean_length(greedy)}
         metrics |= self._by_environment(greedy)

@@ -19,6 +19,10 @@ ENVIRONMENT = "environment"
 several environments."""
 
 
+BATCH = "batch"
+"""The scope of reward functions that are called on a whole batch."""
+
+
 @dataclass
 class LoraConfig:
     """Adapters that are trained in place of the model's own weights; docs/lora.md."""
@@ -103,8 +107,13 @@ class RewardFunctionConfig:
     """Factor in the weighted sum of rewards; 0 logs the reward without training on it."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments passed to the function at every call."""
+    scope: str = choice("sample", "sample", "group", BATCH)
+    """What its result for a sample depends on: that sample alone (`sample`), all samples of its prompt, which it is
+    called with and which fail together (`group`), or all samples of this rank in a step, once they are all there
+    (`batch`)."""
     timeout: float = number(30.0, above=0, most=LONGEST_WAIT)
-    """Seconds that one sample may take; then the call is ended, if need be with its worker, and the sample failed."""
+    """Seconds that one sample may take, or one call where `scope` is not `sample`; then the call is ended, if need be
+    with its worker, and has failed."""
     on_error: str = choice("raise", "raise", "zero")
     """A failed sample ends the run with its text (`raise`), or scores 0 and is counted (`zero`)."""
     concurrency: Optional[int] = number(None, least=1)

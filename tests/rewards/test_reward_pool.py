@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 from rewards.groups import group, rewards
+from samples import one_row
 from waiting import until
 
 from sapo_rl.config import RewardConfig, RewardFunctionConfig
 from sapo_rl.errors import UserError
 from sapo_rl.rewards import RewardPool
+from sapo_rl.types import Group, Prompt
 
 MODULE = '''
 import contextlib, math, os, signal, sys, time
@@ -117,6 +119,15 @@ def chatty(completions, **columns):
 def notes(completions, **columns):
     Path("noted").touch()
     return [0.0 for _ in completions]
+
+def compared(completions, prompts, answer, **columns):
+    """Each sample's length less the longest; notes how many it is given. Fails where one of them is to."""
+    with open("calls.txt", "a") as file:
+        print(len(completions), file=file)
+    texts = [text if isinstance(text, str) else " ".join(one["content"] for one in text) for text in completions]
+    if "fail" in texts or len(set(map(len, [completions, prompts, answer]))) > 1:
+        raise ValueError("cannot compare")
+    return [float(len(text) - max(map(len, texts))) for text in texts]
 
 def slow(completions, **columns):
     time.sleep(0.3 * len(completions))
@@ -266,6 +277,53 @@ def test_a_failure_of_no_sample_alone_is_the_groups(here: Path) -> None:
         groups, stats = pool.score(groups)
         assert stats.errors == {"short": 3}
     assert rewards(groups, "short") == [[0.0, 0.0, 0.0]]
+
+
+def test_a_function_that_compares_a_group_fails_with_all_its_samples(here: Path) -> None:
+    groups = [group(0, ["a", "bbb"], answer="x"), group(1, ["cc", "fail", ""], answer="y"), group(2, ["d"], answer="z")]
+    compared = {"function": "pool_rewards.compared", "scope": "group", "on_error": "zero"}
+    with RewardPool(config(compared=compared)) as pool:
+        groups, stats = pool.score(groups)
+    assert rewards(groups, "compared") == [[-2.0, 0.0], [0.0, 0.0, 0.0], [0.0]]
+    assert stats.errors == {"compared": 3}
+    assert (here / "calls.txt").read_text().split() == ["2", "3", "1"]  # never on a part of a group
+
+
+def test_a_function_gets_a_whole_batch_once_it_is_there_and_keeps_apart_whose_sample_is_whose(here: Path) -> None:
+    groups = [group(0, ["a", "bbb"], answer="x"), group(1, [], answer="y"), group(2, ["dd"], answer=None)]
+    compared = {"function": "pool_rewards.compared", "scope": "batch"}
+    with RewardPool(config(compared=compared, exact={"function": "exact_match"})) as pool:
+        with pool.scoring() as scoring:
+            for one in groups:
+                scoring.add(one)
+            pool.submit(groups[0]).result(60)  # after the others
+            assert not (here / "calls.txt").exists()
+            found, stats = scoring.result(groups)
+        assert rewards(found, "compared") == [[-2.0, 0.0], [], [-1.0]]
+        assert rewards(found, "exact") == [[0.0, 0.0], [], [None]]
+        assert (stats.errors, stats.not_applicable) == ({"compared": 0, "exact": 0}, {"compared": 0, "exact": 1})
+        with pytest.raises(UserError, match=r"'compared' .* prompt 5: ValueError: cannot compare"):
+            pool.score([group(5, ["a", "fail"], answer="x"), group(6, ["b"], answer="y")])
+    assert (here / "calls.txt").read_text().split() == ["3", "3"]
+
+
+def test_a_function_that_compares_is_called_again_where_its_worker_was_killed(here: Path) -> None:
+    groups = [group(0, ["a", "SIGKILL", "c"]), group(1, ["d"])]
+    with RewardPool(config(once={"function": "pool_rewards.once", "scope": "batch"})) as pool:
+        groups, stats = pool.score(groups)
+        assert stats.errors == {"once": 0}
+    assert rewards(groups, "once") == [[4.0, 4.0, 4.0], [4.0]]
+
+
+def test_episodes_of_several_turns_are_compared_as_messages(here: Path) -> None:
+    talks = [
+        [{"role": "assistant", "content": "ab"}, {"role": "user", "content": "c"}],
+        [{"role": "assistant", "content": "d"}],
+    ]
+    samples = [one_row([0], text="...", messages=messages) for messages in talks]
+    episodes = Group(Prompt(0, [1], [{"role": "user", "content": "Q?"}], {"answer": "x"}), samples)
+    with RewardPool(config(compared={"function": "pool_rewards.compared", "scope": "group"})) as pool:
+        assert rewards(pool.score([episodes]).groups, "compared") == [[0.0, -3.0]]
 
 
 def test_a_slow_group_is_no_hang_and_is_still_scored_as_a_group(here: Path) -> None:

@@ -14,6 +14,7 @@ class Scoring:
 
     Args:
         submit: has a group scored.
+        submit_batch: has functions score all groups together, after that.
         names: of all functions, as the config has them.
 
     Example:
@@ -21,10 +22,17 @@ class Scoring:
         ...     groups, stats = scoring.result(rollouts.write(prompts, step, on_group=scoring.add).groups)
     """
 
-    def __init__(self, submit: Callable[[Group], Future[Scores]], names: Sequence[str]) -> None:
-        self._submit, self._names = submit, names
-        self._futures: dict[int, tuple[Group, Future[Scores]]] = {}
+    def __init__(
+        self,
+        submit: Callable[[Group], Future[Scores]],
+        submit_batch: Callable[[Sequence[Group]], Future[Scores]],
+        names: Sequence[str],
+    ) -> None:
+        self._submit, self._submit_batch, self._names = submit, submit_batch, names
+        self._futures: dict[int, Future[Scores]] = {}
         """By the identity of the group: a prompt may be in a batch twice."""
+        self._open: list[tuple[object, Future[Scores]]] = []
+        """All that was submitted, with its future; so no identity is used again."""
         self._failure: BaseException | None = None
 
     def __enter__(self) -> Scoring:
@@ -34,7 +42,7 @@ class Scoring:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Give up what is not scored yet."""
-        for _, future in [*self._futures.values()]:
+        for _, future in [*self._open]:
             future.cancel()
 
     def add(self, group: Group) -> None:
@@ -45,25 +53,30 @@ class Scoring:
         """
         if self._failure is not None:
             raise self._failure
-        future = self._submit(group)
-        self._futures[id(group)] = group, future
+        future = self._futures[id(group)] = self._submit(group)
+        self._open.append((group, future))
         future.add_done_callback(self._note)
 
     def result(self, groups: Sequence[Group]) -> Scores:
-        """Wait for the scores of these groups, all of them added.
+        """Wait for the scores of these groups, all of them added; functions of scope `batch` get them together.
 
         Raises:
             UserError: a failed sample of a function whose `on_error` is `raise`.
         """
-        found = [self._futures[id(group)][1].result() for group in groups]
-        zeros = dict.fromkeys(self._names, 0)
-        stats = RewardStats(zeros, dict(zeros), {})
-        for _, own in found:
-            for name in self._names:
-                stats.errors[name] += own.errors[name]
-                stats.not_applicable[name] += own.not_applicable[name]
-            stats.failures.update({name: text for name, text in own.failures.items() if name not in stats.failures})
-        return Scores([group for scored, _ in found for group in scored], stats)
+        found = [self._futures[id(group)].result() for group in groups]
+        future = self._submit_batch([group for one in found for group in one.groups])
+        self._open.append((groups, future))
+        scored = future.result()
+        return Scores(scored.groups, self._together([*(one.stats for one in found), scored.stats]))
+
+    def _together(self, parts: Sequence[RewardStats]) -> RewardStats:
+        stats = RewardStats(dict.fromkeys(self._names, 0), dict.fromkeys(self._names, 0), {})
+        for part in parts:
+            for name, count in part.errors.items():
+                stats.errors[name] += count
+                stats.not_applicable[name] += part.not_applicable[name]
+            stats.failures.update({name: text for name, text in part.failures.items() if name not in stats.failures})
+        return stats
 
     def _note(self, future: Future[Scores]) -> None:
         if not future.cancelled():

@@ -1,6 +1,7 @@
 """Who is at fault where a call of a reward function fails: some of its samples, the group as a whole, or nobody.
 
-A failed call on a group is repeated sample by sample. A worker may also die or stop by no fault of the function, where
+A failed call on a group is repeated sample by sample, but for functions that compare samples: of these a call is never
+split. A worker may also die or stop by no fault of the function, where
 memory is short or somebody kills it, so a function is blamed for a death or a timeout only when it happens again. Where
 a worker dies with several calls under way, nobody knows whose fault it was: each is repeated with no other beside it.
 """
@@ -10,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from sapo_rl.config import RewardFunctionConfig
 from sapo_rl.rewards.runner.sheet import Place, Sheet
 
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """A reward function to be called on some samples of a group: on all or, in a search, on one."""
+    """A reward function to be called on samples: on a group or a batch or, in a search, on one."""
 
     name: str
     """The function's name in the config."""
@@ -84,24 +86,24 @@ class Blame:
     its worker down is repeated once. Any other failure is that of all samples of the group.
 
     Args:
-        timeouts: seconds that a sample may take, by the function's name.
+        functions: by name.
     """
 
-    def __init__(self, timeouts: Mapping[str, float]) -> None:
-        self._timeouts = timeouts
+    def __init__(self, functions: Mapping[str, RewardFunctionConfig]) -> None:
+        self._functions = functions
         self._slow: set[str] = set()
 
     def limit(self, call: Call) -> float:
         """Return how many seconds a call may take that is about to be made."""
         call.patient = call.name in self._slow
-        return self._timeouts[call.name] * (len(call.places) if call.patient else 1)
+        return self._functions[call.name].timeout * (len(call.places) if call.patient else 1)
 
     def after(self, call: Call, outcome: Outcome) -> Verdict:
         """Return what follows from the end of `call`."""
         failed = outcome.scores is None
         if outcome.shared:
             return Verdict(first=[replace(call, alone=True)])
-        if failed and len(call.places) > 1:
+        if failed and len(call.places) > 1 and self._functions[call.name].scope == "sample":
             search = _Search(call, outcome, len(call.places))
             one = Call(call.name, call.sheet, [], alone=call.alone, search=search)
             return Verdict(first=[replace(one, places=[place]) for place in call.places])

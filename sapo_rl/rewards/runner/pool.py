@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 
-from sapo_rl.config import RewardConfig
+from sapo_rl.config import BATCH, RewardConfig
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.rewards.runner.batch import Scoring
 from sapo_rl.rewards.runner.scheduler import Scheduler
@@ -24,10 +24,11 @@ from sapo_rl.types import Group, Scores
 class RewardPool:
     """Scores groups of samples in `cfg.workers` processes; a context manager, whose exit leaves no process behind.
 
-    Functions are called on whole groups. A call fails when it raises, returns anything but one finite number or None
-    for each sample, takes longer than `timeout`, or takes its process down. Which samples are at fault is then found by
-    further calls (`Blame`): they end the run (`on_error: raise`) or score 0 and are counted (`zero`), the others keep
-    the value that they get alone.
+    Functions are called on whole groups, those of scope `batch` on all groups of a batch. A call fails when it raises,
+    returns anything but one finite number or None for each sample, takes longer than `timeout`, or takes its process
+    down. Where the function does not compare samples, further calls find out which are at fault (`Blame`), and the
+    others keep the value that they get alone. Failed samples end the run (`on_error: raise`) or score 0 and are
+    counted (`zero`).
 
     Groups may be submitted from any thread; a thread of the pool starts the workers and gives them calls. Whatever
     functions have started ends with the pool, also where this process is killed.
@@ -95,17 +96,19 @@ class RewardPool:
         """Have a group scored; from any thread.
 
         Returns:
-            A future of the group with `sample.rewards[name]` for every function of the config, and of what happened
-            meanwhile. It fails with a UserError on a failed sample of a function whose `on_error` is `raise`. To cancel
-            it ends the calls that are under way.
+            A future of the group with `sample.rewards[name]` for every function of the config but those of scope
+            `batch`, and of what happened meanwhile. It fails with a UserError on a failed sample of a function whose
+            `on_error` is `raise`. To cancel it ends the calls that are under way.
         """
-        sheet = Sheet([group], self._cfg.functions)
-        self._scheduler.submit(sheet)
-        return sheet.future
+        return self._submit([group], batch=False)
+
+    def submit_batch(self, groups: Sequence[Group]) -> Future[Scores]:
+        """Have all groups of a batch scored by the functions of scope `batch`; from any thread, as `submit`."""
+        return self._submit(groups, batch=True)
 
     def scoring(self) -> Scoring:
         """Return what gathers the scores of a batch whose groups are finished one by one."""
-        return Scoring(self.submit, list(self._cfg.functions))
+        return Scoring(self.submit, self.submit_batch, list(self._cfg.functions))
 
     def score(self, groups: Sequence[Group]) -> Scores:
         """Return the groups with their rewards, and what happened meanwhile.
@@ -117,3 +120,8 @@ class RewardPool:
             for group in groups:
                 scoring.add(group)
             return scoring.result(groups)
+
+    def _submit(self, groups: Sequence[Group], batch: bool) -> Future[Scores]:
+        sheet = Sheet(groups, [name for name, one in self._cfg.functions.items() if (one.scope == BATCH) is batch])
+        self._scheduler.submit(sheet)
+        return sheet.future

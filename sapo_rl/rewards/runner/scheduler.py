@@ -16,7 +16,7 @@ from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from sapo_rl.config import RewardConfig
+from sapo_rl.config import BATCH, RewardConfig
 from sapo_rl.errors import UserError
 from sapo_rl.rewards.lookup import check_concurrency
 from sapo_rl.rewards.runner.blame import Blame, Call, Outcome
@@ -40,7 +40,7 @@ class Scheduler:
         """Gets, once the functions are imported, the columns without which each cannot be called."""
         self._cfg = cfg
         self._workers = Workers(cfg, log)
-        self._blame = Blame({name: function.timeout for name, function in cfg.functions.items()})
+        self._blame = Blame(cfg.functions)
         self._queue: deque[Call] = deque()
         self._sheets: set[Sheet] = set()
         self._asked: deque[Callable[[], None]] = deque()
@@ -108,7 +108,11 @@ class Scheduler:
         self.started.set_result(needs)
 
     def _add(self, sheet: Sheet) -> None:
-        calls = [Call(name, sheet, places) for places in sheet.places if places for name in sheet.names]
+        everyone = [place for places in sheet.places for place in places]
+        batch = [name for name in sheet.names if self._cfg.functions[name].scope == BATCH]
+        others = [name for name in sheet.names if name not in batch]
+        calls = [Call(name, sheet, places) for places in sheet.places if places for name in others]
+        calls += [Call(name, sheet, everyone) for name in batch if everyone]
         sheet.open = len(calls)
         self._queue.extend(calls)
         if not calls:  # no function, or all its episodes were dropped
