@@ -61,7 +61,7 @@ class Evaluator:
             if self._samples:
                 sampled = self._rollouts.write(self._own, -step, self._samples, on_group=scoring.add).groups
             greedy, sampled = scoring.result(greedy).groups, scoring.result(sampled).groups
-        greedy, sampled = gather_object(greedy), gather_object(sampled)
+        greedy, sampled = ([one for one in gather_object(groups) if one.samples] for groups in (greedy, sampled))
         metrics = {"eval/accuracy": mean_reward(greedy, self._judge), "eval/mean_length": mean_length(greedy)}
         metrics |= self._by_environment(greedy)
         if len(self._functions) > 1:

@@ -154,7 +154,7 @@ class RewardStats:
     """What happened while one batch was scored; dictionaries by the function's name in the config."""
 
     errors: dict[str, int]
-    """Samples on which the function failed and that were scored 0."""
+    """Samples on which the function failed, and that were scored 0 or have left their group."""
     not_applicable: dict[str, int]
     """Samples for which the function returned None."""
     failures: dict[str, str]

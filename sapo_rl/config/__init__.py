@@ -114,8 +114,12 @@ class RewardFunctionConfig:
     timeout: float = number(30.0, above=0, most=LONGEST_WAIT)
     """Seconds that one sample may take, or one call where `scope` is not `sample`; then the call is ended, if need be
     with its worker, and has failed."""
-    on_error: str = choice("raise", "raise", "zero")
-    """A failed sample ends the run with its text (`raise`), or scores 0 and is counted (`zero`)."""
+    on_error: str = choice("raise", "raise", "zero", "none")
+    """A failed sample ends the run with its text (`raise`), or is counted, and either scores 0 (`zero`) or leaves its
+    group as if it had not been written (`none`)."""
+    retries: int = number(0, least=0, most=100)
+    """How often a failed call is made again before it counts, after pauses of 1, 2, 4 ... seconds, 60 at most: for
+    what asks a server."""
     concurrency: Optional[int] = number(None, least=1)
     """Calls of it that a worker has under way at once; null takes 64 for an `async def`, 1 for any other function,
     which cannot have more."""

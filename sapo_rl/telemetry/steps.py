@@ -45,6 +45,10 @@ class StepLog:
     def __init__(self, telemetry: Telemetry, timers: Timers, config: Config) -> None:
         self._telemetry, self._timers, self._in_flight = telemetry, timers, config.in_flight
         self._episodes = config.has_episodes
+        self._became = {
+            name: "scored 0" if function.on_error == "zero" else "left their groups"
+            for name, function in config.rewards.items()
+        }
         self._warned_inapplicable: set[str] = set()
         self._warned_no_signal = False
 
@@ -88,7 +92,7 @@ class StepLog:
         for text in dropped[:1]:
             self._telemetry.warn(f"{text} ({len(dropped)} episodes of step {step} dropped)")
         for name, text in scoring.failures.items():
-            self._telemetry.warn(f"{text} (reward {name}: {scoring.errors[name]} samples scored 0)")
+            self._telemetry.warn(f"{text} (reward {name}: {scoring.errors[name]} samples {self._became[name]})")
         inapplicable = {name for name in scoring.errors if f"rewards/{name}/mean" not in metrics}
         for name in sorted(inapplicable - self._warned_inapplicable):
             self._warned_inapplicable.add(name)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,15 @@ def picky(completions, prompts, **columns):
     if any("+" in prompt for prompt in prompts):
         raise ValueError("no sums please \\ud800")  # a character that no terminal can show
     return [1.0 for _ in completions]
+
+def fussy(completions, **columns):
+    if any(len(text) % 2 for text in map(str.strip, completions)):
+        raise ConnectionError("not today")
+    return [1.0 for _ in completions]
+
+def rank(completions, **columns):
+    order = sorted(completions)
+    return [order.index(text) / len(order) for text in completions]
 """
 
 
@@ -364,6 +374,32 @@ class Constant(PolicyLossFn):
 
 class Seventh: ...
 """
+
+
+def test_samples_without_a_reward_leave_their_groups_and_a_whole_step_is_compared(workspace: Path) -> None:
+    fussy = "+reward.functions.fussy={function: my_rewards.fussy, on_error: none}"
+    rank = "+reward.functions.rank={function: my_rewards.rank, scope: batch}"
+    folder = new_run(workspace, fussy, rank, "trainer.steps=2", "eval.prompts=8", "logging.wandb=off")
+    left = 0
+    for record in steps_of(folder):
+        table = pq.read_table(folder / "completions" / f"step_{record['step']:05d}.parquet").to_pydict()
+        texts, order = table["completion"], sorted(table["completion"])
+        assert 0 < len(texts) == 16 - record["rewards/fussy/errors"]
+        assert all(len(text.strip()) % 2 == 0 for text in texts)
+        assert table["rewards/rank"] == [order.index(text) / len(order) for text in texts]
+        groups: dict[int, list[tuple[float, float]]] = {}
+        for index, reward, advantage in zip(table["prompt_index"], table["reward"], table["advantage"], strict=True):
+            groups.setdefault(index, []).append((reward, advantage))
+        for group in groups.values():
+            rewards = [reward for reward, _ in group]
+            spread = statistics.stdev(rewards) + 1e-6 if len(group) > 1 else 1.0
+            expected = [(reward - statistics.fmean(rewards)) / spread for reward in rewards]
+            assert [advantage for _, advantage in group] == pytest.approx(expected)
+        left += 16 - len(texts)
+    assert left
+    warnings = [record["warning"] for record in records(folder) if "not today" in record.get("warning", "")]
+    assert warnings and all("samples left their groups" in warning for warning in warnings)
+    assert all("eval/rewards/rank" in record for record in records(folder) if "eval/accuracy" in record)
 
 
 def test_a_loss_of_ones_own_trains_and_one_that_is_none_is_refused_before_vllm_starts(workspace: Path) -> None:

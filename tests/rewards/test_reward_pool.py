@@ -129,6 +129,16 @@ def compared(completions, prompts, answer, **columns):
         raise ValueError("cannot compare")
     return [float(len(text) - max(map(len, texts))) for text in texts]
 
+def unsteady(completions, *, times, **columns):
+    """Fails the first times that it is called on a text."""
+    for text in completions:
+        with open(f"tried.{text}", "a+") as file:
+            file.write("x")
+            file.seek(0)
+            if len(file.read()) <= times:
+                raise ConnectionError("no answer")
+    return [2.0 for _ in completions]
+
 def slow(completions, **columns):
     time.sleep(0.3 * len(completions))
     return [float(len(completions)) for _ in completions]
@@ -266,6 +276,33 @@ def test_on_error_zero_counts_the_failed_samples_and_keeps_the_others(here: Path
     assert stats.errors == {"mood": len(texts), "length": 0}
     assert stats.not_applicable == {"mood": 1, "length": 0}
     assert list(stats.failures) == ["mood"] and "prompt 0" in stats.failures["mood"]
+
+
+def test_on_error_none_takes_failed_samples_out_of_their_groups(here: Path) -> None:
+    mood = {"function": "pool_rewards.moody", "on_error": "none"}
+    groups = [group(0, ["fine", "raise", "none", "exit"]), group(1, ["nan"]), group(2, ["fine", "fine"])]
+    with RewardPool(config(mood=mood, length={"function": "pool_rewards.length"})) as pool:
+        found, stats = pool.score(groups)
+        assert [[sample.text for sample in one.samples] for one in found] == [["fine", "none"], [], ["fine", "fine"]]
+        assert rewards(found, "mood") == [[1.0, None], [], [1.0, 1.0]]
+        assert rewards(found, "length") == [[4.0, 4.0], [], [4.0, 4.0]]
+        assert (stats.errors, stats.not_applicable) == ({"mood": 3, "length": 0}, {"mood": 1, "length": 0})
+        with pytest.raises(UserError, match=r"no sample is left: reward function 'mood' .* prompt 3: ValueError"):
+            pool.score([group(3, ["raise"]), group(4, ["nan"])])
+
+
+def test_a_failed_call_is_made_again_as_often_as_the_config_says(here: Path) -> None:
+    def unsteady(times: int, **more: Any) -> Any:
+        return {"function": "pool_rewards.unsteady", "args": {"times": times}, "on_error": "zero", **more}
+
+    with RewardPool(config(once=unsteady(1, retries=1))) as pool:
+        groups, stats = pool.score([group(0, ["a"]), group(1, ["b"])])
+    assert (rewards(groups, "once"), stats.errors) == ([[2.0], [2.0]], {"once": 0})
+    with RewardPool(config(always=unsteady(9, retries=2, scope="group"))) as pool:
+        groups, stats = pool.score([group(0, ["c", "d"])])
+    assert (rewards(groups, "always"), stats.errors) == ([[0.0, 0.0]], {"always": 2})
+    assert "ConnectionError: no answer" in stats.failures["always"]
+    assert len((here / "tried.c").read_text()) == 3  # once, and two retries
 
 
 def test_a_failure_of_no_sample_alone_is_the_groups(here: Path) -> None:

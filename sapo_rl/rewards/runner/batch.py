@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 
+from sapo_rl.errors import UserError
 from sapo_rl.types import Group, RewardStats, Scores
 
 
@@ -61,13 +62,17 @@ class Scoring:
         """Wait for the scores of these groups, all of them added; functions of scope `batch` get them together.
 
         Raises:
-            UserError: a failed sample of a function whose `on_error` is `raise`.
+            UserError: a failed sample of a function whose `on_error` is `raise`; or of samples that were added none is
+                left, because functions have failed on all.
         """
         found = [self._futures[id(group)].result() for group in groups]
         future = self._submit_batch([group for one in found for group in one.groups])
         self._open.append((groups, future))
         scored = future.result()
-        return Scores(scored.groups, self._together([*(one.stats for one in found), scored.stats]))
+        stats = self._together([*(one.stats for one in found), scored.stats])
+        if stats.failures and not any(group.samples for group in scored.groups):
+            raise UserError(f"no sample is left: {next(iter(stats.failures.values()))}")
+        return Scores(scored.groups, stats)
 
     def _together(self, parts: Sequence[RewardStats]) -> RewardStats:
         stats = RewardStats(dict.fromkeys(self._names, 0), dict.fromkeys(self._names, 0), {})

@@ -8,11 +8,14 @@ a worker dies with several calls under way, nobody knows whose fault it was: eac
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from sapo_rl.config import RewardFunctionConfig
 from sapo_rl.rewards.runner.sheet import Place, Sheet
+
+_LONGEST_PAUSE = 60.0  # seconds before a call is made again
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +34,10 @@ class Call:
     """Whether the time limit is that of one sample for each of its samples."""
     alone: bool = False
     """Whether its worker may have no other call under way."""
+    retries: int = 0
+    """How often it was made again because the config asks for it."""
+    not_before: float = 0.0
+    """When it may be made, on the monotonic clock."""
     search: _Search | None = None
     """The search that the call is a part of."""
 
@@ -59,6 +66,8 @@ class Verdict:
     """Calls to make before all others."""
     last: list[Call] = field(default_factory=list)
     """Calls to make after all others."""
+    retry: list[Call] = field(default_factory=list)
+    """Calls to make after a pause."""
     failed: Call | None = None
     """The call whose samples have failed, for good."""
     cause: str = ""
@@ -109,6 +118,8 @@ class Blame:
             return Verdict(first=[replace(one, places=[place]) for place in call.places])
         if failed and (outcome.dead or outcome.late) and not call.repeated:
             return Verdict(first=[replace(call, repeated=True)])
+        if failed and call.retries < self._functions[call.name].retries:
+            return Verdict(retry=[_after_a_pause(call)])
         search = call.search
         if search is not None:
             search.unanswered -= 1
@@ -124,4 +135,12 @@ class Blame:
             return Verdict(last=[whole])
         if outcome.dead and not whole.repeated:
             return Verdict(last=[replace(whole, repeated=True)])
+        if whole.retries < self._functions[whole.name].retries:
+            return Verdict(retry=[_after_a_pause(whole)])
         return Verdict(failed=whole, cause=f"{outcome.cause}, called on the whole group; on none of its samples alone")
+
+
+def _after_a_pause(call: Call) -> Call:
+    """The same call once more, after a pause that doubles each time."""
+    pause = min(2.0**call.retries, _LONGEST_PAUSE)
+    return replace(call, retries=call.retries + 1, not_before=time.monotonic() + pause)

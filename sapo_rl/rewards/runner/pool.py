@@ -27,8 +27,8 @@ class RewardPool:
     Functions are called on whole groups, those of scope `batch` on all groups of a batch. A call fails when it raises,
     returns anything but one finite number or None for each sample, takes longer than `timeout`, or takes its process
     down. Where the function does not compare samples, further calls find out which are at fault (`Blame`), and the
-    others keep the value that they get alone. Failed samples end the run (`on_error: raise`) or score 0 and are
-    counted (`zero`).
+    others keep the value that they get alone. Failed samples end the run (`on_error: raise`), or are
+    counted, and score 0 (`zero`) or leave their group (`none`).
 
     Groups may be submitted from any thread; a thread of the pool starts the workers and gives them calls. Whatever
     functions have started ends with the pool, also where this process is killed.

@@ -42,6 +42,8 @@ class Scheduler:
         self._workers = Workers(cfg, log)
         self._blame = Blame(cfg.functions)
         self._queue: deque[Call] = deque()
+        self._paused: list[Call] = []
+        """Calls that are made again later."""
         self._sheets: set[Sheet] = set()
         self._asked: deque[Callable[[], None]] = deque()
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -121,6 +123,7 @@ class Scheduler:
     def _abandon(self, sheet: Sheet) -> None:
         """Make no more calls for a sheet, and end those that are under way; others in their workers are repeated."""
         self._queue = deque(call for call in self._queue if call.sheet is not sheet)
+        self._paused = [call for call in self._paused if call.sheet is not sheet]
         for worker in [*self._workers]:
             calls = worker.under_way.calls
             if any(call.sheet is sheet for call in calls):
@@ -130,10 +133,14 @@ class Scheduler:
     def _advance(self) -> None:
         """Hand out calls, wait for the next event, and deal with it."""
         self._workers.fill()
+        now = time.monotonic()
+        self._queue.extendleft(call for call in self._paused if call.not_before <= now)
+        self._paused = [call for call in self._paused if call.not_before > now]
         while sum(self._give_next(worker) for worker in self._workers):  # in turns, so that all get as many
             pass
         busy = [worker for worker in self._workers if worker.busy]
-        soonest = min((worker.deadline for worker in busy), default=math.inf)
+        times = [*(worker.deadline for worker in busy), *(call.not_before for call in self._paused)]
+        soonest = min(times, default=math.inf)
         patience = None if soonest == math.inf else max(0.0, soonest - time.monotonic())
         answered = wait([*(worker.connection for worker in busy), self._bell], patience)
         for worker in busy:
@@ -184,7 +191,8 @@ class Scheduler:
         verdict = self._blame.after(call, outcome)
         self._queue.extendleft(reversed(verdict.first))
         self._queue.extend(verdict.last)
-        sheet.open += len(verdict.first) + len(verdict.last) - 1
+        self._paused.extend(verdict.retry)
+        sheet.open += len(verdict.first) + len(verdict.last) + len(verdict.retry) - 1
         if verdict.failed is not None:
             self._fail(verdict.failed, verdict.cause)
         if not sheet.open and not sheet.future.done():
@@ -201,10 +209,11 @@ class Scheduler:
         cfg = self._cfg.functions[call.name]
         text = _failure(call, cfg.function, self._workers.with_hint(cause))
         if cfg.on_error == "raise":
-            call.sheet.give_up(UserError(f"{text}; reward.functions.{call.name}.on_error=zero scores such samples 0"))
+            key = f"reward.functions.{call.name}.on_error"
+            call.sheet.give_up(UserError(f"{text}; {key}=zero scores such samples 0, {key}=none leaves them out"))
             self._abandon(call.sheet)
         else:
-            call.sheet.fail(call.name, call.places, text)
+            call.sheet.fail(call.name, call.places, text, 0.0 if cfg.on_error == "zero" else None)
 
 
 def _failure(call: Call, function: str, cause: str) -> str:

@@ -17,6 +17,8 @@ class Place:
     sample: Sample
     rewards: dict[str, float | None] = field(default_factory=dict)
     """What is known of its rewards, by the function's name in the config."""
+    left: bool = False
+    """Whether it leaves its group, because a function has failed on it."""
 
 
 class Sheet:
@@ -43,17 +45,21 @@ class Sheet:
         """The names of the functions."""
         return list(self._errors)
 
-    def fail(self, name: str, places: Sequence[Place], text: str) -> None:
-        """Score samples 0 on which a function has failed, and count them; `text` says what happened."""
+    def fail(self, name: str, places: Sequence[Place], text: str, reward: float | None) -> None:
+        """Count samples on which a function has failed, and give them this reward; without one they leave their group.
+
+        `text` says what happened.
+        """
         for place in places:
-            place.rewards[name] = 0.0
+            place.rewards[name] = reward
+            place.left = place.left or reward is None
         self._errors[name] += len(places)
         self._failures.setdefault(name, text)
 
     def finish(self) -> None:
         """Resolve the future; all rewards are known."""
         scored = [self._scored(*pair) for pair in zip(self._groups, self.places, strict=True)]
-        places = [place for group in self.places for place in group]
+        places = [place for group in self.places for place in group if not place.left]
         inapplicable = {name: sum(place.rewards[name] is None for place in places) for name in self._errors}
         if self.future.set_running_or_notify_cancel():
             self.future.set_result(Scores(scored, RewardStats(self._errors, inapplicable, self._failures)))
@@ -64,6 +70,5 @@ class Sheet:
             self.future.set_exception(error)
 
     def _scored(self, group: Group, places: Sequence[Place]) -> Group:
-        found = [{name: place.rewards[name] for name in self._errors} for place in places]
-        pairs = zip(group.samples, found, strict=True)
-        return replace(group, samples=[replace(sample, rewards=sample.rewards | own) for sample, own in pairs])
+        found = [({name: place.rewards[name] for name in self._errors}, place) for place in places if not place.left]
+        return replace(group, samples=[replace(one.sample, rewards=one.sample.rewards | own) for own, one in found])
