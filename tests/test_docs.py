@@ -73,6 +73,15 @@ def test_the_game_of_docs_environments_plays_and_passes_a_dry_run(
     assert code == 2 and "environment.args.hint: unknown argument; did you mean 'hints'?" in told
 
 
+def test_the_comparison_of_docs_rewards_ranks_the_replies_to_a_prompt() -> None:
+    names: dict[str, Any] = {}
+    for language, text in blocks("docs/rewards.md"):
+        if language == "python":
+            exec(compile(text, "docs/rewards.md", "exec"), names)
+    assert names["rank"](completions=["a", "b", "c"], completion_ids=[[1, 2], [1], [1, 2, 3]]) == [0.5, 1.0, 0.0]
+    assert names["rank"](completions=["a"], completion_ids=[[1, 2]]) == [1.0]
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/sapo.md"])
 def test_python_on_other_pages_runs(page: str) -> None:
     texts = [text for language, text in blocks(page) if language == "python"]

@@ -12,7 +12,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 
-from sapo_rl.config import BATCH, RewardConfig
+from sapo_rl.config import RewardConfig
+from sapo_rl.config.reward import BATCH
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.rewards.runner.batch import Scoring
 from sapo_rl.rewards.runner.scheduler import Scheduler

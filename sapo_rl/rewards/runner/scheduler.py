@@ -16,7 +16,8 @@ from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from sapo_rl.config import BATCH, RewardConfig
+from sapo_rl.config import RewardConfig
+from sapo_rl.config.reward import BATCH
 from sapo_rl.errors import UserError
 from sapo_rl.rewards.lookup import check_concurrency
 from sapo_rl.rewards.runner.blame import Blame, Call, Outcome
