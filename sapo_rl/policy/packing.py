@@ -91,7 +91,8 @@ class PackedBatch:
 def pack(groups: Iterable[Sequence[Item]], budget: int) -> list[PackedBatch]:
     """Cut groups (episodes of one prompt each) into micro-batches of about `budget` stream tokens, evenly filled.
 
-    A group stays whole where it fits; one that does not is cut, and its prompt computed once in each part. An episode
+    A group stays whole where it fits; one that does not is cut, and its prompt computed once in each part. It is cut,
+    too, where an episode's prompt is not that of the one before: an environment may add to it what it likes. An episode
     is never cut: one that is longer than the budget, all its rows together, makes a micro-batch of its own.
     """
     units = [unit for group in groups for unit in _cut(group, budget)]
@@ -196,10 +197,10 @@ def _cut(group: Sequence[Item], budget: int) -> list[list[Item]]:
     parts: list[list[Item]] = []
     room = 0
     for item in group:
-        cost = _own_tokens(item)
-        if not parts or cost > room:
+        cost, prompt = _own_tokens(item), item.rows[0].prompt_ids
+        if not parts or cost > room or prompt != parts[-1][0].rows[0].prompt_ids:
             parts.append([])
-            room = budget - len(item.rows[0].prompt_ids)
+            room = budget - len(prompt)
         parts[-1].append(item)
         room -= cost
     return parts

@@ -64,6 +64,7 @@ def test_joined_micro_batches_are_the_one_that_a_larger_budget_gives() -> None:
 @pytest.mark.parametrize("budget", [1, 20, 64, 10_000])
 def test_packed_equals_one_by_one(model: PreTrainedModel, budget: int) -> None:
     groups = groups_of([4, 1, 3, 8], seed=budget)
+    groups[0] += groups_of([2], seed=budget + 1)[0]  # of another prompt: an environment adds to it what it likes
     batches = pack(groups, budget)
     policy = Policy(model, torch.float64)
     packed = torch.cat([policy(batch, 0.7)[0] for batch in batches])
