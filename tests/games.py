@@ -173,11 +173,9 @@ def double(number: int) -> int:
     return 2 * number
 
 
-def rows(count: int = 20):
-    row = {"word": "ab", "answer": "ab"}
-    return [
-        row | {"prompt": f"Look at {number}.", "environment": ("shelf", "guess")[number % 2]} for number in range(count)
-    ]
+def rows(count: int = 21):
+    row, names = {"word": "ab", "answer": "ab"}, ("shelf", "guess", "agent")
+    return [row | {"prompt": f"Look at {number}.", "environment": names[number % 3]} for number in range(count)]
 
 
 def said(completions, **columns):

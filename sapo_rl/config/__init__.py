@@ -95,8 +95,8 @@ class EnvironmentConfig:
     """What answers the model, so that an episode has several turns; docs/environments.md."""
 
     name: Optional[str] = None
-    """A built-in (`guess`, `wordle`, `calculator`, `search`, `python`), or the dotted path of your own class or of a
-    function that makes one; null is one turn."""
+    """A built-in (`guess`, `wordle`, `calculator`, `search`, `python`, `endpoint`), or the dotted path of your own
+    class or of a function that makes one; null is one turn."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the class."""
     max_turns: int = number(8, least=1)
@@ -105,7 +105,8 @@ class EnvironmentConfig:
     """Tokens of an episode after its prompt, the model's and the environment's together. One reply is bounded by
     `rollout.max_completion_tokens`."""
     turn_timeout: float = number(30.0, above=0, most=LONGEST_WAIT)
-    """Seconds that one call of the environment may take; then its process is killed."""
+    """Seconds that one call of the environment may take, or an agent between two requests; then its process is
+    killed."""
     workers: int = number(4, least=1)
     """Processes with environments, for each rank; each has many episodes under way."""
     on_error: str = choice("raise", "raise", "drop")

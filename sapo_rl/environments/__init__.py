@@ -6,6 +6,7 @@ Importing this package loads neither torch nor transformers.
 from __future__ import annotations
 
 from sapo_rl.environments.calculator import Calculator
+from sapo_rl.environments.endpoint import AGENT, Endpoint
 from sapo_rl.environments.guess import Guess
 from sapo_rl.environments.lookup import check_environment, check_tool, environment_for
 from sapo_rl.environments.python import Python
@@ -14,8 +15,10 @@ from sapo_rl.environments.search import Search
 from sapo_rl.environments.wordle import Wordle
 
 __all__ = [
+    "AGENT",
     "ENVIRONMENTS",
     "Calculator",
+    "Endpoint",
     "Guess",
     "Python",
     "Search",

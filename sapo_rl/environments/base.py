@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from sapo_rl.environments.endpoint import Endpoint
 from sapo_rl.environments.tools import call, tools_of, tools_of_object
 from sapo_rl.errors import UserError
 from sapo_rl.errors.own_code import line_of, number_of, shown, told
@@ -51,6 +52,8 @@ class Kind:
         """All tools by name; those that are methods, of an object that was made to be looked at."""
         self.methods: list[str] = []
         """Names of the object's own tools."""
+        self.runs = False
+        """Whether it is an agent that asks the model by itself."""
         self.steps = self.rewards = self.takes_seed = False
         """Whether it answers each reply itself, whether it rewards, and whether `reset` takes a `seed`."""
         self.needs: list[str] = []
@@ -73,6 +76,9 @@ class Kind:
             raise Failure(f"making it: {told(error)}{line_of(None, error)}") from error
 
     def _look_at(self, target: Any) -> None:
+        if isinstance(target, Endpoint):
+            self.runs, self.rewards, self.tools = True, True, {}  # it brings tools of its own
+            return
         if not callable(getattr(target, "reset", None)):
             raise UserError(f"environment '{self.name}' has no method reset")
         parameters = parameters_of(target.reset).values()
@@ -136,6 +142,14 @@ class Play:
         """Call a tool for the model: `text` is what it is told, `failed` whether the call was in vain."""
         outcome = await call(self.tools, name, arguments)
         return {"text": outcome.text, "failed": outcome.failed, "done": bool(getattr(self.own, "done", False))}
+
+    async def run(self, row: dict[str, Any], seed: int, url: str, key: str) -> Answer:
+        """Have an agent play, which asks the model at `url` with `key`; answer its `reward`."""
+        try:
+            found = await self.own.play({"seed": seed, **row}, url, key)
+        except BaseException as error:
+            raise Failure(f"run: {told(error)}{line_of(self.own.run, error)}") from error
+        return {"reward": self._number("run", found)}
 
     async def end(self) -> Answer:
         """Close it; `reward` is what `get_reward` says, the sum where it has several, None where there is none."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from sapo_rl import plugins
 from sapo_rl.config import ENVIRONMENT, Config, EnvironmentConfig
+from sapo_rl.environments import endpoint
 from sapo_rl.environments.base import Kind
 from sapo_rl.environments.registry import ENVIRONMENTS
 from sapo_rl.errors import UserError, did_you_mean
@@ -30,6 +31,8 @@ def check_environment(cfg: EnvironmentConfig, key: str) -> None:
         plugins.check(KIND, name)
     elif name in ENVIRONMENTS:
         _check_arguments(ENVIRONMENTS.get(name), cfg.args, key)
+        if name == endpoint.AGENT:
+            plugins.check(endpoint.KIND, cfg.args["run"])
     else:
         hint = did_you_mean(name, ENVIRONMENTS)
         raise UserError(

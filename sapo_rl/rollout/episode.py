@@ -18,7 +18,7 @@ from sapo_rl.environments.runner.process import EnvironmentFailed, WorkerLost
 from sapo_rl.errors import UserError
 from sapo_rl.rollout.collector import seed_of
 from sapo_rl.rollout.dispatch import Answer, Session
-from sapo_rl.types import Messages, Prompt, Sample, Stop
+from sapo_rl.types import Messages, Prompt, Row, Sample, Stop, Turn
 
 Submit: TypeAlias = Callable[[Request, Sampling, Session], Future[Answer]]
 """Asks the engines for one reply; the requests of a session stay with one of them."""
@@ -157,15 +157,29 @@ class Episode:
         return step.messages, Stop.ENVIRONMENT if step.done else None
 
     async def _sample(self, seat: Seat, conversation: Conversation, messages: list[Message], stop: Stop) -> Sample:
-        course, own = self.course, await seat.end()
-        parts = [*course.rewards, *([] if own is None else [own])]
-        rewarded = ENVIRONMENT in self._setting.config.rewards
+        own = await seat.end()
+        parts = [*self.course.rewards, *([] if own is None else [own])]
+        rows, turns, reward = conversation.rows(), conversation.turns(), sum(parts) if parts else None
+        return self._made(rows, turns, messages, transcript(messages), stop, reward, seat.seconds)
+
+    def _made(
+        self,
+        rows: list[Row],
+        turns: list[Turn],
+        messages: list[Message],
+        text: str,
+        stop: Stop,
+        reward: float | None,
+        seconds: float,
+    ) -> Sample:
+        """Put an episode together that has ended."""
+        course, rewarded = self.course, ENVIRONMENT in self._setting.config.rewards
         return Sample(
-            conversation.rows(),
+            rows,
             stop,
             (min(one.oldest_version for one in course.answers), max(one.newest_version for one in course.answers)),
-            conversation.turns(),
-            transcript(messages),
+            turns,
+            text,
             messages=messages,
             info={
                 "environment": self._setting.name,
@@ -173,11 +187,11 @@ class Episode:
                 "told": course.info,
                 "tool_calls": course.tool_calls,
                 "tool_failures": course.tool_failures,
-                "seconds": seat.seconds,
+                "seconds": seconds,
                 "sent": course.sent,
                 "cached": sum(one.completions[0].cached for one in course.answers),
             },
-            rewards={ENVIRONMENT: sum(parts) if parts else None} if rewarded else {},
+            rewards={ENVIRONMENT: reward} if rewarded else {},
         )
 
 

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -16,6 +17,9 @@ from sapo_rl.environments.chat import ChatTemplate
 from sapo_rl.environments.runner.pool import EnvironmentPool
 from sapo_rl.environments.runner.process import EnvironmentFailed
 from sapo_rl.errors import UserError
+from sapo_rl.rollout.agents.episode import AgentEpisode
+from sapo_rl.rollout.agents.server import AgentServer
+from sapo_rl.rollout.agents.talk import Templates
 from sapo_rl.rollout.collector import RolloutResult, Rollouts, greedy_of, usage_of
 from sapo_rl.rollout.dispatch import Answer
 from sapo_rl.rollout.episode import Episode, Setting
@@ -41,14 +45,15 @@ class Episodes:
         self._rollouts, self._environments, self._config = rollouts, environments, config
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="episodes", daemon=True)
-        self._settings: dict[str, Setting]
+        self._server = AgentServer(config.rollout)
+        self._players: dict[str, Callable[..., Episode]]
 
     def __enter__(self) -> Episodes:
         """Start the environments. Raises UserError where they cannot be imported or do not suit the config."""
         self._thread.start()
         try:
             self._wait(self._open())
-            self._settings = {name: self._setting(name, pool) for name, pool in self._environments.items()}
+            self._players = {name: self._player(name, pool) for name, pool in self._environments.items()}
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -99,27 +104,34 @@ class Episodes:
         """Have the engines free the GPU's memory, as far as their settings say, until the next call or weights."""
         self._rollouts.sleep()
 
-    def _setting(self, name: str, pool: EnvironmentPool) -> Setting:
+    def _player(self, name: str, pool: EnvironmentPool) -> Callable[..., Episode]:
+        """What makes an episode of an environment, of the prompt, step, number and sampling."""
         template = ChatTemplate(
             self._rollouts.tokenizer,
             tools=pool.schemas or None,
             parser=self._config.rollout.tool_parser,
             arguments=self._config.data.chat_template_args,
         )
-        return Setting(self._config, name, template, pool, self._rollouts.submit)
+        setting = Setting(self._config, name, template, pool, self._rollouts.submit)
+        if not pool.runs:
+            return partial(Episode, setting)
+        templates = Templates(template, self._config.rollout.tool_parser)
+        return partial(AgentEpisode, setting, server=self._server, templates=templates)
 
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     async def _open(self) -> None:
         await asyncio.gather(*(pool.open() for pool in self._environments.values()))
+        if any(pool.runs for pool in self._environments.values()):
+            await self._server.open()
 
     async def _end(self) -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
+        others = asyncio.all_tasks() - {asyncio.current_task(), self._server.serving}
         for task in others:  # first: an episode that loses its process would take another
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        await asyncio.gather(*(pool.close() for pool in self._environments.values()))
+        await asyncio.gather(self._server.close(), *(pool.close() for pool in self._environments.values()))
 
     async def _write(
         self, prompts: Sequence[Prompt], step: int, n: int, sampling: Sampling, on_group: Callable[[Group], None]
@@ -128,12 +140,12 @@ class Episodes:
         answers: list[Answer] = []
 
         async def play(prompt: Prompt, number: int) -> Sample | None:
-            setting = self._settings[environment_for(self._config, prompt.columns, prompt.index)]
-            episode = Episode(setting, prompt, step, number, sampling)
+            name = environment_for(self._config, prompt.columns, prompt.index)
+            episode = self._players[name](prompt, step, number, sampling)
             try:
                 return await episode.play()
             except EnvironmentFailed as error:
-                failures.append(_told(setting.environment, prompt, error))
+                failures.append(_told(self._environments[name], prompt, error))
                 return None
             finally:
                 answers.extend(episode.course.answers)

@@ -23,6 +23,15 @@ from sapo_rl.types import Prompt
 
 pytestmark = pytest.mark.e2e
 
+AGENT = """
+async def run(client, row):
+    messages = [{"role": "user", "content": row["prompt"]}]
+    for _ in range(2):
+        said = (await client.chat.completions.create(model="policy", messages=messages)).choices[0].message
+        messages += [said, {"role": "user", "content": "And?"}]
+    return 0.5
+"""
+
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
@@ -74,38 +83,43 @@ def test_the_same_run_twice_and_a_resumed_one_play_the_same_episodes(guessing: P
     assert timeless(half)[-1] == timeless(guessing)[-1]
 
 
-def test_a_class_of_trls_shape_beside_a_game_and_a_tool_train_with_overlap(workspace: Path) -> None:
+def test_a_class_of_trls_shape_a_game_an_agent_and_a_tool_train_beside_each_other_with_overlap(workspace: Path) -> None:
     recipe = yaml.safe_load((workspace / "tiny.yaml").read_text())
     game = recipe.pop("environment")
-    recipe["environments"] = {"shelf": {**game, "name": "my_games.Shelf"}, "guess": game}
+    agent = {**game, "name": "endpoint", "args": {"run": "my_agent.run"}}
+    recipe["environments"] = {"shelf": {**game, "name": "my_games.Shelf"}, "guess": game, "agent": agent}
     folder = workspace / "several"
     folder.mkdir()
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "my_agent.py").write_text(AGENT)
     for name in ("my_games.py", "my_rewards.py"):
         (folder / name).symlink_to(workspace / name)
     done = new_run(
         folder,
         "data.source=my_games.rows",
         "data.eval_split=null",
-        "eval.prompts=8",
+        "eval.prompts=9",
         "tools=[my_games.double]",
         "rollout.mode=overlap",
         "reproducible=false",
     )
     for record in steps_of(done):
-        shares = {name: record.get(f"environment/{name}/fraction", 0.0) for name in ("shelf", "guess")}
-        assert sum(shares.values()) == 1
+        shares = {name: record.get(f"environment/{name}/fraction", 0.0) for name in ("shelf", "guess", "agent")}
+        assert sum(shares.values()) == pytest.approx(1)
         if shares["shelf"]:  # a random model calls no tool
             assert record["environment/shelf/turns"] == 1 and record["environment/shelf/reward"] == 1.25
         if shares["guess"]:
             assert record["environment/guess/turns"] == 3
+        if shares["agent"]:
+            assert record["environment/agent/turns"] == 2 and record["environment/agent/reward"] == 1.5
         assert record["tools/call_frequency"] == 0 and record["rewards/said/mean"] == 1
     assert {name for record in steps_of(done) for name in record if name.endswith("/fraction")} == {
         "environment/shelf/fraction",
         "environment/guess/fraction",
+        "environment/agent/fraction",
     }
     evaluations = [record for record in records(done) if "eval/accuracy" in record]
-    assert all("eval/environment/shelf" in record and "eval/environment/guess" in record for record in evaluations)
+    assert all("eval/environment/agent" in record and "eval/environment/guess" in record for record in evaluations)
 
 
 def test_an_environment_that_fails_ends_the_run_by_name_and_leaves_nothing_behind(workspace: Path) -> None:
@@ -146,12 +160,18 @@ def test_the_trainers_log_probabilities_are_vllms_over_turns_with_tools(
         rollouts = Rollouts([engine], cfg.rollout, tokenizer, seed=0, reproducible=False)
         with Episodes(rollouts, pools_of(cfg), cfg) as episodes:
             (group,) = episodes.write([Prompt(0, [1], "Look.", {"word": "ab"})], step=1).groups
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "my_agent.py").write_text(AGENT)
+        cfg.environment.name, cfg.environment.args, cfg.tools = "endpoint", {"run": "my_agent.run"}, []
+        with Episodes(rollouts, pools_of(cfg), cfg) as episodes:
+            (by_agent,) = episodes.write([Prompt(0, [1], "Look.", {})], step=1).groups
     finally:
         engine.close()
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     differences = []
-    for sample in group.samples:
-        assert len(sample.turns) == 4 and sample.info["tool_calls"] == 4
+    for sample in (*group.samples, *by_agent.samples):
+        assert len(sample.rows) == 1 and (len(sample.turns), sample.info["tool_calls"]) in ((4, 4), (2, 0))
         for row in sample.rows:
             logps = logps_of(model, [*row.prompt_ids, *row.token_ids])[len(row.prompt_ids) - 1 :]
             assert row.loss_mask is not None and row.rollout_logps is not None

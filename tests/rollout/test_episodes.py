@@ -2,64 +2,20 @@
 
 from __future__ import annotations
 
-import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 from games import MODULE
-from tiny import make_tokenizer
+from scripted import ASSISTANT, TOKENIZER, call_of, config, one, play, play_high_low, playing, prompt, trained
 
-from sapo_rl.config import Config, EnvironmentConfig, RewardFunctionConfig
-from sapo_rl.engines.base import Completion, Request, Sampling
-from sapo_rl.environments.runner.pool import pools_of
+from sapo_rl.config import Config, EnvironmentConfig
 from sapo_rl.errors import UserError
 from sapo_rl.rewards.runner.scoring import call_arguments
 from sapo_rl.rewards.runner.sheet import Place
-from sapo_rl.rollout.collector import Rollouts
-from sapo_rl.rollout.episodes import Episodes
-from sapo_rl.types import Group, Prompt, Row, Sample, Stop
-
-TOKENIZER = make_tokenizer()
-ASSISTANT = "<|im_start|>assistant\n"
-
-
-def play_high_low(said: str) -> str:
-    """Halve what is left of 1 to 100, by the guesses and answers so far."""
-    low, high = 1, 100
-    for guess, answer in re.findall(r"assistant\n(\d+)<\|im_end\|>\n<\|im_start\|>user\n(higher|lower)", said):
-        low, high = (int(guess) + 1, high) if answer == "higher" else (low, int(guess) - 1)
-    return str((low + high) // 2)
-
-
-@dataclass
-class Scripted:
-    """An engine that answers a prompt by its text."""
-
-    script: Callable[[str], str]
-    weight_version: int = 0
-    restarts: int = 0
-    asleep: bool = False
-    requests: list[tuple[Request, Sampling]] = field(default_factory=list)
-    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
-
-    def submit(self, requests: Sequence[Request], sampling: Sampling) -> list[Future[list[Completion]]]:
-        self.requests += [(request, sampling) for request in requests]
-        return [self.thread.submit(self.answer, request, sampling) for request in requests]
-
-    def answer(self, request: Request, sampling: Sampling) -> list[Completion]:
-        assert request.n == 1
-        ids = TOKENIZER(self.script(TOKENIZER.decode(request.token_ids)) + "<|im_end|>")["input_ids"]
-        assert isinstance(ids, list)
-        cut = ids[: sampling.max_tokens]
-        logps = [-0.5 - place for place in range(len(cut))] if sampling.logprobs else None
-        return [Completion(cut, len(cut) < len(ids), logps)]
+from sapo_rl.types import Group, Stop
 
 
 @pytest.fixture
@@ -67,38 +23,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_games.py").write_text(MODULE)
     return tmp_path
-
-
-def config(name: str | None, tools: tuple[str, ...] = (), **settings: Any) -> Config:
-    found = Config(environment=EnvironmentConfig(name, **({"workers": 1} | settings)), tools=[*tools])
-    found.rollout.group_size, found.rollout.logprobs, found.reproducible = 2, True, True
-    found.reward.functions = {"match": RewardFunctionConfig("exact_match")}
-    return found
-
-
-@contextmanager
-def playing(cfg: Config, script: Callable[[str], str]) -> Iterator[tuple[Episodes, Scripted]]:
-    engine: Any = Scripted(script)
-    rollouts = Rollouts([engine], cfg.rollout, TOKENIZER, cfg.seed, cfg.reproducible)
-    with Episodes(rollouts, pools_of(cfg), cfg) as episodes:
-        yield episodes, engine
-
-
-def prompt(index: int = 0, content: Any = "Go.", **columns: Any) -> Prompt:
-    return Prompt(index, [1], content, columns)
-
-
-def play(cfg: Config, script: Callable[[str], str], *prompts: Prompt) -> list[Group]:
-    with playing(cfg, script) as (episodes, _):
-        return episodes.write(prompts, step=1).groups
-
-
-def one(cfg: Config, script: Callable[[str], str], **columns: Any) -> Sample:
-    return play(cfg, script, prompt(**columns))[0].samples[0]
-
-
-def trained(row: Row) -> list[str]:
-    return [TOKENIZER.decode(row.token_ids[start:end]) for start, end in row.loss_mask or [(0, len(row.token_ids))]]
 
 
 def test_a_game_is_played_to_its_end_and_only_what_the_model_wrote_is_trained_on(here: Path) -> None:
@@ -152,12 +76,6 @@ def test_a_reply_that_is_cut_at_its_own_limit_is_heard_and_the_episode_goes_on(h
     sample = one(cfg, lambda said: "62" if "higher" in said else "5000", answer="62")
     assert sample.stop is Stop.ENVIRONMENT and trained(sample.rows[0]) == ["50", "62"]
     assert "50<|im_end|>\n<|im_start|>user\nhigher" in TOKENIZER.decode(sample.token_ids)
-
-
-def call_of(name: str, **arguments: Any) -> str:
-    import json
-
-    return json.dumps({"name": name, "arguments": arguments})
 
 
 def test_tools_are_called_until_a_reply_calls_none(here: Path) -> None:

@@ -34,6 +34,15 @@ from tiny import make_stand_in
         ),
         (["tools=[search]"], "'search' is no dotted path; a tool is a function of yours: my_tools.search"),
         (["tools=[nothing.search]"], "tool 'nothing.search': there is no module 'nothing'"),
+        (
+            ["environment.name=endpoint", "environment.args.run=nothing.run"],
+            "environment.name (command line): agent 'nothing.run': there is no module 'nothing'",
+        ),
+        (
+            ["environment.name=endpoint", "environment.args.run=json.loads", "tools=[json.dumps]"],
+            "tools (command line): are for the model to call by us; an agent (endpoint) offers it tools of its own",
+        ),
+        (["environment.name=endpoint"], "environment.args (default): 'run' is missing"),
         (["environment.on_error=zero"], "unknown value 'zero'; did you mean 'drop'?"),
         (
             ["+environments.a={name: gues}"],

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
 import os
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from sapo_rl.engines.asgi import App, Receive, Scope, Send, bearer, gather, gone, send_json
 from sapo_rl.engines.base import Request, Sampling
 from sapo_rl.engines.key import VARIABLE
 from sapo_rl.engines.vllm.adapter import completions_of, sampling_params, scores_of, scoring_params
@@ -41,10 +41,6 @@ from sapo_rl.weights.rendezvous import Rendezvous
 
 logger = logging.getLogger("vllm.sapo")
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Method = Callable[..., Awaitable[dict[str, Any]]]
 
 NOT_UNDERSTOOD, WRONG_KEY, UNKNOWN, NOT_SO, NOT_THOSE_WEIGHTS, TOO_LARGE = 400, 401, 404, 405, 409, 413
@@ -99,34 +95,33 @@ class TrainerApi:
             await _refuse(scope, send)
         elif scope["type"] != "http":
             await self.app(scope, receive, send)
-        elif (body := await _gather(receive)) is None:
-            await _send_json(send, TOO_LARGE, {"error": f"the body has more than {MOST_BYTES} bytes"})
+        elif (body := await gather(receive, MOST_BYTES)) is None:
+            await send_json(send, TOO_LARGE, {"error": f"the body has more than {MOST_BYTES} bytes"})
         elif scope["path"].startswith("/sapo/"):
             await self._answer(scope, body, receive, send)
         elif scope["path"] == "/health" and self.pulse.lost:
-            await _send_json(send, DEAD, {"error": SILENT})
+            await send_json(send, DEAD, {"error": SILENT})
         else:
             self.others = self.others or scope["method"] == "POST"
             await self.app(scope, _again(body, receive), send)
 
     def _knows_key(self, scope: Scope) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return bool(self.key) and hmac.compare_digest(given, b"Bearer " + self.key)
+        return bool(self.key) and hmac.compare_digest(bearer(scope), self.key)
 
     async def _answer(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         """Call the method that the path names, and stop it where the client goes away."""
         if scope["path"] not in self.methods:
-            await _send_json(send, UNKNOWN, {"error": f"no such path; valid: {', '.join(self.methods)}"})
+            await send_json(send, UNKNOWN, {"error": f"no such path; valid: {', '.join(self.methods)}"})
             return
         if scope["method"] != "POST":
-            await _send_json(send, NOT_SO, {"error": f"{scope['path']} takes POST, not {scope['method']}"})
+            await send_json(send, NOT_SO, {"error": f"{scope['path']} takes POST, not {scope['method']}"})
             return
         call = asyncio.ensure_future(self._call(scope["path"], scope["app"].state.engine_client, body))
-        gone = asyncio.ensure_future(_gone(receive))
-        await asyncio.wait((call, gone), return_when=asyncio.FIRST_COMPLETED)
-        gone.cancel()
+        left = asyncio.ensure_future(gone(receive))
+        await asyncio.wait((call, left), return_when=asyncio.FIRST_COMPLETED)
+        left.cancel()
         if call.done():
-            await _send_json(send, *call.result())
+            await send_json(send, *call.result())
         else:
             call.cancel()
 
@@ -246,18 +241,6 @@ def _check_tokens(engine: Any, name: str, token_ids: list[int]) -> None:
         raise _Misfit(f"{name}: {largest} is no token of this model, they are below {vocabulary}")
 
 
-async def _gather(receive: Receive) -> bytes | None:
-    """Return the whole body; None where it is too large, of which no more is read, or the client goes away."""
-    parts, size, more = list[bytes](), 0, True
-    while more:
-        message = await receive()
-        parts.append(message.get("body", b""))
-        size, more = size + len(parts[-1]), message.get("more_body", False)
-        if size > MOST_BYTES or message["type"] == "http.disconnect":
-            return None
-    return b"".join(parts)
-
-
 def _again(body: bytes, receive: Receive) -> Receive:
     """Return a `receive` that gives the body, then what else comes."""
     whole = [{"type": "http.request", "body": body, "more_body": False}]
@@ -268,21 +251,8 @@ def _again(body: bytes, receive: Receive) -> Receive:
     return give
 
 
-async def _gone(receive: Receive) -> None:
-    """Return when the client has closed its connection."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 async def _refuse(scope: Scope, send: Send) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
     else:
-        await _send_json(send, WRONG_KEY, {"error": "wrong or missing API key: Authorization: Bearer <key>"})
-
-
-async def _send_json(send: Send, status: int, content: dict[str, Any]) -> None:
-    body = json.dumps(content).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+        await send_json(send, WRONG_KEY, {"error": "wrong or missing API key: Authorization: Bearer <key>"})

@@ -7,10 +7,11 @@ in workers that are replaced when they die and killed when a call is late.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +66,8 @@ class EnvironmentPool:
         """What the model is told of the tools, as OpenAI's API has it; known once the pool is open."""
         self.steps = False
         """Whether the environment answers each reply itself."""
+        self.runs = False
+        """Whether it is an agent that asks the model by itself."""
         self._tools, self._log, self._size = config.tools, log, workers or self.cfg.workers
         self._hidden = hidden(os.environ, config.reward.env)
         self._functions = config.reward.functions
@@ -83,6 +86,7 @@ class EnvironmentPool:
         await self._fill()
         hello = self._workers[0].hello
         self.schemas, self.steps, self._needs = hello["tools"], hello["steps"], hello["needs"]
+        self.runs = hello["runs"]
         if not hello["rewards"] and not self._functions:
             raise UserError(f"{self.named} gives no reward; name one, e.g. with reward=numeric")
 
@@ -140,6 +144,7 @@ class Seat:
         self.seconds = 0.0
         """What its calls took so far, waiting included."""
         self._worker, self._number, self._secrets = worker, number, secrets
+        self._waits, self._since = 0, 0.0
         self._open = False
 
     async def __aenter__(self) -> Seat:
@@ -173,6 +178,25 @@ class Seat:
         """Return what a tool says when the model calls it."""
         found = await self._ask("use", tool=tool, arguments=arguments)
         return Used(str(found.get("text")), found.get("failed") is True, found.get("done") is True)
+
+    async def run(self, row: dict[str, Any], seed: int, url: str, key: str) -> float:
+        """Have an agent play the whole episode, asking the model at `url` with `key`; return its reward."""
+        return _as_number((await self._ask("run", row=row, seed=seed, url=url, key=key)).get("reward"))
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside for the model's, not the agent's; several may be inside at once."""
+        self._waits += 1
+        if self._waits == 1:
+            self._since = time.perf_counter()
+            self._worker.wait(self._number, True)
+        try:
+            yield
+        finally:
+            self._waits -= 1
+            if not self._waits:
+                self.seconds -= time.perf_counter() - self._since
+                self._worker.wait(self._number, False)
 
     async def end(self) -> float | None:
         """End; return what `get_reward` says, None where there is none."""

@@ -39,10 +39,13 @@ class WorkerLost(Exception):
 class _Asked:
     """A call under way."""
 
+    episode: int
     answer: asyncio.Future[dict[str, Any]]
     sent: float
     begun: float | None = None
     """When the worker began it, on the monotonic clock."""
+    waits: bool = False
+    """Whether it waits for the model: that time does not count."""
 
 
 class EnvironmentWorker:
@@ -103,6 +106,13 @@ class EnvironmentWorker:
         """
         return await self._begin(episode, does, **given)
 
+    def wait(self, episode: int, waits: bool) -> None:
+        """Note whether an episode's agent waits for the model now: when it goes on, its time begins anew."""
+        for asked in self._asked.values():
+            if asked.episode == episode:
+                asked.waits, asked.sent = waits, time.monotonic()
+                asked.begun = asked.begun and asked.sent
+
     def leave(self, episode: int) -> None:
         """Have the environment of an episode closed, whatever that gives."""
         if not self.lost:
@@ -113,7 +123,7 @@ class EnvironmentWorker:
             raise WorkerLost(self.lost, suspect=False)
         self._process.bound_log()
         number, answer = next(self._numbers), asyncio.get_running_loop().create_future()
-        self._asked[number] = _Asked(answer, time.monotonic())
+        self._asked[number] = _Asked(episode, answer, time.monotonic())
         self._send({"call": number, "episode": episode, "do": does, **given})
         return answer
 
@@ -172,8 +182,9 @@ class EnvironmentWorker:
         while not self.lost:
             await asyncio.sleep(min(_WATCH_SECONDS, limit / 4))
             now = time.monotonic()
-            late = [one for one in self._asked.values() if one.begun is not None and now - one.begun > limit]
-            oldest = min((one.sent for one in self._asked.values()), default=now)
+            asked = [one for one in self._asked.values() if not one.waits]
+            late = [one for one in asked if one.begun is not None and now - one.begun > limit]
+            oldest = min((one.sent for one in asked), default=now)
             if late or now - max(oldest, self._heard) > limit:
                 self._lose(f"took longer than {limit:g} s ({self._key}.turn_timeout)", late or None)
                 await asyncio.to_thread(self._process.kill)

@@ -58,6 +58,7 @@ class Worker:
             self._kind = build(asked["environment"], asked["args"], asked["tools"], asked["key"])
             kind = self._kind
             hello = {"tools": kind.schemas, "steps": kind.steps, "rewards": kind.rewards, "needs": kind.needs}
+            hello["runs"] = kind.runs
         except UserError as error:
             hello = {"failed": shorten(str(error), LONGEST_FAILURE)}
         except BaseException as error:  # of a class that is made to be looked at
@@ -91,6 +92,8 @@ class Worker:
         if does == "reset":
             play = self._plays[episode] = self._kind.begin()
             return await play.reset(call["row"], call["seed"])
+        if does == "run":
+            return await self._kind.begin().run(call["row"], call["seed"], call["url"], call["key"])
         if does == "step":
             return await self._plays[episode].step(call["reply"])
         if does == "use":
