@@ -93,6 +93,23 @@ def zero_spread(values_P_G: list[list[float | None]] | list[list[float]]) -> lis
     return [_is_flat([value for value in group if value is not None]) for group in values_P_G]
 
 
+def has_spread(
+    group: Group, functions: dict[str, RewardFunctionConfig], combine: str = "sum", least: float = 0.0
+) -> bool:
+    """Return whether a scored group's samples differ by more than `least` in what they earn, and so teach something.
+
+    With `combine="normalize"` it is enough that they differ in the weighted reward of one function.
+    """
+    values_G_R = [[sample.rewards[name] for name in functions] for sample in group.samples]
+    weights_R = [function.weight for function in functions.values()]
+    if combine == "sum":
+        terms = _weighted_sums([values_G_R], weights_R)
+    else:
+        terms = [_weighted_sums([[[one[r]] for one in values_G_R]], [weight])[0] for r, weight in enumerate(weights_R)]
+    found = [[value for value in term_G if value is not None] for term_G in terms]
+    return any(not _is_flat(known) and max(known) - min(known) > least for known in found)
+
+
 def _is_flat(values: list[float]) -> bool:
     if len(values) < 2:
         return True

@@ -197,3 +197,5 @@ class Batch:
     """How long the engines wrote on it."""
     dropped: Sequence[str] = ()
     """What failed in each episode that its environment has lost."""
+    written: int = 0
+    """Groups that were written for it, those included that others have replaced."""

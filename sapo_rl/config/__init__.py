@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 from sapo_rl.config.fields import LONGEST_WAIT, MISSING, MOST_SAMPLES, choice, number
 from sapo_rl.config.loss import AdvantageConfig, LossConfig
+from sapo_rl.config.refill import RefillConfig
 from sapo_rl.config.reward import RewardConfig, RewardFunctionConfig
 
 TOOL_PARSERS = ("hermes", "json", "llama3_json", "mistral", "openai", "pythonic", "qwen3_coder")
@@ -172,6 +173,7 @@ class RolloutConfig:
     """Run vLLM without CUDA graphs: starts sooner, decodes slower. Always so on the CPU."""
     start_timeout: float = number(600.0, above=0, most=LONGEST_WAIT)
     """Seconds that vLLM may take to start; also, how long a run waits when none of its `servers` answers."""
+    refill: RefillConfig = field(default_factory=RefillConfig)
     timeout: float = number(1800.0, above=0, most=LONGEST_WAIT)
     """Seconds that one batch of rollouts, or one push of weights, may take before the engine counts as hung."""
     max_restarts: int = number(2, least=0)

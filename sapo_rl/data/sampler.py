@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from sapo_rl.errors import UserError
@@ -48,6 +49,15 @@ class PromptSampler:
             self._position += len(part)
             drawn += part
         return drawn
+
+    def further(self, drawn: Sequence[int], count: int, step: int) -> list[int]:
+        """Return up to `count` other positions than those `drawn` for a step, without a change of the order.
+
+        They are a function of the seed and the step alone; fewer where there are no more.
+        """
+        taken = {*drawn}
+        others = [position for position in range(self._num_prompts) if position not in taken]
+        return random.Random(f"further/{self._seed}/{step}").sample(others, min(count, len(others)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to draw on from here; plain numbers."""

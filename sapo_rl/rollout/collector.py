@@ -73,7 +73,7 @@ class Writer(Protocol):
         prompts: Sequence[Prompt],
         step: int,
         n: int | None = None,
-        on_group: Callable[[Group], None] = lambda group: None,
+        on_group: Callable[[Group], object] = lambda group: None,
     ) -> RolloutResult:
         """Return the groups of `n` samples of each prompt, the group size by default, in the prompts' order.
 
@@ -85,7 +85,7 @@ class Writer(Protocol):
         self,
         prompts: Sequence[Prompt],
         most: int | None = None,
-        on_group: Callable[[Group], None] = lambda group: None,
+        on_group: Callable[[Group], object] = lambda group: None,
     ) -> list[Group]:
         """Return groups of one sample with the likeliest tokens, `most` a reply at most; `on_group` as in `write`."""
         ...
@@ -129,7 +129,7 @@ class Rollouts:
         prompts: Sequence[Prompt],
         step: int,
         n: int | None = None,
-        on_group: Callable[[Group], None] = lambda group: None,
+        on_group: Callable[[Group], object] = lambda group: None,
     ) -> RolloutResult:
         """Sample `n` completions (default: the group size) of each prompt; groups in the prompts' order.
 
@@ -150,7 +150,7 @@ class Rollouts:
         self,
         prompts: Sequence[Prompt],
         most: int | None = None,
-        on_group: Callable[[Group], None] = lambda group: None,
+        on_group: Callable[[Group], object] = lambda group: None,
     ) -> list[Group]:
         """Return the likeliest completion of each prompt, token by token, `most` at most: groups of one.
 
@@ -172,7 +172,7 @@ class Rollouts:
         prompts: Sequence[Prompt],
         requests: list[Request],
         sampling: Sampling,
-        on_group: Callable[[Group], None],
+        on_group: Callable[[Group], object],
         urgent: bool,
     ) -> RolloutResult:
         start = time.perf_counter()

@@ -73,7 +73,7 @@ class Episodes:
         prompts: Sequence[Prompt],
         step: int,
         n: int | None = None,
-        on_group: Callable[[Group], None] = lambda group: None,
+        on_group: Callable[[Group], object] = lambda group: None,
     ) -> RolloutResult:
         """Play `n` episodes (default: the group size) of each prompt; groups in the prompts' order.
 
@@ -90,7 +90,7 @@ class Episodes:
         self,
         prompts: Sequence[Prompt],
         most: int | None = None,
-        on_group: Callable[[Group], None] = lambda group: None,
+        on_group: Callable[[Group], object] = lambda group: None,
     ) -> list[Group]:
         """Play an episode of each prompt with the likeliest replies, of `most` tokens at most: groups of one.
 
@@ -134,7 +134,7 @@ class Episodes:
         await asyncio.gather(self._server.close(), *(pool.close() for pool in self._environments.values()))
 
     async def _write(
-        self, prompts: Sequence[Prompt], step: int, n: int, sampling: Sampling, on_group: Callable[[Group], None]
+        self, prompts: Sequence[Prompt], step: int, n: int, sampling: Sampling, on_group: Callable[[Group], object]
     ) -> RolloutResult:
         start, failures = time.perf_counter(), []
         answers: list[Answer] = []

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
+from sapo_rl.advantages import has_spread
 from sapo_rl.config import Config
 from sapo_rl.data import PromptSampler
 from sapo_rl.rewards import RewardPool, Scoring
 from sapo_rl.rollout.collector import RolloutResult, Writer
 from sapo_rl.rollout.prefetch import Prefetcher
+from sapo_rl.rollout.refill import kept, write_refilled
 from sapo_rl.rollout.share import Share
-from sapo_rl.types import Batch, Prompt
+from sapo_rl.types import Batch, Group, Prompt
 
 T = TypeVar("T")
 Timer = Callable[[str], AbstractContextManager[None]]
@@ -26,6 +29,8 @@ class PendingBatch(NamedTuple):
     writing: Future[RolloutResult]
     scoring: Scoring
     """Gets its groups one by one."""
+    size: int
+    """Groups that it is to have."""
     sampler_state: dict[str, Any]
     """What to save once the batch is trained on."""
 
@@ -70,6 +75,7 @@ class BatchQueue:
         self._prompts, self._sampler, self._share = prompts, sampler, share
         self._rollouts, self._rewards, self._timers = rollouts, rewards, timers
         self._stopping = stopping
+        self._refill, self._functions, self._combine = config.rollout.refill, config.rewards, config.advantage.combine
         self._sampler_state = sampler.state_dict()
         self._ahead = Prefetcher(
             self._begin,
@@ -112,10 +118,15 @@ class BatchQueue:
 
     def _begin(self, step: int) -> PendingBatch:
         """Draw prompts, the same on all ranks, and have this rank's completed."""
-        prompts = self._share.of([self._prompts[index] for index in self._sampler.next()])
+        drawn = self._sampler.next()
+        further = self._sampler.further(drawn, math.ceil(self._refill.max_extra * len(drawn)), step)
+        own, others = (self._share.of([self._prompts[index] for index in indices]) for indices in (drawn, further))
         scoring = self._rewards.scoring()
-        writing = _in_thread(lambda: self._rollouts.write(prompts, step, on_group=scoring.add))
-        return PendingBatch(writing, scoring, self._sampler.state_dict())
+        if others:
+            writing = _in_thread(lambda: write_refilled(self._rollouts, own, others, step, scoring, self._keeps))
+        else:
+            writing = _in_thread(lambda: self._rollouts.write(own, step, on_group=scoring.add))
+        return PendingBatch(writing, scoring, len(own), self._sampler.state_dict())
 
     def _finish(self, pending: PendingBatch) -> Batch:
         """Wait for the groups of a batch, of which each is scored while others are generated, and for their scores."""
@@ -124,7 +135,16 @@ class BatchQueue:
                 written = pending.writing.result()
             with self._timers("reward"):
                 scores = pending.scoring.result(written.groups)
-        return Batch(scores.groups, scores.stats, pending.sampler_state, written.usage, written.dropped)
+        groups = scores.groups
+        if self._refill.max_extra:
+            groups = kept(groups, pending.size, self._keeps)
+        return Batch(
+            groups, scores.stats, pending.sampler_state, written.usage, written.dropped, written=len(written.groups)
+        )
+
+    def _keeps(self, group: Group) -> bool:
+        """Whether a scored group teaches something, and is not to be replaced."""
+        return has_spread(group, self._functions, self._combine, self._refill.min_spread)
 
 
 def _in_thread(work: Callable[[], T]) -> Future[T]:

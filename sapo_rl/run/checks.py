@@ -13,6 +13,7 @@ from sapo_rl import plugins
 from sapo_rl.config import ENVIRONMENT, Config, EnvironmentConfig
 from sapo_rl.config.fields import BOUNDS
 from sapo_rl.config.loss import CHOSEN_KEYS, unread
+from sapo_rl.config.reward import BATCH
 from sapo_rl.errors import UserError, brief, did_you_mean
 from sapo_rl.errors.files import reading
 from sapo_rl.policy import model_folder
@@ -129,8 +130,21 @@ def _check_batch(config: Config) -> None:
             f"cuts a step's {prompts} prompts into {parts} part(s) on {config.launch.num_processes} process(es); "
             "rollout.batch_size / rollout.group_size must be a multiple of that",
         )
+    _check_refill(config)
     if len(trainer.betas) != 2 or not all(0 <= beta < 1 for beta in trainer.betas):
         raise ConfigError("trainer.betas", f"is {trainer.betas}; must be two numbers from 0 to below 1")
+
+
+def _check_refill(config: Config) -> None:
+    if not config.rollout.refill.max_extra:
+        return
+    for name, function in config.reward.functions.items():
+        if function.scope == BATCH:
+            raise ConfigError(
+                "rollout.refill.max_extra",
+                f"is {config.rollout.refill.max_extra:g}: whether a group is replaced must be known before the "
+                f"batch is whole, but reward.functions.{name}.scope is {BATCH}; set one of them otherwise",
+            )
 
 
 def _check_tensor_parallel(config: Config) -> None:

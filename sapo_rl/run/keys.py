@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sapo_rl import config
-from sapo_rl.config import loss, reward
+from sapo_rl.config import loss, refill, reward
 from sapo_rl.config.fields import BOUNDS
 
 
@@ -90,7 +90,7 @@ def _valid(metadata: Any) -> str:
 def _meanings() -> dict[str, dict[str, str]]:
     """The docstring under each field, by class and field."""
     found: dict[str, dict[str, str]] = {}
-    bodies = [ast.parse(inspect.getsource(module)).body for module in (config, loss, reward)]
+    bodies = [ast.parse(inspect.getsource(module)).body for module in (config, loss, refill, reward)]
     for node in [node for body in bodies for node in body]:
         if isinstance(node, ast.ClassDef):
             pairs = zip(node.body, node.body[1:], strict=False)

@@ -31,6 +31,8 @@ class RankReport(NamedTuple):
     """Where they may have several turns."""
     dropped: Sequence[str]
     """What failed in each episode that its environment has lost."""
+    written: int
+    """Groups, those included that others have replaced."""
 
 
 class StepLog:
@@ -44,7 +46,7 @@ class StepLog:
 
     def __init__(self, telemetry: Telemetry, timers: Timers, config: Config) -> None:
         self._telemetry, self._timers, self._in_flight = telemetry, timers, config.in_flight
-        self._episodes = config.has_episodes
+        self._episodes, self._refill = config.has_episodes, config.rollout.refill.max_extra > 0
         self._became = {
             name: "scored 0" if function.on_error == "zero" else "left their groups"
             for name, function in config.rewards.items()
@@ -66,7 +68,7 @@ class StepLog:
         own_groups = [rows(step, group) for group in batch.groups]
         facts = [facts_of(one) for group in batch.groups for one in group.samples] if self._episodes else []
         everyone: list[RankReport] = gather_object(
-            [RankReport(own_groups, scoring.errors, batch.usage, restarts, peak, facts, batch.dropped)]
+            [RankReport(own_groups, scoring.errors, batch.usage, restarts, peak, facts, batch.dropped, batch.written)]
         )
         groups = [group for rank in everyone for group in rank.groups]
         metrics = sample_metrics(groups)
@@ -86,6 +88,8 @@ class StepLog:
         } | {f"rewards/{name}/errors": float(sum(rank.errors[name] for rank in everyone)) for name in scoring.errors}
         if not self._in_flight:
             own["rollout/idle_fraction"] = idle_fraction([rank.usage for rank in everyone])
+        if self._refill:
+            own["rollout/kept_fraction"] = len(groups) / sum(rank.written for rank in everyone)
         self._telemetry.log_step(step, {**metrics, **own, **stats, **phases}, groups)
 
     def _warn(self, step: int, scoring: RewardStats, dropped: Sequence[str], metrics: Mapping[str, float]) -> None:

@@ -65,7 +65,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pat
         folder,
         tiny_model,
         REWARDS,
-        rollout={"verify_every": 2},
+        rollout={"verify_every": 2, "refill": {"max_extra": 0.5}},
         eval={"every": 3, "prompts": 8},
         checkpoint={"every": 3},
     )

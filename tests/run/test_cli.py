@@ -217,6 +217,10 @@ BAD = {
     "one detached side": (["loss.sides=one", "loss.gradient=detached"], ["loss.sides", "loss.gradient=paper"]),
     "tau order": (["loss.tau_neg=0.9"], ["loss.tau_neg", "strict_temperatures"]),
     "group of one": (["rollout.group_size=1"], ["rollout.group_size", "at least 2"]),
+    "refill before the rewards are known": (
+        ["rollout.refill.max_extra=1", "reward.functions.correct.scope=batch"],
+        ["rollout.refill.max_extra", "is 1", "reward.functions.correct.scope is batch"],
+    ),
     "batch that the group does not divide": (["rollout.batch_size=60"], ["rollout.batch_size", "group_size", "64"]),
     "more parts than prompts": (
         ["trainer.updates_per_rollout=16", "trainer.mini_batches=16"],

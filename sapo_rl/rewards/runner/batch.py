@@ -46,8 +46,8 @@ class Scoring:
         for _, future in [*self._open]:
             future.cancel()
 
-    def add(self, group: Group) -> None:
-        """Have a finished group scored; from any thread.
+    def add(self, group: Group) -> Future[Scores]:
+        """Have a finished group scored, and return the future of that; from any thread.
 
         Raises:
             UserError: an earlier one could not be.
@@ -57,6 +57,7 @@ class Scoring:
         future = self._futures[id(group)] = self._submit(group)
         self._open.append((group, future))
         future.add_done_callback(self._note)
+        return future
 
     def result(self, groups: Sequence[Group]) -> Scores:
         """Wait for the scores of these groups, all of them added; functions of scope `batch` get them together.
