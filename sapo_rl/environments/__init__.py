@@ -5,6 +5,7 @@ Importing this package loads neither torch nor transformers.
 
 from __future__ import annotations
 
+from sapo_rl.environments.adapters.textarena import TextArena
 from sapo_rl.environments.calculator import Calculator
 from sapo_rl.environments.endpoint import AGENT, Endpoint
 from sapo_rl.environments.guess import Guess
@@ -22,6 +23,7 @@ __all__ = [
     "Guess",
     "Python",
     "Search",
+    "TextArena",
     "Wordle",
     "check_environment",
     "check_tool",
