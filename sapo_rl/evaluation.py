@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from accelerate.utils import gather_object
 
 from sapo_rl.config import ENVIRONMENT, Config
+from sapo_rl.errors import SharedError, did_you_mean
 from sapo_rl.rewards import RewardPool
 from sapo_rl.rollout.collector import Writer
 from sapo_rl.rollout.share import Share
@@ -62,16 +63,24 @@ class Evaluator:
                 sampled = self._rollouts.write(self._own, -step, self._samples, on_group=scoring.add).groups
             greedy, sampled = scoring.result(greedy).groups, scoring.result(sampled).groups
         greedy, sampled = ([one for one in gather_object(groups) if one.samples] for groups in (greedy, sampled))
+        self._check_judge(greedy)
         metrics = {"eval/accuracy": mean_reward(greedy, self._judge), "eval/mean_length": mean_length(greedy)}
         metrics |= self._by_environment(greedy)
-        if len(self._functions) > 1:
-            told = [name for name in self._functions if name != ENVIRONMENT or _applies(greedy, name)]
-            metrics |= {f"eval/rewards/{name}": mean_reward(greedy, name) for name in told}
+        told = [name for name in self._functions if name != ENVIRONMENT or _applies(greedy, name)]
+        further = dict.fromkeys(name for group in greedy for name in group.samples[0].rewards if "/" in name)
+        told = [*(told if len(self._functions) > 1 else []), *further]
+        metrics |= {f"eval/rewards/{name}": mean_reward(greedy, name) for name in told}
         if sampled:
             metrics["eval/reward_mean"] = mean_reward(sampled, self._judge)
         examples = [(_shown(group.prompt.content), group.samples[0].text) for group in greedy[:EXAMPLES]]
         self.before = self.before or examples
         self._telemetry.log_eval(step, metrics, examples)
+
+    def _check_judge(self, groups: Sequence[Group]) -> None:
+        """Raise UserError where no function returns the number of which `eval/accuracy` is the mean."""
+        known = dict.fromkeys(name for group in groups for name in group.samples[0].rewards)
+        if known and self._judge not in known:
+            raise SharedError(f"eval.reward: no function returns '{self._judge}'; {did_you_mean(self._judge, known)}")
 
     def _by_environment(self, groups: Sequence[Group]) -> dict[str, float]:
         """The accuracy for each of several environments to which its reward applies."""
@@ -85,7 +94,7 @@ class Evaluator:
 
 def mean_reward(groups: Sequence[Group], name: str) -> float:
     """Return the mean of one reward over the samples to which it applies; 0 where it applies to none."""
-    values = [sample.rewards[name] for group in groups for sample in group.samples]
+    values = [sample.rewards.get(name) for group in groups for sample in group.samples]
     scored = [value for value in values if value is not None]
     return sum(scored) / max(1, len(scored))
 
@@ -98,7 +107,7 @@ def mean_length(groups: Sequence[Group]) -> float:
 
 def _applies(groups: Sequence[Group], name: str) -> bool:
     """Whether there is such a reward: an environment of tools alone gives none."""
-    return any(sample.rewards[name] is not None for group in groups for sample in group.samples)
+    return any(sample.rewards.get(name) is not None for group in groups for sample in group.samples)
 
 
 def _shown(content: str | Messages) -> str:

@@ -114,7 +114,8 @@ class Sample:
     info: dict[str, Any] = field(default_factory=dict)
     """What an environment tells of it."""
     rewards: dict[str, float | None] = field(default_factory=dict)
-    """Each reward function's value by its name in the config; None where it does not apply."""
+    """Each reward function's value by its name in the config, None where it does not apply; under `name/key` further
+    numbers that it has returned, which are recorded alone."""
     reward: float | None = None
     """The weighted sum of `rewards`; None where none applies."""
     advantage: float = 0.0

@@ -10,6 +10,9 @@ from sapo_rl.config.fields import LONGEST_WAIT, MISSING, choice, number
 BATCH = "batch"
 """The scope of reward functions that are called on a whole batch."""
 
+VERL = "verl"
+"""The style of reward functions that are called as verl does it."""
+
 
 @dataclass
 class RewardFunctionConfig:
@@ -25,6 +28,9 @@ class RewardFunctionConfig:
     """Factor in the weighted sum of rewards; 0 logs the reward without training on it."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments passed to the function at every call."""
+    style: str = choice("trl", "trl", VERL)
+    """How it is called: with lists, for all samples of a prompt, as TRL does it (`trl`), or once for each sample as
+    verl's `compute_score(data_source, solution_str, ground_truth, extra_info)` (`verl`); docs/rewards.md."""
     scope: str = choice("sample", "sample", "group", BATCH)
     """What its result for a sample depends on: that sample alone (`sample`), all samples of its prompt, which it is
     called with and which fail together (`group`), or all samples of this rank in a step, once they are all there

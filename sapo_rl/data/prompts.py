@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sapo_rl.config import DataConfig
@@ -20,6 +20,14 @@ _FIELD = re.compile(r"\{([^{}]+)\}")
 _WORD = re.compile(r"\w+")
 _NO_WORDING = "{prompt}"
 _FILLED_IN = ("messages", "conversation", "tokenize", "add_generation_prompt", "continue_final_message")
+
+
+def value_of(row: Mapping[str, Any], column: str) -> Any:
+    """Return what a row has in a column, or under a key within one (`reward_model.ground_truth`); None without it."""
+    outer, _, inner = column.partition(".")
+    if column in row or not inner:
+        return row.get(column)
+    return value_of(row[outer], inner) if isinstance(row.get(outer), Mapping) else None
 
 
 def wording_columns(cfg: DataConfig) -> list[str]:
@@ -99,16 +107,21 @@ def build_prompts(rows: Rows, cfg: DataConfig, tokenizer: PreTrainedTokenizerBas
 
 def check_columns(cfg: DataConfig, rows: Iterable[dict[str, Any]]) -> list[str]:
     """Return the names of all columns. Raises UserError where the prompt's wording or the answer is not among them."""
+    rows = list(rows)
     names = list(dict.fromkeys(name for row in rows for name in row))
+    asked = [*wording_columns(cfg), cfg.answer_column or ""]
+    known = {*names, *(one for one in asked if any(value_of(row, one) is not None for row in rows))}
+    for outer, value in (item for row in rows[:1] for item in row.items()):
+        known |= {f"{outer}.{inner}" for inner in value} if isinstance(value, Mapping) else set()
     in_template = _named(cfg.template, cfg)
     for column in wording_columns(cfg):
-        meant = column == cfg.prompt_column or _WORD.fullmatch(column) or not set(in_template) & set(names)
-        if column not in names and meant:
+        meant = column == cfg.prompt_column or _WORD.fullmatch(column) or not set(in_template) & set(known)
+        if column not in known and meant:
             key = "data.template" if column in in_template else "data.response_prefix"
             key = "data.prompt_column" if column == cfg.prompt_column else key
-            raise UserError(f"{key}: the data has no column '{column}'; {did_you_mean(column, names)}")
-    if cfg.answer_column is not None and cfg.answer_column not in names:
-        hint = did_you_mean(cfg.answer_column, names)
+            raise UserError(f"{key}: the data has no column '{column}'; {did_you_mean(column, known)}")
+    if cfg.answer_column is not None and cfg.answer_column not in known:
+        hint = did_you_mean(cfg.answer_column, known)
         raise UserError(f"data.answer_column: the data has no column '{cfg.answer_column}'; {hint} (null for none)")
     return names
 
@@ -123,7 +136,7 @@ def columns_of(row: dict[str, Any], cfg: DataConfig) -> dict[str, Any]:
     """Return what reward functions see of a row: every column but the prompt's, the answer also under `answer`."""
     columns = {name: value for name, value in row.items() if name != cfg.prompt_column}
     if cfg.answer_column is not None:
-        columns["answer"] = row[cfg.answer_column]
+        columns["answer"] = value_of(row, cfg.answer_column)
     return columns
 
 
@@ -133,7 +146,7 @@ def content_of(row: dict[str, Any], number: int, cfg: DataConfig) -> str | Messa
     Raises:
         UserError: naming the row: no text and no messages, nothing asked, or half of a character in it.
     """
-    prompt = row.get(cfg.prompt_column)
+    prompt = value_of(row, cfg.prompt_column)
     content = _messages(prompt, number, cfg) if isinstance(prompt, list) else _fill(cfg.template, row, number, cfg)
     asked = [content] if isinstance(content, str) else [one["content"] for one in content if one["role"] != "system"]
     if not any(text.strip() for text in asked):
@@ -153,9 +166,9 @@ def _check_characters(text: str, what: str) -> None:
 def _fill(wording: str, row: dict[str, Any], number: int, cfg: DataConfig) -> str:
     def fill(field: re.Match[str]) -> str:
         column = cfg.prompt_column if field[1] == "prompt" else field[1]
-        if column not in row:  # `check_columns` has seen to what must be one
+        if column not in row and column.partition(".")[0] not in row:  # `check_columns` has seen to what must be one
             return field[0]
-        value = row[column]
+        value = value_of(row, column)
         if value is None or isinstance(value, list | dict) or (field[1] == "prompt" and not isinstance(value, str)):
             raise UserError(f"row {number}: '{column}' is {_kind(value)}, must be text")
         return str(value)

@@ -8,7 +8,7 @@ from typing import Any
 
 from sapo_rl.config import DataConfig
 from sapo_rl.data import arithmetic, gym, own, tables
-from sapo_rl.data.prompts import Rows, check_columns, check_wording, wording_columns
+from sapo_rl.data.prompts import Rows, check_columns, check_wording, value_of, wording_columns
 from sapo_rl.errors import UserError
 
 
@@ -92,7 +92,7 @@ def _choose(rows: Rows, count: int, rng: random.Random) -> Rows:
 
 def _hold_out(rows: Rows, count: int, key: str, columns: list[str], rng: random.Random) -> tuple[Rows, Rows]:
     def wording(row: dict[str, Any]) -> str:
-        return json.dumps([row.get(column) for column in columns], sort_keys=True, default=str)
+        return json.dumps([value_of(row, column) for column in columns], sort_keys=True, default=str)
 
     held_out = _choose(rows, count, rng)
     kept = {wording(row) for row in held_out.values()}

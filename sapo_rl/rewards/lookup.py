@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sapo_rl import plugins
 from sapo_rl.config import RewardFunctionConfig
+from sapo_rl.config.reward import VERL
 from sapo_rl.errors import UserError, did_you_mean
-from sapo_rl.rewards.registry import PACKAGES, REWARD_FUNCTIONS, RewardFunction
-from sapo_rl.rewards.runner.scoring import GIVEN, is_coroutine
+from sapo_rl.rewards import verl
+from sapo_rl.rewards.registry import PACKAGES, REWARD_FUNCTIONS, RewardFunction, is_coroutine
+from sapo_rl.rewards.runner.scoring import GIVEN
 
 KIND = "reward function"
 
@@ -42,9 +44,13 @@ def check_function(name: str, cfg: RewardFunctionConfig) -> None:
             function, or `args` or a `concurrency` that a built-in does not take.
     """
     where = f"reward.functions.{name}"
-    taken = [key for key in cfg.args if key in GIVEN]
+    taken = [key for key in cfg.args if key in given_to(cfg.style)]
     if taken:
         raise UserError(f"{where}.args: '{taken[0]}' is filled in at every call and cannot be set")
+    if cfg.style == VERL and cfg.scope != "sample":
+        raise UserError(f"{where}.scope: is {cfg.scope}, but with style={VERL} a function sees one sample a call")
+    if cfg.style == VERL and "." not in cfg.function:
+        raise UserError(f"{where}.style: {VERL} is for functions of your own; '{cfg.function}' is built in")
     if "." in cfg.function:
         try:
             plugins.check(KIND, cfg.function)
@@ -66,6 +72,11 @@ def check_function(name: str, cfg: RewardFunctionConfig) -> None:
     _check_arguments(where, function, cfg.args)
 
 
+def given_to(style: str) -> Sequence[str]:
+    """Return what a function is given at every call of this style, beside columns."""
+    return verl.GIVEN if style == VERL else GIVEN
+
+
 def check_concurrency(name: str, cfg: RewardFunctionConfig, coroutine: bool) -> None:
     """Refuse several calls at once of a function that is no `coroutine` function.
 
@@ -79,7 +90,7 @@ def check_concurrency(name: str, cfg: RewardFunctionConfig, coroutine: bool) -> 
         )
 
 
-def check_own_arguments(name: str, function: RewardFunction, args: Mapping[str, Any]) -> None:
+def check_own_arguments(name: str, function: RewardFunction, args: Mapping[str, Any], style: str = "trl") -> None:
     """Refuse `args` that a function of the user's own would never see, or whose type its annotations exclude.
 
     What they leave out, columns of the data may fill in.
@@ -88,12 +99,15 @@ def check_own_arguments(name: str, function: RewardFunction, args: Mapping[str, 
         name: key under `reward.functions`, for the message.
         function: what `resolve` found.
         args: by name.
+        style: how it is called, as in the config.
 
     Raises:
         UserError: naming the argument, and what is near it.
     """
     parameters = plugins.parameters_of(function).values()
-    named = [one.replace(default=None) for one in parameters if one.kind in plugins.NAMED and one.name not in GIVEN]
+    named = [
+        one.replace(default=None) for one in parameters if one.kind in plugins.NAMED and one.name not in given_to(style)
+    ]
     rest = [one for one in parameters if one.kind is one.VAR_KEYWORD]
     plugins.check_arguments(f"reward.functions.{name}.args", function, args, [*named, *rest])
 

@@ -1,19 +1,24 @@
 """The table of built-in reward functions.
 
-A reward function is `f(completions, prompts, completion_ids, **columns) -> list[float | None]`, called with keywords;
-every argument is a list with one entry a sample. `columns` are the dataset's columns, the answer under `answer`.
+A reward function is `f(completions, prompts, completion_ids, **columns) -> list[Score]`, called with keywords; every
+argument is a list with one entry a sample. `columns` are the dataset's columns, the answer under `answer`.
 Built-ins take their settings (`args` in the config) as keyword-only parameters, columns as plain ones.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from sapo_rl.plugins import Registry
 
 RewardFunction: TypeAlias = Callable[..., Any]
-"""Returns `list[float | None]`, or a coroutine of it; None where the function does not apply to the sample."""
+"""Returns `list[Score]`, or a coroutine of it."""
+
+Score: TypeAlias = float | dict[str, float | None] | None
+"""A sample's reward, None where the function does not apply to it; or that under `score`, with further numbers, which
+are recorded beside it."""
 
 Completion: TypeAlias = str | list[dict[str, str]]
 """Text, or one assistant message in a list where the prompt is a chat."""
@@ -23,3 +28,8 @@ REWARD_FUNCTIONS: Registry[RewardFunction] = Registry("reward function")
 
 PACKAGES = {"math_verify": ("math_verify", "math-verify"), "reasoning_gym": ("reasoning_gym", "reasoning-gym")}
 """Built-ins that need a further package: its module and its name on PyPI."""
+
+
+def is_coroutine(function: RewardFunction) -> bool:
+    """Return whether calls of `function` are coroutines, so that many can be under way at once."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)

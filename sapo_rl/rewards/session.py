@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Any
 
 from sapo_rl.processes.scratch import temporary_folder
-from sapo_rl.rewards.registry import RewardFunction
-from sapo_rl.rewards.runner.scoring import ScoreError, evaluate, evaluate_coroutine, is_coroutine
+from sapo_rl.rewards.registry import RewardFunction, Score, is_coroutine
+from sapo_rl.rewards.runner.scoring import ScoreError, evaluate, evaluate_coroutine
 
 VARIABLE = "SAPO_SESSION"
 """Holds the path of the session's socket, for workers."""
@@ -30,7 +30,7 @@ GONE = (
 )
 
 
-def call(*, session_function: str, **arguments: list[Any]) -> list[float | None]:
+def call(*, session_function: str, **arguments: list[Any]) -> list[Score]:
     """Have the session call one of its functions, in a worker.
 
     Args:
@@ -43,7 +43,7 @@ def call(*, session_function: str, **arguments: list[Any]) -> list[float | None]
     return asyncio.run(call_coroutine(session_function=session_function, **arguments))
 
 
-async def call_coroutine(*, session_function: str, **arguments: list[Any]) -> list[float | None]:
+async def call_coroutine(*, session_function: str, **arguments: list[Any]) -> list[Score]:
     """Do as `call` does, of a coroutine function: many calls may be under way at once.
 
     Raises:
@@ -156,7 +156,7 @@ def _line(value: Any) -> bytes:
     return json.dumps(value).encode() + b"\n"
 
 
-def _scores(line: bytes) -> list[float | None]:
+def _scores(line: bytes) -> list[Score]:
     if not line:
         raise ScoreError(GONE)
     answer = json.loads(line)

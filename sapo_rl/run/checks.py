@@ -264,7 +264,7 @@ def _check_sources(config: Config) -> None:
     if not any(function.weight for function in config.rewards.values()):
         raise ConfigError("reward.functions", "every weight is 0: nothing to train on")
     judge = config.eval.reward
-    if judge is not None and judge not in config.rewards:
+    if judge is not None and judge.partition("/")[0] not in config.rewards:
         raise ConfigError("eval.reward", f"unknown reward '{judge}'; {did_you_mean(judge, config.rewards)}")
 
 

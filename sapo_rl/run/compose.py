@@ -30,7 +30,9 @@ from sapo_rl.run_folder.secrets import is_secret, worth_hiding
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """Variable that asks for the traceback of what composing a config raises."""
-ADDED_FUNCTION = r"\+reward\.functions\.([\w-]+)(\.(function|weight|scope|timeout|on_error|retries|concurrency))?="
+ADDED_FUNCTION = (
+    r"\+reward\.functions\.([\w-]+)(\.(function|weight|style|scope|timeout|on_error|retries|concurrency))?="
+)
 ADDED_ENVIRONMENT = r"\+environments\.([\w-]+)(\.(name|max_turns|max_tokens|turn_timeout|workers|on_error))?="
 
 ARGS = r"[a-z][\w.-]*\.(args|chat_template_args)[.=]"

@@ -127,6 +127,18 @@ def test_the_answer_column_is_seen_as_answer(tokenizer: PreTrainedTokenizerFast)
     assert bare.columns == {}
 
 
+def test_a_key_within_a_column_is_named_with_a_dot(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"task": {"text": "one", "label": {"is": "two"}}}, {"task": {"text": "two", "label": None}}]
+    cfg = DataConfig(prompt_column="task.text", answer_column="task.label.is", template="Q : {prompt}")
+    (first, second), _ = build_prompts(rows, cfg, tokenizer)
+    assert [first.content, second.content] == ["Q : one", "Q : two"]
+    assert [first.columns["answer"], second.columns["answer"]] == ["two", None]
+    assert first.columns["task"] == rows[0]["task"]
+    cfg = DataConfig(prompt_column="task.text", answer_column="task.lable")
+    with pytest.raises(UserError, match=r"answer_column: .*no column 'task\.lable'; did you mean 'task\.label'\?"):
+        build_prompts(rows, cfg, tokenizer)
+
+
 def test_long_prompts_are_dropped_and_counted_never_cut(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [row("one " * length) for length in (3, 4, 2, 9)]
     prompts, dropped = build_prompts(rows, DataConfig(chat_template=False, max_prompt_tokens=4), tokenizer)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from sapo_rl.config import RewardFunctionConfig
+from sapo_rl.rewards.registry import Score
 from sapo_rl.rewards.runner.sheet import Place, Sheet
 
 _LONGEST_PAUSE = 60.0  # seconds before a call is made again
@@ -46,7 +47,7 @@ class Call:
 class Outcome:
     """How a call ended."""
 
-    scores: list[float | None] | None
+    scores: list[Score] | None
     """One for each sample; None where the call failed."""
     cause: str = ""
     """What happened, where it failed."""

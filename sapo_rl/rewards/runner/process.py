@@ -59,7 +59,7 @@ class WorkerProcess:
         self._process.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_SECONDS, 0))
         self.connection = Connection(self._process.socket.detach())
         with contextlib.suppress(OSError):  # it is dead already: `receive` tells how
-            self.connection.send({name: (f.function, f.args) for name, f in cfg.functions.items()})
+            self.connection.send({name: (f.function, f.args, f.style) for name, f in cfg.functions.items()})
 
     @property
     def busy(self) -> bool:

@@ -188,7 +188,7 @@ class Scheduler:
         sheet = call.sheet
         if outcome.scores is not None:
             for place, value in zip(call.places, outcome.scores, strict=True):
-                place.rewards[call.name] = value
+                place.note(call.name, value)
         verdict = self._blame.after(call, outcome)
         self._queue.extendleft(reversed(verdict.first))
         self._queue.extend(verdict.last)

@@ -9,7 +9,7 @@ from typing import Any
 
 from sapo_rl.errors.own_code import line_of, number_of, shown, told
 from sapo_rl.plugins import NAMED, accepted, parameters_of
-from sapo_rl.rewards.registry import RewardFunction
+from sapo_rl.rewards.registry import RewardFunction, Score
 from sapo_rl.rewards.runner.sheet import Place
 from sapo_rl.types import LARGEST_REWARD
 
@@ -50,13 +50,13 @@ def needed_columns(function: RewardFunction, settings: dict[str, Any]) -> list[s
     return [p.name for p in named if p.name not in GIVEN and p.name not in settings]
 
 
-def evaluate(function: RewardFunction, arguments: dict[str, list[Any]], settings: dict[str, Any]) -> list[float | None]:
-    """Call `function` and return one float or None for each completion in `arguments`.
+def evaluate(function: RewardFunction, arguments: dict[str, list[Any]], settings: dict[str, Any]) -> list[Score]:
+    """Call `function` and return one score for each completion in `arguments`.
 
     A function without `**kwargs` gets those arguments alone that it names. A coroutine is run to its end.
 
     Raises:
-        ScoreError: the function raised, or its result is not a list of finite numbers and None of the right length.
+        ScoreError: the function raised, or its result is not a list of scores of the right length.
     """
     expected = len(arguments["completions"])  # now: the function may change the lists that it is given
     try:
@@ -72,7 +72,7 @@ def evaluate(function: RewardFunction, arguments: dict[str, list[Any]], settings
 
 async def evaluate_coroutine(
     function: RewardFunction, arguments: dict[str, list[Any]], settings: dict[str, Any]
-) -> list[float | None]:
+) -> list[Score]:
     """Await a call of a coroutine function, as `evaluate` makes one; a cancelled call fails too.
 
     Raises:
@@ -88,12 +88,7 @@ async def evaluate_coroutine(
     return _checked(result, expected, function)
 
 
-def is_coroutine(function: RewardFunction) -> bool:
-    """Return whether calls of `function` are coroutines, so that many can be under way at once."""
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-
-
-def _checked(result: Any, expected: int, function: RewardFunction) -> list[float | None]:
+def _checked(result: Any, expected: int, function: RewardFunction) -> list[Score]:
     if isinstance(result, str | bytes | bytearray | Mapping | Set) or not hasattr(result, "__iter__"):
         raise ScoreError(f"returned a {type(result).__name__}, must be a list of {expected}{line_of(function)}")
     try:
@@ -102,7 +97,17 @@ def _checked(result: Any, expected: int, function: RewardFunction) -> list[float
         raise ScoreError(f"returned a {type(result).__name__}: {told(error)}{line_of(function)}") from error
     if len(values) != expected:
         raise ScoreError(f"returned {len(values)} values for {expected} completions{line_of(function)}")
-    return [_number(value, function) for value in values]
+    return [_score(value, function) for value in values]
+
+
+def _score(value: Any, function: RewardFunction) -> Score:
+    if not isinstance(value, Mapping):
+        return _number(value, function)
+    if "score" not in value:
+        raise ScoreError(f"returned {shown(value)} for a sample, which lacks the key 'score'{line_of(function)}")
+    others = {str(key): number_of(one, LARGEST_REWARD) for key, one in value.items() if key != "score"}
+    numbers = {key: number for key, number in others.items() if number is not None}  # texts have no place in metrics
+    return {"score": _number(value["score"], function), **numbers}
 
 
 def _number(value: Any, function: RewardFunction) -> float | None:

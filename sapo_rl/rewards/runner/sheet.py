@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
+from sapo_rl.rewards.registry import Score
 from sapo_rl.types import Group, Prompt, RewardStats, Sample, Scores
 
 
@@ -16,9 +17,14 @@ class Place:
     prompt: Prompt
     sample: Sample
     rewards: dict[str, float | None] = field(default_factory=dict)
-    """What is known of its rewards, by the function's name in the config."""
+    """What is known of its rewards, by the function's name in the config; `name/key` are further numbers of one."""
     left: bool = False
     """Whether it leaves its group, because a function has failed on it."""
+
+    def note(self, name: str, score: Score) -> None:
+        """Take down what a function says of it."""
+        own = score if isinstance(score, dict) else {"score": score}
+        self.rewards |= {name if key == "score" else f"{name}/{key}": number for key, number in own.items()}
 
 
 class Sheet:
@@ -71,4 +77,5 @@ class Sheet:
 
     def _scored(self, group: Group, places: Sequence[Place]) -> Group:
         found = [({name: place.rewards[name] for name in self._errors}, place) for place in places if not place.left]
-        return replace(group, samples=[replace(one.sample, rewards=one.sample.rewards | own) for own, one in found])
+        samples = [replace(one.sample, rewards=one.sample.rewards | own | one.rewards) for own, one in found]
+        return replace(group, samples=samples)

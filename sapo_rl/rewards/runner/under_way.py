@@ -10,6 +10,7 @@ from typing import Any
 
 from sapo_rl.config import RewardFunctionConfig
 from sapo_rl.errors.own_code import readable
+from sapo_rl.rewards.registry import Score
 from sapo_rl.rewards.runner.blame import Call, Outcome
 from sapo_rl.types import LARGEST_REWARD
 
@@ -111,10 +112,14 @@ class UnderWay:
         return [(task.call, outcome)]
 
 
-def _as_scores(found: Any, count: int) -> list[float | None] | None:
+def _as_scores(found: Any, count: int) -> list[Score] | None:
     """Return what a worker answered as `count` scores; None where it is anything else."""
-    if not isinstance(found, list) or len(found) != count:
+    if not isinstance(found, list) or len(found) != count or not all(map(_is_score, found)):
         return None
-    if not all(one is None or (type(one) in (int, float) and abs(one) <= LARGEST_REWARD) for one in found):
-        return None
-    return [None if one is None else float(one) for one in found]
+    return [one if one is None or isinstance(one, dict) else float(one) for one in found]
+
+
+def _is_score(found: Any) -> bool:
+    """Whether it is a `Score`; JSON has text alone as keys."""
+    numbers: list[Any] = [*found.values()] if isinstance(found, dict) and "score" in found else [found]
+    return all(one is None or (type(one) in (int, float) and abs(one) <= LARGEST_REWARD) for one in numbers)

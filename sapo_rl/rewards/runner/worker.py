@@ -18,14 +18,16 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
+from sapo_rl.config.reward import VERL
 from sapo_rl.errors import UserError
 from sapo_rl.errors.own_code import LONGEST_FAILURE, shorten
 from sapo_rl.processes.guarded import begin
 from sapo_rl.processes.guardian import LOST
 from sapo_rl.rewards.lookup import check_own_arguments, resolve
-from sapo_rl.rewards.registry import PACKAGES, RewardFunction
+from sapo_rl.rewards.registry import PACKAGES, RewardFunction, is_coroutine
 from sapo_rl.rewards.runner.coroutines import Coroutines
-from sapo_rl.rewards.runner.scoring import ScoreError, evaluate, is_coroutine, needed_columns
+from sapo_rl.rewards.runner.scoring import ScoreError, evaluate, needed_columns
+from sapo_rl.rewards.verl import with_lists
 
 
 def main() -> None:
@@ -40,9 +42,10 @@ def main() -> None:
 def _serve(connection: Connection, reply: Callable[..., None]) -> None:
     functions: dict[str, tuple[RewardFunction, dict[str, Any]]] = {}
     try:
-        for name, (path, settings) in connection.recv().items():
+        for name, (path, settings, style) in connection.recv().items():
             reply(0, loading=name)
-            functions[name] = _load(name, path, settings), settings
+            function = _load(name, path, settings, style)
+            functions[name] = (with_lists(function, settings), {}) if style == VERL else (function, settings)
     except UserError as error:
         reply(0, failed=shorten(str(error), LONGEST_FAILURE))
         return
@@ -62,7 +65,7 @@ def _serve(connection: Connection, reply: Callable[..., None]) -> None:
                 reply(call, failed=shorten(str(error), LONGEST_FAILURE))
 
 
-def _load(name: str, path: str, settings: dict[str, Any]) -> RewardFunction:
+def _load(name: str, path: str, settings: dict[str, Any], style: str) -> RewardFunction:
     """Import a function, and the package of a built-in: a sample's time limit must not pay for it."""
     if path in PACKAGES:
         try:
@@ -71,7 +74,7 @@ def _load(name: str, path: str, settings: dict[str, Any]) -> RewardFunction:
             raise UserError(f"reward function '{path}' cannot be loaded: {error}") from error
     function = resolve(path)
     if "." in path:
-        check_own_arguments(name, function, settings)
+        check_own_arguments(name, function, settings, style)
     return function
 
 
