@@ -5,6 +5,7 @@ Importing this package loads neither torch nor transformers.
 
 from __future__ import annotations
 
+from sapo_rl.environments.adapters.openenv import OpenEnv
 from sapo_rl.environments.adapters.textarena import TextArena
 from sapo_rl.environments.calculator import Calculator
 from sapo_rl.environments.endpoint import AGENT, Endpoint
@@ -21,6 +22,7 @@ __all__ = [
     "Calculator",
     "Endpoint",
     "Guess",
+    "OpenEnv",
     "Python",
     "Search",
     "TextArena",
