@@ -192,7 +192,12 @@ def length_limit(
 ) -> list[float | None]:
     """0 for replies of up to `max_tokens - soft` tokens, -1 beyond `max_tokens`, falling linearly in between.
 
-    DAPO's soft overlong punishment (arXiv 2503.14476, equation 13): `((max_tokens - soft) - length) / soft`.
+    DAPO's soft overlong punishment (arXiv 2503.14476, equation 13), with L the tokens of a reply, L_max = `max_tokens`
+    and L_cache = `soft`, the buffer::
+
+        0                             L <= L_max - L_cache
+        (L_max - L_cache - L) / L_cache     L_max - L_cache < L <= L_max
+        -1                            L_max < L
     """
     if max_tokens < 1 or not 0 <= soft <= max_tokens:
         raise UserError(f"length_limit: needs max_tokens >= 1 and 0 <= soft <= max_tokens, got {max_tokens} and {soft}")

@@ -10,6 +10,7 @@ _PROMPTS = "verl counts prompts there, rollout.batch_size counts completions: pr
 _SERVERS = "a list of host:port"
 _NUMBER_OF_PARTS = "the number of parts, not their size: a step's prompts / the size"
 _WARMUP = "a number of updates, not a share"
+_OVERLONG = "NAME: {function: length_limit, args: {max_tokens: ..., soft: its len}}"
 _CHOICE = "launch=fsdp2, zero2 or zero3 on the command line"
 
 OTHER_NAMES: dict[str, tuple[str, str]] = {
@@ -148,7 +149,12 @@ OTHER_NAMES: dict[str, tuple[str, str]] = {
     "logger": ("logging.wandb", ""),
     "nnodes": ("launch.num_machines", ""),
     "n_gpus_per_node": ("launch.num_processes", "of all machines together"),
-    "custom_reward_function": ("reward.functions", "NAME: {function: package.module.name}"),
+    "custom_reward_function": ("reward.functions", "NAME: {function: package.module.name, style: verl}"),
+    "overlong_buffer": ("reward.functions", _OVERLONG),
+    "overlong_buffer_cfg": (
+        "reward.functions",
+        _OVERLONG,
+    ),
     "reward_model": ("reward.functions", "NAME: {function: package.module.name}"),
     "actor_rollout_ref": ("model", "rollout, trainer and loss take its keys"),
     "algorithm": ("advantage", "and loss take its keys"),

@@ -147,6 +147,8 @@ def test_length_limit_is_the_soft_overlong_punishment() -> None:
     ids = [[0] * n for n in (5, 6, 8, 10, 11)]
     assert length_limit([""] * 5, ids, max_tokens=10, soft=4) == [0.0, 0.0, -0.5, -1.0, -1.0]
     assert length_limit([""] * 2, ids[3:], max_tokens=10) == [0.0, -1.0]
+    papers = [[0] * n for n in (16384, 17408, 18432, 20480, 20481)]
+    assert length_limit([""] * 5, papers, max_tokens=20480, soft=4096) == [0.0, -0.25, -0.5, -1.0, -1.0]
     with pytest.raises(UserError, match="soft <= max_tokens"):
         length_limit([], [], max_tokens=3, soft=4)
 
