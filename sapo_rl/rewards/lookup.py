@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sapo_rl import plugins
-from sapo_rl.config import RewardFunctionConfig
+from sapo_rl.config import Config, RewardFunctionConfig
 from sapo_rl.config.reward import VERL
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.rewards import verl
@@ -88,6 +88,17 @@ def check_concurrency(name: str, cfg: RewardFunctionConfig, coroutine: bool) -> 
             f"reward.functions.{name}.concurrency: is {cfg.concurrency}, but '{cfg.function}' is no `async def`, and "
             "of other functions a worker makes one call at a time; leave it out, or raise reward.workers"
         )
+
+
+def comparison_warning(config: Config) -> str | None:
+    """Return what to tell a user whose evaluations are judged by a function that compares the samples of a prompt."""
+    judge = (config.eval.reward or next(iter(config.rewards), "")).partition("/")[0]
+    if not config.eval.prompts or judge not in config.rewards or config.rewards[judge].scope != "group":
+        return None
+    return (
+        f"reward.functions.{judge}.scope: is group, and eval/accuracy is its mean over single replies, which it cannot "
+        "compare; name another function in eval.reward, or look at eval/reward_mean with eval.samples=8"
+    )
 
 
 def check_own_arguments(name: str, function: RewardFunction, args: Mapping[str, Any], style: str = "trl") -> None:

@@ -46,7 +46,7 @@ from sapo_rl.policy.model import DTYPES, Policy, check_shapes, load_policy, load
 from sapo_rl.policy.parallel import loads_weights
 from sapo_rl.policy.trainer import PolicyTrainer, Reference, objective
 from sapo_rl.processes import streams
-from sapo_rl.rewards import RewardPool, isolation_warning
+from sapo_rl.rewards import RewardPool, comparison_warning, isolation_warning
 from sapo_rl.rollout.collector import Rollouts
 from sapo_rl.rollout.episodes import Episodes
 from sapo_rl.rollout.filters import filter_warning
@@ -250,7 +250,7 @@ def _prompts(
 def _warnings(config: Config, dropped: int, repetition: str | None) -> list[str]:
     left_out = f"{dropped} prompts are longer than data.max_prompt_tokens: they are left out" if dropped else None
     filtered = filter_warning(config.rollout, config.loss.correction.by_token)
-    found = (left_out, repetition, filtered, isolation_warning(config.reward))
+    found = (left_out, repetition, filtered, isolation_warning(config.reward), comparison_warning(config))
     return [text for text in found if text]
 
 

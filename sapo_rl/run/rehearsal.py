@@ -21,7 +21,7 @@ from sapo_rl.environments import environment_for
 from sapo_rl.environments.runner.pool import EnvironmentPool
 from sapo_rl.errors import UserError
 from sapo_rl.errors.files import expand, is_file, reading
-from sapo_rl.rewards import RewardPool, isolation_warning
+from sapo_rl.rewards import RewardPool, comparison_warning, isolation_warning
 from sapo_rl.rollout.filters import filter_warning
 from sapo_rl.run.launch import SINGLE
 from sapo_rl.sizing import GIB
@@ -146,7 +146,8 @@ def _tokenizer(file: Path) -> Any:
 
 def _setting_warnings(config: Config) -> list[str]:
     loss = config.loss
-    found = [filter_warning(config.rollout, loss.correction.by_token), isolation_warning(config.reward)]
+    filtered = filter_warning(config.rollout, loss.correction.by_token)
+    found = [filtered, isolation_warning(config.reward), comparison_warning(config)]
     if loss.name == "sapo" and loss.gradient == "paper":
         from sapo_rl.losses import inert_temperature_warning  # imports torch
 
