@@ -45,8 +45,6 @@ class Stop(StrEnum):
     """The limit on its turns."""
     ENVIRONMENT = "environment"
     """The environment said that it was over."""
-    ERROR = "error"
-    """The environment failed."""
 
 
 class Turn(NamedTuple):
@@ -125,16 +123,6 @@ class Sample:
     def token_ids(self) -> list[int]:
         """Everything after the group's prompt, in the first row."""
         return self.rows[0].token_ids
-
-    @property
-    def loss_mask(self) -> list[Span] | None:
-        """Which of `token_ids` are trained on; None for all."""
-        return self.rows[0].loss_mask
-
-    @property
-    def rollout_logps(self) -> list[float] | None:
-        """The log-probabilities that vLLM gave those."""
-        return self.rows[0].rollout_logps
 
     @property
     def num_trained(self) -> int:

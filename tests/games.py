@@ -153,6 +153,26 @@ class Shelf:
         return {"read": self.read, "bonus": 0.25}
 
 
+class Finisher:
+    """TRL's shape, with a tool that is called as the attribute may be."""
+
+    def reset(self):
+        self.calls = 0
+
+    def done(self) -> str:
+        """
+        Say that you are done.
+
+        Returns:
+            How often you have said so.
+        """
+        self.calls += 1
+        return str(self.calls)
+
+    def get_reward(self):
+        return self.calls
+
+
 class Mute:
     """Neither shape."""
 

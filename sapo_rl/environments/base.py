@@ -141,7 +141,8 @@ class Play:
     async def use(self, name: str, arguments: dict[str, Any]) -> Answer:
         """Call a tool for the model: `text` is what it is told, `failed` whether the call was in vain."""
         outcome = await call(self.tools, name, arguments)
-        return {"text": outcome.text, "failed": outcome.failed, "done": bool(getattr(self.own, "done", False))}
+        done = getattr(self.own, "done", False)
+        return {"text": outcome.text, "failed": outcome.failed, "done": bool(done) and not callable(done)}
 
     async def run(self, row: dict[str, Any], seed: int, url: str, key: str) -> Answer:
         """Have an agent play, which asks the model at `url` with `key`; answer its `reward`."""

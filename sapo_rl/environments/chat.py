@@ -73,6 +73,7 @@ class ChatTemplate:
         self.opening = self._find_opening()
         """What the generation prompt writes of the reply itself, such as the begin of its thinking."""
         self._after = lru_cache(CACHED)(self._after_of)
+        self._started = lru_cache(CACHED)(lambda said: self.encode(self.render(json.loads(said))))
         self._keeps_words = False
         self._keeps_words = self.keeps({"role": "assistant", "content": "words"})
 
@@ -103,7 +104,7 @@ class ChatTemplate:
 
     def start(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a whole prompt, as the model is asked to go on from it. Raises Refused as `render` does."""
-        return self.encode(self.render(messages))
+        return list(self._started(json.dumps(messages)))
 
     def begin(self, prompt_ids: list[int], messages: Sequence[Message]) -> Conversation:
         """Return a conversation that stands before the model's first reply to a prompt tokenised already."""
@@ -317,13 +318,6 @@ class Conversation:
             return self._fork() - before
         stream.token_ids += tail
         return len(tail)
-
-    def rewrite(self, messages: Sequence[Message]) -> int:
-        """Replace the whole transcript, which forks; returns by how many tokens the prompt has grown."""
-        before = len(self.next_prompt)
-        self._replied = False
-        self.messages = [dict(message) for message in messages]
-        return self._fork() - before
 
     def _fork(self) -> int:
         """Go on in a row of its own; returns how long its prompt is."""

@@ -15,7 +15,7 @@ from sapo_rl.errors import UserError, did_you_mean
 KIND = "environment"
 
 
-def check_environment(cfg: EnvironmentConfig, key: str) -> None:
+def check_environment(cfg: EnvironmentConfig, key: str = "environment") -> None:
     """Refuse early what `build` would refuse, without importing the user's module.
 
     `key` is where it stands in the config, for messages.

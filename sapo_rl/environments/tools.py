@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from sapo_rl.errors import UserError, did_you_mean
 
-NO_TOOLS = frozenset({"reset", "step", "get_reward", "close", "done"})
+NO_TOOLS = frozenset({"reset", "step", "get_reward", "close"})
 """Methods of an environment that are not the model's to call."""
 
 
@@ -69,7 +69,7 @@ def tools_of(functions: Iterable[Callable[..., Any]]) -> dict[str, Tool]:
 
 
 def tools_of_object(environment: object) -> dict[str, Tool]:
-    """Return the tools of an environment: its public methods but `reset`, `step`, `get_reward`, `close` and `done`.
+    """Return the tools of an environment: its public methods but `reset`, `step`, `get_reward` and `close`.
 
     Raises:
         UserError: naming a method that is no tool as it stands.

@@ -39,8 +39,9 @@ class Wordle:
         self.words, self.guesses, self.shaping = read_words(words), guesses, shaping
 
     def reset(self, seed: int, answer: str | None = None) -> None:
-        """Take the row's `answer` for the word where it is one, else draw it."""
-        self.word = answer if answer in self.words else random.Random(seed).choice(sorted(self.words))
+        """Take the row's `answer` for the word where it is one, in capitals or not, else draw it."""
+        known = (answer or "").lower()
+        self.word = known if known in self.words else random.Random(seed).choice(sorted(self.words))
         self.left, self.most, self.earned = self.guesses, 0, 0.0
 
     def step(self, reply: str) -> tuple[str | None, float, bool]:

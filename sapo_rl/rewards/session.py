@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
+from sapo_rl.errors import UserError
 from sapo_rl.processes.scratch import temporary_folder
 from sapo_rl.rewards.registry import RewardFunction, Score, is_coroutine
 from sapo_rl.rewards.runner.scoring import ScoreError, evaluate, evaluate_coroutine
@@ -24,6 +25,8 @@ VARIABLE = "SAPO_SESSION"
 """Holds the path of the session's socket, for workers."""
 LONGEST_LINE = 1 << 26
 """Bytes of a call or an answer."""
+LONGEST_ADDRESS = 107
+"""Bytes of a socket's path, by the kernel."""
 GONE = (
     "the function is one of the Python session that started the run, which is gone; go on from Python, with "
     "train(resume=..., rewards=[...])"
@@ -94,6 +97,11 @@ class SessionFunctions:
             return {}
         with contextlib.ExitStack() as stack:
             address = str(stack.enter_context(temporary_folder()) / "session")  # readable by its owner alone
+            if len(os.fsencode(address)) > LONGEST_ADDRESS:
+                raise UserError(
+                    f"TMPDIR: '{address}' has more than {LONGEST_ADDRESS} bytes, too many for a socket's path; set "
+                    "it to a shorter folder, e.g. /tmp"
+                )
             server = stack.enter_context(_Server(address, self._answer))
             stack.callback(server.shutdown)
             # Always the same, so that clients which coroutine functions keep stay usable.

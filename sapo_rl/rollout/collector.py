@@ -159,9 +159,12 @@ class Rollouts:
         requests = [Request(prompt.token_ids, 1) for prompt in prompts]
         return self._run(prompts, requests, greedy_of(self.sampling, most), on_group, urgent=True).groups
 
-    def submit(self, request: Request, sampling: Sampling, session: Session) -> Future[Answer]:
-        """Return at once with a future of the answer to one turn of an episode; `session` is the episode's."""
-        return self._dispatcher.submit(request, sampling, session)
+    def submit(self, request: Request, sampling: Sampling, session: Session, urgent: bool) -> Future[Answer]:
+        """Return at once with a future of the answer to one turn of an episode; `session` is the episode's.
+
+        What is `urgent` is begun before all that waits for an engine.
+        """
+        return self._dispatcher.submit(request, sampling, session, urgent)
 
     def sleep(self) -> None:
         """Have the engines free the GPU's memory, as far as their settings say, until the next call or weights."""

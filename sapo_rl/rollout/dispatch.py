@@ -99,12 +99,14 @@ class Dispatcher:
         """A heap: what waits for any engine."""
         self._placing = False
 
-    def submit(self, request: Request, sampling: Sampling, session: Session | None = None) -> Future[Answer]:
-        """Return at once with a future of the answer; to cancel it ends the request.
+    def submit(
+        self, request: Request, sampling: Sampling, session: Session | None = None, urgent: bool = False
+    ) -> Future[Answer]:
+        """Return at once with a future of the answer; to cancel it ends the request. What is `urgent` goes before all.
 
         It fails with EngineError where no engine can answer, or with what the engine raised that refused the request.
         """
-        return self._submit([request], sampling, session, later=True)[0]
+        return self._submit([request], sampling, session, later=not urgent)[0]
 
     def submit_all(self, requests: Sequence[Request], sampling: Sampling, urgent: bool = False) -> list[Future[Answer]]:
         """Do as `submit` with each; those for which there is room are taken up together by each engine.

@@ -20,8 +20,10 @@ from sapo_rl.rollout.collector import seed_of
 from sapo_rl.rollout.dispatch import Answer, Session
 from sapo_rl.types import Messages, Prompt, Row, Sample, Stop, Turn
 
-Submit: TypeAlias = Callable[[Request, Sampling, Session], Future[Answer]]
-"""Asks the engines for one reply; the requests of a session stay with one of them."""
+Submit: TypeAlias = Callable[[Request, Sampling, Session, bool], Future[Answer]]
+"""Asks the engines for one reply; the requests of a session stay with one of them; the last says whether it hurries."""
+MOST_LOSSES = 5
+"""Times that an episode is begun anew because its process ended and no call is to blame."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,13 @@ class Episode:
         step: the rollout batch that it is for.
         number: which of the prompt's episodes it is.
         sampling: how replies are drawn.
+        urgent: whether its requests go before those of others.
     """
 
-    def __init__(self, setting: Setting, prompt: Prompt, step: int, number: int, sampling: Sampling) -> None:
-        self._setting, self._prompt, self._sampling = setting, prompt, sampling
+    def __init__(
+        self, setting: Setting, prompt: Prompt, step: int, number: int, sampling: Sampling, urgent: bool = False
+    ) -> None:
+        self._setting, self._prompt, self._sampling, self._urgent = setting, prompt, sampling, urgent
         self._seed = (setting.config.seed, step, prompt.index)
         self._number = number
         self.course = Course()
@@ -74,18 +79,23 @@ class Episode:
         """Play to the end, and anew from the beginning where the environment's process is lost.
 
         Raises:
-            EnvironmentFailed: its code raised or answered what cannot be, or has taken two processes down.
+            EnvironmentFailed: its code raised or answered what cannot be, or has taken two processes down, or its
+                processes end again and again without a call that is to blame.
             UserError: the prompt is too long with what the environment adds, or the chat template refuses a message.
         """
-        suspected = 0
+        suspected = blameless = 0
         while True:
             try:
                 async with await self._setting.environment.seat() as seat:
                     return await self._play(seat)
             except WorkerLost as lost:
                 suspected += lost.suspect
+                blameless += not lost.blamed
                 if suspected == 2:
                     raise EnvironmentFailed(str(lost)) from lost
+                if blameless == MOST_LOSSES:
+                    why = "is something else ending it, for want of memory perhaps?"
+                    raise EnvironmentFailed(f"{lost}; {blameless} times with no call under way: {why}") from lost
 
     async def _play(self, seat: Seat) -> Sample:
         self.course, session = Course(), Session()
@@ -125,7 +135,9 @@ class Episode:
     async def _ask(self, prompt: list[int], room: int, turn: int, session: Session) -> Completion:
         seed = seed_of(*self._seed, self._number, turn) if self._setting.config.reproducible else None
         sampling = replace(self._sampling, max_tokens=min(room, self._sampling.max_tokens))
-        answer = await asyncio.wrap_future(self._setting.submit(Request(prompt, 1, seed), sampling, session))
+        answer = await asyncio.wrap_future(
+            self._setting.submit(Request(prompt, 1, seed), sampling, session, self._urgent)
+        )
         self.course.answers.append(answer)
         self.course.sent += len(prompt)
         return answer.completions[0]

@@ -94,10 +94,11 @@ class Episodes:
     ) -> list[Group]:
         """Play an episode of each prompt with the likeliest replies, of `most` tokens at most: groups of one.
 
-        `on_group` gets each as soon as it is finished, in the thread of the episodes.
+        They go before all that waits for an engine. `on_group` gets each as soon as it is finished, in the thread of
+        the episodes.
         """
         sampling = greedy_of(self._rollouts.sampling, most)
-        groups = self._wait(self._write(prompts, 0, 1, sampling, on_group)).groups
+        groups = self._wait(self._write(prompts, 0, 1, sampling, on_group, urgent=True)).groups
         return [group for group in groups if group.samples]
 
     def sleep(self) -> None:
@@ -105,7 +106,7 @@ class Episodes:
         self._rollouts.sleep()
 
     def _player(self, name: str, pool: EnvironmentPool) -> Callable[..., Episode]:
-        """What makes an episode of an environment, of the prompt, step, number and sampling."""
+        """What makes an episode of an environment, of the other arguments of `Episode`."""
         template = ChatTemplate(
             self._rollouts.tokenizer,
             tools=pool.schemas or None,
@@ -134,14 +135,20 @@ class Episodes:
         await asyncio.gather(self._server.close(), *(pool.close() for pool in self._environments.values()))
 
     async def _write(
-        self, prompts: Sequence[Prompt], step: int, n: int, sampling: Sampling, on_group: Callable[[Group], object]
+        self,
+        prompts: Sequence[Prompt],
+        step: int,
+        n: int,
+        sampling: Sampling,
+        on_group: Callable[[Group], object],
+        urgent: bool = False,
     ) -> RolloutResult:
         start, failures = time.perf_counter(), []
         answers: list[Answer] = []
 
         async def play(prompt: Prompt, number: int) -> Sample | None:
             name = environment_for(self._config, prompt.columns, prompt.index)
-            episode = self._players[name](prompt, step, number, sampling)
+            episode = self._players[name](prompt, step, number, sampling, urgent)
             try:
                 return await episode.play()
             except EnvironmentFailed as error:

@@ -51,7 +51,7 @@ def episode_metrics(rows: Sequence[Row], facts: Sequence[EpisodeFacts], dropped:
         "tools/failure_frequency": sum(one.tool_failures for one in facts) / max(1, calls),
         "time/environment": statistics.fmean(one.seconds for one in facts),
         "rollout/prefix_hit": sum(one.cached for one in facts) / sum(one.sent for one in facts),
-    } | {f"stop/{stop}": stops.count(stop) / len(stops) for stop in Stop if stop is not Stop.ERROR}
+    } | {f"stop/{stop}": stops.count(stop) / len(stops) for stop in Stop}
     for name in sorted({one.environment for one in facts if one.environment}):
         own = [row for row, one in zip(rows, facts, strict=True) if one.environment == name]
         rewards = [row["reward"] for row in own if row["reward"] is not None]

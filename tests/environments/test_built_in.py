@@ -183,7 +183,7 @@ def test_wordle_marks_are_as_many_as_both_words_share(guess: str, word: str) -> 
 
 def test_wordle_ends_with_the_word_or_the_last_guess_and_pays_one_in_all(words: str) -> None:
     game = Wordle(words, guesses=4, shaping=0.5)
-    game.reset(seed=0, answer="elate")
+    game.reset(seed=0, answer="Elate")
     assert game.step("My guess is SLATE.") == ("slate -GGGG. 3 left.", pytest.approx(0.4), False)
     assert game.step("crown") == ("That is no word of the list. 2 left.", 0.0, False)
     assert game.step("elate") == (None, pytest.approx(0.6), True)

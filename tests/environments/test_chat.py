@@ -174,19 +174,6 @@ def test_a_prompt_that_ends_in_an_open_reply_is_gone_on_with() -> None:
     assert chat.decode(talk.next_prompt, special=True) == chat.render(talk.messages)
 
 
-def test_a_history_that_is_rewritten_goes_on_in_a_further_row() -> None:
-    talk = begin(chat_of("qwen2_5", tools=False))
-    say(talk, "qwen2_5", "5")
-    summary = [{"role": "user", "content": "You have said 5. Go on."}]
-    grown = talk.rewrite(summary)
-    assert talk.forks == 1 and talk.next_prompt == talk.template.start(summary)
-    with pytest.raises(ValueError, match="the model has not replied"):
-        talk.extend(ASK)
-    say(talk, "qwen2_5", "6")
-    first, second = talk.rows()
-    assert len(second.prompt_ids) == len(first.prompt_ids) + len(first.token_ids) + grown
-
-
 def test_the_environment_speaks_after_the_model() -> None:
     talk = begin(chat_of("tiny"))
     with pytest.raises(ValueError, match="the model has not replied"):

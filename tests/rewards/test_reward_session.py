@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,3 +110,13 @@ def test_nothing_is_left_of_a_session(tmp_path: Path, monkeypatch: pytest.Monkey
     with session.SessionFunctions({}) as variables:
         assert variables == {}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_temporary_folder_too_deep_for_a_socket_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    told = r"^TMPDIR: '.*d{100}.*' has more than 107 bytes"
+    with pytest.raises(UserError, match=told), session.SessionFunctions({"one": lambda completions: [0.0]}):
+        pass
+    assert list(deep.iterdir()) == []

@@ -92,7 +92,7 @@ def test_groups_come_back_whole_and_in_order(tokenizer: PreTrainedTokenizerFast,
         assert all(sample.token_ids[-1] == tokenizer.eos_token_id for sample in group.samples)
         assert all(sample.rows[0].prompt_ids == group.prompt.token_ids for sample in group.samples)
         assert len({sample.versions for sample in group.samples}) == 1
-        assert all(sample.rollout_logps is None for sample in group.samples)
+        assert all(sample.rows[0].rollout_logps is None for sample in group.samples)
     assert max(one.most for one in fleet) < math.ceil(4 * len(asked) / engines) + 4  # an even share, in whole groups
     assert {sample.versions for group in groups for sample in group.samples} <= {(5 + i, 5 + i) for i in range(engines)}
     assert all(request.seed is None for one in fleet for request in one.requests)
@@ -191,7 +191,7 @@ def test_the_config_decides_how_is_sampled(tokenizer: PreTrainedTokenizerFast) -
     rollouts = Rollouts([engine], cfg, tokenizer, seed=0, reproducible=False)
     groups = rollouts.write(prompts(tokenizer, ["x"]), step=0).groups
     assert engine.sampling == Sampling(0.7, 0.9, 20, 0.1, 1.1, 9, True)
-    assert [sample.rollout_logps for sample in groups[0].samples] == [[-1.0]] * 3
+    assert [sample.rows[0].rollout_logps for sample in groups[0].samples] == [[-1.0]] * 3
     assert len(rollouts.write(prompts(tokenizer, ["x"]), step=0, n=5).groups[0].samples) == 5
 
 
@@ -205,7 +205,7 @@ def test_greedy_is_one_completion_without_log_probabilities(tokenizer: PreTraine
     rollouts.greedy(prompts(tokenizer, ["x"]), most=7)
     assert engine.sampling.max_tokens == 7
     assert [[sample.text for sample in group.samples] for group in groups] == [["x"], ["y"]]
-    assert groups[0].samples[0].rollout_logps is None
+    assert groups[0].samples[0].rows[0].rollout_logps is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

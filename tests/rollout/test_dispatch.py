@@ -234,6 +234,16 @@ def test_without_any_engine_what_waits_fails_with_the_reason_and_the_next_reques
     assert first_token(later) == 7
 
 
+def test_what_is_urgent_goes_before_what_waits() -> None:
+    engine = Manual()
+    dispatcher = dispatcher_of(engine, window=4)
+    dispatcher.submit_all(requests(8), SAMPLING)
+    dispatcher.submit(Request([77], 1), SAMPLING, Session(), urgent=True)
+    engine.answer()
+    engine.answer()
+    assert engine.asked == [0, 1, 2, 3, 77, 4]
+
+
 def test_engines_that_were_away_while_nothing_waited_have_their_time() -> None:
     engine = Manual(here=False)
     dispatcher = dispatcher_of(engine, lost_timeout=0.3)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -12,9 +15,12 @@ from games import MODULE
 from scripted import ASSISTANT, TOKENIZER, call_of, config, one, play, play_high_low, playing, prompt, trained
 
 from sapo_rl.config import Config, EnvironmentConfig
+from sapo_rl.engines.base import Request, Sampling
 from sapo_rl.errors import UserError
 from sapo_rl.rewards.runner.scoring import call_arguments
 from sapo_rl.rewards.runner.sheet import Place
+from sapo_rl.rollout.collector import Rollouts
+from sapo_rl.rollout.dispatch import Session
 from sapo_rl.types import Group, Stop
 
 
@@ -132,6 +138,11 @@ def test_each_prompt_is_played_in_the_environment_that_its_row_names(here: Path)
         play(cfg, lambda said: "do fail", rows[1])
 
 
+def test_a_method_done_is_a_tool_like_any_other(here: Path) -> None:
+    sample = one(config("my_games.Finisher"), lambda said: "ok" if said.count(ASSISTANT) > 2 else call_of("done"))
+    assert (sample.stop, len(sample.turns), sample.rewards) == (Stop.STOP, 3, {"environment": 2.0})
+
+
 def test_a_failed_environment_ends_the_run_or_leaves_its_group(here: Path) -> None:
     def script(said: str) -> str:
         return "do fail" if "Bad" in said else "hm"
@@ -164,6 +175,18 @@ def test_an_episode_is_played_anew_where_its_process_is_lost_and_fails_the_secon
     assert [file for file in here.glob("worker.*") if psutil.pid_exists(int(file.suffix[1:]))] == []
 
 
+def test_processes_that_something_else_ends_again_and_again_fail_the_episode(here: Path) -> None:
+    def script(said: str) -> str:
+        for file in here.glob("worker.*"):
+            os.kill(int(file.suffix[1:]), signal.SIGKILL)
+            file.unlink()
+        return "a"
+
+    told = r"failed on prompt 0: its process ended by signal 9 .*; 5 times with no call under way: is something else"
+    with pytest.raises(UserError, match=told):
+        play(config("my_games.Echo"), script, prompt())
+
+
 def test_the_same_run_plays_the_same_episodes_and_a_group_has_one_task(here: Path) -> None:
     def seeds(cfg: Config) -> tuple[list[int | None], list[int]]:
         with playing(cfg, lambda said: "a") as (episodes, engine):
@@ -180,12 +203,24 @@ def test_the_same_run_plays_the_same_episodes_and_a_group_has_one_task(here: Pat
     assert set(seeds(cfg)[0]) == {None}
 
 
-def test_greedy_episodes_take_the_likeliest_replies(here: Path) -> None:
+def test_greedy_episodes_take_the_likeliest_replies_and_go_before_others(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hurries, submit = list[bool](), Rollouts.submit
+
+    def watched(self: Rollouts, request: Request, sampling: Sampling, session: Session, urgent: bool) -> Any:
+        hurries.append(urgent)
+        return submit(self, request, sampling, session, urgent)
+
+    monkeypatch.setattr(Rollouts, "submit", watched)
     with playing(config("my_games.Echo"), lambda said: "abc") as (episodes, engine):
         (group,) = episodes.greedy([prompt()], most=2)
         assert {(sampling.temperature, sampling.logprobs, sampling.max_tokens) for _, sampling in engine.requests} == {
             (0.0, False, 2)
         }
+        assert set(hurries) == {True}
+        episodes.write([prompt()], step=1)
+        assert set(hurries[3:]) == {False}
     assert len(group.samples) == 1 and group.samples[0].rows[0].rollout_logps is None
 
 

@@ -29,10 +29,12 @@ class EnvironmentFailed(Exception):
 class WorkerLost(Exception):
     """The worker of an episode is gone, and with it the environment; the message is the cause."""
 
-    def __init__(self, cause: str, suspect: bool) -> None:
+    def __init__(self, cause: str, suspect: bool, blamed: bool) -> None:
         super().__init__(cause)
         self.suspect = suspect
         """Whether this episode's own call was under way."""
+        self.blamed = blamed
+        """Whether any episode's was."""
 
 
 @dataclass(slots=True, eq=False)
@@ -69,6 +71,7 @@ class EnvironmentWorker:
         self.lost = ""
         """Why it is gone; empty as long as it is not."""
         self._cfg, self._key, self._tools = cfg, key, tools
+        self._blamed = False
         self._process = GuardedProcess("sapo_rl.environments.runner.worker", variables, log)
         self._asked: dict[int, _Asked] = {}
         self._numbers = itertools.count(1)
@@ -120,7 +123,7 @@ class EnvironmentWorker:
 
     def _begin(self, episode: int, does: str, **given: Any) -> asyncio.Future[dict[str, Any]]:
         if self.lost:
-            raise WorkerLost(self.lost, suspect=False)
+            raise WorkerLost(self.lost, suspect=False, blamed=self._blamed)
         self._process.bound_log()
         number, answer = next(self._numbers), asyncio.get_running_loop().create_future()
         self._asked[number] = _Asked(episode, answer, time.monotonic())
@@ -145,9 +148,11 @@ class EnvironmentWorker:
         while True:
             try:
                 line = await reader.readline()
-            except (OSError, ValueError):  # a line that is too long
+            except ValueError:  # a line that is too long
                 self._lose(FOREIGN)
                 return
+            except OSError:  # it ended with a call unread
+                line = b""
             if not line:
                 self._lose(await asyncio.to_thread(self._process.ending))
                 return
@@ -192,10 +197,12 @@ class EnvironmentWorker:
     def _lose(self, cause: str, suspects: list[_Asked] | None = None) -> None:
         """Fail all calls; those that had begun are suspected where it is not known which is at fault."""
         self.lost = cause
+        if suspects is None:
+            suspects = [asked for asked in self._asked.values() if asked.begun is not None]
+        self._blamed = bool(suspects)
         for asked in self._asked.values():
             if not asked.answer.done():
-                suspect = asked in suspects if suspects is not None else asked.begun is not None
-                asked.answer.set_exception(WorkerLost(cause, suspect))
+                asked.answer.set_exception(WorkerLost(cause, asked in suspects, self._blamed))
         self._asked.clear()
 
 

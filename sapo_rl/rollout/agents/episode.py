@@ -29,10 +29,11 @@ class AgentEpisode(Episode):
         step: int,
         number: int,
         sampling: Sampling,
+        urgent: bool,
         server: AgentServer,
         templates: Templates,
     ) -> None:
-        super().__init__(setting, prompt, step, number, sampling)
+        super().__init__(setting, prompt, step, number, sampling, urgent)
         self._server, self._templates = server, templates
 
     async def _play(self, seat: Seat) -> Sample:
