@@ -19,9 +19,32 @@ from tiny import make_workspace
 
 pytestmark = pytest.mark.e2e
 
-PARTS = {"rank": "sapo_rl.run.rank", "engine": "sapo_rl.engines.vllm.child", "worker": "sapo_rl.rewards.runner.worker"}
+PARTS = {
+    "rank": "sapo_rl.run.rank",
+    "engine": "sapo_rl.engines.vllm.child",
+    "worker": "sapo_rl.rewards.runner.worker",
+    "environment": "sapo_rl.environments.runner.worker",
+}
 STEPS = 10
 OPTIONS = (f"trainer.steps={STEPS}", "checkpoint.every=1", "logging.wandb=off", "rollout.max_restarts=9")
+GATE = '''
+import asyncio
+from pathlib import Path
+
+
+class Gate:
+    """Its episodes go on as long as there is a file `open`, and say so where they wait for it."""
+
+    def reset(self, seed):
+        self.seed, self.heard = seed, 0
+
+    async def step(self, reply):
+        while not Path("open").exists():
+            Path("waiting").touch()
+            await asyncio.sleep(0.02)
+        self.heard += 1
+        return f"you said {reply}", (self.seed + len(reply)) % 7 / 7, self.heard == 3
+'''
 EVERY_RECORD_OF_STEPS = ("policy/loss", "eval/accuracy", "mismatch/probe_logp_diff")
 
 
@@ -104,7 +127,8 @@ def left_behind() -> set[Path]:
 def numbers(folder: Path) -> list[dict[str, Any]]:
     """All that was measured, without what tells of restarts."""
     measured = [record for record in timeless(folder) if set(EVERY_RECORD_OF_STEPS) & set(record)]
-    return [{k: v for k, v in record.items() if k != "rollout/engine_restarts"} for record in measured]
+    of_restarts = ("rollout/engine_restarts", "rollout/prefix_hit")
+    return [{k: v for k, v in record.items() if k not in of_restarts} for record in measured]
 
 
 def test_a_run_killed_at_all_its_moments_equals_one_that_nobody_touched(workspace: Path) -> None:
@@ -167,3 +191,39 @@ def test_a_run_killed_at_all_its_moments_equals_one_that_nobody_touched(workspac
     assert numbers(folder) == numbers(whole)
     assert [record["step"] for record in steps_of(folder)] == list(range(1, STEPS + 1))
     assert not left & left_behind()
+
+
+def test_what_is_killed_in_mid_episode_plays_it_anew_and_counts_it_once(tmp_path: Path, tiny_model: Path) -> None:
+    settings = {"name": "my_gate.Gate", "max_turns": 4, "max_tokens": 200, "workers": 1}
+    workspace = make_workspace(
+        tmp_path, tiny_model, environment=settings, reward={"functions": {}}, eval={"every": 3, "prompts": 4}
+    )
+    (workspace / "my_gate.py").write_text(GATE)
+    gate, waiting = workspace / "open", workspace / "waiting"
+
+    def shut() -> None:
+        gate.unlink()
+        waiting.unlink(missing_ok=True)
+
+    gate.touch()
+    whole = new_run(workspace, *OPTIONS)
+    shut()
+    run = Attempt(workspace, "config=tiny.yaml")
+    run.until(waiting.exists)
+    run.send("engine", signal.SIGKILL)
+    gate.touch()
+    folder = run.folder
+    run.until(lambda: made(folder) >= 1)
+    for part, last in (("environment", 3), ("rank", 5)):
+        shut()
+        run.until(waiting.exists)
+        run.send(part, signal.SIGKILL)
+        gate.touch()
+        run.until(lambda last=last: made(folder) >= last)
+    code, out, err = run.end()
+    assert code == 128 + signal.SIGKILL and "was killed by SIGKILL" in err, out + err
+    code, out, err = Attempt(workspace, f"resume={folder.relative_to(workspace)}").end()
+    assert code == 0, out + err
+    assert numbers(folder) == numbers(whole)
+    assert [record["step"] for record in steps_of(folder)] == list(range(1, STEPS + 1))
+    assert all(record["episode/turns/mean"] == 3 and not record["episode/dropped"] for record in steps_of(folder))
