@@ -379,7 +379,8 @@ class Seventh: ...
 def test_samples_without_a_reward_leave_their_groups_and_a_whole_step_is_compared(workspace: Path) -> None:
     fussy = "+reward.functions.fussy={function: my_rewards.fussy, on_error: none}"
     rank = "+reward.functions.rank={function: my_rewards.rank, scope: batch}"
-    folder = new_run(workspace, fussy, rank, "trainer.steps=2", "eval.prompts=8", "logging.wandb=off")
+    off = ("rollout.refill.max_extra=0", "logging.wandb=off")
+    folder = new_run(workspace, fussy, rank, "trainer.steps=2", *off)
     left = 0
     for record in steps_of(folder):
         table = pq.read_table(folder / "completions" / f"step_{record['step']:05d}.parquet").to_pydict()
