@@ -71,6 +71,8 @@ def code(
         judge = _Judge(Limits.of(cpu_seconds, memory_mb), check(sandbox), partial)
     except ValueError as error:
         raise UserError(f"code: {error}") from error
+    if not completions:
+        return []
     nothing = [None] * len(completions)
     programs = [program_of(text_of(completion)) for completion in completions]
     rows = zip(programs, answer, setup or nothing, entry_point or nothing, strict=True)

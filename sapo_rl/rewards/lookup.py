@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -130,6 +132,9 @@ def _check_arguments(where: str, function: RewardFunction, args: dict[str, Any])
     )
     empty: dict[str, list[Any]] = {one.name: [] for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD}
     try:
-        function(**empty, **args)  # no sample: checks the settings' values only
+        found = function(**empty, **args)  # no sample: checks the settings' values only
+        if inspect.iscoroutine(found):
+            with contextlib.suppress(StopIteration):  # it has nothing to wait for
+                found.send(None)
     except UserError as error:
         raise UserError(f"{where}.args: {error}") from error

@@ -26,7 +26,11 @@ Completion: TypeAlias = str | list[dict[str, str]]
 REWARD_FUNCTIONS: Registry[RewardFunction] = Registry("reward function")
 """Built-in reward functions by the name that `reward.functions.<name>.function` takes."""
 
-PACKAGES = {"math_verify": ("math_verify", "math-verify"), "reasoning_gym": ("reasoning_gym", "reasoning-gym")}
+PACKAGES = {
+    "judge": ("openai", "openai"),
+    "math_verify": ("math_verify", "math-verify"),
+    "reasoning_gym": ("reasoning_gym", "reasoning-gym"),
+}
 """Built-ins that need a further package: its module and its name on PyPI."""
 
 

@@ -36,7 +36,7 @@ def check(function: str, **args: Any) -> None:
 def test_built_in_names_resolve() -> None:
     assert resolve("numeric_answer") is numeric_answer
     assert set(REWARD_FUNCTIONS) == {
-        *("code", "exact_match", "format_tags", "length_limit", "math_verify"),
+        *("code", "judge", "exact_match", "format_tags", "length_limit", "math_verify"),
         *("numeric_answer", "numeric_digits", "squad_exact_match", "squad_f1", "reasoning_gym", "regex"),
     }
 
@@ -170,8 +170,13 @@ def test_importing_and_checking_loads_nothing_heavy() -> None:
 import sys
 from sapo_rl.config import Config, RewardFunctionConfig
 from sapo_rl.rewards import REWARD_FUNCTIONS, check_function
+settings = {
+    "judge": {"url": "http://localhost/v1", "model": "m"},
+    "length_limit": {"max_tokens": 3},
+    "regex": {"pattern": "x"},
+}
 for name in REWARD_FUNCTIONS:
-    args = {"pattern": "x"} if name == "regex" else {"max_tokens": 3} if name == "length_limit" else {}
+    args = settings.get(name, {})
     check_function("f", RewardFunctionConfig(function=name, args=args))
 import sapo_rl.data
 heavy = {"torch", "numpy", "transformers", "datasets", "math_verify", "reasoning_gym", "sympy"}

@@ -1,0 +1,234 @@
+"""A model that judges: what it is asked, how its answers are read, and servers that are slow, busy, wrong or gone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rewards.groups import group, rewards
+
+from sapo_rl.config import RewardConfig, RewardFunctionConfig
+from sapo_rl.errors import UserError
+from sapo_rl.rewards import RewardPool, check_function, judge
+
+Answer = Callable[[dict[str, Any], int], "str | int"]
+"""What a server says to a request and its number: a text, or a status."""
+
+
+class Server:
+    """A server with OpenAI's interface, on loopback, whose answers are made up."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.keys: set[str | None] = set()
+        self.under_way = self.most = 0
+        lock, outer = threading.Lock(), self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    outer.asked.append(body)
+                    outer.keys.add(self.headers["Authorization"])
+                    outer.under_way += 1
+                    outer.most = max(outer.most, outer.under_way)
+                    number = len(outer.asked)
+                said = answer(body, number)
+                with lock:
+                    outer.under_way -= 1
+                message = {"role": "assistant", "content": said}
+                choices = [{"index": 0, "finish_reason": "stop", "message": message}]
+                usage = {"prompt_tokens": 20, "completion_tokens": 10, "total_tokens": 30}
+                reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "usage": usage}
+                self.send_response(said if isinstance(said, int) else 200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Retry-After", "0.05")
+                self.end_headers()
+                self.wfile.write(json.dumps(reply | {"choices": choices if said else []}).encode())
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    @contextmanager
+    def running(self) -> Iterator[Server]:
+        thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        thread.start()
+        yield self
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@contextmanager
+def serving(answer: Answer) -> Iterator[Server]:
+    with Server(answer).running() as server:
+        yield server
+
+
+def judged(server: Server, completions: list[Any], **more: Any) -> list[float | None]:
+    more.setdefault("prompts", ["Q?"] * len(completions))
+    return asyncio.run(judge(completions, url=server.url, model="m", **more))
+
+
+def test_the_judge_sees_question_and_reply_and_its_last_number_is_the_reward() -> None:
+    with serving(lambda body, number: "Between 3 and 9.\n8") as server:
+        assert judged(server, ["It is {prompt}."]) == [0.8]
+    (body,) = server.asked
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.0, 512)
+    (message,) = body["messages"]
+    assert message["role"] == "user" and message["content"].startswith(
+        "Question:\nQ?\n\nReply:\nIt is {prompt}.\n\nHow"
+    )
+
+
+def test_columns_a_system_message_and_further_entries_reach_the_server() -> None:
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Q?"}]
+    reply = [{"role": "assistant", "content": "A."}]
+    with serving(lambda body, number: "4") as server:
+        found = judged(
+            server, [reply], prompts=[chat], answer=["B."], template="{prompt}|{completion}|{answer}", system="Judge.",
+            low=1, high=5, extra={"top_k": 1},
+        )  # fmt: skip
+    assert found == [0.75]
+    assert server.asked[0]["top_k"] == 1
+    assert [one["content"] for one in server.asked[0]["messages"]] == ["Judge.", "system: Be brief.\n\nuser: Q?|A.|B."]
+
+
+@pytest.mark.parametrize(
+    ("answer", "settings", "expected"),
+    [
+        ("bad, no: good", {"choices": {"good": 1, "bad": -1}}, 1),
+        ("goodness, bad", {"choices": {"good": 1, "bad": -1}}, -1),
+        ('{"score": 3} or {"why": "{", "score": 7.5}', {"field": "score"}, 0.75),
+        ('So: {"score": "2"}!', {"field": "score", "high": 4}, 0.5),
+    ],
+)
+def test_an_answer_may_be_a_choice_or_json(answer: str, settings: dict[str, Any], expected: float) -> None:
+    with serving(lambda body, number: answer) as server:
+        assert judged(server, ["A."], **settings) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("answer", "settings", "said"),
+    [
+        ("hm", {}, "has no number from 0 to 10: 'hm'"),
+        ("11", {}, "has no number from 0 to 10: '11'"),
+        ("hm", {"choices": {"good": 1}}, "holds none of good: 'hm'"),
+        ('{"points": 3}', {"field": "score"}, "does not end in the JSON that was asked for"),
+        ('{"score": NaN}', {"field": "score"}, "has no number from 0 to 10"),
+        ("[1, 2, 3]", {"together": True}, "does not end in the JSON"),
+        ("", {}, "answered without choices"),
+        ("1", {"template": "{completion} {nothing}"}, "names 'nothing', which is no column"),
+    ],
+)
+def test_what_cannot_be_read_is_no_reward(answer: str, settings: dict[str, Any], said: str) -> None:
+    with serving(lambda body, number: answer) as server, pytest.raises(ValueError, match=said):
+        judged(server, ["A."], **settings)
+
+
+def test_replies_are_compared_by_one_question() -> None:
+    with serving(lambda body, number: "Best first. [10, 0, 5]") as server:
+        assert judged(server, ["a", "b", "c"], together=True) == [1, 0, 0.5]
+    (body,) = server.asked
+    assert "Reply 1:\na\n\nReply 2:\nb\n\nReply 3:\nc" in body["messages"][0]["content"]
+
+
+def test_votes_are_averaged_over_those_that_can_be_read() -> None:
+    with serving(lambda body, number: {1: "4", 2: "?", 3: "8"}[number]) as server:
+        (found,) = judged(server, ["A."], votes=3, at_once=1)
+    assert found == pytest.approx(0.6)
+
+
+def test_a_busy_server_is_asked_again_and_a_broken_one_given_up() -> None:
+    with serving(lambda body, number: {1: 429, 2: 503}.get(number, "10")) as server:
+        assert judged(server, ["A."]) == [1]
+        assert len(server.asked) == 3
+    with serving(lambda body, number: 500) as server, pytest.raises(Exception, match="500"):
+        judged(server, ["A."], retries=1)
+    assert len(server.asked) == 2
+    with pytest.raises(Exception, match="Connection error"):
+        judged(server, ["A."], retries=0)  # it is gone
+
+
+def test_no_more_are_under_way_than_may_be() -> None:
+    def slow(body: dict[str, Any], number: int) -> str:
+        time.sleep(0.05)
+        return "5"
+
+    with serving(slow) as server:
+        assert judged(server, ["A."] * 12, at_once=3) == [0.5] * 12
+    assert server.most == 3
+
+
+def test_requests_and_tokens_are_spread_over_time() -> None:
+    with serving(lambda body, number: "5") as server:
+        for settings in ({"requests_per_minute": 600}, {"tokens_per_minute": 18000, "at_once": 1}):
+            start = time.monotonic()
+            judged(server, ["A."] * 4, **settings)
+            assert time.monotonic() - start >= 0.29  # 3 x 0.1 s, 3 x 30 tokens at 300 a second
+
+
+def test_a_cache_asks_nothing_twice(tmp_path: Path) -> None:
+    cache = str(tmp_path / "judge.sqlite")
+    with serving(lambda body, number: str(number)) as server:
+        first = judged(server, ["a", "b"], cache=cache, at_once=1, votes=2)
+        asked = len(server.asked)
+        assert judged(server, ["b", "a"], cache=cache, votes=2) == [first[1], first[0]]
+        assert len(server.asked) == asked
+        judged(server, ["b"], cache=cache, temperature=0.5)
+        assert len(server.asked) == asked + 1
+
+
+def test_the_key_comes_from_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    with serving(lambda body, number: "5") as server:
+        judged(server, ["A."], key="JUDGE_KEY")
+        assert server.keys == {"Bearer secret"}
+        with pytest.raises(UserError, match=r"no environment variable 'OTHER_KEY'; name it in reward\.env too"):
+            judged(server, ["A."], key="OTHER_KEY")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ({"url": "localhost:8000"}, "url is 'localhost:8000', must begin with http"),
+        ({"low": 3, "high": 3}, "low is 3, must be below high, 3"),
+        ({"choices": {}}, "choices is empty"),
+        ({"choices": {"a": 1}, "field": "b"}, "only one of choices, field and together"),
+        ({"template": "{prompt}"}, r"template does not hold \{completion\}"),
+        ({"template": "{completion}", "together": True}, r"template does not hold \{completions\}"),
+        ({"votes": 0}, "votes, at_once and max_tokens"),
+        ({"requests_per_minute": 0}, "must be above 0"),
+        ({"key": "sk-123"}, "key must be the name of an environment variable"),
+        ({"modle": "m"}, "model"),
+    ],
+)
+def test_settings_are_checked_before_anything_runs(args: dict[str, Any], said: str) -> None:
+    given = {"url": "http://127.0.0.1:1/v1", "model": "m"} | args
+    with pytest.raises(UserError, match=said) as found:
+        check_function("quality", RewardFunctionConfig("judge", args=given))
+    assert "sk-123" not in str(found.value)
+
+
+def test_many_groups_are_judged_at_the_same_time(tmp_path: Path) -> None:
+    def slow(body: dict[str, Any], number: int) -> str:
+        time.sleep(0.2)
+        return "0" if "bad" in body["messages"][0]["content"] else "10"
+
+    groups = [group(index, ["good", "bad", "good", "good"]) for index in range(8)]
+    with serving(slow) as server:
+        args = {"url": server.url, "model": "m"}
+        config = RewardConfig(functions={"quality": RewardFunctionConfig("judge", args=args)})
+        with RewardPool(config, tmp_path / "log") as pool:
+            assert rewards(pool.score(groups).groups, "quality") == [[1, 0, 1, 1]] * 8
+    assert server.most > 8
