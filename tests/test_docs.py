@@ -189,7 +189,7 @@ def test_the_engine_writes_scores_and_takes_weights(module: Any, tiny_model: Pat
     for group in groups:
         for sample in group.samples:
             expected = logps_of(model, [*group.prompt.token_ids, *sample.token_ids])[len(group.prompt.token_ids) - 1 :]
-            assert sample.rollout_logps == pytest.approx(expected, abs=1e-5)
+            assert sample.rows[0].rollout_logps == pytest.approx(expected, abs=1e-5)
             assert 1 <= len(sample.token_ids) <= 4 and sample.versions == (0, 0)
     likeliest = model(torch.tensor([prompts[0].token_ids])).logits[0, -1].argmax()
     assert rollouts.greedy(prompts, 1)[0].samples[0].token_ids == [likeliest]
