@@ -141,6 +141,12 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, (int, float) if hint is float else hint)
 
 
+def import_from_here() -> None:
+    """Make the modules of the current directory importable."""
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
 def find_spec(module: str) -> ModuleSpec | None:
     """Like `importlib.util.find_spec`, which would import the parent packages."""
     path, spec, parts = None, None, module.split(".")
@@ -159,8 +165,7 @@ def _split(kind: str, path: str) -> tuple[str, str]:
     """The module and the name in it; from here on the current directory is importable."""
     if not all(path.split(".")):
         raise UserError(f"{kind} '{path}' is no dotted path; valid: package.module.name")
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    import_from_here()
     module, _, attribute = path.rpartition(".")
     return module, attribute
 

@@ -96,8 +96,8 @@ class EnvironmentConfig:
     """What answers the model, so that an episode has several turns; docs/environments.md."""
 
     name: Optional[str] = None
-    """A built-in (`guess`, `wordle`, `calculator`, `search`, `python`, `endpoint`, `textarena`, `openenv`), or the
-    dotted path of your own class or of a function that makes one; null is one turn."""
+    """A built-in (`guess`, `wordle`, `calculator`, `search`, `python`, `endpoint`, `textarena`, `openenv`,
+    `verifiers`), or the dotted path of your own class or of a function that makes one; null is one turn."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the class."""
     max_turns: int = number(8, least=1)

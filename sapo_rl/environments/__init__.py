@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from sapo_rl.environments.adapters.openenv import OpenEnv
 from sapo_rl.environments.adapters.textarena import TextArena
+from sapo_rl.environments.adapters.verifiers import NAME as VERIFIERS
+from sapo_rl.environments.adapters.verifiers import Verifiers
 from sapo_rl.environments.calculator import Calculator
 from sapo_rl.environments.endpoint import AGENT, Endpoint
 from sapo_rl.environments.guess import Guess
@@ -16,8 +18,11 @@ from sapo_rl.environments.registry import ENVIRONMENTS
 from sapo_rl.environments.search import Search
 from sapo_rl.environments.wordle import Wordle
 
+AGENTS = (AGENT, VERIFIERS)
+"""Environments that ask the model by themselves, and have tools of their own."""
+
 __all__ = [
-    "AGENT",
+    "AGENTS",
     "ENVIRONMENTS",
     "Calculator",
     "Endpoint",
@@ -26,6 +31,7 @@ __all__ = [
     "Python",
     "Search",
     "TextArena",
+    "Verifiers",
     "Wordle",
     "check_environment",
     "check_tool",

@@ -269,7 +269,7 @@ def _check_sources(config: Config) -> None:
 
 
 def _check_environment(config: Config) -> None:
-    from sapo_rl.environments import AGENT, check_environment, check_tool
+    from sapo_rl.environments import AGENTS, check_environment, check_tool
 
     environment = config.environment
     if config.environments:
@@ -287,7 +287,7 @@ def _check_environment(config: Config) -> None:
             check_environment(one, key)
         except UserError as error:
             raise _with_key(error, f"{key}.name") from error
-    if config.tools and all(one.name == AGENT for one in config.played.values()):
+    if config.tools and all(one.name in AGENTS for one in config.played.values()):
         raise ConfigError("tools", "are for the model to call by us; an agent (endpoint) offers it tools of its own")
     for path in config.tools:
         try:
