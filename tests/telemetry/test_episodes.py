@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
+from sapo_rl.config import Config, EnvironmentConfig
+from sapo_rl.telemetry import Timers, steps
 from sapo_rl.telemetry.episodes import EpisodeFacts, episode_metrics, facts_of
 from sapo_rl.telemetry.progress import phases
 from sapo_rl.telemetry.sinks.completions import rows
-from sapo_rl.types import Group, Prompt, Row, Sample, Stop, Turn
+from sapo_rl.telemetry.steps import RankReport
+from sapo_rl.types import Batch, Group, Prompt, RewardStats, Row, Sample, Stop, Turn, Usage
 
 
 def samples(first: str = "", second: str = "") -> list[Sample]:
@@ -64,3 +69,28 @@ def test_several_environments_have_numbers_of_their_own() -> None:
 def test_the_wait_for_an_environment_is_no_phase_of_its_own() -> None:
     record = {"step": 1, "time/step": 5.0, "time/rollout": 3.0, "time/update": 2.0, "time/environment": 1.5}
     assert phases(record) == {"rollout": 3.0, "update": 2.0}
+
+
+def test_what_another_rank_has_dropped_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = Config(environment=EnvironmentConfig("guess"))
+    told: list[str] = []
+    logged: dict[str, float] = {}
+
+    class Recorder:
+        def warn(self, text: str) -> None:
+            told.append(text)
+
+        def log_step(self, step: int, metrics: dict[str, float], groups: Any) -> None:
+            logged.update(metrics)
+
+    def with_another_rank(own: list[RankReport]) -> list[RankReport]:
+        lost = ["environment 'guess' failed on prompt 3: no mood", "environment 'guess' failed on prompt 4: the same"]
+        return [*own, own[0]._replace(dropped=lost)]
+
+    monkeypatch.setattr(steps, "gather_object", with_another_rank)
+    monkeypatch.setattr(Timers, "take", lambda self: {"time/step": 1.0})
+    batch = Batch([Group(Prompt(0, [1], "a", {}), samples())], RewardStats({}, {}, {}), {}, Usage([1.0], 1.0))
+    recorder: Any = Recorder()
+    steps.StepLog(recorder, Timers(None), cfg).log(1, batch, {}, restarts=0, peak=0.0)
+    assert told == ["environment 'guess' failed on prompt 3: no mood (2 episodes of step 1 dropped)"]
+    assert logged["episode/dropped"] == 2 and logged["episode/turns/mean"] == 2
