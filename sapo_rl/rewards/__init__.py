@@ -10,6 +10,7 @@ from sapo_rl.rewards.gym import reasoning_gym
 from sapo_rl.rewards.judge import judge
 from sapo_rl.rewards.lookup import check_function, comparison_warning, resolve
 from sapo_rl.rewards.math import math_verify
+from sapo_rl.rewards.model import reward_model
 from sapo_rl.rewards.registry import REWARD_FUNCTIONS, RewardFunction
 from sapo_rl.rewards.runner.batch import Scoring
 from sapo_rl.rewards.runner.pool import RewardPool
@@ -35,6 +36,7 @@ __all__ = [
     "reasoning_gym",
     "regex",
     "resolve",
+    "reward_model",
     "squad_exact_match",
     "squad_f1",
 ]

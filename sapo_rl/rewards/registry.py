@@ -33,6 +33,9 @@ PACKAGES = {
 }
 """Built-ins that need a further package: its module and its name on PyPI."""
 
+PREPARATIONS: dict[str, Callable[..., None]] = {}
+"""What takes long before the first call of a built-in, by its name: called once in a worker, with the settings."""
+
 
 def is_coroutine(function: RewardFunction) -> bool:
     """Return whether calls of `function` are coroutines, so that many can be under way at once."""

@@ -36,7 +36,7 @@ def check(function: str, **args: Any) -> None:
 def test_built_in_names_resolve() -> None:
     assert resolve("numeric_answer") is numeric_answer
     assert set(REWARD_FUNCTIONS) == {
-        *("code", "judge", "exact_match", "format_tags", "length_limit", "math_verify"),
+        *("code", "judge", "reward_model", "exact_match", "format_tags", "length_limit", "math_verify"),
         *("numeric_answer", "numeric_digits", "squad_exact_match", "squad_f1", "reasoning_gym", "regex"),
     }
 
@@ -174,6 +174,7 @@ settings = {
     "judge": {"url": "http://localhost/v1", "model": "m"},
     "length_limit": {"max_tokens": 3},
     "regex": {"pattern": "x"},
+    "reward_model": {"path": "nowhere"},
 }
 for name in REWARD_FUNCTIONS:
     args = settings.get(name, {})

@@ -24,7 +24,7 @@ from sapo_rl.errors.own_code import LONGEST_FAILURE, shorten
 from sapo_rl.processes.guarded import begin
 from sapo_rl.processes.guardian import LOST
 from sapo_rl.rewards.lookup import check_own_arguments, resolve
-from sapo_rl.rewards.registry import PACKAGES, RewardFunction, is_coroutine
+from sapo_rl.rewards.registry import PACKAGES, PREPARATIONS, RewardFunction, is_coroutine
 from sapo_rl.rewards.runner.coroutines import Coroutines
 from sapo_rl.rewards.runner.scoring import ScoreError, evaluate, needed_columns
 from sapo_rl.rewards.verl import with_lists
@@ -66,13 +66,15 @@ def _serve(connection: Connection, reply: Callable[..., None]) -> None:
 
 
 def _load(name: str, path: str, settings: dict[str, Any], style: str) -> RewardFunction:
-    """Import a function, and the package of a built-in: a sample's time limit must not pay for it."""
+    """Import a function, and what a built-in needs: a sample's time limit must not pay for it."""
     if path in PACKAGES:
         try:
             importlib.import_module(PACKAGES[path][0])
         except ImportError as error:
             raise UserError(f"reward function '{path}' cannot be loaded: {error}") from error
     function = resolve(path)
+    if path in PREPARATIONS:
+        PREPARATIONS[path](**settings)
     if "." in path:
         check_own_arguments(name, function, settings, style)
     return function
