@@ -11,10 +11,11 @@ from typing import Any
 from sapo_rl.environments.registry import ENVIRONMENTS
 from sapo_rl.errors import did_you_mean
 
-SHOWN = 160
+SHOWN = 300
 """Characters of a document that a search shows."""
 K1, B = 1.5, 0.75
 """BM25's usual settings: how soon a repeated word counts no more, and how much long documents are held back."""
+LAST = "That was the last call. Reply with the answer now."
 _WORD = re.compile(r"\w+")
 
 
@@ -24,15 +25,18 @@ class Search:
 
     Args:
         results: how many documents a search shows.
+        calls: how many calls the model has; with the last it is asked to answer. Leave `environment.max_turns` a turn
+            more, else the episode ends without an answer.
     """
 
-    def __init__(self, results: int = 3) -> None:
-        if results < 1:
-            raise ValueError(f"results is {results}, must be at least 1")
-        self.results = results
+    def __init__(self, results: int = 3, calls: int = 4) -> None:
+        if results < 1 or calls < 1:
+            raise ValueError(f"results is {results} and calls is {calls}, must be at least 1")
+        self.results, self.calls = results, calls
 
     def reset(self, documents: list[dict[str, Any]]) -> None:
         """Take the row's documents, each with a `title`, and its `text` or `sentences`."""
+        self._left = self.calls
         self._texts = dict(_document(place, one) for place, one in enumerate(documents))
         self._titles = {title.casefold(): title for title in self._texts}
         self._index = BM25([f"{title} {text}" for title, text in self._texts.items()])
@@ -49,7 +53,8 @@ class Search:
         scores, documents = self._index.scores(query), list(self._texts.items())
         best = sorted(range(len(scores)), key=lambda place: -scores[place])[: self.results]
         found = [documents[place] for place in best if scores[place] > 0]
-        return "\n".join(f"{title}: {text[:SHOWN]}" for title, text in found) or "No document has any of these words."
+        shown = "\n".join(f"{title}: {text[:SHOWN]}" for title, text in found)
+        return self._told(shown or "No document has any of these words.")
 
     def read(self, title: str) -> str:
         """Read a document.
@@ -61,8 +66,13 @@ class Search:
             Its text.
         """
         if (known := self._titles.get(title.strip().casefold())) is None:
-            raise ValueError(f"there is no document '{title}'; {did_you_mean(title, self._texts)}")
-        return self._texts[known]
+            return self._told(f"There is no document '{title[:SHOWN]}'; {did_you_mean(title, self._texts)}")
+        return self._told(self._texts[known])
+
+    def _told(self, text: str) -> str:
+        """What the model is told: nothing but to answer once it has no calls left."""
+        self._left -= 1
+        return text if self._left > 0 else f"{text}\n{LAST}" if self._left == 0 else LAST
 
 
 class BM25:
