@@ -5,7 +5,8 @@ Ragged lists carry their axes in the name: P prompts of a step, G samples of a p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple, TypeAlias
@@ -148,6 +149,16 @@ class RewardStats:
     """Samples for which the function returned None."""
     failures: dict[str, str]
     """The text of the first failure of each function that failed."""
+
+    @staticmethod
+    def together(parts: Iterable[RewardStats]) -> RewardStats:
+        """Return what happened in several parts of a batch."""
+        errors, not_applicable, failures = Counter[str](), Counter[str](), dict[str, str]()
+        for part in parts:
+            errors.update(part.errors)
+            not_applicable.update(part.not_applicable)
+            failures |= {name: text for name, text in part.failures.items() if name not in failures}
+        return RewardStats(dict(errors), dict(not_applicable), failures)
 
 
 class Scores(NamedTuple):

@@ -20,8 +20,7 @@ class RankReport(NamedTuple):
     """One rank's share of a step's metrics, gathered on all ranks before logging."""
 
     groups: list[list[Row]]
-    errors: dict[str, int]
-    """Samples that a reward function could not score, by its name."""
+    scoring: RewardStats
     usage: Usage
     restarts: int
     """Of its engines, so far."""
@@ -64,11 +63,10 @@ class StepLog:
             restarts: of this rank's engines, so far.
             peak: the most GPU memory that this rank's trainer took, in GiB.
         """
-        scoring = batch.scoring
         own_groups = [rows(step, group) for group in batch.groups]
         facts = [facts_of(one) for group in batch.groups for one in group.samples] if self._episodes else []
         everyone: list[RankReport] = gather_object(
-            [RankReport(own_groups, scoring.errors, batch.usage, restarts, peak, facts, batch.dropped, batch.written)]
+            [RankReport(own_groups, batch.scoring, batch.usage, restarts, peak, facts, batch.dropped, batch.written)]
         )
         groups = [group for rank in everyone for group in rank.groups]
         metrics = sample_metrics(groups)
@@ -76,6 +74,7 @@ class StepLog:
             episodes = [one for rank in everyone for one in rank.episodes]
             samples = [row for group in groups for row in group]
             metrics |= episode_metrics(samples, episodes, sum(len(rank.dropped) for rank in everyone))
+        scoring = RewardStats.together(rank.scoring for rank in everyone)
         self._warn(step, scoring, [text for rank in everyone for text in rank.dropped], metrics)
         phases = self._timers.take()
         tokens = sum(row["tokens"] for group in groups for row in group)
@@ -85,7 +84,7 @@ class StepLog:
             "perf/peak_memory_gib": max(rank.peak for rank in everyone),
             "rollout/engine_restarts": float(sum(rank.restarts for rank in everyone)),
             "rollout/staleness": step - 1.0 - min(row["weight_version"] for group in groups for row in group),
-        } | {f"rewards/{name}/errors": float(sum(rank.errors[name] for rank in everyone)) for name in scoring.errors}
+        } | {f"rewards/{name}/errors": float(count) for name, count in scoring.errors.items()}
         if not self._in_flight:
             own["rollout/idle_fraction"] = idle_fraction([rank.usage for rank in everyone])
         if self._refill:

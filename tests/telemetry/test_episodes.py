@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sapo_rl.config import Config, EnvironmentConfig
+from sapo_rl.config import Config, EnvironmentConfig, RewardFunctionConfig
 from sapo_rl.telemetry import Timers, steps
 from sapo_rl.telemetry.episodes import EpisodeFacts, episode_metrics, facts_of
 from sapo_rl.telemetry.progress import phases
@@ -71,8 +71,9 @@ def test_the_wait_for_an_environment_is_no_phase_of_its_own() -> None:
     assert phases(record) == {"rollout": 3.0, "update": 2.0}
 
 
-def test_what_another_rank_has_dropped_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_another_rank_has_dropped_and_could_not_score_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = Config(environment=EnvironmentConfig("guess"))
+    cfg.reward.functions["judge"] = RewardFunctionConfig("my.judge", on_error="none")
     told: list[str] = []
     logged: dict[str, float] = {}
 
@@ -85,12 +86,20 @@ def test_what_another_rank_has_dropped_is_told(monkeypatch: pytest.MonkeyPatch) 
 
     def with_another_rank(own: list[RankReport]) -> list[RankReport]:
         lost = ["environment 'guess' failed on prompt 3: no mood", "environment 'guess' failed on prompt 4: the same"]
-        return [*own, own[0]._replace(dropped=lost)]
+        failed = RewardStats({"judge": 3}, {"judge": 0}, {"judge": "reward function 'judge' failed"})
+        return [*own, own[0]._replace(dropped=lost, scoring=failed)]
 
     monkeypatch.setattr(steps, "gather_object", with_another_rank)
     monkeypatch.setattr(Timers, "take", lambda self: {"time/step": 1.0})
-    batch = Batch([Group(Prompt(0, [1], "a", {}), samples())], RewardStats({}, {}, {}), {}, Usage([1.0], 1.0))
+    batch = Batch(
+        [Group(Prompt(0, [1], "a", {}), samples())], RewardStats({"judge": 1}, {"judge": 0}, {}), {}, Usage([1.0], 1.0)
+    )
     recorder: Any = Recorder()
     steps.StepLog(recorder, Timers(None), cfg).log(1, batch, {}, restarts=0, peak=0.0)
-    assert told == ["environment 'guess' failed on prompt 3: no mood (2 episodes of step 1 dropped)"]
+    assert told == [
+        "environment 'guess' failed on prompt 3: no mood (2 episodes of step 1 dropped)",
+        "reward function 'judge' failed (reward judge: 4 samples left their groups)",
+        "reward judge applied to no completion of step 1: it returned None for all",
+    ]
+    assert logged["rewards/judge/errors"] == 4
     assert logged["episode/dropped"] == 2 and logged["episode/turns/mean"] == 2

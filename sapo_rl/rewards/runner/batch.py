@@ -70,19 +70,12 @@ class Scoring:
         future = self._submit_batch([group for one in found for group in one.groups])
         self._open.append((groups, future))
         scored = future.result()
-        stats = self._together([*(one.stats for one in found), scored.stats])
+        nothing = dict.fromkeys(self._names, 0)  # where there is no group
+        parts = [RewardStats(nothing, nothing, {}), *(one.stats for one in found), scored.stats]
+        stats = RewardStats.together(parts)
         if stats.failures and not any(group.samples for group in scored.groups):
             raise UserError(f"no sample is left: {next(iter(stats.failures.values()))}")
         return Scores(scored.groups, stats)
-
-    def _together(self, parts: Sequence[RewardStats]) -> RewardStats:
-        stats = RewardStats(dict.fromkeys(self._names, 0), dict.fromkeys(self._names, 0), {})
-        for part in parts:
-            for name, count in part.errors.items():
-                stats.errors[name] += count
-                stats.not_applicable[name] += part.not_applicable[name]
-            stats.failures.update({name: text for name, text in part.failures.items() if name not in stats.failures})
-        return stats
 
     def _note(self, future: Future[Scores]) -> None:
         if not future.cancelled():
