@@ -14,6 +14,7 @@ import pytest
 BENCH = Path(__file__).resolve().parents[1] / "scripts/bench"
 sys.path.insert(0, str(BENCH))
 
+import recipe  # noqa: E402
 import report  # noqa: E402
 import scaling  # noqa: E402
 import study  # noqa: E402
@@ -128,6 +129,20 @@ def test_random_model_ends_geometrically_and_knows_no_foreign_token(tiny_model: 
     assert ends.mean().item() == pytest.approx(1 / 16, rel=0.05)
     assert ends.std().item() < 0.1 / 16
     assert probabilities[..., len(tokenizer) :].max().item() < 1e-6
+
+
+def test_a_recipes_table_has_a_row_for_each_evaluation_and_the_curve_every_step() -> None:
+    steps = [
+        {"step": step, "time": 10.0 * step, "reward/mean": step / 4, "tools/call_frequency": 2.0} for step in (1, 2)
+    ]
+    evaluations = [{"step": step, "time": 10.5 * step, "eval/accuracy": step / 3} for step in (0, 2)]
+    records: list[dict[str, Any]] = [evaluations[0], *steps, evaluations[1], {"step": 2, "time": 22.0, "warning": "no"}]
+    told = recipe.table(records, ["tools/call_frequency", "none"], "A note.")
+    assert told["columns"] == ["step", "seconds", "eval/accuracy", "tools/call_frequency", "none"]
+    assert told["rows"] == [["0", "0", "0.000", "2.00", ""], ["2", "21", "0.667", "2.00", ""]]
+    several = [one | {"eval/rewards/f1": 0.5, "eval/rewards/exact": 0.25} for one in evaluations]
+    assert recipe.table(several, [], "")["rows"][1] == ["2", "21", "0.250", "0.500"]
+    assert recipe.curve(records, ["tools/call_frequency"]) == steps
 
 
 def test_report_fills_a_page_and_says_what_is_missing(tmp_path: Path) -> None:

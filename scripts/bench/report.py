@@ -1,4 +1,4 @@
-"""Writes a bench's result as JSON with a table, and the tables of docs/bench/*.json into docs/performance.md.
+"""Writes a bench's result as JSON with a table, and the tables of docs/bench/*.json into the docs.
 
 `python scripts/bench/report.py` fills in what stands between `<!-- bench: NAME -->` and `<!-- end -->`; `NAME#kernels`
 is where the time of the trainer's update goes, `NAME#heads` its table of heads.
@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs/bench"
-PAGE = ROOT / "docs/performance.md"
+PAGES = (ROOT / "docs/performance.md", ROOT / "docs/environments.md")
 KINDS = {
     "matrix products": r"nvjet|gemm",
     "attention": "flash",
@@ -112,9 +112,10 @@ def fill(page: str, results: Path) -> str:
 
 
 def main() -> None:
-    """Fill in the page."""
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
-    print(f"{PAGE.relative_to(ROOT)} has the tables of {RESULTS.relative_to(ROOT)}", file=sys.stderr)
+    """Fill in the pages."""
+    for page in PAGES:
+        page.write_text(fill(page.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
+        print(f"{page.relative_to(ROOT)} has the tables of {RESULTS.relative_to(ROOT)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,72 @@
+"""What a recipe's run has learnt, and how fast: a run folder as JSON with a table, for the docs.
+
+    python scripts/bench/recipe.py runs/calculator/... --columns tools/call_frequency --out docs/bench/calculator.json
+
+A row of the table is an evaluation, with the training step before it: when (seconds of the run, vLLM's start and the
+model's compilation included), what the held-out rows got, and the chosen metrics of that step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import report
+from workloads import ROOT
+
+sys.path.insert(0, str(ROOT))
+from sapo_rl.telemetry.metrics import Record, read_metrics
+
+CURVE = ("step", "time", "reward/mean", "completions/mean_length", "time/step")
+"""Kept of every step, beside the chosen columns."""
+
+
+def curve(records: list[Record], columns: list[str]) -> list[Record]:
+    """Return what is kept of each training step."""
+    names = [*CURVE, *columns]
+    return [{name: one[name] for name in names if name in one} for one in records if "reward/mean" in one]
+
+
+def table(records: list[Record], columns: list[str], note: str) -> dict[str, Any]:
+    """Return the evaluations as a table of texts."""
+    evaluations = [one for one in records if "eval/accuracy" in one]
+    scores = sorted({name for one in evaluations for name in one if name.startswith("eval/rewards/")})
+    scores = scores if len(scores) > 1 else ["eval/accuracy"]
+    steps = {one["step"]: one for one in records if "reward/mean" in one}
+    rows = []
+    for one in evaluations:
+        step = steps.get(max(1, one["step"]), {})
+        own = ["" if step.get(name) is None else f"{step[name]:.2f}" for name in columns]
+        rows.append([str(one["step"]), f"{one['time']:.0f}", *(f"{one[name]:.3f}" for name in scores), *own])
+    return {"columns": ["step", "seconds", *scores, *columns], "rows": rows, "note": note}
+
+
+def main() -> None:
+    """Read the run and write its JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--columns", nargs="*", default=[], metavar="METRIC", help="shown beside the evaluations")
+    parser.add_argument("--note", default="")
+    parser.add_argument("--commit", help="where the run folder does not know it")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    about = json.loads((args.run / "environment.json").read_text(encoding="utf-8"))
+    git = about["git"]["sapo_rl"] or {}
+    facts = {
+        "date": about["date"][:10],
+        "device": about["device"]["device"],
+        "commit": args.commit or git.get("revision", "unknown")[:7],
+        "versions": {name: about["packages"][name] for name in report.PACKAGES if name in about["packages"]},
+        "command": ["sapo-train", *about["command"][1:]],
+    }
+    records = read_metrics(args.run / "metrics.jsonl")
+    found = {**facts, "curve": curve(records, args.columns), "table": table(records, args.columns, args.note)}
+    report.write(args.out, found)
+    print(report.markdown(found["table"]))
+
+
+if __name__ == "__main__":
+    main()
