@@ -57,7 +57,7 @@ class Kind:
         self.steps = self.rewards = self.takes_seed = False
         """Whether it answers each reply itself, whether it rewards, and whether `reset` takes a `seed`."""
         self.needs: list[str] = []
-        """Columns without which `reset` cannot be called."""
+        """Columns without which an episode cannot begin."""
         if make is not None:
             self._look_at(make(**args))
 
@@ -77,7 +77,7 @@ class Kind:
 
     def _look_at(self, target: Any) -> None:
         if isinstance(target, Endpoint):
-            self.runs, self.rewards, self.tools = True, True, {}  # it brings tools of its own
+            self.runs, self.rewards, self.needs, self.tools = True, True, list(target.needs), {}  # tools are its own
             return
         if not callable(getattr(target, "reset", None)):
             raise UserError(f"environment '{self.name}' has no method reset")

@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 from sapo_rl import plugins
 from sapo_rl.environments.registry import ENVIRONMENTS
@@ -37,6 +37,9 @@ class Endpoint:
         ...     said = await client.chat.completions.create(model="policy", messages=row["prompt"])
         ...     return float(row["answer"] in said.choices[0].message.content)
     """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Columns without which it cannot play."""
 
     def __init__(self, run: str) -> None:
         self.run: Callable[..., Any] = plugins.find(KIND, run)

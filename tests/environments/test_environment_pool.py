@@ -140,7 +140,7 @@ def test_an_environment_without_any_reward_is_refused(here: Path) -> None:
 def test_columns_that_reset_cannot_do_without_are_refused(here: Path) -> None:
     async def work(pool: EnvironmentPool) -> None:
         pool.check_columns(["word", "answer"], "the data")
-        with pytest.raises(UserError, match=r"'my_games\.Shelf' needs 'word' in reset, which is no column of the data"):
+        with pytest.raises(UserError, match=r"'my_games\.Shelf' needs 'word', which is no column of the data"):
             pool.check_columns(["answer"], "the data")
 
     run(config("my_games.Shelf"), work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from scripted import config, one, play, prompt, trained
 
 from sapo_rl.environments.adapters.verifiers import Verifiers, tasks
+from sapo_rl.environments.runner.pool import EnvironmentPool
 from sapo_rl.errors import UserError
 from sapo_rl.types import Stop
 
@@ -93,8 +95,20 @@ def test_what_is_no_taskset_and_a_row_without_a_task_are_told() -> None:
         Verifiers("my_sumz")
     with pytest.raises(UserError, match=r"taskset 'my_sums': ValidationError: .*\n.*"):
         Verifiers("my_sums", settings={"second": 2})
-    with pytest.raises(UserError, match=r"'verifiers' failed on prompt 0: run: KeyError: .*the row has no task_index"):
-        one(config("verifiers", args={"taskset": "my_sums"}), add)
+    cfg = config("verifiers", args={"taskset": "my_sums"})
+    with pytest.raises(UserError, match=r"failed on prompt 0: run: TypeError: the row's task_index is None, must be"):
+        one(cfg, add, task_index=None)
+
+    async def check() -> None:
+        pool = EnvironmentPool(cfg)
+        try:
+            await pool.open()
+            pool.check_columns(["answer"], "the data")
+        finally:
+            await pool.close()
+
+    with pytest.raises(UserError, match=r"'verifiers' needs 'task_index', which is no column of the data"):
+        asyncio.run(check())
 
 
 def test_without_the_package_the_line_that_installs_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

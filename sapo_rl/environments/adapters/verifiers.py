@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from sapo_rl import plugins
 from sapo_rl.environments.adapters import package
@@ -35,6 +35,8 @@ class Verifiers(Endpoint):
         UserError: no package verifiers, or no such taskset.
     """
 
+    needs: ClassVar[tuple[str, ...]] = (INDEX,)
+
     def __init__(
         self,
         taskset: str,
@@ -48,8 +50,8 @@ class Verifiers(Endpoint):
 
     async def play(self, row: dict[str, Any], url: str, key: str) -> float:
         """Return the reward of the row's task."""
-        if not isinstance(row.get(INDEX), int):
-            raise KeyError(f"the row has no {INDEX}; data.source={__name__}.tasks makes rows of a taskset")
+        if not isinstance(row[INDEX], int):
+            raise TypeError(f"the row's {INDEX} is {row[INDEX]!r}, must be the number of a task")
         with _in_environment(key) as variable:
             return await self._run(self._tasks.at(row[INDEX]), url, variable)
 

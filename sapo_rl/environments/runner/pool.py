@@ -91,12 +91,11 @@ class EnvironmentPool:
             raise UserError(f"{self.named} gives no reward; name one, e.g. with reward=numeric")
 
     def check_columns(self, columns: Collection[str], source: str) -> None:
-        """Refuse columns with which `reset` cannot be called. Raises UserError; `source` says whose they are."""
+        """Refuse columns with which no episode can begin. Raises UserError; `source` says whose they are."""
         for column in self._needs:
             if column not in columns:
                 raise UserError(
-                    f"{self.named} needs '{column}' in reset, which is no column of {source}; "
-                    f"{did_you_mean(column, columns)}"
+                    f"{self.named} needs '{column}', which is no column of {source}; {did_you_mean(column, columns)}"
                 )
 
     async def seat(self) -> Seat:
