@@ -177,6 +177,19 @@ def test_tiny_comparison_measures_our_half(tiny_model: Path, tmp_path: Path) -> 
     assert "| sapo-train, 2 cycles |" in done.stdout
 
 
+@pytest.mark.e2e
+def test_episodes_are_measured_beside_one_turn(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    command = [sys.executable, str(BENCH / "episodes.py"), "--workload", "tiny", "--model", str(tiny_model)]
+    sizes = ["--set", "8:eager:1", "--replies", "4", "--workers", "1", "--out", str(out)]
+    done = subprocess.run([*command, *sizes], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, several = json.loads(out.read_text())["measurements"]
+    assert 16 <= one["tokens"] <= 16 * 16 and "turns" not in one
+    assert several["turns"] == 4 and 16 * 4 <= several["tokens"] <= 16 * 4 * 4
+    assert several["forks"] == 0 and 0 < several["prefix_hit"] < 1
+
+
 def test_kernels_are_summed_by_kind_and_the_rest_is_named() -> None:
     kernels = [("nvjet_sm90_tst", 0.4), ("pytorch_flash::flash_fwd", 0.2), ("nvjet_sm90_tss", 0.1), ("unheard_of", 0.1)]
     one = {"size": "1b", "kernels": [{"kernel": name, "share": share} for name, share in kernels]}

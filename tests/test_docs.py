@@ -95,6 +95,7 @@ def test_python_on_other_pages_runs(page: str) -> None:
     "name",
     [
         *("sapo_rl.losses.base", "sapo_rl.losses.build", "sapo_rl.losses.sapo"),
+        *("sapo_rl.environments.search", "sapo_rl.rewards.short_answers"),
         *("sapo_rl.policy.packing", "sapo_rl.rollout.share", "sapo_rl.telemetry.progress"),
     ],
 )

@@ -82,7 +82,7 @@ class BM25:
 
     Example:
         >>> [round(score, 3) for score in BM25(["a red fox", "a dog"]).scores("red dog")]
-        [0.633, 0.764]
+        [0.636, 0.762]
     """
 
     def __init__(self, documents: Sequence[str]) -> None:

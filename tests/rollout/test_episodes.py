@@ -17,6 +17,7 @@ from scripted import ASSISTANT, TOKENIZER, call_of, config, one, play, play_high
 from sapo_rl.config import Config, EnvironmentConfig
 from sapo_rl.engines.base import Request, Sampling
 from sapo_rl.errors import UserError
+from sapo_rl.rewards import squad_f1
 from sapo_rl.rewards.runner.scoring import call_arguments
 from sapo_rl.rewards.runner.sheet import Place
 from sapo_rl.rollout.collector import Rollouts
@@ -110,6 +111,25 @@ def test_a_tool_that_ends_the_episode_and_tools_without_an_environment(here: Pat
     )
     assert sample.rewards == {} and sample.stop is Stop.STOP
     assert sample.messages is not None and sample.messages[1]["content"] == "8"
+
+
+@pytest.mark.parametrize(("turns", "stop", "earned"), [(3, Stop.STOP, 2 / 3), (2, Stop.TURNS, 0.0)])
+def test_a_question_is_searched_read_and_answered_and_what_a_tool_said_last_earns_nothing(
+    here: Path, turns: int, stop: Stop, earned: float
+) -> None:
+    def script(said: str) -> str:
+        replies = [call_of("search", query="river of Ulm"), call_of("read", title="Ulm"), "the Danube river"]
+        return replies[said.count(ASSISTANT) - 1]
+
+    documents = [
+        {"title": "Ulm", "sentences": ["It lies on the", " Danube."]},
+        {"title": "Bonn", "text": "On the Rhine."},
+    ]
+    sample = one(config("search", max_turns=turns), script, documents=documents)
+    assert sample.stop is stop and sample.messages is not None
+    told = [message["content"] for message in sample.messages if message["role"] == "tool"]
+    assert told == ["Ulm: It lies on the Danube.", "It lies on the Danube."]
+    assert squad_f1([sample.messages], ["Danube"]) == [pytest.approx(earned)]
 
 
 def test_each_prompt_is_played_in_the_environment_that_its_row_names(here: Path) -> None:
