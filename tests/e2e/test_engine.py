@@ -182,6 +182,13 @@ def test_seeded_samples_differ_and_repeat_in_any_company(engines: tuple[LocalEng
     assert tokens(generate(second, requests(), RANDOM)) == expected
 
 
+def test_seeded_samples_of_more_prompts_than_fit_one_step_are_those_of_each_alone(engine: LocalEngine) -> None:
+    """On the CPU vLLM reads 4,096 tokens in a step, and no generator there can be rewound after half a prompt."""
+    many = [Request([2, 30 + number, *list(range(30, 98)) * 3], 2, 10 * number) for number in range(24)]
+    found = tokens(generate(engine, many, RANDOM))
+    assert found == [one for request in many for one in tokens(generate(engine, [request], RANDOM))]
+
+
 def test_requests_join_while_others_are_under_way(engine: LocalEngine) -> None:
     expected = generate(engine, requests(), RANDOM)
     dispatcher = Dispatcher([engine], window=8, lost_timeout=60.0)  # two groups of four

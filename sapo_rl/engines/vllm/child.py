@@ -58,7 +58,9 @@ def llm_arguments(settings: EngineSettings) -> dict[str, Any]:
     }
     if settings.device == "cpu":
         memory = int(settings.cpu_kv_cache_gb * 2**30)
-        return arguments | {"enforce_eager": True, "kv_cache_memory_bytes": memory}
+        # Of a prompt read in two parts vLLM would rewind the seeded generator, which none on the CPU can do.
+        whole = {"enable_chunked_prefill": False}
+        return arguments | whole | {"enforce_eager": True, "kv_cache_memory_bytes": memory}
     if settings.kv_cache_bytes is not None:
         arguments["kv_cache_memory_bytes"] = settings.kv_cache_bytes
     return arguments | {
