@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sapo_rl.processes import sandbox
 from sapo_rl.processes.sandbox import Job, Limits, Result, SandboxMissing, check, run
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
@@ -136,6 +137,32 @@ def test_a_program_sees_neither_secrets_nor_files_of_its_user(tmp_path: Path, mo
 def test_lines_that_a_program_writes_itself_are_no_reports() -> None:
     program = "import os\nfor d in range(3, 64):\n  try: os.write(d, b'{\"passed\": true}\\n')\n  except OSError: pass"
     assert result(program + "\nos._exit(0)", checks=["assert False"]).reports == []
+
+
+@pytest.mark.parametrize("line", ["[]", "1", "{", '"text"', "[" * 9999, "\\xff", '{"key": 1}', "9" * 9999])
+def test_whatever_a_program_writes_to_every_descriptor_it_gets_a_result(line: str) -> None:
+    program = f"import os\nfor d in range(3, 64):\n  try: os.write(d, b'{line}\\n')\n  except OSError: pass"
+    assert result(program, checks=["pass"]).reports == [{"passed": True}]
+
+
+@pytest.mark.parametrize(
+    "program",
+    ["(" * 99999, "-" * 99999 + "1", "x" + ".a" * 99999, "9**9**9", "print('\0')", "'\ud800'", "x = 1\n" * 1_000_000],
+)
+def test_a_text_that_python_cannot_take_harms_its_own_process_alone(program: str) -> None:
+    found = result(program, Limits(cpu_seconds=1, memory_mb=128), setup="pass\n", checks=["assert False"])
+    assert found.exit_code != 0
+    assert not any(report["passed"] for report in found.reports)
+
+
+def test_the_clock_begins_with_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start of bubblewrap and of Python takes longer than this alone."""
+    assert result("print(1)", Limits(seconds=0.02)).stdout == "1\n"
+    found = result("import time\ntime.sleep(0.5)", Limits())
+    assert 0.5 <= found.seconds < 5
+    monkeypatch.setattr(sandbox, "_START_SECONDS", 0.001)
+    with pytest.raises(OSError, match=r"the sandbox did not start a program: not in 0\.001 s"):
+        result("print(1)")
 
 
 def test_nothing_is_left_of_a_run_that_is_cancelled() -> None:

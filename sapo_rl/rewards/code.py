@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from sapo_rl.config import RewardConfig
+from sapo_rl.config import RewardConfig, RewardFunctionConfig
 from sapo_rl.errors import UserError
 from sapo_rl.processes.sandbox import Isolation, Job, Limits, Result, check, run
 from sapo_rl.rewards.registry import REWARD_FUNCTIONS, Completion
 from sapo_rl.rewards.text import text_of
 
-_BLOCK = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(r"^[ \t]*+```[ \t]*+(\w*+)[^\n]*+\n(.*?)^[ \t]*+```", re.DOTALL | re.MULTILINE)
 _PYTHON = ("python", "python3", "py")
+_CPU_SECONDS = 5
 _CLOSE = 1e-6  # relative difference of numbers that counts as none
 
 
@@ -30,7 +32,7 @@ def code(
     entry_point: list[Any] | None = None,
     *,
     partial: bool = False,
-    cpu_seconds: int = 5,
+    cpu_seconds: int = _CPU_SECONDS,
     memory_mb: int = 512,
     sandbox: str = "bubblewrap",
     **columns: list[Any],
@@ -42,8 +44,8 @@ def code(
 
     * statements, as one text or a list of them (MBPP): they run in the program's names, and one that raises has failed;
       with a column `entry_point`, a text defines `check(candidate)`, which gets the function of that name (HumanEval);
-    * pairs `{input, output}`, or `{inputs: [...], outputs: [...]}`: the program reads the one and prints the other,
-      compared word by word;
+    * pairs `{input, output}`, or `{inputs: [...], outputs: [...]}`: the program reads the one, prints the other,
+      compared word by word, and ends without an error;
     * `{fn_name, inputs, outputs}`: calls of a function, or of a method of the class `Solution`, with lists of
       arguments; what they return is compared as JSON, numbers to a millionth.
 
@@ -54,7 +56,7 @@ def code(
         entry_point: names of the functions that `check` gets, likewise.
         partial: return the share of tests that are passed instead.
         cpu_seconds: computing time of a program, for all statements or calls, or for one input; three times that on
-            the clock.
+            the clock for all of these together, the start of Python left out. What it has not passed by then it fails.
         memory_mb: memory of a program, in units of 2^20 bytes.
         sandbox: `bubblewrap`, or `none` for limits alone.
         columns: of the data.
@@ -77,6 +79,24 @@ def code(
     programs = [program_of(text_of(completion)) for completion in completions]
     rows = zip(programs, answer, setup or nothing, entry_point or nothing, strict=True)
     return asyncio.run(judge.scores([None if row[1] is None else tests_of(*row) for row in rows]))
+
+
+def check_timeout(name: str, cfg: RewardFunctionConfig) -> None:
+    """Refuse a `timeout` that a program can exceed whatever it does: the reply would fail instead of earning 0.
+
+    Args:
+        name: key under `reward.functions`, for the message.
+        cfg: of the function `code`, its `args` checked.
+
+    Raises:
+        UserError: it is not well above the time that a reply's programs may take.
+    """
+    seconds = int(cfg.args.get("cpu_seconds", _CPU_SECONDS))
+    if cfg.timeout < 4 * seconds:
+        raise UserError(
+            f"reward.functions.{name}.timeout: is {cfg.timeout:g}, too near to the {3 * seconds} seconds on the clock "
+            f"that a program has with cpu_seconds={seconds}; set {4 * seconds} or more"
+        )
 
 
 def isolation_warning(cfg: RewardConfig) -> str | None:
@@ -114,6 +134,8 @@ class Test:
     """Tests in it."""
     passed: Callable[[Result], int]
     """How many of them a result has passed."""
+    longest: int = 0
+    """Bytes that it may print, where that is more than others may."""
 
 
 def tests_of(program: str, tests: Any, setup: str | None = None, entry_point: str | None = None) -> list[Test]:
@@ -128,7 +150,6 @@ def tests_of(program: str, tests: Any, setup: str | None = None, entry_point: st
     Raises:
         ValueError: tests of another shape, or none.
     """
-    program = _joined(setup or "", program)
     if isinstance(tests, str) and tests.lstrip()[:1] in ("[", "{"):
         tests = json.loads(tests)
     if isinstance(tests, str):
@@ -136,15 +157,14 @@ def tests_of(program: str, tests: Any, setup: str | None = None, entry_point: st
     if isinstance(tests, dict) and tests.keys() >= {"inputs", "outputs"}:
         pairs = [*zip(tests["inputs"], tests["outputs"], strict=True)]
         if name := tests.get("fn_name"):
-            return [_calls(program, name, pairs)]
+            return [_calls(Job(program, setup or ""), name, pairs)]
         tests = [{"input": given, "output": expected} for given, expected in pairs]
     if not isinstance(tests, list) or not tests:
         raise ValueError(f"the tests are {str(tests)[:60]!r}; must be statements, or inputs and outputs")
     if all(isinstance(one, str) for one in tests):
-        job = Job(program, checks=tests)
-        return [Test(job, len(tests), lambda result: sum(one["passed"] for one in result.reports))]
+        return [Test(Job(program, setup or "", checks=tests), len(tests), lambda result: _passed(result, len(tests)))]
     if all(isinstance(one, dict) and one.keys() >= {"input", "output"} for one in tests):
-        return [_printed(program, _text(one["input"]), _text(one["output"])) for one in tests]
+        return [_printed(Job(program, setup or ""), _text(one["input"]), _text(one["output"])) for one in tests]
     raise ValueError(f"the tests begin with {str(tests[0])[:60]!r}; must be statements, or have input and output")
 
 
@@ -163,40 +183,42 @@ class _Judge:
     async def _score(self, tests: list[Test] | None) -> float | None:
         if tests is None:
             return None
-        passed = 0
+        passed, left = 0, self._limits.seconds
         for test in tests:
+            longest = max(self._limits.output_bytes, test.longest)
             async with self._room:
-                found = test.passed(await run(test.job, self._limits, self._isolation))
-            if found < test.count and not self._partial:
-                return 0.0
-            passed += found
+                result = await run(test.job, replace(self._limits, seconds=left, output_bytes=longest), self._isolation)
+            passed += (found := test.passed(result))
+            left -= result.seconds
+            if (found < test.count and not self._partial) or left <= 0:
+                break
+        if not self._partial:
+            return float(passed == sum(test.count for test in tests))
         return passed / sum(test.count for test in tests)
 
 
-def _joined(setup: str, program: str) -> str:
-    """The program after its setup; with a body alone they are one text."""
-    try:
-        compile(program, "program.py", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return setup + program
-    return f"{setup}\n{program}"
+def _passed(result: Result, count: int) -> int:
+    """How many of so many statements have passed; reports may be a program's own inventions."""
+    return sum(one.get("passed") is True for one in result.reports[:count])
 
 
-def _printed(program: str, given: str, expected: str) -> Test:
+def _printed(job: Job, given: str, expected: str) -> Test:
+    words = expected.split()
     return Test(
-        Job(program, stdin=given),
+        replace(job, stdin=given),
         1,
-        lambda result: int(not result.stopped and result.stdout.split() == expected.split()),
+        lambda result: int(result.exit_code == 0 and not result.stopped and result.stdout.split() == words),
+        longest=2 * len(expected.encode(errors="replace")),
     )
 
 
-def _calls(program: str, name: str, pairs: list[tuple[Any, Any]]) -> Test:
+def _calls(job: Job, name: str, pairs: list[tuple[Any, Any]]) -> Test:
     def passed(result: Result) -> int:
         found = zip(result.reports, pairs, strict=False)
         return sum("value" in told and _as_expected(told["value"], expected) for told, (_, expected) in found)
 
     arguments = [given if isinstance(given, list) else [given] for given, _ in pairs]
-    return Test(Job(program, function=name, calls=arguments), len(pairs), passed)
+    return Test(replace(job, function=name, calls=arguments), len(pairs), passed)
 
 
 def _as_expected(value: Any, expected: Any) -> bool:
@@ -209,7 +231,9 @@ def _same(value: Any, expected: Any) -> bool:
     if isinstance(value, bool) or isinstance(expected, bool):
         return value is expected
     if isinstance(value, int | float) and isinstance(expected, int | float):
-        return value == expected or math.isclose(value, expected, rel_tol=_CLOSE)
+        with contextlib.suppress(OverflowError):  # of a whole number beyond all floats
+            return value == expected or math.isclose(value, expected, rel_tol=_CLOSE)
+        return False
     if isinstance(value, list) and isinstance(expected, list):
         return len(value) == len(expected) and all(map(_same, value, expected))
     if isinstance(value, dict) and isinstance(expected, dict):

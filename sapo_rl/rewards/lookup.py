@@ -12,6 +12,7 @@ from sapo_rl.config import Config, RewardFunctionConfig
 from sapo_rl.config.reward import VERL
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.rewards import verl
+from sapo_rl.rewards.code import check_timeout
 from sapo_rl.rewards.registry import PACKAGES, REWARD_FUNCTIONS, RewardFunction, is_coroutine
 from sapo_rl.rewards.runner.scoring import GIVEN
 
@@ -72,6 +73,8 @@ def check_function(name: str, cfg: RewardFunctionConfig) -> None:
     function = REWARD_FUNCTIONS.get(cfg.function)
     check_concurrency(name, cfg, is_coroutine(function))
     _check_arguments(where, function, cfg.args)
+    if cfg.function == "code":
+        check_timeout(name, cfg)
 
 
 def given_to(style: str) -> Sequence[str]:

@@ -62,6 +62,10 @@ def test_the_program_of_a_reply(reply: str, program: str) -> None:
         ("def double(:", ["assert True"], 0),
         ("raise SystemExit(0)", ["assert True"], 0),
         ("import os\nos._exit(0)", ["assert True"], 0),
+        ("print(6, flush=True)\n1 / 0", [{"input": "", "output": "6"}], 0),
+        ("print(6, flush=True)\nwhile True: pass", [{"input": "", "output": "6"}], 0),
+        ("print('1 ' * 99999)", [{"input": "", "output": "1 " * 99999}], 1),
+        ("def double(x): return 10**400", {"fn_name": "double", "inputs": [[1]], "outputs": [2.5]}, 0),
         (DOUBLE, None, None),
     ],
 )
@@ -72,8 +76,28 @@ def test_what_a_program_earns(program: str, tests: Any, expected: float | None) 
 def test_setup_runs_before_and_a_body_goes_on_where_it_ends() -> None:
     setup = "import math\ndef root(x):\n    '''The square root.'''\n"
     check = "def check(candidate):\n    assert candidate(4) == 2.0\n    assert root is candidate"
-    bodies = ["    return math.sqrt(x)\n", "def root(x): return math.sqrt(x)", "    return x\n"]
+    bodies: list[Any] = ["    return math.sqrt(x)\n", "def root(x): return math.sqrt(x)", "    return x\n"]
     assert code(bodies, [check] * 3, [setup] * 3, ["root"] * 3) == [1, 1, 0]
+
+
+@pytest.mark.parametrize("told", ["{'passed': 1000}", "{'passed': 'x'}", "{}", "{'passed': True}, " * 9])
+def test_reports_that_a_program_makes_up_pay_no_more_than_its_tests(told: str) -> None:
+    forged = (
+        "import json, os, sys\nframe = sys._getframe()\nwhile 'job' not in frame.f_locals: frame = frame.f_back\n"
+        "key, report = frame.f_locals['job']['key'], frame.f_locals['report']\n"
+        f"for told in [{told}]: os.write(report, json.dumps({{'key': key, **told}}).encode() + b'\\n')"
+    )
+    assert score(forged, ["assert False"], partial=True) in (0, 1)
+
+
+def test_what_a_reply_takes_for_all_its_inputs_is_bounded() -> None:
+    sleeps = [{"input": str(number), "output": "x"} for number in range(20)]
+    assert score("import time\ntime.sleep(1.6)\nprint('x')", sleeps, partial=True, cpu_seconds=1) == 0.05
+
+
+def test_a_fence_that_ends_nowhere_is_read_once() -> None:
+    reply = "```" + "a" * 200_000 + " " * 200_000
+    assert program_of(reply) == reply
 
 
 def test_partial_pays_for_each_test() -> None:
@@ -109,6 +133,13 @@ def test_settings_are_checked_before_anything_runs(args: dict[str, Any], said: s
         check_function("passed", RewardFunctionConfig("code", args=args))
 
 
+def test_a_time_limit_that_a_program_can_exceed_is_refused() -> None:
+    check_function("passed", RewardFunctionConfig("code", timeout=40, args={"cpu_seconds": 10}))
+    said = r"reward\.functions\.passed\.timeout: is 30, too near to the 30 seconds .* cpu_seconds=10; set 40 or more"
+    with pytest.raises(UserError, match=said):
+        check_function("passed", RewardFunctionConfig("code", args={"cpu_seconds": 10}))
+
+
 def test_a_pool_scores_programs_and_a_hostile_one_harms_none(tmp_path: Path) -> None:
     hostile = "import os, signal\nfor victim in (os.getppid(), 1, -1):\n    os.kill(victim, signal.SIGKILL)"
     groups = [group(0, [DOUBLE, hostile, "while True: pass"], answer=["assert double(2) == 4"])]
@@ -140,6 +171,10 @@ def test_tasks_of_mbpp(tmp_path: Path) -> None:
     asked = "Double x.\nThe program must pass this:\n```python\nassert double(1) == 2\n```"
     assert list(mbpp(str(file))) == [{"task": 2, "prompt": asked, "tests": row["test_list"], "setup": ""}]
     assert next(mbpp(str(file), shown=0))["prompt"] == "Double x."
-    file.write_text(json.dumps({"text": "Double x."}))
-    with pytest.raises(UserError, match="is no task of MBPP, which has text or prompt, tests"):
-        list(mbpp(str(file)))
+    sanitized = {"prompt": "Double x.", "test_list": ["assert math.pi"], "test_imports": ["import math", "import re"]}
+    file.write_text(json.dumps(sanitized))
+    assert next(mbpp(str(file)))["setup"] == "import math\nimport re"
+    for wrong in ({"text": "Double x."}, {"text": "Double x.", "tests": [{"input": "1", "output": "2"}]}):
+        file.write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match="is no task of MBPP, which has text or prompt, tests"):
+            list(mbpp(str(file)))

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -38,6 +39,7 @@ _FILES = 64  # open at once
 _MEGABYTE = 1 << 20
 _CHUNK = 1 << 14  # bytes read at once
 _LONGEST_REPORT = 1 << 22  # bytes of all reports of a run
+_START_SECONDS = 20.0  # until the program begins
 
 
 class SandboxMissing(ValueError):
@@ -56,7 +58,7 @@ class Limits:
     cpu_seconds: int = 5
     """Of computing; then it is killed."""
     seconds: float = 10.0
-    """Of wall-clock time, the start of Python included; then it is killed."""
+    """Of wall-clock time, from its first line on; then it is killed."""
     memory_mb: int = 512
     """Of its address space, in units of 2^20 bytes."""
     output_bytes: int = 1 << 16
@@ -88,6 +90,8 @@ class Job:
 
     program: str
     """Python's source."""
+    setup: str = ""
+    """What runs before it; a program that does not compile alone, as a function's body, goes on where this ends."""
     stdin: str = ""
     """What it reads."""
     checks: Sequence[str] = ()
@@ -111,7 +115,12 @@ class Result:
     stopped: Literal["", "seconds", "output"] = ""
     """The limit for which it was killed from outside; empty where it ended by itself, or by the kernel."""
     reports: list[dict[str, Any]] = field(default_factory=list)
-    """One for each check (`passed`, `error`) or call (`value`, or `error`), as far as it came."""
+    """One for each check (`passed`, `error`) or call (`value`, or `error`), as far as it came.
+
+    They come from the program's process: one that looks for what it is asked can make up its own.
+    """
+    seconds: float = field(default=0.0, compare=False)
+    """On the clock, from the program's first line to its end."""
 
 
 async def run(job: Job, limits: Limits, isolation: Isolation = "bubblewrap") -> Result:
@@ -122,7 +131,7 @@ async def run(job: Job, limits: Limits, isolation: Isolation = "bubblewrap") -> 
         OSError: the machine did not start it, which is no fault of the program.
     """
     check(isolation)
-    key = secrets.token_hex(16)  # the program does not know it: lines of its own are no reports
+    key = secrets.token_hex(16)  # lines that a program writes without having looked for it are no reports
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb") as reports, _folder(isolation) as folder:
         with os.fdopen(writing, "wb"), _memory_file(_task(job, limits, key)) as task:
@@ -146,9 +155,10 @@ async def run(job: Job, limits: Limits, isolation: Isolation = "bubblewrap") -> 
     found = _by_key(run.reports, key)
     if not found:
         raise OSError(
-            f"the sandbox did not start a program: {stderr.strip()[-300:] or run.stopped or f'exit code {code}'}"
+            "the sandbox did not start a program: "
+            f"{stderr.strip()[-300:] or (f'not in {_START_SECONDS:g} s' if run.stopped else f'exit code {code}')}"
         )
-    return Result(code if code >= 0 else 128 - code, stdout, stderr, run.stopped, found[1:])
+    return Result(code if code >= 0 else 128 - code, stdout, stderr, run.stopped, found[1:], run.seconds)
 
 
 @cache
@@ -185,28 +195,38 @@ class _Run:
         self._process, self._limits = process, limits
         self.stdout, self.stderr, self.reports = bytearray(), bytearray(), bytearray()
         self.stopped: Literal["", "seconds", "output"] = ""
+        self.seconds = 0.0
+        """Since the program has begun."""
+        self._timer: asyncio.TimerHandle | None = None
 
     async def follow(self, stdin: bytes, reports: asyncio.StreamReader) -> None:
         """Hand it its input and read what it writes until it ends."""
         process, most = self._process, self._limits.output_bytes
         assert process.stdout and process.stderr
-        timer = asyncio.get_running_loop().call_later(self._limits.seconds, self._stop, "seconds")
+        self._allow(_START_SECONDS)
         try:
             await asyncio.gather(
                 self._write(stdin),
                 self._read(process.stdout, self.stdout, most),
                 self._read(process.stderr, self.stderr, most),
-                self._read(reports, self.reports, _LONGEST_REPORT),
+                self._hear(reports),
                 process.wait(),
             )
         finally:
-            timer.cancel()
+            if self._timer is not None:
+                self._timer.cancel()
 
     def kill(self) -> None:
         """End it, where it has not ended."""
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _allow(self, seconds: float) -> None:
+        """Have it stopped so many seconds from now, not before."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._stop, "seconds")
 
     def _stop(self, why: Literal["seconds", "output"]) -> None:
         self.stopped = self.stopped or why
@@ -219,6 +239,16 @@ class _Run:
             stream.write(stdin)
             await stream.drain()
         stream.close()
+
+    async def _hear(self, reports: asyncio.StreamReader) -> None:
+        """Read its reports, of which the first says that the program begins: its time is its own."""
+        self.reports += await reports.read(_CHUNK)
+        begun = time.monotonic()
+        if self.reports:
+            self._allow(self._limits.seconds)
+        await self._read(reports, self.reports, _LONGEST_REPORT)
+        await self._process.wait()
+        self.seconds = time.monotonic() - begun
 
     async def _read(self, stream: asyncio.StreamReader, into: bytearray, most: int) -> None:
         while found := await stream.read(_CHUNK):
@@ -243,7 +273,13 @@ def _task(job: Job, limits: Limits, key: str) -> bytes:
         "file": limits.disk_mb * _MEGABYTE,
         "files": _FILES,
     }
-    rest = {"program": job.program, "checks": [*job.checks], "function": job.function, "calls": [*job.calls]}
+    rest = {
+        "setup": job.setup,
+        "program": job.program,
+        "checks": [*job.checks],
+        "function": job.function,
+        "calls": [*job.calls],
+    }
     return json.dumps({"key": key, "limits": bounds, "system": numbers(platform.machine()), **rest}).encode()
 
 
@@ -263,8 +299,9 @@ def _bubblewrap(limits: Limits) -> list[str]:
         elif path.exists():
             command += ["--ro-bind", str(path), str(path)]
     command += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
-    if not Path(sys.base_prefix).is_relative_to("/usr"):
-        command += ["--ro-bind", sys.base_prefix, sys.base_prefix]
+    prefix = os.path.realpath(sys.base_prefix)  # as of _PYTHON: some are reached by a link
+    if not Path(prefix).is_relative_to("/usr"):
+        command += ["--ro-bind", prefix, prefix]
     command += ["--dev", "/dev", "--remount-ro", "/dev"]  # /dev/shm too: what lies there counts as nobody's memory
     command += ["--size", str(limits.disk_mb * _MEGABYTE), "--tmpfs", "/tmp", "--chdir", "/tmp"]
     return [*command, "--remount-ro", "/"]
@@ -298,8 +335,8 @@ def _by_key(reports: bytearray, key: str) -> list[dict[str, Any]]:
     """Read what `inside.py` has told, which knows the key."""
     found = []
     for line in reports.splitlines():
-        with contextlib.suppress(ValueError, RecursionError, AttributeError):
+        with contextlib.suppress(ValueError, RecursionError):
             told = json.loads(line)
-            if told.pop("key", None) == key:
+            if isinstance(told, dict) and told.pop("key", None) == key:
                 found.append(told)
     return found

@@ -37,11 +37,22 @@ def main() -> None:
         os.write(report, json.dumps({"key": job["key"], **found}).encode() + b"\n")
 
     tell(started=True)
-    namespace = _run(job["program"])
+    namespace = _run(_joined(job["setup"], job["program"]))
     for check in job["checks"]:
         tell(**_check(check, namespace))
     for arguments in job["calls"]:
         tell(**_call(job["function"], arguments, namespace))
+
+
+def _joined(setup: str, program: str) -> str:
+    """The program after its setup; with a body alone they are one text."""
+    if not setup:
+        return program
+    try:
+        compile(program, _NAME, "exec", dont_inherit=True)
+    except Exception:
+        return setup + program
+    return f"{setup}\n{program}"
 
 
 def _run(program: str) -> dict[str, Any]:
