@@ -31,9 +31,9 @@ from sapo_rl.run_folder.secrets import is_secret, worth_hiding
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """Variable that asks for the traceback of what composing a config raises."""
 ADDED_FUNCTION = (
-    r"\+reward\.functions\.([\w-]+)(\.(function|weight|style|scope|timeout|on_error|retries|concurrency))?="
+    r"\+\+?reward\.functions\.([\w-]+)(\.(function|weight|style|scope|timeout|on_error|retries|concurrency))?="
 )
-ADDED_ENVIRONMENT = r"\+environments\.([\w-]+)(\.(name|max_turns|max_tokens|turn_timeout|workers|on_error))?="
+ADDED_ENVIRONMENT = r"\+\+?environments\.([\w-]+)(\.(name|max_turns|max_tokens|turn_timeout|workers|on_error))?="
 
 ARGS = r"[a-z][\w.-]*\.(args|chat_template_args)[.=]"
 """A key that the user's own code, or a generator, has a name for: Hydra wants a + where the recipe has none."""
@@ -84,7 +84,9 @@ def register(argv: list[str], folder: str | None = None) -> Arguments:
     own = {path.stem: path for path in expand(folder).glob("config/*.yaml")} if folder else {}
     for argument in _with_resumed(argv):
         if re.match(f"{ADDED_FUNCTION}|{ADDED_ENVIRONMENT}", argument):
-            argument = argument.removeprefix("+")
+            argument = argument.lstrip("+")
+            if re.match(r"[a-z.]+\.[\w-]+=\{", argument):  # it may hold args, whose keys are the user's
+                argument = f"++{argument}"
         if re.match(ARGS, argument):
             argument = f"++{argument}"
         key, equals, value = argument.partition("=")

@@ -61,6 +61,18 @@ from tiny import make_stand_in
             "environments.a.max_tokens (command line): is 5000, with",
         ),
         (["+environments.a={name: guess, turn: 1}"], "environments.a"),
+        (
+            ["+environments.a={name: guess, args: {high: 9}, max_tokens: 5000}"],
+            "environments.a.max_tokens (command line): is 5000, with",
+        ),
+        (
+            ["++environments.a.name=guess", "++environments.a.max_tokens=5000"],
+            "environments.a.max_tokens (command line): is 5000, with",
+        ),
+        (
+            ["+reward.functions.brief={function: length_limit, args: {max_tokns: 40}}"],
+            "reward.functions.brief.args.max_tokns",
+        ),
     ],
 )
 def test_what_cannot_be_is_told_with_its_key(
