@@ -78,7 +78,12 @@ class ChatTemplate:
         self._keeps_words = self.keeps({"role": "assistant", "content": "words"})
 
     def render(self, messages: Sequence[Message], generation_prompt: bool = True) -> str:
-        """Return the text of a conversation. Raises Refused where the template has no words for it."""
+        """Return the text of a conversation, with a generation prompt or left open where the last one is the model's.
+
+        Raises:
+            Refused: the template has no words for it.
+        """
+        unfinished = generation_prompt and messages[-1]["role"] == "assistant"
         if not self.shows_calls:
             messages = [{key: value for key, value in one.items() if key != "tool_calls"} for one in messages]
         try:
@@ -86,7 +91,8 @@ class ChatTemplate:
                 list(messages),
                 tools=self.tools,  # pyright: ignore[reportArgumentType]
                 tokenize=False,
-                add_generation_prompt=generation_prompt,
+                add_generation_prompt=generation_prompt and not unfinished,
+                continue_final_message=unfinished,
                 **self.arguments,
             )
         except Exception as error:  # a template computes, and raises what it likes
@@ -193,7 +199,8 @@ class ChatTemplate:
         name = self.tools[0]["function"]["name"] if self.tools else "tool"
         call = tool_call(parsers.Call(name, {"x": _END}), 0)
         try:
-            return _END in self.render([_user(), {"role": "assistant", "content": "", "tool_calls": [call]}])
+            called = {"role": "assistant", "content": "", "tool_calls": [call]}
+            return _END in self.render([_user(), called], generation_prompt=False)
         except Refused:
             return False
 

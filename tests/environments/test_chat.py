@@ -168,7 +168,8 @@ def test_an_empty_thought_of_the_prompt_forks_at_each_turn_where_the_history_lac
 def test_a_prompt_that_ends_in_an_open_reply_is_gone_on_with() -> None:
     chat = chat_of("qwen2_5", tools=False)
     messages = [*ASK, {"role": "assistant", "content": "It is "}]
-    talk = chat.begin(chat.encode(chat.render(ASK) + "It is "), messages)
+    assert chat.start(messages) == chat.encode(chat.render(ASK) + "It is ")
+    talk = chat.begin(chat.start(messages), messages)
     assert say(talk, "qwen2_5", "7.") == {"role": "assistant", "content": "It is 7."}
     talk.extend(ASK)
     assert chat.decode(talk.next_prompt, special=True) == chat.render(talk.messages)

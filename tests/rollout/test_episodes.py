@@ -49,6 +49,19 @@ def test_a_game_is_played_to_its_end_and_only_what_the_model_wrote_is_trained_on
     ]
 
 
+def test_a_prompt_that_ends_in_the_models_words_is_gone_on_with(here: Path) -> None:
+    asked = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "My guess: "}]
+    with playing(config("guess", max_turns=2), lambda said: "50") as (episodes, _):
+        (group,) = episodes.write([prompt(content=asked, answer="62")], step=1, n=1).groups
+    (row,) = group.samples[0].rows
+    assert TOKENIZER.decode(row.prompt_ids) == f"<|im_start|>user\nGo.<|im_end|>\n{ASSISTANT}My guess: "
+    assert trained(row) == ["50<|im_end|>"] * 2
+    assert [message["content"] for message in group.samples[0].messages or []] == [
+        "My guess: 50",
+        *("higher", "50", "higher"),
+    ]
+
+
 def test_each_turn_begins_with_all_that_was_sent_and_sampled_before(here: Path) -> None:
     with playing(config("guess"), play_high_low) as (episodes, engine):
         (group,) = episodes.write([prompt(answer="33")], step=1, n=1).groups
