@@ -76,6 +76,13 @@ class Echo:
             time.sleep(0.05)
 
 
+class Undecided(Echo):
+    """Does not say at the end how well it went."""
+
+    def get_reward(self):
+        raise ValueError("no verdict")
+
+
 class Meeting(Echo):
     """The same, asynchronous: goes on only once 50 episodes of its process wait in `step`."""
 

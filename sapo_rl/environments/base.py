@@ -128,7 +128,7 @@ class Play:
         if len(found) == 5:  # Gymnasium's: terminated and truncated
             found = (*found[:2], found[2] or found[3], found[4])
         seen, reward, done, *info = found
-        if seen is None and not done:
+        if seen in (None, []) and not done:
             raise Failure(f"step returned no observation and not done{line_of(self.own.step)}")
         messages = [] if seen is None else [{"role": "user", "content": seen}] if isinstance(seen, str) else seen
         return {
@@ -155,11 +155,13 @@ class Play:
     async def end(self) -> Answer:
         """Close it; `reward` is what `get_reward` says, the sum where it has several, None where there is none."""
         reward = None
-        if callable(getattr(self.own, "get_reward", None)):
-            found = await self._call("get_reward")
-            parts = list(found.values()) if isinstance(found, Mapping) else [found]
-            reward = sum(self._number("get_reward", part) for part in parts)
-        await self.close()
+        try:
+            if callable(getattr(self.own, "get_reward", None)):
+                found = await self._call("get_reward")
+                parts = list(found.values()) if isinstance(found, Mapping) else [found]
+                reward = sum(self._number("get_reward", part) for part in parts)
+        finally:
+            await self.close()
         return {"reward": reward}
 
     async def close(self) -> Answer:

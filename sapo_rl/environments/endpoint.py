@@ -45,12 +45,16 @@ class Endpoint:
         self.run: Callable[..., Any] = plugins.find(KIND, run)
         if not callable(self.run):
             raise UserError(f"{KIND} '{run}' is a {type(self.run).__name__}, not a function")
+        try:
+            inspect.Signature([*plugins.parameters_of(self.run).values()]).bind(None, None)
+        except TypeError as error:
+            raise UserError(f"{KIND} '{run}' must be callable as run(client, row): {error}") from error
         _clients()
 
     async def play(self, row: dict[str, Any], url: str, key: str) -> Any:
         """Return what the agent returns; one that is no coroutine function runs in a thread of its own."""
         one, several = _clients()
-        if inspect.iscoroutinefunction(self.run):
+        if any(map(inspect.iscoroutinefunction, (self.run, type(self.run).__call__))):
             return await self.run(several.with_options(base_url=url, api_key=key), row)
         client = one.with_options(base_url=url, api_key=key)
         return await asyncio.get_running_loop().run_in_executor(_threads(), self.run, client, row)

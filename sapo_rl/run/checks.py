@@ -287,8 +287,13 @@ def _check_environment(config: Config) -> None:
             check_environment(one, key)
         except UserError as error:
             raise _with_key(error, f"{key}.name") from error
-    if config.tools and all(one.name in AGENTS for one in config.played.values()):
-        raise ConfigError("tools", "are for the model to call by us; an agent (endpoint) offers it tools of its own")
+    if all(one.name in AGENTS for one in config.played.values()):
+        if config.tools:
+            raise ConfigError(
+                "tools", "are for the model to call by us; an agent (endpoint) offers it tools of its own"
+            )
+        if config.data.system_prompt is not None:
+            raise ConfigError("data.system_prompt", "is for prompts that we word; an agent (endpoint) words its own")
     for path in config.tools:
         try:
             check_tool(path)

@@ -155,12 +155,19 @@ def test_columns_that_reset_cannot_do_without_are_refused(here: Path) -> None:
         ("('a', float('nan'), False)", r"^step returned nan; must return a finite number"),
         ("(3, 1.0, False)", r"^step returned 3; must be text, or messages with the texts role and content$"),
         ("(None, 1.0, False)", r"^step returned no observation and not done"),
+        ("([], 1.0, False)", r"^step returned no observation and not done"),
         ("('a', 1.0, False, {'x': {1}})", r"^info holds what JSON does not: Object of type set"),
     ],
 )
 def test_a_step_that_returns_garbage_fails_by_name(here: Path, found: str, told: str) -> None:
     with pytest.raises(EnvironmentFailed, match=told):
         run(config("my_games.Answers", args={"found": found}), lambda pool: episode(pool, "a"))
+
+
+def test_one_whose_reward_fails_is_closed_all_the_same(here: Path) -> None:
+    with pytest.raises(EnvironmentFailed, match=r"^get_reward: ValueError: no verdict \(.*games\.py:\d+\)$"):
+        run(config("my_games.Undecided"), lambda pool: episode(pool, "a"))
+    assert (here / "closed").exists()
 
 
 def test_what_an_environment_raises_is_told_with_its_line(here: Path) -> None:

@@ -137,6 +137,19 @@ def hangs(client, row):
     time.sleep(1000)
 
 
+class Runner:
+    async def __call__(self, client, row):
+        await client.chat.completions.create(model="m", messages=[{"role": "user", "content": "a"}])
+        return 0.25
+
+
+runner = Runner()
+
+
+def lonely(client):
+    return 1.0
+
+
 def patient(client, row):
     """Works for a while between two requests, each time for less than the limit."""
     for _ in range(3):
@@ -265,6 +278,15 @@ def test_an_agent_that_fails_is_told_by_name_or_dropped(here: Path, name: str, t
     with pytest.raises(UserError, match=told):
         play(agent(name, turn_timeout=1.0), echo, prompt())
     assert [file for file in here.glob("worker.*") if psutil.pid_exists(int(file.suffix[1:]))] == []
+
+
+def test_an_object_whose_call_is_a_coroutine_is_awaited(here: Path) -> None:
+    assert one(agent("runner"), echo).rewards == {"environment": 0.25}
+
+
+def test_a_function_that_does_not_take_client_and_row_is_told_at_the_start(here: Path) -> None:
+    with pytest.raises(UserError, match=r"agent 'my_agents.lonely' must be callable as run\(client, row\): too many"):
+        play(agent("lonely"), echo, prompt())
 
 
 def test_the_time_of_the_model_and_of_work_between_requests_is_not_the_limit(here: Path) -> None:

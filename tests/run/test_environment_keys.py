@@ -42,6 +42,10 @@ from tiny import make_stand_in
             ["environment.name=endpoint", "environment.args.run=json.loads", "tools=[json.dumps]"],
             "tools (command line): are for the model to call by us; an agent (endpoint) offers it tools of its own",
         ),
+        (
+            ["environment.name=endpoint", "environment.args.run=json.loads", "data.system_prompt=Be brief."],
+            "data.system_prompt (command line): is for prompts that we word; an agent (endpoint) words its own",
+        ),
         (["environment.name=endpoint"], "environment.args (default): 'run' is missing"),
         (["environment.on_error=zero"], "unknown value 'zero'; did you mean 'drop'?"),
         (
