@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -35,9 +36,12 @@ class Search:
         self.results, self.calls = results, calls
 
     def reset(self, documents: list[dict[str, Any]]) -> None:
-        """Take the row's documents, each with a `title`, and its `text` or `sentences`."""
+        """Take the row's documents, each with a `title`, and its `text` or `sentences`; those of one title are one."""
         self._left = self.calls
-        self._texts = dict(_document(place, one) for place, one in enumerate(documents))
+        self._texts: dict[str, str] = {}
+        for title, text in itertools.starmap(_document, enumerate(documents)):
+            known = self._texts.get(title)
+            self._texts[title] = text if known is None else f"{known}\n{text}"
         self._titles = {title.casefold(): title for title in self._texts}
         self._index = BM25([f"{title} {text}" for title, text in self._texts.items()])
 
@@ -114,7 +118,7 @@ def _words(text: str) -> list[str]:
 def _document(place: int, given: dict[str, Any]) -> tuple[str, str]:
     """Its title and text; raises ValueError where it has none."""
     try:
-        text = given["text"] if "text" in given else "".join(given["sentences"])
+        text = given["text"] if "text" in given else " ".join(one.strip() for one in given["sentences"])
         if not isinstance(given["title"], str) or not isinstance(text, str):
             raise TypeError
     except (TypeError, KeyError, AttributeError):

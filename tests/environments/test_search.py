@@ -55,6 +55,18 @@ def test_a_document_is_read_by_its_title() -> None:
     assert shelf().read("Ed Wod").startswith("There is no document 'Ed Wod'; did you mean 'Ed Wood'?")
 
 
+def test_passages_of_one_title_are_one_document_and_sentences_are_apart() -> None:
+    made = Search()
+    made.reset(
+        [
+            {"title": "Fox", "sentences": ["The fox is red.", "It hunts."]},
+            {"title": "Fox", "text": "It sleeps in a den."},
+        ]
+    )
+    whole = "The fox is red. It hunts.\nIt sleeps in a den."
+    assert made.read("fox") == whole and made.search("red") == made.search("den") == f"Fox: {whole}"
+
+
 def test_with_the_last_call_an_answer_is_asked_for_and_no_more_is_told() -> None:
     made = Search(calls=2)
     made.reset(DOCUMENTS)
