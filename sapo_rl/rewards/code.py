@@ -15,7 +15,7 @@ from typing import Any
 from sapo_rl.config import RewardConfig, RewardFunctionConfig
 from sapo_rl.errors import UserError
 from sapo_rl.processes.sandbox import Isolation, Job, Limits, Result, check, run
-from sapo_rl.rewards.registry import REWARD_FUNCTIONS, Completion
+from sapo_rl.rewards.registry import CHECKS, REWARD_FUNCTIONS, Completion
 from sapo_rl.rewards.text import text_of
 
 _BLOCK = re.compile(r"^[ \t]*+```[ \t]*+(\w*+)[^\n]*+\n(.*?)^[ \t]*+```", re.DOTALL | re.MULTILINE)
@@ -79,24 +79,6 @@ def code(
     programs = [program_of(text_of(completion)) for completion in completions]
     rows = zip(programs, answer, setup or nothing, entry_point or nothing, strict=True)
     return asyncio.run(judge.scores([None if row[1] is None else tests_of(*row) for row in rows]))
-
-
-def check_timeout(name: str, cfg: RewardFunctionConfig) -> None:
-    """Refuse a `timeout` that a program can exceed whatever it does: the reply would fail instead of earning 0.
-
-    Args:
-        name: key under `reward.functions`, for the message.
-        cfg: of the function `code`, its `args` checked.
-
-    Raises:
-        UserError: it is not well above the time that a reply's programs may take.
-    """
-    seconds = int(cfg.args.get("cpu_seconds", _CPU_SECONDS))
-    if cfg.timeout < 4 * seconds:
-        raise UserError(
-            f"reward.functions.{name}.timeout: is {cfg.timeout:g}, too near to the {3 * seconds} seconds on the clock "
-            f"that a program has with cpu_seconds={seconds}; set {4 * seconds} or more"
-        )
 
 
 def isolation_warning(cfg: RewardConfig) -> str | None:
@@ -244,3 +226,16 @@ def _same(value: Any, expected: Any) -> bool:
 def _text(value: Any) -> str:
     """What a program reads or prints; some data has it in lines."""
     return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _check_timeout(name: str, cfg: RewardFunctionConfig) -> None:
+    """Refuse a `timeout` that a program can exceed whatever it does: the reply would fail instead of earning 0."""
+    seconds = int(cfg.args.get("cpu_seconds", _CPU_SECONDS))
+    if cfg.timeout < 4 * seconds:
+        raise UserError(
+            f"reward.functions.{name}.timeout: is {cfg.timeout:g}, too near to the {3 * seconds} seconds on the clock "
+            f"that a program has with cpu_seconds={seconds}; set {4 * seconds} or more"
+        )
+
+
+CHECKS["code"] = _check_timeout

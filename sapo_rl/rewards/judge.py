@@ -5,7 +5,7 @@ Settings of `judge`:
     model: the judge, as the server calls it.
     template: what it is asked; `{prompt}`, `{completion}` and columns of the data are filled in.
     system: a system message before that.
-    low, high: the worst and the best number that it can say.
+    low, high: the worst and the best number that it can say. `8/10` is 8 where high is 10.
     choices: words and what they pay; the last of them in the answer counts, instead of a number.
     field: the answer ends in a JSON object, of which this entry is the number.
     together: ask once for all replies of a prompt, with `{completions}` in the template; the answer ends in a JSON list
@@ -18,26 +18,28 @@ Settings of `judge`:
     requests_per_minute, tokens_per_minute: the most that such a process begins, or uses in questions and answers.
     retries: how often a request is sent again, after growing pauses, after a 429, a 5xx or a lost connection.
     answer_timeout: seconds for one answer.
-    cache: a file that keeps answers by what was asked; a resumed run asks nothing twice.
+    cache: a file that keeps answers that could be read, by what was asked; a resumed run asks nothing twice.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
 import re
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sapo_rl.config import RewardFunctionConfig
 from sapo_rl.errors import UserError
-from sapo_rl.rewards.registry import REWARD_FUNCTIONS, Completion
-from sapo_rl.rewards.text import last_number
+from sapo_rl.rewards.answers import Reading
+from sapo_rl.rewards.registry import CHECKS, COLUMNS, PREPARATIONS, REWARD_FUNCTIONS, Completion
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -97,7 +99,7 @@ async def judge(
         openai.APIError: the server gave no answer.
     """
     template = template or (TOGETHER if together else TEMPLATE)
-    reading = _Reading(low, high, choices, field, together)
+    reading = Reading(low, high, choices, field, together)
     pace = _Limits(at_once, requests_per_minute, tokens_per_minute, retries, answer_timeout)
     asking = _Asking(url, model, system, temperature, max_tokens, json.dumps(extra or {}), key, cache, pace)
     _check(reading, asking, template, votes)
@@ -125,45 +127,6 @@ def _fields(
         return found
     shown = (f"Reply {number}:\n{one['completion']}" for number, one in enumerate(found, start=1))
     return [{**found[0], "completions": "\n\n".join(shown)}]
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """How an answer becomes rewards."""
-
-    low: float
-    high: float
-    choices: Mapping[str, float] | None
-    field: str | None
-    together: bool
-
-    def rewards(self, text: str, count: int) -> list[float]:
-        """Return what an answer says of `count` replies asked about together, or of one.
-
-        Raises:
-            ValueError: nothing that could be read.
-        """
-        if self.choices is not None:
-            words = "|".join(map(re.escape, sorted(self.choices, key=len, reverse=True)))
-            found = re.findall(rf"(?<!\w)(?:{words})(?!\w)", text)
-            if not found:
-                raise ValueError(f"the judge's answer holds none of {', '.join(self.choices)}: {_end(text)}")
-            return [float(self.choices[found[-1]])]
-        if self.together:
-            values = _last_json(text, "[", lambda one: isinstance(one, list) and len(one) == count)
-            return [self._share(value, text) for value in values]
-        if self.field is not None:
-            return [self._share(_last_json(text, "{", lambda one: self.field in one)[self.field], text)]
-        return [self._share(last_number(text), text)]
-
-    def _share(self, value: Any, text: str) -> float:
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = float("nan")
-        if not self.low <= number <= self.high:
-            raise ValueError(f"the judge's answer has no number from {self.low:g} to {self.high:g}: {_end(text)}")
-        return (number - self.low) / (self.high - self.low)
 
 
 @dataclass(frozen=True)
@@ -202,8 +165,12 @@ class _Server:
         self._tokens = _Pace(asking.limits.tokens_per_minute)
         self._cache = None if asking.cache is None else _Cache(asking.cache)
 
-    async def ask(self, text: str, vote: int) -> str:
-        """Return the answer to a question; `vote` tells equal ones apart."""
+    async def ask(self, text: str, vote: int, read: Callable[[str], list[float]]) -> list[float]:
+        """Return what `read` makes of the answer to a question; `vote` tells equal ones apart.
+
+        Raises:
+            ValueError: an answer that it cannot read, which is not kept.
+        """
         asking = self._asking
         system = [] if asking.system is None else [{"role": "system", "content": asking.system}]
         body: dict[str, Any] = {
@@ -215,7 +182,8 @@ class _Server:
         }
         name = hashlib.sha256(json.dumps([asking.url, body, vote]).encode()).hexdigest()
         if self._cache is not None and (known := self._cache.get(name)) is not None:
-            return known
+            with contextlib.suppress(ValueError):  # it was read with other settings
+                return read(known)
         async with self._room:
             await self._requests.take(1)
             await self._tokens.take(0)
@@ -224,9 +192,10 @@ class _Server:
         if not answer.choices:
             raise ValueError("the judge's server answered without choices")
         said = answer.choices[0].message.content or ""
+        found = read(said)
         if self._cache is not None:
             self._cache.put(name, said)
-        return said
+        return found
 
 
 class _Pace:
@@ -253,8 +222,11 @@ class _Cache:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        with closing(self._open()) as file, file:
-            file.execute("CREATE TABLE IF NOT EXISTS answers (name TEXT PRIMARY KEY, text TEXT NOT NULL)")
+        try:
+            with closing(self._open()) as file, file:
+                file.execute("CREATE TABLE IF NOT EXISTS answers (name TEXT PRIMARY KEY, text TEXT NOT NULL)")
+        except sqlite3.Error as error:
+            raise UserError(f"judge: the cache '{path}' cannot be written: {error}") from error
 
     def get(self, name: str) -> str | None:
         """Return an answer that is known."""
@@ -280,12 +252,9 @@ def _server(asking: _Asking) -> _Server:
     if (loop, asking) not in _SERVERS:
         from openai import AsyncOpenAI
 
-        secret = "none" if asking.key is None else os.environ.get(asking.key)
-        if secret is None:
-            raise UserError(f"judge: there is no environment variable '{asking.key}'; name it in reward.env too")
         client = AsyncOpenAI(
             base_url=asking.url,
-            api_key=secret,
+            api_key=_secret(asking.key),
             max_retries=asking.limits.retries,
             timeout=asking.limits.answer_timeout,
         )
@@ -293,22 +262,24 @@ def _server(asking: _Asking) -> _Server:
     return _SERVERS[loop, asking]
 
 
-async def _voted(server: _Server, text: str, reading: _Reading, votes: int, count: int) -> list[float]:
+async def _voted(server: _Server, text: str, reading: Reading, votes: int, count: int) -> list[float]:
     """The means of all votes that can be read."""
-    answers = await asyncio.gather(*(server.ask(text, vote) for vote in range(votes)))
-    found, problem = [], None
-    for answer in answers:
+    problems: list[ValueError] = []
+
+    async def ask(vote: int) -> list[float] | None:
         try:
-            found.append(reading.rewards(answer, count))
+            return await server.ask(text, vote, lambda said: reading.rewards(said, count))
         except ValueError as error:
-            problem = error
+            problems.append(error)
+            return None
+
+    found = [one for one in await asyncio.gather(*map(ask, range(votes))) if one is not None]
     if not found:
-        assert problem is not None
-        raise problem
+        raise problems[-1]
     return [sum(values) / len(values) for values in zip(*found, strict=True)]
 
 
-def _check(reading: _Reading, asking: _Asking, template: str, votes: int) -> None:
+def _check(reading: Reading, asking: _Asking, template: str, votes: int) -> None:
     """Raise UserError where settings cannot be."""
     limits, needed = asking.limits, "completions" if reading.together else "completion"
     ways = [reading.choices is not None, reading.field is not None, reading.together]
@@ -317,6 +288,11 @@ def _check(reading: _Reading, asking: _Asking, template: str, votes: int) -> Non
         (asking.url.startswith(("http://", "https://")), f"url is '{asking.url}', must begin with http:// or https://"),
         (reading.low < reading.high, f"low is {reading.low:g}, must be below high, {reading.high:g}"),
         (reading.choices != {}, "choices is empty; it has words and what they pay"),
+        (
+            all(isinstance(one, str) and type(pay) in (int, float) for one, pay in (reading.choices or {}).items()),
+            "choices must be words with a number each; put words that YAML takes for others (yes, no) in quotes",
+        ),
+        (asking.extra.startswith("{"), f"extra is {asking.extra}, must be entries of a request"),
         (sum(ways) <= 1, "only one of choices, field and together can be set"),
         (needed in _FIELD.findall(template), f"template does not hold {{{needed}}}"),
         (min(votes, limits.at_once, asking.max_tokens) > 0, "votes, at_once and max_tokens must be at least 1"),
@@ -350,18 +326,28 @@ def _shown(said: str | Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(f"{one['role']}: {one['content']}" for one in said)
 
 
-def _last_json(text: str, opening: str, wanted: Any) -> Any:
-    """The last list or object of JSON in a text that is what is wanted."""
-    decoder = json.JSONDecoder()
-    for start in reversed([place.start() for place in re.finditer(re.escape(opening), text)]):
-        try:
-            found, _ = decoder.raw_decode(text, start)
-        except ValueError:
-            continue
-        if wanted(found):
-            return found
-    raise ValueError(f"the judge's answer does not end in the JSON that was asked for: {_end(text)}")
+def _secret(key: str | None) -> str:
+    """The server's key. Raises UserError where this process does not see it."""
+    if key is not None and key not in os.environ:
+        raise UserError(f"judge: there is no environment variable '{key}'; name it in reward.env too")
+    return "none" if key is None else os.environ[key]
 
 
-def _end(text: str) -> str:
-    return repr(text[-120:])
+def _prepare(key: str | None = None, cache: str | None = None, **settings: Any) -> None:
+    _secret(key)
+    if cache is not None:
+        _Cache(cache)
+
+
+def _columns(template: str | None = None, **settings: Any) -> list[str]:
+    return [name for name in _FIELD.findall(template or "") if name not in ("prompt", "completion", "completions")]
+
+
+def _check_scope(name: str, cfg: RewardFunctionConfig) -> None:
+    if cfg.args.get("together") and cfg.scope != "group":
+        raise UserError(f"reward.functions.{name}.scope: is {cfg.scope}, but with together=true it must be group")
+
+
+PREPARATIONS["judge"] = _prepare
+COLUMNS["judge"] = _columns
+CHECKS["judge"] = _check_scope

@@ -12,8 +12,7 @@ from sapo_rl.config import Config, RewardFunctionConfig
 from sapo_rl.config.reward import VERL
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.rewards import verl
-from sapo_rl.rewards.code import check_timeout
-from sapo_rl.rewards.registry import PACKAGES, REWARD_FUNCTIONS, RewardFunction, is_coroutine
+from sapo_rl.rewards.registry import CHECKS, PACKAGES, REWARD_FUNCTIONS, RewardFunction, is_coroutine
 from sapo_rl.rewards.runner.scoring import GIVEN
 
 KIND = "reward function"
@@ -44,7 +43,7 @@ def check_function(name: str, cfg: RewardFunctionConfig) -> None:
 
     Raises:
         UserError: unknown built-in, missing package or module, a file that does not parse or never mentions the
-            function, or `args` or a `concurrency` that a built-in does not take.
+            function, or what a built-in does not take: `args`, a `concurrency`, or settings that do not go together.
     """
     where = f"reward.functions.{name}"
     taken = [key for key in cfg.args if key in given_to(cfg.style)]
@@ -73,8 +72,8 @@ def check_function(name: str, cfg: RewardFunctionConfig) -> None:
     function = REWARD_FUNCTIONS.get(cfg.function)
     check_concurrency(name, cfg, is_coroutine(function))
     _check_arguments(where, function, cfg.args)
-    if cfg.function == "code":
-        check_timeout(name, cfg)
+    if cfg.function in CHECKS:
+        CHECKS[cfg.function](name, cfg)
 
 
 def given_to(style: str) -> Sequence[str]:

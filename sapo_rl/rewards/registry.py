@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+from sapo_rl.config import RewardFunctionConfig
 from sapo_rl.plugins import Registry
 
 RewardFunction: TypeAlias = Callable[..., Any]
@@ -34,7 +35,15 @@ PACKAGES = {
 """Built-ins that need a further package: its module and its name on PyPI."""
 
 PREPARATIONS: dict[str, Callable[..., None]] = {}
-"""What takes long before the first call of a built-in, by its name: called once in a worker, with the settings."""
+"""What takes long before the first call of a built-in, or may be missing in its process, by its name: called once in a
+worker, with the settings."""
+
+COLUMNS: dict[str, Callable[..., list[str]]] = {}
+"""Columns that a built-in reads because its settings name them, by its name: called with the settings."""
+
+CHECKS: dict[str, Callable[[str, RewardFunctionConfig], None]] = {}
+"""What raises UserError for a built-in's config whose parts do not go together, by its name: called with the key under
+`reward.functions` and the config, whose `args` are right by themselves."""
 
 
 def is_coroutine(function: RewardFunction) -> bool:

@@ -109,6 +109,11 @@ def test_columns_a_system_message_and_further_entries_reach_the_server() -> None
     [
         ("bad, no: good", {"choices": {"good": 1, "bad": -1}}, 1),
         ("goodness, bad", {"choices": {"good": 1, "bad": -1}}, -1),
+        ("8/10", {}, 0.8),
+        ("**8** / 10.", {}, 0.8),
+        ("I give it 2 out of 10", {}, 0.2),
+        ("3/100, no: 3 / 5", {"high": 5}, 0.6),
+        ("7/100 or 8", {}, 0.8),
         ('{"score": 3} or {"why": "{", "score": 7.5}', {"field": "score"}, 0.75),
         ('So: {"score": "2"}!', {"field": "score", "high": 4}, 0.5),
     ],
@@ -127,6 +132,8 @@ def test_an_answer_may_be_a_choice_or_json(answer: str, settings: dict[str, Any]
         ('{"points": 3}', {"field": "score"}, "does not end in the JSON that was asked for"),
         ('{"score": NaN}', {"field": "score"}, "has no number from 0 to 10"),
         ("[1, 2, 3]", {"together": True}, "does not end in the JSON"),
+        ("[" * 9999, {"together": True}, "does not end in the JSON"),
+        ("[" + "9" * 999 + "]", {"together": True}, "has no number from 0 to 10"),
         ("", {}, "answered without choices"),
         ("1", {"template": "{completion} {nothing}"}, "names 'nothing', which is no column"),
     ],
@@ -189,6 +196,32 @@ def test_a_cache_asks_nothing_twice(tmp_path: Path) -> None:
         assert len(server.asked) == asked + 1
 
 
+def test_only_what_can_be_read_is_kept(tmp_path: Path) -> None:
+    cache = str(tmp_path / "judge.sqlite")
+    with serving(lambda body, number: {1: "hm", 2: "good"}.get(number, "4")) as server:
+        with pytest.raises(ValueError, match="no number"):
+            judged(server, ["a"], cache=cache)
+        assert judged(server, ["a"], cache=cache, choices={"good": 1}) == [1]
+        assert judged(server, ["a"], cache=cache) == [0.4]  # "good" is no number: it is asked again
+        assert judged(server, ["a"], cache=cache) == [0.4]
+    assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ({"key": "OTHER_KEY"}, r"judge: there is no environment variable 'OTHER_KEY'; name it in reward\.env too"),
+        ({"cache": "/nowhere/judge.sqlite"}, "judge: the cache '/nowhere/judge.sqlite' cannot be written: unable to"),
+        ({"template": "{completion} {anwser}"}, r"'quality' \(judge\) needs 'anwser', .* did you mean 'answer'"),
+    ],
+)
+def test_what_a_judge_lacks_is_told_before_a_model_is_loaded(args: dict[str, Any], said: str) -> None:
+    given = {"url": "http://127.0.0.1:1/v1", "model": "m"} | args
+    config = RewardConfig(functions={"quality": RewardFunctionConfig("judge", args=given)})
+    with pytest.raises(UserError, match=said), RewardPool(config) as pool:
+        pool.check_columns(["answer"], "the data")
+
+
 def test_the_key_comes_from_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "secret")
     with serving(lambda body, number: "5") as server:
@@ -209,6 +242,10 @@ def test_the_key_comes_from_the_environment_alone(monkeypatch: pytest.MonkeyPatc
         ({"template": "{completion}", "together": True}, r"template does not hold \{completions\}"),
         ({"votes": 0}, "votes, at_once and max_tokens"),
         ({"requests_per_minute": 0}, "must be above 0"),
+        ({"together": True}, r"reward\.functions\.quality\.scope: is sample, but with together=true it must be group"),
+        ({"choices": {"good": "x"}}, "choices must be words with a number each"),
+        ({"choices": {True: 1, False: 0}}, r"\(yes, no\) in quotes"),
+        ({"extra": 3}, "extra is 3, must be entries of a request"),
         ({"key": "sk-123"}, "key must be the name of an environment variable"),
         ({"modle": "m"}, "model"),
     ],

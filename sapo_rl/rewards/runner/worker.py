@@ -24,7 +24,7 @@ from sapo_rl.errors.own_code import LONGEST_FAILURE, shorten
 from sapo_rl.processes.guarded import begin
 from sapo_rl.processes.guardian import LOST
 from sapo_rl.rewards.lookup import check_own_arguments, resolve
-from sapo_rl.rewards.registry import PACKAGES, PREPARATIONS, RewardFunction, is_coroutine
+from sapo_rl.rewards.registry import COLUMNS, PACKAGES, PREPARATIONS, RewardFunction, is_coroutine
 from sapo_rl.rewards.runner.coroutines import Coroutines
 from sapo_rl.rewards.runner.scoring import ScoreError, evaluate, needed_columns
 from sapo_rl.rewards.verl import with_lists
@@ -41,16 +41,19 @@ def main() -> None:
 
 def _serve(connection: Connection, reply: Callable[..., None]) -> None:
     functions: dict[str, tuple[RewardFunction, dict[str, Any]]] = {}
+    needs: dict[str, list[str]] = {}
     try:
         for name, (path, settings, style) in connection.recv().items():
             reply(0, loading=name)
             function = _load(name, path, settings, style)
             functions[name] = (with_lists(function, settings), {}) if style == VERL else (function, settings)
+            needs[name] = needed_columns(*functions[name])
+            if path in COLUMNS:
+                needs[name] += COLUMNS[path](**settings)
     except UserError as error:
         reply(0, failed=shorten(str(error), LONGEST_FAILURE))
         return
     waiting = [name for name, (function, _) in functions.items() if is_coroutine(function)]
-    needs = {name: needed_columns(*function) for name, function in functions.items()}
     reply(0, needs=needs, coroutines=waiting)
     coroutines = Coroutines(connection, reply, functions)
     while True:
