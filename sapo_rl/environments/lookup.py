@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -88,7 +89,10 @@ def build(name: str | None, args: dict[str, Any], tools: list[str], key: str) ->
     if not callable(found):
         raise UserError(f"environment '{name}' is a {type(found).__name__}, not a class or a function that makes one")
     _check_arguments(found, args, key)
-    return Kind(name, found, args, functions)
+    try:
+        return Kind(name, found, args, functions)
+    except UserError as error:  # of an adapter, which does not know where its arguments stand
+        raise UserError(re.sub(r"^environment\.args", f"{key}.args", str(error))) from error
 
 
 def _check_arguments(target: Callable[..., Any], args: dict[str, Any], key: str) -> None:

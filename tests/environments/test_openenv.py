@@ -15,6 +15,7 @@ from command import free_port
 from scripted import config, one, play, prompt
 
 from sapo_rl.environments.adapters.openenv import OpenEnv
+from sapo_rl.environments.lookup import build
 from sapo_rl.errors import UserError
 from sapo_rl.types import Stop
 
@@ -117,3 +118,5 @@ def test_a_server_that_is_not_there_and_an_address_that_is_none_are_told(
         one(config("openenv", args=args), lambda said: "5")
     with pytest.raises(UserError, match=r"^environment\.args\.url: 'game' is no address such as http"):
         OpenEnv("game", "number")
+    with pytest.raises(UserError, match=r"^environments\.a\.args\.url: 'game' is no address"):
+        build("openenv", {"url": "game", "action": "number"}, [], "environments.a")
