@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import select
 import signal
 import sys
@@ -20,6 +21,9 @@ PARENT = "SAPO_TRAIN_PARENT"
 
 LIMITS = ("annot allocate memory", "failed to map segment", "Too many open files", "can't start new thread")
 """What errors of a machine or user that has come to a limit say."""
+
+MOST_FILES = 65536
+"""Files and connections that a process may have open once `allow_connections` was called, if the system lets it."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -82,6 +86,17 @@ def kill_group_on_hangup(fd: int) -> None:
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="lifeline", daemon=True).start()
+
+
+def allow_connections() -> None:
+    """Let this process and those that it starts have as many connections open as the user may, not as the shell says.
+
+    A shell's own limit is mostly 1024, fewer than the agents of a step.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def at_once(calls: Sequence[Callable[[], T]]) -> list[T]:

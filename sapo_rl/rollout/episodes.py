@@ -17,6 +17,7 @@ from sapo_rl.environments.chat import ChatTemplate
 from sapo_rl.environments.runner.pool import EnvironmentPool
 from sapo_rl.environments.runner.process import EnvironmentFailed
 from sapo_rl.errors import UserError
+from sapo_rl.processes import allow_connections
 from sapo_rl.rollout.agents.episode import AgentEpisode
 from sapo_rl.rollout.agents.server import AgentServer
 from sapo_rl.rollout.agents.talk import Templates
@@ -123,6 +124,7 @@ class Episodes:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     async def _open(self) -> None:
+        allow_connections()  # an episode may hold one to its agent, or its environment one to a server
         await asyncio.gather(*(pool.open() for pool in self._environments.values()))
         if any(pool.runs for pool in self._environments.values()):
             await self._server.open()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +295,31 @@ def test_a_function_that_does_not_take_client_and_row_is_told_at_the_start(here:
 def test_the_time_of_the_model_and_of_work_between_requests_is_not_the_limit(here: Path) -> None:
     sample = one(agent("patient", turn_timeout=1.5), echo)
     assert len(sample.rows) == 3 and sample.rewards == {"environment": 1.0}
+
+
+@pytest.fixture
+def few_files() -> Iterator[int]:
+    """Has this process have 256 files open at most, until it asks for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    yield 256
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_more_agents_than_a_shell_lets_files_be_open_ask_at_once(here: Path, few_files: int) -> None:
+    most = 0
+
+    def script(said: str) -> str:
+        nonlocal most
+        deadline = time.monotonic() + 20
+        while most < few_files + 40 and time.monotonic() < deadline:  # nobody is answered until all have asked
+            most = max(most, psutil.Process().num_fds())
+            time.sleep(0.01)
+        return "a"
+
+    cfg = agent("runner")
+    found = play(cfg, script, *(prompt(number) for number in range(150)))
+    assert most >= few_files + 40 and sum(len(group.samples) for group in found) == 300
 
 
 def test_an_engine_that_fails_ends_the_run_and_not_the_agent(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
