@@ -149,6 +149,34 @@ class Runner:
 runner = Runner()
 
 
+kept = []
+
+
+def keeps(client, row):
+    """Leaves a request under way at its end, and asks by the client of the episode before."""
+    import openai, threading
+
+    ask(client, [{"role": "user", "content": "a"}])
+    refused = 0
+    for other in kept:
+        try:
+            ask(other, [{"role": "user", "content": "late"}])
+        except openai.AuthenticationError:
+            refused += 1
+    kept.append(client)
+
+    def wait():
+        try:
+            ask(client, [{"role": "user", "content": "slow"}])
+        except openai.APIStatusError as error:
+            Path("told").write_text(f"{error.status_code} {error.body['message']}")
+
+    threading.Thread(target=wait, daemon=True).start()
+    while not Path("slow").exists():
+        time.sleep(0.01)
+    return refused
+
+
 def lonely(client):
     return 1.0
 
@@ -281,6 +309,23 @@ def test_an_agent_that_fails_is_told_by_name_or_dropped(here: Path, name: str, t
     with pytest.raises(UserError, match=told):
         play(agent(name, turn_timeout=1.0), echo, prompt())
     assert [file for file in here.glob("worker.*") if psutil.pid_exists(int(file.suffix[1:]))] == []
+
+
+def test_what_is_asked_after_the_end_is_refused_and_what_is_under_way_then_is_given_up(here: Path) -> None:
+    def script(said: str) -> str:
+        if "slow" in said:
+            (here / "slow").touch()
+            while not (here / "told").exists():
+                time.sleep(0.01)
+        return echo(said)
+
+    with playing(agent("keeps"), script) as (episodes, _):
+        for number in range(2):
+            (group,) = episodes.write([prompt(number)], step=1, n=1).groups
+            (sample,) = group.samples
+            assert [trained(row) for row in sample.rows] == [["a?<|im_end|>"]]
+            assert sample.rewards == {"environment": float(number)}
+    assert (here / "told").read_text() == "410 the episode is over"
 
 
 def test_an_object_whose_call_is_a_coroutine_is_awaited(here: Path) -> None:
