@@ -50,6 +50,8 @@ class Evaluator:
         self._telemetry, self._timers = telemetry, timers
         self._functions, self._samples = list(config.rewards), config.eval.samples
         self._environments = list(config.environments)
+        failing = [*config.played.values(), *config.reward.functions.values()]
+        self._drops = any(one.on_error in ("drop", "none") for one in failing)
         self._judge = config.eval.reward or next(iter(self._functions), "")
 
     def run(self, step: int) -> None:
@@ -66,6 +68,8 @@ class Evaluator:
         self._check_judge(greedy)
         metrics = {"eval/accuracy": mean_reward(greedy, self._judge), "eval/mean_length": mean_length(greedy)}
         metrics |= self._by_environment(greedy)
+        if self._drops:
+            metrics["eval/dropped"] = float(sum(gather_object([len(self._own)])) - len(greedy))
         told = [name for name in self._functions if name != ENVIRONMENT or _applies(greedy, name)]
         further = dict.fromkeys(name for group in greedy for name in group.samples[0].rewards if "/" in name)
         told = [*(told if len(self._functions) > 1 else []), *further]
