@@ -62,7 +62,8 @@ class Evaluator:
             greedy = self._rollouts.greedy(self._own, on_group=scoring.add)
             sampled: list[Group] = []
             if self._samples:
-                sampled = self._rollouts.write(self._own, -step, self._samples, on_group=scoring.add).groups
+                written = self._rollouts.write(self._own, -step, self._samples, on_group=scoring.add)
+                sampled = written.checked().groups
             greedy, sampled = scoring.result(greedy).groups, scoring.result(sampled).groups
         greedy, sampled = ([one for one in gather_object(groups) if one.samples] for groups in (greedy, sampled))
         self._check_judge(greedy)

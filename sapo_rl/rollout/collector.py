@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from sapo_rl.config import RolloutConfig
 from sapo_rl.engines.base import Engine, Request, Sampling
+from sapo_rl.errors import UserError
 from sapo_rl.processes import at_once
 from sapo_rl.rollout.dispatch import Answer, Dispatcher, Session
 from sapo_rl.types import Group, Prompt, Row, Sample, Stop, Usage
@@ -63,6 +64,16 @@ class RolloutResult(NamedTuple):
     """How long they wrote."""
     dropped: Sequence[str] = ()
     """What failed in each episode that is missing."""
+
+    def checked(self) -> RolloutResult:
+        """Return it as it is, where it is a batch with something in it.
+
+        Raises:
+            UserError: every episode is missing.
+        """
+        if self.dropped and not any(group.samples for group in self.groups):
+            raise UserError(f"no episode is left; {self.dropped[0]}")
+        return self
 
 
 class Writer(Protocol):

@@ -83,7 +83,7 @@ class Episodes:
         `on_group` gets each group as soon as it is finished, in the thread of the episodes.
 
         Raises:
-            UserError: an environment failed where `environment.on_error` is `raise`, or in every episode.
+            UserError: an environment failed where `environment.on_error` is `raise`.
         """
         return self._wait(self._write(prompts, step, n or self._rollouts.group_size, self._rollouts.sampling, on_group))
 
@@ -97,9 +97,12 @@ class Episodes:
 
         They go before all that waits for an engine. `on_group` gets each as soon as it is finished, in the thread of
         the episodes.
+
+        Raises:
+            UserError: as `write`, or no episode is left.
         """
         sampling = greedy_of(self._rollouts.sampling, most)
-        groups = self._wait(self._write(prompts, 0, 1, sampling, on_group, urgent=True)).groups
+        groups = self._wait(self._write(prompts, 0, 1, sampling, on_group, urgent=True)).checked().groups
         return [group for group in groups if group.samples]
 
     def sleep(self) -> None:
@@ -172,8 +175,6 @@ class Episodes:
         except BaseExceptionGroup as errors:
             raise _first(errors) from None
         groups = [one.result() for one in playing]
-        if failures and not any(one.samples for one in groups):
-            raise UserError(f"no episode is left; {failures[0]}")
         return RolloutResult(groups, usage_of(answers, start, len(self._rollouts.engines)), failures)
 
 

@@ -132,7 +132,7 @@ class BatchQueue:
         """Wait for the groups of a batch, of which each is scored while others are generated, and for their scores."""
         with pending.scoring:
             with self._timers("rollout"):
-                written = pending.writing.result()
+                written = pending.writing.result().checked()
             with self._timers("reward"):
                 scores = pending.scoring.result(written.groups)
         groups = scores.groups

@@ -69,8 +69,11 @@ def write_refilled(
 
 
 def kept(groups: Sequence[Group], count: int, keeps: Callable[[Group], bool]) -> list[Group]:
-    """Return `count` of the groups: the first of those that stay, then, where these are too few, of the others."""
-    return sorted(groups, key=lambda group: not keeps(group))[:count]
+    """Return `count` of the groups: the first of those that stay, then, where these are too few, of the others.
+
+    Those without samples come last.
+    """
+    return sorted(groups, key=lambda group: (not keeps(group), not group.samples))[:count]
 
 
 def _joined(results: Sequence[tuple[float, RolloutResult]]) -> RolloutResult:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from scripted import ASSISTANT, TOKENIZER, call_of, config, one, play, play_high
 from sapo_rl.config import Config, EnvironmentConfig
 from sapo_rl.engines.base import Request, Sampling
 from sapo_rl.errors import UserError
-from sapo_rl.rewards import squad_f1
+from sapo_rl.rewards import Scoring, squad_f1
 from sapo_rl.rewards.runner.scoring import call_arguments
 from sapo_rl.rewards.runner.sheet import Place
 from sapo_rl.rollout.collector import Rollouts
 from sapo_rl.rollout.dispatch import Session
-from sapo_rl.types import Group, Stop
+from sapo_rl.rollout.refill import kept, write_refilled
+from sapo_rl.types import Group, RewardStats, Scores, Stop
 
 
 @pytest.fixture
@@ -195,7 +197,30 @@ def test_a_failed_environment_ends_the_run_or_leaves_its_group(here: Path) -> No
         assert sorted(group.prompt.index for group in finished) == [3, 4]
         assert [group.prompt.index for group in episodes.greedy(prompts)] == [3]
         with pytest.raises(UserError, match=r"^no episode is left; environment 'my_games\.Echo' failed on prompt 4"):
-            episodes.write(prompts[1:], step=1)
+            episodes.write(prompts[1:], step=1).checked()
+        with pytest.raises(UserError, match=r"^no episode is left; environment 'my_games\.Echo' failed on prompt 4"):
+            episodes.greedy(prompts[1:])
+
+
+def test_a_group_that_is_lost_is_replaced_and_so_is_one_that_replaces_it(here: Path) -> None:
+    def submit(groups: Sequence[Group]) -> Future[Scores]:
+        future: Future[Scores] = Future()
+        future.set_result(Scores([*groups], RewardStats({}, {}, {})))
+        return future
+
+    def keeps(group: Group) -> bool:
+        return bool(group.samples)
+
+    bad, good = [prompt(3, "Bad."), prompt(4, "Bad.")], prompt(5, "Good.")
+    script = lambda said: "do fail" if "Bad" in said else "hm"  # noqa: E731
+    with (
+        playing(config("my_games.Echo", on_error="drop"), script) as (episodes, _),
+        Scoring(lambda group: submit([group]), submit, []) as scoring,
+    ):
+        result = write_refilled(episodes, bad[:1], [bad[1], good], 1, scoring, keeps).checked()
+    assert [(group.prompt.index, len(group.samples)) for group in result.groups] == [(3, 0), (4, 0), (5, 2)]
+    assert len(result.dropped) == 4
+    assert [group.prompt.index for group in kept(result.groups, 2, lambda group: False)] == [5, 3]
 
 
 def test_an_episode_is_played_anew_where_its_process_is_lost_and_fails_the_second_time(here: Path) -> None:
