@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
@@ -50,6 +51,7 @@ class Endpoint:
         except TypeError as error:
             raise UserError(f"{KIND} '{run}' must be callable as run(client, row): {error}") from error
         _clients()
+        reach_this_machine()
 
     async def play(self, row: dict[str, Any], url: str, key: str) -> Any:
         """Return what the agent returns; one that is no coroutine function runs in a thread of its own."""
@@ -58,6 +60,14 @@ class Endpoint:
             return await self.run(several.with_options(base_url=url, api_key=key), row)
         client = one.with_options(base_url=url, api_key=key)
         return await asyncio.get_running_loop().run_in_executor(_threads(), self.run, client, row)
+
+
+@functools.cache
+def reach_this_machine() -> None:
+    """Have clients that agents make themselves ask the server of the run, not a proxy that the environment names."""
+    for name in ("NO_PROXY", "no_proxy"):
+        others = os.environ.get(name)
+        os.environ[name] = ",".join(filter(None, (others, "127.0.0.1")))
 
 
 @functools.cache

@@ -156,6 +156,7 @@ def test_columns_that_reset_cannot_do_without_are_refused(here: Path) -> None:
         ("(3, 1.0, False)", r"^step returned 3; must be text, or messages with the texts role and content$"),
         ("(None, 1.0, False)", r"^step returned no observation and not done"),
         ("([], 1.0, False)", r"^step returned no observation and not done"),
+        ("('a' * 2**24, 1.0, False)", r"^step: its answer has 16,777,\d+ bytes, more than 16,777,216$"),
         ("('a', 1.0, False, {'x': {1}})", r"^info holds what JSON does not: Object of type set"),
     ],
 )

@@ -177,6 +177,12 @@ def keeps(client, row):
     return refused
 
 
+def own_client(client, row):
+    from openai import OpenAI
+
+    return ask(OpenAI(base_url=client.base_url, api_key=client.api_key), [{"role": "user", "content": "a"}]) is not None
+
+
 def lonely(client):
     return 1.0
 
@@ -326,6 +332,12 @@ def test_what_is_asked_after_the_end_is_refused_and_what_is_under_way_then_is_gi
             assert [trained(row) for row in sample.rows] == [["a?<|im_end|>"]]
             assert sample.rewards == {"environment": float(number)}
     assert (here / "told").read_text() == "410 the episode is over"
+
+
+def test_a_client_that_the_agent_makes_goes_around_a_proxy(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    assert one(agent("own_client"), echo).rewards == {"environment": 1.0}
 
 
 def test_an_object_whose_call_is_a_coroutine_is_awaited(here: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from sapo_rl import plugins
 from sapo_rl.environments.adapters import package
-from sapo_rl.environments.endpoint import Endpoint
+from sapo_rl.environments.endpoint import Endpoint, reach_this_machine
 from sapo_rl.environments.registry import ENVIRONMENTS
 from sapo_rl.errors import UserError
 
@@ -47,6 +47,7 @@ class Verifiers(Endpoint):
         self._tasks = _tasks_of(taskset, json.dumps(settings or {}))
         self._harness, self._runtime = harness, runtime or {"type": "subprocess"}
         self.run = self._run
+        reach_this_machine()
 
     async def play(self, row: dict[str, Any], url: str, key: str) -> float:
         """Return the reward of the row's task."""

@@ -81,6 +81,8 @@ class Worker:
         self._send({"call": number, "begun": True})
         try:
             line = as_json({"call": number, "answer": await self._play(call)})
+            if len(line) > LONGEST_LINE:
+                raise Failure(f"{call['do']}: its answer has {len(line):,} bytes, more than {LONGEST_LINE:,}")
         except Failure as error:
             line = as_json({"call": number, "failed": shorten(str(error), LONGEST_FAILURE)})
         except BaseException as error:  # a property or signature of the user's that raises
