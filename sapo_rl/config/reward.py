@@ -19,7 +19,7 @@ class RewardFunctionConfig:
     """One reward function.
 
     Example:
-        reward.functions.brief={function: length_limit, weight: 0.1, args: {max_tokens: 400}}
+        '+reward.functions.brief={function: length_limit, weight: 0.1, args: {max_tokens: 400}}'
     """
 
     function: str = MISSING

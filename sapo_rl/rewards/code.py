@@ -43,7 +43,7 @@ def code(
     `</think>`. The tests are the answer, or that as JSON:
 
     * statements, as one text or a list of them (MBPP): they run in the program's names, and one that raises has failed;
-      with a column `entry_point`, a text defines `check(candidate)`, which gets the function of that name (HumanEval);
+      where one defines `check(candidate)`, it gets the function that the column `entry_point` names (HumanEval);
     * pairs `{input, output}`, or `{inputs: [...], outputs: [...]}`: the program reads the one, prints the other,
       compared word by word, and ends without an error;
     * `{fn_name, inputs, outputs}`: calls of a function, or of a method of the class `Solution`, with lists of
@@ -135,7 +135,7 @@ def tests_of(program: str, tests: Any, setup: str | None = None, entry_point: st
     if isinstance(tests, str) and tests.lstrip()[:1] in ("[", "{"):
         tests = json.loads(tests)
     if isinstance(tests, str):
-        tests = [f"{tests}\ncheck({entry_point})" if entry_point else tests]
+        tests = [tests]
     if isinstance(tests, dict) and tests.keys() >= {"inputs", "outputs"}:
         pairs = [*zip(tests["inputs"], tests["outputs"], strict=True)]
         if name := tests.get("fn_name"):
@@ -144,6 +144,7 @@ def tests_of(program: str, tests: Any, setup: str | None = None, entry_point: st
     if not isinstance(tests, list) or not tests:
         raise ValueError(f"the tests are {str(tests)[:60]!r}; must be statements, or inputs and outputs")
     if all(isinstance(one, str) for one in tests):
+        tests = [f"{one}\ncheck({entry_point})" if entry_point and "def check(" in one else one for one in tests]
         return [Test(Job(program, setup or "", checks=tests), len(tests), lambda result: _passed(result, len(tests)))]
     if all(isinstance(one, dict) and one.keys() >= {"input", "output"} for one in tests):
         return [_printed(Job(program, setup or ""), _text(one["input"]), _text(one["output"])) for one in tests]

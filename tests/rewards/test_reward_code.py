@@ -78,6 +78,8 @@ def test_setup_runs_before_and_a_body_goes_on_where_it_ends() -> None:
     check = "def check(candidate):\n    assert candidate(4) == 2.0\n    assert root is candidate"
     bodies: list[Any] = ["    return math.sqrt(x)\n", "def root(x): return math.sqrt(x)", "    return x\n"]
     assert code(bodies, [check] * 3, [setup] * 3, ["root"] * 3) == [1, 1, 0]
+    assert code(bodies, [[check]] * 3, [setup] * 3, ["root"] * 3) == [1, 1, 0]
+    assert code(bodies, ["assert root(4) == 2.0"] * 3, [setup] * 3, ["root"] * 3) == [1, 1, 0]  # it calls the function
 
 
 @pytest.mark.parametrize("told", ["{'passed': 1000}", "{'passed': 'x'}", "{}", "{'passed': True}, " * 9])

@@ -183,7 +183,8 @@ def check(isolation: str) -> Isolation:
     if tried.returncode:
         raise SandboxMissing(
             f"bubblewrap cannot isolate programs here: {tried.stderr.strip() or f'exit code {tried.returncode}'}; "
-            "in a container, allow user namespaces (docker run --security-opt seccomp=unconfined)"
+            "in a container, allow user namespaces (docker run --security-opt seccomp=unconfined, on a host with "
+            "AppArmor --security-opt apparmor=unconfined too)"
         )
     return "bubblewrap"
 
