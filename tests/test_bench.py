@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ sys.path.insert(0, str(BENCH))
 
 import recipe  # noqa: E402
 import report  # noqa: E402
+import sandbox  # noqa: E402
 import scaling  # noqa: E402
 import study  # noqa: E402
 import study_results  # noqa: E402
@@ -428,3 +430,10 @@ def test_a_server_that_ends_is_told_with_its_last_words(tmp_path: Path, monkeypa
     monkeypatch.setattr(scaling.subprocess, "Popen", lambda _, **how: popen(command, **how))
     with pytest.raises(RuntimeError, match="no GPU here"), scaling.serving(tiny_task(tmp_path), 1, 1, []):
         pass
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
+def test_the_bench_of_the_sandbox_finds_nothing_left() -> None:
+    found = sandbox.measure("reads and prints", 18)  # a group, and one that is not whole
+    assert (found["runs"], found["processes"], found["descriptors"]) == (18, 0, 0)
+    assert sandbox.row(found)[:2] == ["reads and prints", "18"]
