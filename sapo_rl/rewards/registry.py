@@ -34,6 +34,9 @@ PACKAGES = {
 }
 """Built-ins that need a further package: its module and its name on PyPI."""
 
+SLOW = ("code", "reward_model")
+"""Built-ins of which each sample takes time: a call may take as long as the limit of one says, times their number."""
+
 PREPARATIONS: dict[str, Callable[..., None]] = {}
 """What takes long before the first call of a built-in, or may be missing in its process, by its name: called once in a
 worker, with the settings."""

@@ -17,6 +17,8 @@ from sapo_rl.environments import Python
 from sapo_rl.errors import UserError
 from sapo_rl.rewards import RewardPool, check_function, code, isolation_warning
 from sapo_rl.rewards.code import program_of
+from sapo_rl.rewards.runner.blame import Blame, Call
+from sapo_rl.rewards.runner.sheet import Sheet
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
 DOUBLE = "def double(x):\n    return 2 * x"
@@ -140,6 +142,14 @@ def test_a_time_limit_that_a_program_can_exceed_is_refused() -> None:
     said = r"reward\.functions\.passed\.timeout: is 30, too near to the 30 seconds .* cpu_seconds=10; set 40 or more"
     with pytest.raises(UserError, match=said):
         check_function("passed", RewardFunctionConfig("code", args={"cpu_seconds": 10}))
+
+
+def test_the_time_limit_of_a_group_is_that_of_its_programs_together() -> None:
+    functions = {"passed": RewardFunctionConfig("code"), "exact": RewardFunctionConfig("exact_match")}
+    sheet = Sheet([group(0, ["a"] * 16)], functions)
+    blame, places = Blame(functions), sheet.places[0]
+    assert blame.limit(Call("passed", sheet, places)) == 16 * 30
+    assert blame.limit(Call("exact", sheet, places)) == 30
 
 
 def test_a_pool_scores_programs_and_a_hostile_one_harms_none(tmp_path: Path) -> None:

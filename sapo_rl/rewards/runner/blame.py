@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from sapo_rl.config import RewardFunctionConfig
-from sapo_rl.rewards.registry import Score
+from sapo_rl.rewards.registry import SLOW, Score
 from sapo_rl.rewards.runner.sheet import Place, Sheet
 
 _LONGEST_PAUSE = 60.0  # seconds before a call is made again
@@ -92,7 +92,8 @@ class Blame:
     """Says for each call that ends which further calls follow, and whether its samples have failed.
 
     Samples that fail alone have failed. Where none of a failed group does, a call that was late is repeated with the
-    time limit for each sample, and so are all later calls of that function: it is slow, it does not hang. One that took
+    time limit for each sample, and so are all later calls of that function: it is slow, it does not hang. Of the
+    built-ins that are known to be slow it is so from the first call on. One that took
     its worker down is repeated once. Any other failure is that of all samples of the group.
 
     Args:
@@ -101,7 +102,7 @@ class Blame:
 
     def __init__(self, functions: Mapping[str, RewardFunctionConfig]) -> None:
         self._functions = functions
-        self._slow: set[str] = set()
+        self._slow = {name for name, one in functions.items() if one.function in SLOW}
 
     def limit(self, call: Call) -> float:
         """Return how many seconds a call may take that is about to be made."""
