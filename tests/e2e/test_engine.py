@@ -282,10 +282,10 @@ def test_rollouts_over_two_engines_are_those_of_one(
     prompts = [Prompt(i, tokenizer(text)["input_ids"], text, {}) for i, text in enumerate(texts)]
     cfg = RolloutConfig(group_size=3, max_completion_tokens=16)
     one, two = (Rollouts(fleet, cfg, tokenizer, seed=7, reproducible=True) for fleet in (engines[:1], engines))
-    for found, expected in zip(two.generate(prompts, step=4), one.generate(prompts, step=4), strict=True):
+    for found, expected in zip(two.write(prompts, step=4).groups, one.write(prompts, step=4).groups, strict=True):
         assert found == expected
         assert found.samples[0].text == tokenizer.decode(found.samples[0].token_ids, skip_special_tokens=True)
-    assert one.generate(prompts, step=5) != one.generate(prompts, step=4)
+    assert one.write(prompts, step=5).groups != one.write(prompts, step=4).groups
     assert one.greedy(prompts) == two.greedy(prompts)
 
 
