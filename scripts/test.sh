@@ -42,6 +42,6 @@ else
     chosen=(--durations=10)
 fi
 say "pytest"
-.venv/bin/python -m pytest "${chosen[@]}" -n 2 --dist loadfile || failed="$failed pytest"
+.venv/bin/python -m pytest "${chosen[@]}" -n 2 --dist loadfile --no-loadscope-reorder || failed="$failed pytest"
 [ -z "$failed" ] || die "failed:$failed"
 say "all passed"
