@@ -24,6 +24,9 @@ from sapo_rl.run.other_names import hint
 PROBLEM = r"(Value .*|Invalid .*|Cannot .*|Incompatible .*|object of type .*|.*[Ii]nterpolation .*)"
 """OmegaConf's lines that say what is wrong with a value."""
 
+OWN_ENTRIES = {"RewardFunctionConfig": ("reward.functions", "function"), "EnvironmentConfig": ("environments", "name")}
+"""Where mappings have entries with names of the user's own, by their schema, and the key that each needs."""
+
 
 def explain(error: Exception, arguments: Arguments) -> str:
     """Say a composition error in one or two lines: key or file, where it was set, nearest valid name.
@@ -65,12 +68,38 @@ def _explain(error: Exception, arguments: Arguments) -> str:
     key = first_match(r"Could not override '([^']+)'", text) or first_match(r"full_key: (\S+)", text)
     if key and re.search(r"Key '[^']*' (is )?not in", text):
         return f"{key} ({origin(key, arguments)}): no such key; {nearest_key(key)}"
-    if key and (found := first_match(r"([\w-]+) is not a subclass of RewardFunctionConfig", text)):
-        key = f"reward.functions.{key.rpartition('.')[2]}"
-        return f"{key} ({origin(key, arguments)}): is a {found}; set its keys, {key}.function=..., with + a new one's"
+    if key and (found := re.search(rf"([\w-]+) is not a subclass of ({'|'.join(OWN_ENTRIES)})", text)):
+        own = _no_entry(key.rpartition(".")[2], found[1], found[2], arguments)
+        if own is not None:
+            return own
+    if key and (section := _section(first_match(r"Error merging override [+]*([\w.]+)=", text))) is not None:
+        whole, names = section
+        told = f"has keys of its own; set those: {', '.join(names)}" if names else "is a mapping with names of your own"
+        return f"{whole} ({origin(whole, arguments)}): {told}"
+    if key and "is not Optional" in text:
+        return f"{key} ({origin(key, arguments)}): cannot be null"
     if key:
         return f"{key} ({origin(key, arguments)}): {first_match(PROBLEM, text) or _cause(text)}"
     return _unforeseen(error, arguments)
+
+
+def _no_entry(name: str, found: str, kind: str, arguments: Arguments) -> str | None:
+    """Tell of an entry of the user's own that is no mapping, or that has a value of the wrong kind in it."""
+    parent, first = OWN_ENTRIES[kind]
+    key = f"{parent}.{name}"
+    if name in OmegaConf.structured(Config):  # the one environment, which has no name of the user's own
+        return None
+    if found == "dict":
+        problem = f"has a value of the wrong kind; sapo-train keys {parent} tells what each key takes"
+    else:
+        problem = f"is a {found}; set its keys, {key}.{first}=..., with + a new one's"
+    return f"{key} ({origin(key, arguments)}): {problem}"
+
+
+def _section(key: str | None) -> tuple[str, list[str]] | None:
+    """The key with those below it, where it has any; None for one that takes a value."""
+    node = OmegaConf.select(OmegaConf.structured(Config), key) if key else None
+    return (key, [f"{key}.{name}" for name in node]) if key and isinstance(node, DictConfig) else None
 
 
 def _unreadable(error: OverrideParseException) -> str:

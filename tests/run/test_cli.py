@@ -217,6 +217,24 @@ BAD = {
     "one detached side": (["loss.sides=one", "loss.gradient=detached"], ["loss.sides", "loss.gradient=paper"]),
     "tau order": (["loss.tau_neg=0.9"], ["loss.tau_neg", "strict_temperatures"]),
     "group of one": (["rollout.group_size=1"], ["rollout.group_size", "at least 2"]),
+    "value of another kind in a new environment": (
+        ["+environments.sums.args=3"],
+        ["environments.sums (command line)", "a value of the wrong kind", "sapo-train keys environments"],
+    ),
+    "value of another kind in a new reward function": (
+        ["+reward.functions.mine.args=3"],
+        ["reward.functions.mine (command line)", "sapo-train keys reward.functions"],
+    ),
+    "section set as a whole": (
+        ["environment=null"],
+        ["environment (command line)", "has keys of its own", "environment.name, environment.args"],
+    ),
+    "nested section set as a whole": (
+        ["rollout.refill=3"],
+        ["rollout.refill (command line)", "rollout.refill.max_extra"],
+    ),
+    "mapping of one's own set as a whole": (["environments=3"], ["environments (command line)", "names of your own"]),
+    "null where there must be a value": (["seed=null"], ["seed (command line): cannot be null"]),
     "refill before the rewards are known": (
         ["rollout.refill.max_extra=1", "reward.functions.correct.scope=batch"],
         ["rollout.refill.max_extra", "is 1", "reward.functions.correct.scope is batch"],
