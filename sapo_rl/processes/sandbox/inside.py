@@ -7,16 +7,16 @@ stderr are the program's.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
-import linecache
 import os
 import resource
 import struct
 import sys
-import traceback
-from typing import Any
+
+TYPE_CHECKING = False  # as in `typing`, whose import would take a tenth of the time of a small program
+if TYPE_CHECKING:
+    from typing import Any
 
 _NAME = "program.py"
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _FILTER = 38, 22, 2
@@ -57,17 +57,25 @@ def _joined(setup: str, program: str) -> str:
 
 def _run(program: str) -> dict[str, Any]:
     """Run a program as Python runs a file; return its names. An error ends this process, as it ends a program."""
-    linecache.cache[_NAME] = (len(program), None, program.splitlines(keepends=True), _NAME)
     namespace: dict[str, Any] = {"__name__": "__main__", "__builtins__": __builtins__}
     try:
         exec(compile(program, _NAME, "exec", dont_inherit=True), namespace)
     except SystemExit:
         raise
     except BaseException as error:
-        trace = error.__traceback__
-        traceback.print_exception(type(error), error, trace and trace.tb_next)  # without the lines of this file
+        _print(error, program)
         sys.exit(1)
     return namespace
+
+
+def _print(error: BaseException, program: str) -> None:
+    """Print an error as Python does, without the lines of this file."""
+    import linecache  # not for a program that ends well: they take as long as all the others
+    import traceback
+
+    linecache.cache[_NAME] = (len(program), None, program.splitlines(keepends=True), _NAME)
+    trace = error.__traceback__
+    traceback.print_exception(type(error), error, trace and trace.tb_next)
 
 
 def _check(check: str, namespace: dict[str, Any]) -> dict[str, Any]:
@@ -90,9 +98,10 @@ def _call(name: str, arguments: list[Any], namespace: dict[str, Any]) -> dict[st
 
 
 def _told(error: BaseException) -> str:
-    with contextlib.suppress(BaseException):
+    try:
         return f"{type(error).__name__}: {error}"[:200]
-    return "an error that cannot be shown"
+    except BaseException:
+        return "an error that cannot be shown"
 
 
 def _limit(memory: int, seconds: int, file: int, files: int) -> None:
