@@ -98,7 +98,10 @@ def _no_entry(name: str, found: str, kind: str, arguments: Arguments) -> str | N
 
 def _section(key: str | None) -> tuple[str, list[str]] | None:
     """The key with those below it, where it has any; None for one that takes a value."""
-    node = OmegaConf.select(OmegaConf.structured(Config), key) if key else None
+    try:
+        node = OmegaConf.select(OmegaConf.structured(Config), key) if key else None
+    except OmegaConfBaseException:  # it leads through a list
+        return None
     return (key, [f"{key}.{name}" for name in node]) if key and isinstance(node, DictConfig) else None
 
 

@@ -233,6 +233,7 @@ BAD = {
         ["rollout.refill=3"],
         ["rollout.refill (command line)", "rollout.refill.max_extra"],
     ),
+    "name in a list": (["+trainer.betas.y=overlap"], ["trainer.betas", "(command line)"]),
     "mapping of one's own set as a whole": (["environments=3"], ["environments (command line)", "names of your own"]),
     "null where there must be a value": (["seed=null"], ["seed (command line): cannot be null"]),
     "refill before the rewards are known": (
