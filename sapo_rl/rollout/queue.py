@@ -119,7 +119,8 @@ class BatchQueue:
     def _begin(self, step: int) -> PendingBatch:
         """Draw prompts, the same on all ranks, and have this rank's completed."""
         drawn = self._sampler.next()
-        further = self._sampler.further(drawn, math.ceil(self._refill.max_extra * len(drawn)), step)
+        extra = math.ceil(self._refill.max_extra * len(drawn))
+        further = self._sampler.further(drawn, extra, step) if extra else []  # it looks through all prompts
         own, others = (self._share.of([self._prompts[index] for index in indices]) for indices in (drawn, further))
         scoring = self._rewards.scoring()
         if others:
