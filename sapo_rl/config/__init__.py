@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+from sapo_rl.config.engine import EngineConfig
 from sapo_rl.config.fields import LONGEST_WAIT, MISSING, MOST_SAMPLES, choice, number
 from sapo_rl.config.loss import AdvantageConfig, LossConfig
 from sapo_rl.config.refill import RefillConfig
@@ -146,6 +147,7 @@ class RolloutConfig:
     tool_parser: str = choice("auto", "auto", *TOOL_PARSERS)
     """How calls of tools stand in what the model writes, by vLLM's names; `json` is bare or in a fence. `auto` takes
     what the chat template speaks of. `check=chat` shows whether calls are read."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
     servers: list[str] = field(default_factory=list)
     """Addresses of running `sapo-serve` processes, as host:port; they write in place of engines beside the trainer."""
     transport: str = choice("auto", "auto", "file", "ipc", "nccl")

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sapo_rl.config import Config, ModelConfig
+from sapo_rl.engines import own
 from sapo_rl.engines.base import Engine, EngineSettings
 from sapo_rl.engines.key import read_key
 from sapo_rl.engines.process import LocalEngine
@@ -135,7 +136,7 @@ def sleep_level(config: Config, facts: ModelFacts, device: Device) -> int:
 
 
 def build_transport(config: Config, facts: ModelFacts, device: Device, run: str, is_main: bool) -> WeightTransport[Any]:
-    """Return the way that `rollout.transport` names.
+    """Return the way that `rollout.transport` names, or that an engine of the user's own brings.
 
     Args:
         config: the run's.
@@ -147,6 +148,8 @@ def build_transport(config: Config, facts: ModelFacts, device: Device, run: str,
     Raises:
         UserError: `ipc` without a GPU, or no room for `file`.
     """
+    if engine := own.find(config.rollout.engine):
+        return engine.transport()
     kind, dtype = config.rollout.transport, getattr(torch, config.model.dtype)
     if config.rollout.servers:
         return NcclTransport(dtype, device.name, run, is_main, config.rollout.timeout)
@@ -178,7 +181,9 @@ def build_engines(
     """
     rollout = config.rollout
     if not rollout.servers:
-        return [LocalEngine(one) for one in engine_settings(config, facts, device, folder, stop_token_ids, stream)]
+        make = own.find(rollout.engine) or LocalEngine
+        settings = engine_settings(config, facts, device, folder, stop_token_ids, stream)
+        return [make(one, **rollout.engine.args) for one in settings]
     from sapo_rl.engines.remote import RemoteEngine, RemoteSettings  # httpx and pydantic take 0.2 s to import
 
     key = read_key()

@@ -11,6 +11,7 @@ from typing import Any
 
 from sapo_rl import plugins
 from sapo_rl.config import ENVIRONMENT, Config, EnvironmentConfig
+from sapo_rl.config.engine import VLLM
 from sapo_rl.config.fields import BOUNDS
 from sapo_rl.config.loss import CHOSEN_KEYS, unread
 from sapo_rl.config.reward import BATCH
@@ -160,6 +161,18 @@ def _check_tensor_parallel(config: Config) -> None:
         )
     if rollout.transport == "ipc":
         raise ConfigError("rollout.transport", "'ipc' does not reach the GPUs of other ranks; set auto or file")
+
+
+def _check_engine(config: Config) -> None:
+    rollout, engine = config.rollout, config.rollout.engine
+    if engine.name == VLLM and engine.args:
+        raise ConfigError("rollout.engine.args", f"are for an engine of your own; '{VLLM}' is set up by rollout's keys")
+    if engine.name != VLLM and rollout.servers:
+        raise ConfigError("rollout.engine.name", f"'{engine.name}' writes beside the trainer, not on rollout.servers")
+    if engine.name != VLLM and rollout.transport != "auto":
+        raise ConfigError(
+            "rollout.transport", f"'{rollout.transport}' is for vLLM; '{engine.name}' brings its own: set auto"
+        )
 
 
 def _check_servers(config: Config) -> None:
@@ -354,6 +367,7 @@ RULES = {
     "launch": _check_launch,
     "rollout, trainer": _check_batch,
     "rollout.tensor_parallel": _check_tensor_parallel,
+    "rollout.engine": _check_engine,
     "rollout.servers": _check_servers,
     "advantage": _check_advantage,
     "loss": _check_loss_settings,

@@ -5,16 +5,15 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
-import inspect
 import json
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sapo_rl import config
-from sapo_rl.config import loss, refill, reward
 from sapo_rl.config.fields import BOUNDS
 
 
@@ -78,7 +77,7 @@ def _keys_of(schema: type, prefix: str) -> Iterator[Key]:
 
 def _valid(metadata: Any) -> str:
     if metadata.get("choices"):
-        own = f", or the dotted path of a {metadata['own']} of your own" if metadata["own"] else ""
+        own = f", or the dotted path of your own {metadata['own']}" if metadata["own"] else ""
         return "one of " + ", ".join(metadata["choices"]) + own
     bounds = {words: metadata[name] for name, (words, _) in BOUNDS.items() if metadata.get(name) is not None}
     return ", ".join(
@@ -90,8 +89,8 @@ def _valid(metadata: Any) -> str:
 def _meanings() -> dict[str, dict[str, str]]:
     """The docstring under each field, by class and field."""
     found: dict[str, dict[str, str]] = {}
-    bodies = [ast.parse(inspect.getsource(module)).body for module in (config, loss, refill, reward)]
-    for node in [node for body in bodies for node in body]:
+    files = sorted(Path(config.__file__).parent.glob("*.py"))
+    for node in [node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body]:
         if isinstance(node, ast.ClassDef):
             pairs = zip(node.body, node.body[1:], strict=False)
             found[node.name] = {

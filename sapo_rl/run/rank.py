@@ -34,6 +34,7 @@ from sapo_rl import run_folder
 from sapo_rl.advantages import own_function
 from sapo_rl.config import Config, ModelConfig
 from sapo_rl.data import PromptSampler, build_prompts, load_rows, own, repetition_warning
+from sapo_rl.engines import own as own_engine
 from sapo_rl.engines.base import Engine
 from sapo_rl.engines.build import ModelFacts, build_engines, build_transport, close_all, device_of, model_facts
 from sapo_rl.environments import environment_for
@@ -255,9 +256,10 @@ def _warnings(config: Config, dropped: int, repetition: str | None) -> list[str]
 
 
 def _import_own(config: Config) -> None:
-    """Find mistakes in what is the user's own before anything is started: loss, advantage function, data source."""
+    """Find mistakes in what is the user's own before anything is started: loss, advantages, engine, data."""
     objective(config.loss)
     own_function(config.advantage)
+    own_engine.find(config.rollout.engine)
     if own.is_own(config.data.source):
         own.find(config.data)
 

@@ -15,6 +15,7 @@ import psutil
 
 from sapo_rl.advantages import own_function
 from sapo_rl.config import Config
+from sapo_rl.config.engine import VLLM
 from sapo_rl.data import load_rows, repetition_warning
 from sapo_rl.data.prompts import Rows, columns_of, content_of, with_all_columns
 from sapo_rl.environments import environment_for
@@ -58,6 +59,10 @@ def rehearse(config: Config) -> Trial:
 
         objective(config.loss)
     own_function(config.advantage)
+    if config.rollout.engine.name != VLLM:
+        from sapo_rl.engines import own  # imports torch
+
+        own.find(config.rollout.engine)
     with reading("data"):
         train, held_out = load_rows(config.data, config.eval.prompts)
         train, held_out = with_all_columns(train, config.data), with_all_columns(held_out, config.data)

@@ -20,6 +20,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from sapo_rl.config import Config
+from sapo_rl.config.engine import VLLM
 from sapo_rl.engines.base import EngineSettings
 from sapo_rl.engines.environment import server_environment
 from sapo_rl.engines.key import VARIABLE, key_file, make_key
@@ -113,6 +114,8 @@ def engine_settings(config: Config, options: argparse.Namespace) -> EngineSettin
     Raises:
         UserError: vLLM is not installed, or the model cannot be loaded as its config describes it.
     """
+    if config.rollout.engine.name != VLLM:
+        raise UserError(f"rollout.engine.name: '{config.rollout.engine.name}' cannot be served; sapo-serve starts vLLM")
     require_vllm()
     import torch
 
