@@ -12,8 +12,11 @@ from sapo_rl.rewards import RewardPool
 from sapo_rl.rollout.collector import Writer
 from sapo_rl.rollout.share import Share
 from sapo_rl.telemetry import Telemetry, Timers
+from sapo_rl.telemetry.sinks.completions import eval_rows
 from sapo_rl.types import Group, Messages, Prompt
 
+DEFAULT_SET = "default"
+"""The name of the held-out prompts."""
 EXAMPLES = 3
 """Held-out prompts that are shown with their completions."""
 
@@ -79,7 +82,9 @@ class Evaluator:
             metrics["eval/reward_mean"] = mean_reward(sampled, self._judge)
         examples = [(_shown(group.prompt.content), group.samples[0].text) for group in greedy[:EXAMPLES]]
         self.before = self.before or examples
-        self._telemetry.log_eval(step, metrics, examples)
+        kept = eval_rows(step, greedy, DEFAULT_SET, self._judge, greedy=True)
+        kept += eval_rows(step, sampled, DEFAULT_SET, self._judge, greedy=False)
+        self._telemetry.log_eval(step, metrics, examples, kept)
 
     def _check_judge(self, groups: Sequence[Group]) -> None:
         """Raise UserError where no function returns the number of which `eval/accuracy` is the mean."""

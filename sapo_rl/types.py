@@ -110,6 +110,8 @@ class Sample:
     """What reward functions see: decoded, special tokens skipped."""
     messages: list[dict[str, Any]] | None = None
     """What was said after the prompt, by whom, in OpenAI's shape; None for one turn."""
+    opening: list[dict[str, Any]] | None = None
+    """The messages before that: the prompt's, with what an environment's `reset` added; None for one turn."""
     info: dict[str, Any] = field(default_factory=dict)
     """What an environment tells of it."""
     rewards: dict[str, float | None] = field(default_factory=dict)

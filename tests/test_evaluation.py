@@ -18,6 +18,7 @@ from sapo_rl.types import Group, Prompt, Row, Sample, Stop
 def test_prompts_whose_episode_was_dropped_are_counted(on_error: str, told: dict[str, float]) -> None:
     prompts = [Prompt(number, [1], "Go.", {}) for number in range(5)]
     logged: list[dict[str, float]] = []
+    kept: list[dict[str, Any]] = []
 
     def greedy(own: list[Prompt], on_group: Any) -> list[Group]:
         rewards: dict[str, float | None] = {"environment": 0.5}
@@ -27,9 +28,13 @@ def test_prompts_whose_episode_was_dropped_are_counted(on_error: str, told: dict
     parts: Any = SimpleNamespace(
         greedy=greedy,
         scoring=lambda: nullcontext(scoring),
-        log_eval=lambda step, metrics, examples: logged.append(metrics),
+        log_eval=lambda step, metrics, examples, samples: (logged.append(metrics), kept.extend(samples)),
     )
     config = Config(environment=EnvironmentConfig("guess", on_error=on_error))
     timers: Any = lambda phase: nullcontext()  # noqa: E731
     Evaluator(prompts, Share(0, 1), parts, parts, parts, timers, config, []).run(0)
     assert logged == [{"eval/accuracy": 0.5, "eval/mean_length": 1.0} | told]
+    assert [(row["prompt_index"], row["completion"], row["reward"]) for row in kept] == [
+        (n, "a", 0.5) for n in range(3)
+    ]
+    assert {(row["step"], row["set"], row["greedy"]) for row in kept} == {(0, "default", True)}

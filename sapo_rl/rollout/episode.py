@@ -102,6 +102,7 @@ class Episode:
         conversation, limits = await self._begin(seat), self._setting.environment.cfg
         room, shown = limits.max_tokens, len(conversation.messages)
         shown -= conversation.messages[-1]["role"] == "assistant"  # it is the reply's beginning
+        opening = conversation.messages[:shown]
         told: list[Message] = []
         for turn in itertools.count(1):
             completion = await self._ask(conversation.next_prompt, room, turn, session)
@@ -116,7 +117,8 @@ class Episode:
                 told = []
                 stop = None if room > 0 else Stop.LENGTH
             if stop is not None:
-                return await self._sample(seat, conversation, [*conversation.messages[shown:], *told], stop)
+                messages = [*conversation.messages[shown:], *told]
+                return await self._sample(seat, conversation, opening, messages, stop)
         raise AssertionError
 
     async def _begin(self, seat: Seat) -> Conversation:
@@ -168,16 +170,19 @@ class Episode:
         course.info = step.info
         return step.messages, Stop.ENVIRONMENT if step.done else None
 
-    async def _sample(self, seat: Seat, conversation: Conversation, messages: list[Message], stop: Stop) -> Sample:
+    async def _sample(
+        self, seat: Seat, conversation: Conversation, opening: list[Message], messages: list[Message], stop: Stop
+    ) -> Sample:
         own = await seat.end()
         parts = [*self.course.rewards, *([] if own is None else [own])]
         rows, turns, reward = conversation.rows(), conversation.turns(), sum(parts) if parts else None
-        return self._made(rows, turns, messages, transcript(messages), stop, reward, seat.seconds)
+        return self._made(rows, turns, opening, messages, transcript(messages), stop, reward, seat.seconds)
 
     def _made(
         self,
         rows: list[Row],
         turns: list[Turn],
+        opening: list[Message],
         messages: list[Message],
         text: str,
         stop: Stop,
@@ -193,6 +198,7 @@ class Episode:
             turns,
             text,
             messages=messages,
+            opening=opening,
             info={
                 "environment": self._setting.name,
                 "rewards": course.rewards,

@@ -103,13 +103,25 @@ class Run:
         Raises:
             UserError: the run has not made that step.
         """
+        return self._completions("step", step)
+
+    def eval_completions(self, step: int) -> pd.DataFrame:
+        """Return a row for each completion of the held-out prompts after a step; 0 is before the first.
+
+        Raises:
+            UserError: the run has not evaluated there.
+        """
+        return self._completions("eval", step)
+
+    def _completions(self, kind: str, step: int) -> pd.DataFrame:
         import pandas as pd
 
         from sapo_rl.telemetry.sinks.completions import completions_path
 
-        path = completions_path(self.folder, step)
+        path = completions_path(self.folder, step, kind)
         if not path.is_file():
-            raise UserError(f"{self.folder} has no completions of step {step}")
+            of = "step" if kind == "step" else "an evaluation after step"
+            raise UserError(f"{self.folder} has no completions of {of} {step}")
         return pd.read_parquet(path)
 
     @property

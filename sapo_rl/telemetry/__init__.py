@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import SupportsFloat, TypeAlias
@@ -14,7 +14,7 @@ from sapo_rl.config import Config
 from sapo_rl.run_folder import METRICS, python, resume_command
 from sapo_rl.telemetry.metrics import MetricsLog, Record, read_metrics, sample_metrics
 from sapo_rl.telemetry.progress import Progress
-from sapo_rl.telemetry.sinks.completions import Row, rows, write_completions
+from sapo_rl.telemetry.sinks.completions import Row, rows, write_completions, write_eval_completions
 from sapo_rl.telemetry.sinks.console import Display, open_display
 from sapo_rl.telemetry.sinks.wandb import WandbSink, open_wandb
 from sapo_rl.telemetry.summary import summary
@@ -95,16 +95,21 @@ class Telemetry:
         self._record(step, metrics, samples)
         self._display.step(self._progress)
 
-    def log_eval(self, step: int, metrics: Metrics, examples: list[tuple[str, str]]) -> None:
+    def log_eval(
+        self, step: int, metrics: Metrics, examples: list[tuple[str, str]], samples: Sequence[Row] = ()
+    ) -> None:
         """Record an evaluation after `step` steps.
 
         Args:
             step: 0 before the first step.
             metrics: `eval/accuracy` and others that begin with `eval/`.
             examples: (prompt, greedy completion) pairs, of which `finish` shows the last ones.
+            samples: all completions of the held-out prompts, of all ranks; they are written to the run folder.
         """
         if not self._open:
             return
+        if samples:
+            write_eval_completions(self._folder, step, list(samples))
         self._examples = examples
         self._record(step, metrics)
         self._display.evaluated(self._progress)

@@ -45,6 +45,7 @@ def test_a_game_is_played_to_its_end_and_only_what_the_model_wrote_is_trained_on
         assert sample.stop is Stop.ENVIRONMENT and sample.rewards == {"environment": 1.0}
         assert sample.info["rewards"] == [0.0, 0.0, 1.0]
         assert sample.text == "assistant: 50\n\nuser: higher\n\nassistant: 75\n\nuser: lower\n\nassistant: 62"
+        assert sample.opening == [{"role": "user", "content": "Go."}]
     assert call_arguments([Place(group.prompt, group.samples[1])])["completions"][0][:2] == [
         {"role": "assistant", "content": "50"},
         {"role": "user", "content": "higher"},
@@ -58,6 +59,7 @@ def test_a_prompt_that_ends_in_the_models_words_is_gone_on_with(here: Path) -> N
     (row,) = group.samples[0].rows
     assert TOKENIZER.decode(row.prompt_ids) == f"<|im_start|>user\nGo.<|im_end|>\n{ASSISTANT}My guess: "
     assert trained(row) == ["50<|im_end|>"] * 2
+    assert group.samples[0].opening == asked[:1]
     assert [message["content"] for message in group.samples[0].messages or []] == [
         "My guess: 50",
         *("higher", "50", "higher"),

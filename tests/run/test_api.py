@@ -137,9 +137,9 @@ def test_a_run_is_a_table_of_its_numbers_and_words(tmp_path: Path) -> None:
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
     (tmp_path / "completions").mkdir()
-    pq.write_table(
-        pa.table({"completion": ["a", "b"], "reward": [0.0, 1.0]}), tmp_path / "completions/step_00001.parquet"
-    )
+    words = pa.table({"completion": ["a", "b"], "reward": [0.0, 1.0]})
+    pq.write_table(words, tmp_path / "completions/step_00001.parquet")
+    pq.write_table(words.slice(1), tmp_path / "completions/eval_00000.parquet")
     run = Run(tmp_path)
     assert list(run.metrics.index) == [0, 1]
     assert run.metrics["eval/accuracy"].to_list() == [0.25, 0.75]
@@ -147,5 +147,8 @@ def test_a_run_is_a_table_of_its_numbers_and_words(tmp_path: Path) -> None:
     assert run.completions(1)["reward"].to_list() == [0.0, 1.0]
     with pytest.raises(UserError, match="no completions of step 2"):
         run.completions(2)
+    assert run.eval_completions(0)["completion"].to_list() == ["b"]
+    with pytest.raises(UserError, match="no completions of an evaluation after step 1"):
+        run.eval_completions(1)
     with pytest.raises(UserError, match="no file"):
         _ = Run(tmp_path / "nowhere").metrics

@@ -50,13 +50,13 @@ class AgentEpisode(Episode):
             why = f"; it was refused: {talk.refusal}" if talk.refusal else ""
             raise EnvironmentFailed(f"run has not asked the model anything by the client that it got{why}")
         rows, turns = talk.rows()
-        course, messages = self.course, talk.messages()
+        course, conversations = self.course, talk.messages()
         course.tool_calls, course.tool_failures = talk.tool_calls, talk.tool_failures
         cut = course.answers[-1].completions[0].truncated
         stop = talk.limit or (Stop.LENGTH if cut else Stop.ENVIRONMENT)
         course.rewards = [reward]
-        text = "\n\n---\n\n".join(map(transcript, messages))
-        return self._made(rows, turns, messages[-1], text, stop, reward, seat.seconds)
+        text = "\n\n---\n\n".join(transcript(messages) for _, messages in conversations)
+        return self._made(rows, turns, *conversations[-1], text, stop, reward, seat.seconds)
 
     async def _run(self, seat: Seat, talk: Talk, key: str) -> float:
         row: dict[str, Any] = self._prompt.columns | {"prompt": self._prompt.content}

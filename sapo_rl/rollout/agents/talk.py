@@ -193,8 +193,9 @@ class Talk:
             rows += thread.conversation.rows() if own else []
         return rows, [turns[id(thread)].pop(0) for thread in self._spoken]
 
-    def messages(self) -> list[list[Message]]:
-        """Return what was said after each conversation's prompt; the one with the last reply at the end."""
+    def messages(self) -> list[tuple[list[Message], list[Message]]]:
+        """Return each conversation's prompt and what was said after it; the one with the last reply at the end."""
         last = self._spoken[-1]
         heard = [thread for thread in self._threads if thread is not last and thread in self._spoken]
-        return [thread.conversation.messages[thread.prompt :] for thread in [*heard, last]]
+        found = [(thread.conversation.messages, thread.prompt) for thread in [*heard, last]]
+        return [(messages[:prompt], messages[prompt:]) for messages, prompt in found]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,11 +27,21 @@ COLUMNS = {
     "rows": pa.int64(),
     "weight_version": pa.int64(),
     "last_weight_version": pa.int64(),
+    "columns": pa.string(),
+    "prompt_messages": pa.string(),
+    "messages": pa.string(),
+    "info": pa.string(),
 }
 """Columns of `step_*.parquet`; each reward function adds `rewards/<name>`.
 
-`tokens` counts those trained on, `length` all that follow a prompt; `stop` is a value of `sapo_rl.types.Stop`.
+`tokens` counts those trained on, `length` all that follow a prompt; `stop` is a value of `sapo_rl.types.Stop`. The last
+four are JSON: the data's other columns, such as the answer; the messages of the prompt, with what an environment's
+`reset` added, null where it is a text; the messages after it, calls of tools included, null for one turn; and what an
+environment tells of the episode.
 """
+JSON_COLUMNS = ("columns", "prompt_messages", "messages", "info")
+EVAL_COLUMNS = {**COLUMNS, "set": pa.string(), "greedy": pa.bool_()}
+"""Columns of `eval_*.parquet`: `set` names the held-out prompts, `reward` is what their accuracy is the mean of."""
 
 Row: TypeAlias = dict[str, Any]
 """What is told of a sample: the keys of `COLUMNS` and `rewards/<name>`. Without its tokens, it travels light."""
@@ -44,7 +56,8 @@ def prompt_text(content: str | Messages) -> str:
 
 def rows(step: int, group: Group) -> list[Row]:
     """Return what is told of the samples of a prompt."""
-    prompt = prompt_text(group.prompt.content)
+    content, columns = group.prompt.content, _json(group.prompt.columns)
+    prompt, chat = prompt_text(content), None if isinstance(content, str) else _json(content)
     return [
         {
             "step": step,
@@ -60,24 +73,57 @@ def rows(step: int, group: Group) -> list[Row]:
             "rows": len(sample.rows),
             "weight_version": sample.versions[0],
             "last_weight_version": sample.versions[1],
+            "columns": columns,
+            "prompt_messages": chat if sample.opening is None else _json(sample.opening),
+            "messages": None if sample.messages is None else _json(sample.messages),
+            "info": _json(sample.info) if sample.info else None,
             **{f"rewards/{name}": value for name, value in sample.rewards.items()},
         }
         for sample in group.samples
     ]
 
 
-def completions_path(folder: Path, step: int) -> Path:
-    """Return where the completions of a step lie in a run folder."""
-    return folder / COMPLETIONS / f"step_{step:05d}.parquet"
+def eval_rows(step: int, groups: Sequence[Group], name: str, judge: str, greedy: bool) -> list[Row]:
+    """Return what is told of the completions of held-out prompts.
+
+    Args:
+        step: after which they were written.
+        groups: with rewards.
+        name: of the set of prompts.
+        judge: the reward of which the accuracy is the mean.
+        greedy: whether each token is the likeliest.
+    """
+    return [
+        row | {"reward": sample.rewards.get(judge), "advantage": None, "set": name, "greedy": greedy}
+        for group in groups
+        for row, sample in zip(rows(step, group), group.samples, strict=True)
+    ]
+
+
+def completions_path(folder: Path, step: int, kind: str = "step") -> Path:
+    """Return where the completions of a step, or those of the evaluation after it (`eval`), lie in a run folder."""
+    return folder / COMPLETIONS / f"{kind}_{step:05d}.parquet"
 
 
 def write_completions(folder: Path, step: int, samples: list[Row]) -> Path:
     """Write a step's samples to `completions/step_<step>.parquet` of a run folder; return the path."""
-    rewards = dict.fromkeys(name for row in samples for name in row if name not in COLUMNS)
-    schema = pa.schema({**COLUMNS, **{name: pa.float64() for name in rewards}})
-    path = completions_path(folder, step)
+    return _write(completions_path(folder, step), samples, COLUMNS)
+
+
+def write_eval_completions(folder: Path, step: int, samples: list[Row]) -> Path:
+    """Write those of the evaluation after a step to `completions/eval_<step>.parquet`; return the path."""
+    return _write(completions_path(folder, step, "eval"), samples, EVAL_COLUMNS)
+
+
+def _write(path: Path, samples: list[Row], columns: dict[str, pa.DataType]) -> Path:
+    rewards = dict.fromkeys(name for row in samples for name in row if name not in columns)
+    schema = pa.schema({**columns, **{name: pa.float64() for name in rewards}})
     path.parent.mkdir(exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     pq.write_table(pa.Table.from_pylist(samples, schema), part, compression="zstd")
     part.replace(path)
     return path
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=str)  # a column may hold what JSON does not know, such as a date

@@ -18,7 +18,7 @@ from sapo_rl.config import Config
 from sapo_rl.errors import first_line
 from sapo_rl.run_folder import CONFIG, WANDB
 from sapo_rl.telemetry.metrics import Record
-from sapo_rl.telemetry.sinks.completions import COLUMNS, Row
+from sapo_rl.telemetry.sinks.completions import COLUMNS, JSON_COLUMNS, Row
 
 INIT_SECONDS = 20
 """How long the start may wait for the server before the run goes on offline."""
@@ -81,7 +81,8 @@ class WandbSink:
         self._table: Any = None
         self._rows = config.logging.completions
         self._steps = config.trainer.steps
-        self._columns = [*COLUMNS, *(f"rewards/{name}" for name in config.rewards)]
+        told = [name for name in COLUMNS if name not in JSON_COLUMNS]
+        self._columns = [*told, *(f"rewards/{name}" for name in config.rewards)]
 
     @property
     def where(self) -> str:
