@@ -70,7 +70,7 @@ class Evaluator:
             greedy, sampled = scoring.result(greedy).groups, scoring.result(sampled).groups
         greedy, sampled = ([one for one in gather_object(groups) if one.samples] for groups in (greedy, sampled))
         self._check_judge(greedy)
-        metrics = {"eval/accuracy": mean_reward(greedy, self._judge), "eval/mean_length": mean_length(greedy)}
+        metrics = {"eval/reward": mean_reward(greedy, self._judge), "eval/mean_length": mean_length(greedy)}
         metrics |= self._by_environment(greedy)
         if self._drops:
             metrics["eval/dropped"] = float(sum(gather_object([len(self._own)])) - len(greedy))
@@ -87,13 +87,13 @@ class Evaluator:
         self._telemetry.log_eval(step, metrics, examples, kept)
 
     def _check_judge(self, groups: Sequence[Group]) -> None:
-        """Raise UserError where no function returns the number of which `eval/accuracy` is the mean."""
+        """Raise UserError where no function returns the number of which `eval/reward` is the mean."""
         known = dict.fromkeys(name for group in groups for name in group.samples[0].rewards)
         if known and self._judge not in known:
             raise SharedError(f"eval.reward: no function returns '{self._judge}'; {did_you_mean(self._judge, known)}")
 
     def _by_environment(self, groups: Sequence[Group]) -> dict[str, float]:
-        """The accuracy for each of several environments to which its reward applies."""
+        """The reward of each of several environments, where there is one."""
         found = {}
         for name in self._environments:
             own = [group for group in groups if group.prompt.columns[ENVIRONMENT] == name]

@@ -137,10 +137,10 @@ def test_a_recipes_table_has_a_row_for_each_evaluation_and_the_curve_every_step(
     steps = [
         {"step": step, "time": 10.0 * step, "reward/mean": step / 4, "tools/call_frequency": 2.0} for step in (1, 2)
     ]
-    evaluations = [{"step": step, "time": 10.5 * step, "eval/accuracy": step / 3} for step in (0, 2)]
+    evaluations = [{"step": step, "time": 10.5 * step, "eval/reward": step / 3} for step in (0, 2)]
     records: list[dict[str, Any]] = [evaluations[0], *steps, evaluations[1], {"step": 2, "time": 22.0, "warning": "no"}]
     told = recipe.table(records, ["tools/call_frequency", "none"], "A note.")
-    assert told["columns"] == ["step", "seconds", "eval/accuracy", "tools/call_frequency", "none"]
+    assert told["columns"] == ["step", "seconds", "eval/reward", "tools/call_frequency", "none"]
     assert told["rows"] == [["0", "0", "0.000", "2.00", ""], ["2", "21", "0.667", "2.00", ""]]
     several = [one | {"eval/rewards/f1": 0.5, "eval/rewards/exact": 0.25} for one in evaluations]
     assert recipe.table(several, [], "")["rows"][1] == ["2", "21", "0.250", "0.500"]
@@ -236,7 +236,7 @@ def made_up_run(folder: Path, cell: study.Cell, accuracies: list[float], steps: 
             of_step = {"time": 10.0 * step, "policy/loss": 0.1, "time/step": 9.0, "warning": "a text"}
             records.append({"step": step, **of_step, **numbers})
         if step % 2 == 0:
-            records.append({"step": step, "time": 10.0 * step + 1, "eval/accuracy": accuracies[step // 2]})
+            records.append({"step": step, "time": 10.0 * step + 1, "eval/reward": accuracies[step // 2]})
     (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records) + '{"step": 99, "half wri')
 
 
@@ -258,7 +258,7 @@ def test_a_grid_runs_every_loss_of_the_first_seed_first() -> None:
 
 def test_a_run_has_collapsed_after_two_evaluations_below_a_third_of_its_best() -> None:
     def at(*accuracies: float) -> int | None:
-        return study_results.collapsed_at([{"step": n, "eval/accuracy": value} for n, value in enumerate(accuracies)])
+        return study_results.collapsed_at([{"step": n, "eval/reward": value} for n, value in enumerate(accuracies)])
 
     assert at(0.2, 0.6, 0.19, 0.19, 0.5) == 3
     assert at(0.2, 0.6, 0.19, 0.21, 0.19) is None
@@ -296,7 +296,7 @@ def test_results_of_a_grid_have_a_row_a_step_and_means_over_seeds(tmp_path: Path
     lost = [row["step"] for row in rows if row["collapsed"]]
     assert lost == [6]
     last = rows[6]
-    assert (last["step"], last["time"], last["eval/accuracy"], last["policy/ratio_max"]) == (6, 61.0, 0.5, 2.0)
+    assert (last["step"], last["time"], last["eval/reward"], last["policy/ratio_max"]) == (6, 61.0, 0.5, 2.0)
     assert (last["seconds"], rows[0]["seconds"]) == (54.0, 0.0)
     assert rows[0]["policy/ratio_max"] is None and "warning" not in last
 
@@ -335,7 +335,7 @@ for step in range(done, 5):
         sys.exit("no such thing")
     accuracy = 0.6 if step == 0 or kind != "falls" else 0.1
     with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": step, "time": float(step), "eval/accuracy": accuracy}) + "\\n")
+        file.write(json.dumps({"step": step, "time": float(step), "eval/reward": accuracy}) + "\\n")
     if kind == "falls" and step == 2:
         while not stop:
             time.sleep(0.05)

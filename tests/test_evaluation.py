@@ -33,7 +33,7 @@ def test_prompts_whose_episode_was_dropped_are_counted(on_error: str, told: dict
     config = Config(environment=EnvironmentConfig("guess", on_error=on_error))
     timers: Any = lambda phase: nullcontext()  # noqa: E731
     Evaluator(prompts, Share(0, 1), parts, parts, parts, timers, config, []).run(0)
-    assert logged == [{"eval/accuracy": 0.5, "eval/mean_length": 1.0} | told]
+    assert logged == [{"eval/reward": 0.5, "eval/mean_length": 1.0} | told]
     assert [(row["prompt_index"], row["completion"], row["reward"]) for row in kept] == [
         (n, "a", 0.5) for n in range(3)
     ]

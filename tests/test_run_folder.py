@@ -168,11 +168,11 @@ def test_files_of_a_model_are_as_open_as_the_umask_says(tmp_path: Path, umask: i
     assert modes == {"model.safetensors": mode, "adapter/adapter_model.safetensors": mode}
 
 
-def test_last_accuracy(tmp_path: Path) -> None:
-    assert run_folder.last_accuracy(tmp_path) is None
-    lines = ['{"step": 0, "eval/accuracy": 0.25}', '{"step": 1}', '{"step": 1, "eval/accuracy": 0.5}', '{"st']
+def test_last_eval_reward(tmp_path: Path) -> None:
+    assert run_folder.last_eval_reward(tmp_path) is None
+    lines = ['{"step": 0, "eval/reward": 0.25}', '{"step": 1}', '{"step": 1, "eval/reward": 0.5}', '{"st']
     (tmp_path / run_folder.METRICS).write_text("\n".join(lines))
-    assert run_folder.last_accuracy(tmp_path) == 0.5
+    assert run_folder.last_eval_reward(tmp_path) == 0.5
 
 
 @pytest.mark.parametrize(

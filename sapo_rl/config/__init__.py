@@ -239,7 +239,7 @@ class EvalConfig:
     samples: int = number(0, least=0, most=MOST_SAMPLES)
     """Also the mean reward of this many samples a prompt at the training temperature; 0 is greedy only."""
     reward: Optional[str] = None
-    """Name of the reward function whose greedy mean is `eval/accuracy`, or `name/key` for another number that it
+    """Name of the reward function whose greedy mean is `eval/reward`, or `name/key` for another number that it
     returns; null takes the first."""
 
 

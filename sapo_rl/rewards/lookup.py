@@ -100,7 +100,7 @@ def comparison_warning(config: Config) -> str | None:
     if not config.eval.prompts or judge not in config.rewards or config.rewards[judge].scope != "group":
         return None
     return (
-        f"reward.functions.{judge}.scope: is group, and eval/accuracy is its mean over single replies, which it cannot "
+        f"reward.functions.{judge}.scope: is group, and eval/reward is its mean over single replies, which it cannot "
         "compare; name another function in eval.reward, or look at eval/reward_mean with eval.samples=8"
     )
 

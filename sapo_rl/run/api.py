@@ -54,7 +54,7 @@ class Callback(Protocol):
         >>> class Patience:
         ...     best = 0.0
         ...     def on_eval(self, step, metrics):
-        ...         worse, self.best = metrics["eval/accuracy"] < self.best, max(self.best, metrics["eval/accuracy"])
+        ...         worse, self.best = metrics["eval/reward"] < self.best, max(self.best, metrics["eval/reward"])
         ...         return worse  # True ends the run after the step at hand, with a checkpoint
     """
 
@@ -63,7 +63,7 @@ class Callback(Protocol):
         ...
 
     def on_eval(self, step: int, metrics: dict[str, Any]) -> bool | None:
-        """Take those of an evaluation, `eval/accuracy` among them; return True to end the run."""
+        """Take those of an evaluation, `eval/reward` among them; return True to end the run."""
         ...
 
 
@@ -73,7 +73,7 @@ class Run:
 
     Example:
         >>> run = Run(Path("runs/quickstart/latest"))
-        >>> run.metrics["eval/accuracy"].dropna()
+        >>> run.metrics["eval/reward"].dropna()
         >>> run.completions(30).sort_values("reward")
     """
 

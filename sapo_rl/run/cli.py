@@ -218,7 +218,7 @@ def _hydra(ready: compose.Arguments, typed: list[str], outcome: Outcome) -> None
             if one:
                 results.append(sweep.Result(one, start.folder, code))
         outcome.hand_over()
-        return run_folder.last_accuracy(start.folder) if start.folder and not code else None
+        return run_folder.last_eval_reward(start.folder) if start.folder and not code else None
 
     full_error = os.environ.get(compose.FULL_ERROR, "0")
     os.environ[compose.FULL_ERROR] = "1"

@@ -92,7 +92,7 @@ def show(results: Sequence[Result]) -> None:
     from sapo_rl.telemetry import report
 
     keys = list(dict.fromkeys(key for result in results for key in result.job.own))
-    found = Table("", *keys, "accuracy, last", "best", "time", "", box=None, padding=(0, 2, 0, 0))
+    found = Table("", *keys, "eval reward, last", "best", "time", "", box=None, padding=(0, 2, 0, 0))
     for result in results:
         where = [str(result.folder)] if result.folder else []
         where += [f"exit code {result.code}"] if result.code else []
@@ -112,5 +112,5 @@ def _outcome(folder: Path | None) -> tuple[str, str, str]:
     except UserError:  # it ended before its first number
         return "-", "-", "-"
     seconds = max(record["time"] for record in [*run.steps, *run.evals])
-    scores = run.accuracies
+    scores = run.eval_rewards
     return (short(scores[-1]), short(max(scores)), duration(seconds)) if scores else ("-", "-", duration(seconds))

@@ -261,15 +261,15 @@ def add_device(folder: Path, device: dict[str, Any]) -> None:
     _write_environment(folder, record)
 
 
-def last_accuracy(folder: Path) -> float | None:
-    """Return the last `eval/accuracy` in the run's metrics; None where there is none."""
+def last_eval_reward(folder: Path) -> float | None:
+    """Return the last `eval/reward` in the run's metrics; None where there is none."""
     path = folder / METRICS
     if not path.is_file():
         return None
     found = None
     for line in path.read_text(encoding="utf-8").splitlines():
         with suppress(json.JSONDecodeError):  # a line that a killed run left half written
-            found = json.loads(line).get("eval/accuracy", found)
+            found = json.loads(line).get("eval/reward", found)
     return found
 
 

@@ -25,9 +25,9 @@ class Progress:
 
     Example:
         >>> progress = Progress(Path("runs/mine/latest"), total=100)
-        >>> progress.add({"step": 0, "time": 0.5, "eval/accuracy": 0.25})
+        >>> progress.add({"step": 0, "time": 0.5, "eval/reward": 0.25})
         >>> progress.add({"step": 1, "time": 6.8, "time/step": 6.3, "reward/mean": 0.5})
-        >>> progress.step, progress.accuracies
+        >>> progress.step, progress.eval_rewards
         (1, [0.25])
     """
 
@@ -62,9 +62,9 @@ class Progress:
         return self.steps[-1]["step"] if self.steps else 0
 
     @property
-    def accuracies(self) -> list[float]:
-        """Every measured `eval/accuracy`, in order."""
-        return numbers(self.evals, "eval/accuracy")
+    def eval_rewards(self) -> list[float]:
+        """Every measured `eval/reward`, in order."""
+        return numbers(self.evals, "eval/reward")
 
     def seconds_per_step(self) -> float | None:
         """Wall-clock seconds from step to step, evaluations included, over the last `WINDOW` of this process."""

@@ -141,7 +141,7 @@ def table(runs: Sequence[Progress], differ: dict[str, list[str]]) -> Table:
         found.add_row(key, *map(escape, cells))
     found.add_row("steps", *(str(run.step) for run in runs))
     for title, get in (
-        ("accuracy", lambda run: run.accuracies),
+        ("eval reward", lambda run: run.eval_rewards),
         ("reward", lambda run: numbers(run.steps, "reward/mean")),
     ):
         for word, pick in (("first", lambda values: values[0]), ("last", lambda values: values[-1]), ("best", max)):
@@ -179,7 +179,7 @@ def mean_phases(run: Progress, of: Callable[[Record], dict[str, float]] = phases
 
 
 def draw(runs: Sequence[Progress], out: Path, differ: dict[str, list[str]]) -> None:
-    """Write the picture: accuracy over steps, small curves below it, and where the time of a step goes.
+    """Write the picture: the reward on held-out prompts, small curves below it, and where the time of a step goes.
 
     Raises:
         UserError: it cannot be written to `out`.
@@ -196,8 +196,10 @@ def draw(runs: Sequence[Progress], out: Path, differ: dict[str, list[str]]) -> N
     large = figure.add_subplot(grid[0, :])
     names = _legend(runs, differ)
     for run, name, colour in zip(runs, names, _colours(len(runs)), strict=True):
-        _curve(large, run, "eval/accuracy", colour, name)
-    large.set(title="accuracy on held-out prompts (greedy)", xlabel="step", ylim=(0, 1))
+        _curve(large, run, "eval/reward", colour, name)
+    large.set(title="reward on held-out prompts (greedy)", xlabel="step")
+    if all(0 <= value <= 1 for run in runs for value in run.eval_rewards):
+        large.set_ylim(0, 1)
     large.legend(frameon=False)
     for place, (title, metric) in enumerate(PANELS):
         axes = figure.add_subplot(grid[1, place])

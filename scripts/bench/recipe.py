@@ -32,9 +32,9 @@ def curve(records: list[Record], columns: list[str]) -> list[Record]:
 
 def table(records: list[Record], columns: list[str], note: str) -> dict[str, Any]:
     """Return the evaluations as a table of texts."""
-    evaluations = [one for one in records if "eval/accuracy" in one]
+    evaluations = [one for one in records if "eval/reward" in one]
     scores = sorted({name for one in evaluations for name in one if name.startswith("eval/rewards/")})
-    scores = scores if len(scores) > 1 else ["eval/accuracy"]
+    scores = scores if len(scores) > 1 else ["eval/reward"]
     steps = {one["step"]: one for one in records if "reward/mean" in one}
     rows = []
     for one in evaluations:

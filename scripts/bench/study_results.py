@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 Record: TypeAlias = dict[str, Any]
 
-ACCURACY = "eval/accuracy"
+ACCURACY = "eval/reward"
 LOST = 1 / 3
 """Of its best accuracy: what a run below it in `IN_A_ROW` evaluations has left."""
 IN_A_ROW = 2

@@ -29,7 +29,7 @@ class Recorder:
         return step == self.last
 
     def on_eval(self, step: int, metrics: dict[str, Any]) -> None:
-        self.evals.append((step, metrics["eval/accuracy"]))
+        self.evals.append((step, metrics["eval/reward"]))
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def test_a_game_is_trained_on_by_one_command(guessing: Path) -> None:
         assert record["time/environment"] > 0
         assert record["rewards/environment/mean"] is not None and record["rewards/said/mean"] == 1
         assert record["completions/mean_length"] < record["episode/length"] <= 200
-    evaluations = [record for record in records(guessing) if "eval/accuracy" in record]
+    evaluations = [record for record in records(guessing) if "eval/reward" in record]
     assert [record["step"] for record in evaluations] == [0, 1, 2]
     assert "eval/rewards/environment" in evaluations[0]
     table = pq.read_table(guessing / "completions/step_00001.parquet").to_pydict()
@@ -118,7 +118,7 @@ def test_a_class_of_trls_shape_a_game_an_agent_and_a_tool_train_beside_each_othe
         "environment/guess/fraction",
         "environment/agent/fraction",
     }
-    evaluations = [record for record in records(done) if "eval/accuracy" in record]
+    evaluations = [record for record in records(done) if "eval/reward" in record]
     assert all("eval/environment/agent" in record and "eval/environment/guess" in record for record in evaluations)
 
 

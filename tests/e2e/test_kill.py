@@ -45,7 +45,7 @@ class Gate:
         self.heard += 1
         return f"you said {reply}", (self.seed + len(reply)) % 7 / 7, self.heard == 3
 '''
-EVERY_RECORD_OF_STEPS = ("policy/loss", "eval/accuracy", "mismatch/probe_logp_diff")
+EVERY_RECORD_OF_STEPS = ("policy/loss", "eval/reward", "mismatch/probe_logp_diff")
 
 
 @pytest.fixture(scope="module")

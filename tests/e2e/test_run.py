@@ -100,7 +100,7 @@ def test_run_folder_holds_everything(whole: Path, workspace: Path) -> None:
 
 def test_every_step_and_evaluation_is_recorded(whole: Path) -> None:
     assert [record["step"] for record in steps_of(whole)] == [1, 2, 3, 4, 5, 6]
-    assert [record["step"] for record in records(whole) if "eval/accuracy" in record] == [0, 3, 6]
+    assert [record["step"] for record in records(whole) if "eval/reward" in record] == [0, 3, 6]
     for record in steps_of(whole):
         for name in ("reward/mean", "rewards/odd/mean", "policy/grad_norm", "policy/entropy", "policy/kl_old_k3"):
             assert isinstance(record[name], float), name
@@ -147,7 +147,7 @@ def test_wandb_offline_shows_what_metrics_jsonl_holds(whole: Path) -> None:
         [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(offline)], capture_output=True, text=True
     )
     assert output.returncode == 0, output.stderr
-    assert "policy/grad_norm" in output.stdout and "eval/accuracy" in output.stdout
+    assert "policy/grad_norm" in output.stdout and "eval/reward" in output.stdout
 
 
 def test_three_steps_a_resume_and_three_more_equal_six_to_the_last_bit(workspace: Path, whole: Path) -> None:
@@ -279,10 +279,10 @@ def test_rollouts_that_go_on_over_new_weights_are_as_old_as_allowed(workspace: P
         begun_by = max(0, record["step"] - 1 - ahead)
         assert set(table["weight_version"]) <= {begun_by, begun_by + 1}  # a push may come while prompts are handed out
         assert len(table["weight_version"]) == 16
-    evaluated = [record for record in records(folder) if "eval/accuracy" in record]
-    assert [record["eval/rewards/again"] for record in evaluated] == [record["eval/accuracy"] for record in evaluated]
+    evaluated = [record for record in records(folder) if "eval/reward" in record]
+    assert [record["eval/rewards/again"] for record in evaluated] == [record["eval/reward"] for record in evaluated]
     assert max(record[PROBE] for record in records(folder) if PROBE in record) < 1e-4
-    assert [record["step"] for record in records(folder) if "eval/accuracy" in record] == [0, 3, 6]
+    assert [record["step"] for record in records(folder) if "eval/reward" in record] == [0, 3, 6]
     state = json.loads((folder / "checkpoints/step_000003/state.json").read_text())["state"]
     assert state["sampler"]["position"] == 3 * 4  # of the batch that was trained on, not of those ahead
 
@@ -400,7 +400,7 @@ def test_samples_without_a_reward_leave_their_groups_and_a_whole_step_is_compare
     assert left
     warnings = [record["warning"] for record in records(folder) if "not today" in record.get("warning", "")]
     assert warnings and all("samples left their groups" in warning for warning in warnings)
-    assert all("eval/rewards/rank" in record for record in records(folder) if "eval/accuracy" in record)
+    assert all("eval/rewards/rank" in record for record in records(folder) if "eval/reward" in record)
 
 
 def test_a_loss_of_ones_own_trains_and_one_that_is_none_is_refused_before_vllm_starts(workspace: Path) -> None:

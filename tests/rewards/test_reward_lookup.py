@@ -160,7 +160,7 @@ def test_an_evaluation_by_a_function_that_compares_groups_is_told() -> None:
         "rank": RewardFunctionConfig("my_module.rank", scope="group"),
         "exact": RewardFunctionConfig("exact_match"),
     }
-    assert "reward.functions.rank.scope: is group, and eval/accuracy" in str(comparison_warning(config))
+    assert "reward.functions.rank.scope: is group, and eval/reward" in str(comparison_warning(config))
     config.eval.reward = "exact"
     assert comparison_warning(config) is None
 

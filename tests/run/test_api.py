@@ -130,10 +130,10 @@ def test_mistakes_are_told_as_the_command_line_does(workspace: Path, arguments: 
 
 def test_a_run_is_a_table_of_its_numbers_and_words(tmp_path: Path) -> None:
     records = [
-        {"step": 0, "time": 1.0, "eval/accuracy": 0.25},
+        {"step": 0, "time": 1.0, "eval/reward": 0.25},
         {"step": 1, "time": 2.0, "reward/mean": 0.5, "time/step": 1.0},
         {"step": 1, "time": 2.0, "warning": "hot"},
-        {"step": 1, "time": 3.0, "eval/accuracy": 0.75},
+        {"step": 1, "time": 3.0, "eval/reward": 0.75},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
     (tmp_path / "completions").mkdir()
@@ -142,7 +142,7 @@ def test_a_run_is_a_table_of_its_numbers_and_words(tmp_path: Path) -> None:
     pq.write_table(words.slice(1), tmp_path / "completions/eval_00000.parquet")
     run = Run(tmp_path)
     assert list(run.metrics.index) == [0, 1]
-    assert run.metrics["eval/accuracy"].to_list() == [0.25, 0.75]
+    assert run.metrics["eval/reward"].to_list() == [0.25, 0.75]
     assert run.metrics.loc[1, "reward/mean"] == 0.5 and "warning" not in run.metrics
     assert run.completions(1)["reward"].to_list() == [0.0, 1.0]
     with pytest.raises(UserError, match="no completions of step 2"):

@@ -25,7 +25,7 @@ for console in ("plain", "live"):
     folder.mkdir()
     with Telemetry(config, folder) as telemetry:
         telemetry.warn("a lone surrogate \\ud800, and \\u00e9")
-        telemetry.log_eval(0, {"eval/accuracy": 0.5}, [("caf\\u00e9", "\\ud800")])
+        telemetry.log_eval(0, {"eval/reward": 0.5}, [("caf\\u00e9", "\\ud800")])
         telemetry.finish(complete=True, before=[("caf\\u00e9", "na\\u00efve")])
 print("printed \\ud800", flush=True)
 print("told \\ud800", file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ folder = pathlib.Path(sys.argv[1])
 tau = yaml.safe_load((folder / "config.yaml").read_text())["loss"]["tau_neg"]
 if tau == 7:
     sys.exit(1)
-lines = [{"step": step, "time": 60.0 * step, "eval/accuracy": score} for step, score in ((0, tau / 4), (1, 0.25))]
+lines = [{"step": step, "time": 60.0 * step, "eval/reward": score} for step, score in ((0, tau / 4), (1, 0.25))]
 (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
 """
 

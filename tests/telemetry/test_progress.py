@@ -35,17 +35,17 @@ def test_time_left_counts_from_a_resume() -> None:
 def test_records_go_where_they_belong() -> None:
     progress = Progress(Path("run"), 10)
     for record in (
-        {"step": 0, "time": 0.0, "eval/accuracy": 0.25},
+        {"step": 0, "time": 0.0, "eval/reward": 0.25},
         {"step": 0, "time": 0.1, "warning": "w"},
         {"step": 1, "time": 1.0, "time/step": 0.9},
         {"step": 1, "time": 1.1, "mismatch/probe_logp_diff": 0.0},
-        {"step": 1, "time": 1.2, "eval/accuracy": None},
+        {"step": 1, "time": 1.2, "eval/reward": None},
     ):
         progress.add(record)
     assert progress.step == 1
     assert len(progress.steps) == 1
     assert len(progress.evals) == 2
-    assert progress.accuracies == [0.25]
+    assert progress.eval_rewards == [0.25]
 
 
 def test_phases_sum_to_the_step_and_leave_evaluations_out() -> None:

@@ -18,7 +18,7 @@ def write_run(folder: Path, accuracies: list[float], **more: float) -> Path:
         if step:
             times = {"time/rollout": 1.5, "time/update": 0.5, "time/step": 2.0}
             records.append({"step": step, "time": 2.0 * step, "reward/mean": step / 10, **times, **more})
-        records.append({"step": step, "time": 2.0 * step, "eval/accuracy": accuracy})
+        records.append({"step": step, "time": 2.0 * step, "eval/reward": accuracy})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 
@@ -27,9 +27,9 @@ def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     folder = write_run(tmp_path / "a", [0.125, 0.75, 0.5])
     assert main([str(folder)]) == 0
     lines = {line.split("  ")[0].strip() or line: line for line in capsys.readouterr().out.splitlines()}
-    assert lines["accuracy, first"].split()[-1] == "0.125"
-    assert lines["accuracy, last"].split()[-1] == "0.500"
-    assert lines["accuracy, best"].split()[-1] == "0.750"
+    assert lines["eval reward, first"].split()[-1] == "0.125"
+    assert lines["eval reward, last"].split()[-1] == "0.500"
+    assert lines["eval reward, best"].split()[-1] == "0.750"
     assert lines["reward, last"].split()[-1] == "0.200"
     assert lines["seconds a step"].split()[-1] == "2.00"
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")

@@ -30,14 +30,14 @@ def run_steps(telemetry: Telemetry, steps: range, make_group) -> None:
         groups = [make_group(step, [1.0, 0.0, None])]
         timing = {"time/rollout": 3.0, "time/update": 1.0, "time/step": 4.0, "perf/tokens_per_second": 1234.0}
         telemetry.log_step(step, {**sample_metrics(groups), "policy/loss": -0.0625, **timing}, groups)
-    telemetry.log_eval(steps[-1], {"eval/accuracy": 0.875}, AFTER)
+    telemetry.log_eval(steps[-1], {"eval/reward": 0.875}, AFTER)
 
 
 def plain_run(config: Config, folder: Path, make_group) -> None:
     """A whole run on the plain console."""
     config.logging.console = "plain"
     with Telemetry(config, folder, header={"device": "cpu"}) as telemetry:
-        telemetry.log_eval(0, {"eval/accuracy": 0.25}, BEFORE)
+        telemetry.log_eval(0, {"eval/reward": 0.25}, BEFORE)
         run_steps(telemetry, range(1, 5), make_group)
         telemetry.finish(complete=True, before=BEFORE)
 
@@ -59,10 +59,10 @@ def test_the_plain_console_is_one_line_a_step(
     plain_run(config, tmp_path, make_group)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"run {tmp_path} | model tiny | loss sapo | device cpu"
-    assert lines[1] == "eval 0/4 | accuracy 0.250"
-    expected = "step 2/4 | reward 0.500 | acc 0.250 | loss -0.0625 | len 2.00 | cut 33% | tok/s 1.2k | 4.0s | "
+    assert lines[1] == "eval 0/4 | reward 0.250"
+    expected = "step 2/4 | reward 0.500 | eval 0.250 | loss -0.0625 | len 2.00 | cut 33% | tok/s 1.2k | 4.0s | "
     assert re.fullmatch(re.escape(expected) + r"eta [\d.]+s", lines[3])
-    assert lines[6] == "eval 4/4 | accuracy 0.875"
+    assert lines[6] == "eval 4/4 | reward 0.875"
 
 
 def test_the_end_shows_before_and_after_and_what_was_saved(
@@ -71,7 +71,7 @@ def test_the_end_shows_before_and_after_and_what_was_saved(
     plain_run(config, tmp_path, make_group)
     text = capsys.readouterr().out
     end = text[text.index("Result") :]
-    assert re.search(r"eval/accuracy\s+0\.250\s+0\.875", end)
+    assert re.search(r"eval/reward\s+0\.250\s+0\.875", end)
     for (prompt, before), (_, after) in zip(BEFORE, AFTER, strict=True):
         (line,) = [line for line in end.splitlines() if prompt in line]
         assert line.index(before) < line.index(after, line.index(before) + 1)
@@ -99,7 +99,7 @@ def test_a_stopped_run_says_how_to_go_on(
 
 def test_resuming_leaves_no_step_twice(config: Config, tmp_path: Path, make_group) -> None:
     with Telemetry(config, tmp_path) as telemetry:
-        telemetry.log_eval(0, {"eval/accuracy": 0.25}, BEFORE)
+        telemetry.log_eval(0, {"eval/reward": 0.25}, BEFORE)
         run_steps(telemetry, range(1, 4), make_group)
     with Telemetry(config, tmp_path, resume_step=2) as telemetry:
         run_steps(telemetry, range(3, 5), make_group)

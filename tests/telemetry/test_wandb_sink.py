@@ -37,7 +37,7 @@ with Telemetry(config, folder, resume_step=first - 1 if first > 1 else None, wan
     for step in range(first, first + 2):
         groups = [rows(step, group)]
         telemetry.log_step(step, sample_metrics(groups) | {"policy/loss": float("nan"), "time/step": 1.0}, groups)
-        telemetry.log_eval(step, {"eval/accuracy": step / 8}, [])
+        telemetry.log_eval(step, {"eval/reward": step / 8}, [])
     print(json.dumps({"id": telemetry.wandb_id, "imported": "wandb" in sys.modules}))
 """.replace("SECRET", SECRET)
 

@@ -41,7 +41,7 @@ environment tells of the episode.
 """
 JSON_COLUMNS = ("columns", "prompt_messages", "messages", "info")
 EVAL_COLUMNS = {**COLUMNS, "set": pa.string(), "greedy": pa.bool_()}
-"""Columns of `eval_*.parquet`: `set` names the held-out prompts, `reward` is what their accuracy is the mean of."""
+"""Columns of `eval_*.parquet`: `set` names the held-out prompts, `reward` is what `eval/reward` is the mean of."""
 
 Row: TypeAlias = dict[str, Any]
 """What is told of a sample: the keys of `COLUMNS` and `rewards/<name>`. Without its tokens, it travels light."""
@@ -90,7 +90,7 @@ def eval_rows(step: int, groups: Sequence[Group], name: str, judge: str, greedy:
         step: after which they were written.
         groups: with rewards.
         name: of the set of prompts.
-        judge: the reward of which the accuracy is the mean.
+        judge: the reward of which `eval/reward` is the mean.
         greedy: whether each token is the likeliest.
     """
     return [

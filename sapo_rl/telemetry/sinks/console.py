@@ -121,6 +121,6 @@ def step_line(progress: Progress) -> str:
         value = next((record[name] for name in names if record.get(name) is not None), None)
         if value is not None:
             parts.append(f"{label} {write(value)}")
-        if label == "reward" and progress.accuracies:
-            parts.append(f"acc {short(progress.accuracies[-1])}")
+        if label == "reward" and progress.eval_rewards:
+            parts.append(f"eval {short(progress.eval_rewards[-1])}")
     return " | ".join([*parts, duration(step_seconds(record)), f"eta {duration(progress.eta())}"])

@@ -16,7 +16,7 @@ from sapo_rl.telemetry.progress import Progress, duration, numbers, one_line, ph
 
 CURVES = {
     "reward": "reward/mean",
-    "accuracy": "eval/accuracy",
+    "eval": "eval/reward",
     "entropy": "policy/entropy",
     "tok/s": "perf/tokens_per_second",
 }
