@@ -129,7 +129,7 @@ def _fits(value: Any, hint: Any) -> bool:
     """Whether a value out of YAML has the annotated type; kinds of annotations that YAML knows nothing of admit all."""
     kind, options = get_origin(hint), get_args(hint)
     if kind is list:
-        return isinstance(value, list) and all(_fits(item, options[0]) for item in value)
+        return isinstance(value, list) and all(_fits(item, options[0]) for item in cast(list[Any], value))
     if kind is Union or kind is types.UnionType:
         return any(_fits(value, option) for option in options)
     if kind is Literal:

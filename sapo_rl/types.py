@@ -104,7 +104,7 @@ class Sample:
     stop: Stop
     versions: tuple[int, int]
     """First and last version of the weights that wrote it: the number of updates of vLLM's weights before it."""
-    turns: list[Turn] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list[Turn])
     """The model's turns in their order; empty for one turn, which is the whole row."""
     text: str = ""
     """What reward functions see: decoded, special tokens skipped."""
@@ -112,9 +112,9 @@ class Sample:
     """What was said after the prompt, by whom, in OpenAI's shape; None for one turn."""
     opening: list[dict[str, Any]] | None = None
     """The messages before that: the prompt's, with what an environment's `reset` added; None for one turn."""
-    info: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict[str, Any])
     """What an environment tells of it."""
-    rewards: dict[str, float | None] = field(default_factory=dict)
+    rewards: dict[str, float | None] = field(default_factory=dict[str, "float | None"])
     """Each reward function's value by its name in the config, None where it does not apply; under `name/key` further
     numbers that it has returned, which are recorded alone."""
     reward: float | None = None

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from sapo_rl.environments.endpoint import Endpoint
 from sapo_rl.environments.tools import call, tools_of, tools_of_object
 from sapo_rl.errors import UserError
-from sapo_rl.errors.own_code import line_of, number_of, shown, told
+from sapo_rl.errors.own_code import is_dict, is_list, is_mapping, is_tuple, line_of, number_of, shown, told
 from sapo_rl.plugins import NAMED, accepted, parameters_of
 from sapo_rl.types import LARGEST_REWARD
 
@@ -114,7 +114,7 @@ class Play:
             return {"opening": None}
         given = {**row, "seed": seed} if self.kind.takes_seed else row
         found = await self._call("reset", **accepted(self.own.reset, given))
-        if isinstance(found, tuple) and len(found) == 2:  # Gymnasium's: an observation and info
+        if is_tuple(found) and len(found) == 2:  # Gymnasium's: an observation and info
             found = found[0]
         if found is not None and not isinstance(found, str):
             found = _messages(found, "reset")
@@ -123,7 +123,7 @@ class Play:
     async def step(self, reply: str) -> Answer:
         """Answer a reply: `messages` to the model, `reward`, `done` and `info`."""
         found = await self._call("step", reply)
-        if not isinstance(found, tuple) or len(found) not in (3, 4, 5):
+        if not is_tuple(found) or len(found) not in (3, 4, 5):
             raise self._wrong("step", found, "(observation, reward, done) or (observation, reward, done, info)")
         if len(found) == 5:  # Gymnasium's: terminated and truncated
             found = (*found[:2], found[2] or found[3], found[4])
@@ -158,7 +158,7 @@ class Play:
         try:
             if callable(getattr(self.own, "get_reward", None)):
                 found = await self._call("get_reward")
-                parts = list(found.values()) if isinstance(found, Mapping) else [found]
+                parts: list[Any] = list(found.values()) if is_mapping(found) else [found]
                 reward = sum(self._number("get_reward", part) for part in parts)
         finally:
             await self.close()
@@ -191,13 +191,13 @@ class Play:
 
 def _messages(found: Any, name: str) -> list[dict[str, Any]]:
     """Messages with the texts role and content."""
-    if not isinstance(found, list) or not all(map(_is_message, found)):
+    if not is_list(found) or not all(map(_is_message, found)):
         raise Failure(f"{name} returned {shown(found)}; must be text, or messages with the texts role and content")
     return [{"role": message["role"], "content": message["content"]} for message in found]
 
 
 def _is_message(found: Any) -> bool:
-    return isinstance(found, dict) and all(isinstance(found.get(key), str) for key in ("role", "content"))
+    return is_dict(found) and all(isinstance(found.get(key), str) for key in ("role", "content"))
 
 
 def as_json(answer: Answer) -> bytes:

@@ -20,8 +20,8 @@ _BINARY: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
+    ast.Div: lambda a, b: a / b,
+    ast.FloorDiv: lambda a, b: Fraction(a // b),
     ast.Mod: operator.mod,
 }
 _WORDS = {"+": "Add", "-": "Subtract", "*": "Multiply by"}
@@ -88,7 +88,7 @@ def tasks(
         size = rng.randint(*sizes)
         return rng.randrange(10 ** (size - 1), 10**size)
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for _ in range(count):
         value = number()
         said = [f"Begin with {value}."]

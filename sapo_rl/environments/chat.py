@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from sapo_rl.environments import parsers
 from sapo_rl.errors import UserError
@@ -61,7 +61,7 @@ class ChatTemplate:
         self.tools = list(tools) if tools else None
         self.arguments = arguments or {}
         try:
-            text = tokenizer.get_chat_template(tools=self.tools)
+            text = cast(Any, tokenizer).get_chat_template(tools=self.tools)
         except ValueError as error:
             raise UserError("model.path: its tokenizer has no chat template, which an environment needs") from error
         self.parser = parsers.choose(parser, text, tools=bool(self.tools))
@@ -73,7 +73,7 @@ class ChatTemplate:
         self.opening = self._find_opening()
         """What the generation prompt writes of the reply itself, such as the begin of its thinking."""
         self._after = lru_cache(CACHED)(self._after_of)
-        self._started = lru_cache(CACHED)(lambda said: self.encode(self.render(json.loads(said))))
+        self._started = lru_cache(CACHED)(self._ids_of)
         self._keeps_words = False
         self._keeps_words = self.keeps({"role": "assistant", "content": "words"})
 
@@ -87,9 +87,9 @@ class ChatTemplate:
         if not self.shows_calls:
             messages = [{key: value for key, value in one.items() if key != "tool_calls"} for one in messages]
         try:
-            return self.tokenizer.apply_chat_template(  # pyright: ignore[reportReturnType]
+            return cast(Any, self.tokenizer).apply_chat_template(
                 list(messages),
-                tools=self.tools,  # pyright: ignore[reportArgumentType]
+                tools=self.tools,
                 tokenize=False,
                 add_generation_prompt=generation_prompt and not unfinished,
                 continue_final_message=unfinished,
@@ -102,11 +102,14 @@ class ChatTemplate:
     def encode(self, text: str) -> list[int]:
         """Return the ids of rendered text: the template has written the special tokens itself."""
         text = text.encode(errors="replace").decode()  # half of a character is no text
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore[reportArgumentType]
+        return list(cast(Any, self.tokenizer)(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, token_ids: list[int], special: bool = False) -> str:
         """Return the text of ids, special tokens skipped unless asked for."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=not special)  # pyright: ignore[reportReturnType]
+        return cast(Any, self.tokenizer).decode(token_ids, skip_special_tokens=not special)
+
+    def _ids_of(self, messages: str) -> list[int]:
+        return self.encode(self.render(json.loads(messages)))
 
     def start(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a whole prompt, as the model is asked to go on from it. Raises Refused as `render` does."""
@@ -126,7 +129,7 @@ class ChatTemplate:
             Refused: the template does not take `new` after such a message.
         """
         probe = self._probe(message)
-        ids, alone = (list(self._after(json.dumps([probe, *after]))) for after in (new, []))
+        ids, alone = (list(self._after(json.dumps([probe, *after]))) for after in (new, ()))
         if message.get("tool_calls") and self.shows_calls:  # what is left of the call is the model's own
             ids, alone = self._from_special(ids), self._from_special(alone)
         if last not in self.special:
@@ -210,10 +213,10 @@ class _Stream:
     """A row under way."""
 
     prompt_ids: list[int]
-    token_ids: list[int] = field(default_factory=list)
-    spans: list[Span] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list[int])
+    spans: list[Span] = field(default_factory=list[Span])
     logps: list[float] | None = None
-    fragile: list[Message] = field(default_factory=list)
+    fragile: list[Message] = field(default_factory=list[Message])
     """Replies in it of which the template takes back something sooner or later."""
 
     def row(self) -> Row:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from sapo_rl.errors import UserError, did_you_mean
+from sapo_rl.errors.own_code import is_dict, is_list
 
 
 class Call(NamedTuple):
@@ -87,7 +88,8 @@ def _tagged(text: str, read: Callable[[str], list[Call]]) -> Parsed:
     before, *blocks = text.split("<tool_call>")
     if not blocks:
         return Parsed(text, [])
-    parts, calls = [before], []
+    parts = [before]
+    calls: list[Call] = []
     for block in blocks:
         written, _, after = block.partition("</tool_call>")
         calls += read(written)
@@ -148,7 +150,7 @@ def _llama3_json(text: str) -> Parsed:
 def _mistral(text: str) -> Parsed:
     """A JSON list after `[TOOL_CALLS]`, or a name and the JSON of its arguments after each."""
     before, *blocks = text.split("[TOOL_CALLS]")
-    calls = []
+    calls: list[Call] = []
     for block in blocks:
         name, brace, arguments = block.partition("{")
         if block.lstrip().startswith(("[", "{")):
@@ -182,7 +184,7 @@ def _python_call(node: ast.expr) -> dict[str, Any]:
 def _openai(text: str) -> Parsed:
     """Harmony's channels, as gpt-oss writes them: analysis, commentary to a function, final."""
     said: dict[str, list[str]] = {"analysis": [], "final": []}
-    calls = []
+    calls: list[Call] = []
     for part in _ENDS.split(text):
         header, has_body, body = part.partition("<|message|>")
         to = re.search(r"to=functions\.([^\s<]+)", header)
@@ -209,7 +211,8 @@ def _load(written: str) -> Any:
 
 def _sequence(text: str) -> tuple[list[Any], str]:
     """The JSON values that a text begins with, apart by space or `;`, and what comes after them."""
-    values, rest, decoder = [], text.strip(), json.JSONDecoder()
+    values: list[Any] = []
+    rest, decoder = text.strip(), json.JSONDecoder()
     while rest.startswith(("{", "[")):
         try:
             value, end = decoder.raw_decode(rest)
@@ -222,10 +225,10 @@ def _sequence(text: str) -> tuple[list[Any], str]:
 
 def _calls(value: Any) -> list[Call]:
     """The calls in JSON's value: an object, or a list of them."""
-    calls = []
-    for one in value if isinstance(value, list) else [value]:
-        arguments = one.get("arguments", one.get("parameters", {})) if isinstance(one, dict) else None
-        if not isinstance(arguments, dict) or not isinstance(one.get("name"), str):
+    calls: list[Call] = []
+    for one in value if is_list(value) else [value]:
+        arguments = one.get("arguments", one.get("parameters", {})) if is_dict(one) else None
+        if not is_dict(arguments) or not isinstance(one.get("name"), str):
             raise Malformed(f"the call of a tool {_SHAPE}")
         try:
             written = json.dumps(arguments, ensure_ascii=False)
@@ -277,7 +280,11 @@ def named(name: str, chat_template: str) -> str:
     return name
 
 
-_NO_CALLS = Parser(lambda text: Parsed(text, []))
+def _no_calls(text: str) -> Parsed:
+    return Parsed(text, [])
+
+
+_NO_CALLS = Parser(_no_calls)
 
 
 def choose(name: str, chat_template: str, tools: bool = True) -> Parser:

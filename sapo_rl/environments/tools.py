@@ -8,9 +8,10 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from sapo_rl.errors import UserError, did_you_mean
+from sapo_rl.errors.own_code import is_dict, is_list
 
 NO_TOOLS = frozenset({"reset", "step", "get_reward", "close"})
 """Methods of an environment that are not the model's to call."""
@@ -84,14 +85,14 @@ def _name(function: Callable[..., Any]) -> str:
 
 
 def _schema(function: Callable[..., Any]) -> dict[str, Any]:
-    from transformers.utils.chat_template_utils import get_json_schema
+    from transformers.utils import chat_template_utils
 
     where = getattr(function, "__qualname__", _name(function))
     try:
         parameters = inspect.signature(function).parameters.values()
         if any(one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD, one.POSITIONAL_ONLY) for one in parameters):
             raise UserError(f"tools: {where}: its arguments must have names; *, ** and / cannot be in a tool")
-        return get_json_schema(function)
+        return cast(Any, chat_template_utils).get_json_schema(function)
     except UserError:
         raise
     except Exception as error:  # what it is that has no types or no docstring is in the text
@@ -155,9 +156,9 @@ def _fitted(value: Any, schema: dict[str, Any], what: str) -> Any:
         )
     if "enum" in schema and value not in schema["enum"]:
         raise WrongArgument(f"argument '{what}' must be one of {json.dumps(schema['enum'], ensure_ascii=False)}")
-    if isinstance(value, list) and "items" in schema:
+    if is_list(value) and "items" in schema:
         return [_fitted(one, schema["items"], f"{what}[{place}]") for place, one in enumerate(value)]
-    if isinstance(value, dict) and isinstance(schema.get("additionalProperties"), dict):
+    if is_dict(value) and isinstance(schema.get("additionalProperties"), dict):
         return {key: _fitted(one, schema["additionalProperties"], f"{what}.{key}") for key, one in value.items()}
     return int(value) if isinstance(value, float) and "integer" in types and "number" not in types else value
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import traceback
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeGuard
 
 LONGEST_FAILURE = 10_000
 """Characters of a failure's text that a worker answers; what is shown of it is shortened further."""
@@ -73,3 +74,23 @@ def readable(text: str) -> str:
         character if character.isprintable() or character in "\n\t" else ascii(character)[1:-1]
         for character in "\n".join(lines)
     )
+
+
+def is_list(found: object) -> TypeGuard[list[Any]]:
+    """Return whether it is a list of anything: after `isinstance` alone a type checker knows nothing of its items."""
+    return isinstance(found, list)
+
+
+def is_tuple(found: object) -> TypeGuard[tuple[Any, ...]]:
+    """Return whether it is a tuple of anything."""
+    return isinstance(found, tuple)
+
+
+def is_dict(found: object) -> TypeGuard[dict[Any, Any]]:
+    """Return whether it is a dictionary of anything."""
+    return isinstance(found, dict)
+
+
+def is_mapping(found: object) -> TypeGuard[Mapping[Any, Any]]:
+    """Return whether it is a mapping of anything."""
+    return isinstance(found, Mapping)

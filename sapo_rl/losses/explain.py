@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,9 +17,6 @@ from torch import Tensor
 from sapo_rl.losses.gates import GATES, find_gate, gate_value, gate_weight, half_weight_distance
 from sapo_rl.losses.grpo import clipped_token_losses
 from sapo_rl.losses.sapo import check_sides, check_temperatures, sapo_token_losses
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 USAGE = "usage: sapo-explain tau_pos=1 tau_neg=1.05 gate=sigmoid sides=both out=gate.png"
 RATIO_SHOWN = 3.0
@@ -85,7 +82,7 @@ def report(settings: Settings) -> str:
     for key, sign in (("tau_pos", 1.0), ("tau_neg", -1.0)):
         tau = settings.tau(sign)
         distance = half_weight_distance(tau, settings.gate)
-        at_zero, at_low, at_high = _weight(torch.tensor([0.0, low, high]), tau, settings.gate).tolist()
+        at_zero, at_low, at_high = map(float, _weight(torch.tensor([0.0, low, high]), tau, settings.gate))
         above = f"r = {1 + distance:.4g}"
         below = f"r = {1 - distance:.4g}" if distance < 1 else f"never below r = 1: w(0) = {at_zero:.3f}"
         at = f"{above} and {below}"
@@ -138,14 +135,15 @@ def draw(settings: Settings, path: str) -> None:
     _dress(gate_axes, settings, f"{'objective per unit of advantage' if one else 'gate f(r)'} ({settings.gate})")
     _dress(weight_axes, settings, "gradient weight" if one else "gradient weight w(r) = f'(r)")
     _dress(push_axes, settings, "push on log-probability per unit of advantage")
-    FigureCanvasAgg(figure).print_png(path)
+    cast(Any, FigureCanvasAgg(figure)).print_png(path)
 
 
 def _weight(ratio: Tensor, tau: float, gate: str) -> Tensor:
     return gate_weight(ratio, torch.full_like(ratio, tau), gate)
 
 
-def _dress(axes: Axes, settings: Settings, title: str) -> None:
+def _dress(axes: Any, settings: Settings, title: str) -> None:
+    """Title, axes and clip range of one of matplotlib's `Axes`, whose methods have no whole types."""
     axes.axvspan(1 - settings.clip_low, 1 + settings.clip_high, color="0.9", label="GRPO's clip range")
     axes.axvline(1, color="0.6", linewidth=0.8)
     axes.set(title=title, xlabel="ratio r", xlim=(0, RATIO_SHOWN))

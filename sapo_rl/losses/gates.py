@@ -30,16 +30,31 @@ class Gate(NamedTuple):
 
 
 def _gate(rise: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor], half_width: float) -> Gate:
-    return Gate(lambda u: 2 + rise(u), rise, slope, half_width)
+    def mass(u: Tensor) -> Tensor:
+        return 2 + rise(u)
+
+    return Gate(mass, rise, slope, half_width)
 
 
 # Sigmoid and softsign are spelled so that autograd's derivative keeps its relative precision in the tails:
 # p (1 - p), and 1/s - u^2/s^3, would cancel there.
+def _sigmoid_mass(u: Tensor) -> Tensor:
+    return 4 * logsigmoid(u).exp()
+
+
+def _sigmoid_rise(u: Tensor) -> Tensor:
+    return torch.where(u.abs() < 1, 2 * torch.tanh(u / 2), _sigmoid_mass(u) - 2)
+
+
+def _sigmoid_slope(u: Tensor) -> Tensor:
+    return torch.cosh(u / 2) ** -2
+
+
 GATES: dict[str, Gate] = {
     "sigmoid": Gate(
-        mass=lambda u: 4 * logsigmoid(u).exp(),
-        rise=lambda u: torch.where(u.abs() < 1, 2 * torch.tanh(u / 2), 4 * logsigmoid(u).exp() - 2),
-        slope=lambda u: torch.cosh(u / 2) ** -2,
+        mass=_sigmoid_mass,
+        rise=_sigmoid_rise,
+        slope=_sigmoid_slope,
         half_width=2 * math.acosh(math.sqrt(2)),
     ),
     "erf": _gate(

@@ -141,8 +141,8 @@ def _mean(pairs: Mapping[str, tuple[Tensor, Tensor]], across: Reduction) -> dict
 
 def _extreme(columns: Mapping[str, Tensor], sign: int, across: Reduction) -> dict[str, Tensor]:
     """The largest of each column's values where `sign` is 1, the smallest where it is -1."""
-    bound = {"value": -math.inf, "pad": (0, 1)}  # a rank may have none
-    own = [torch.nn.functional.pad(sign * values.double(), **bound).amax() for values in columns.values()]
+    pad = torch.nn.functional.pad  # a rank may have none
+    own = [pad(sign * values.double(), (0, 1), value=-math.inf).amax() for values in columns.values()]
     everyone = across.joined(torch.stack(own)).view(-1, len(own))
     return dict(zip(columns, sign * everyone.amax(0), strict=True))
 

@@ -53,7 +53,7 @@ def padded_loss(
     }
     count = max(logps.numel(), 1)
     metrics = {f"{policy.name}_loss": loss.detach()} | {key: value.sum() / count for key, value in means.items()}
-    return loss, dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+    return loss, dict(zip(metrics, map(float, torch.stack(list(metrics.values())).cpu()), strict=True))
 
 
 def padded_token_weights(mask: Tensor, mode: str, normalizer: float | None = None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from sapo_rl import plugins
@@ -70,7 +70,8 @@ class TextArena:
             if not done:
                 return seen, 0.0, False
             rewards, _ = self._game.close()
-        return None, float((rewards or {}).get(self._player, 0.0)), True
+        earned: Mapping[int, float] = rewards or {}
+        return None, float(earned.get(self._player, 0.0)), True
 
     def _play_others(self, done: bool) -> tuple[str, bool]:
         """Return what is new for the model once it is its turn, and whether the game is over."""
@@ -94,7 +95,7 @@ class TextArena:
         return "\n".join(lines) or "Go on."
 
     @contextlib.contextmanager
-    def _own_random(self) -> Iterator[None]:
+    def _own_random(self) -> Generator[None]:
         """Have the game draw from a stream of its own: all games of a process share Python's."""
         others = random.getstate()
         random.setstate(self._random)

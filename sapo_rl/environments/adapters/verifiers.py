@@ -7,7 +7,7 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, ClassVar
 
 from sapo_rl import plugins
@@ -135,7 +135,7 @@ _numbers = itertools.count()
 
 
 @contextlib.contextmanager
-def _in_environment(key: str) -> Iterator[str]:
+def _in_environment(key: str) -> Generator[str]:
     """Have a key under an environment variable, from which alone verifiers takes one; its name."""
     variable = f"SAPO_EPISODE_{next(_numbers)}"
     os.environ[variable] = key
@@ -151,7 +151,7 @@ def tasks(split: str, taskset: str, count: int = 256, settings: dict[str, Any] |
     Every eighth is for `eval_split` alone.
     """
     found = _tasks_of(taskset, json.dumps(settings or {}))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for index in range(count):
         try:
             data = found.at(index).data

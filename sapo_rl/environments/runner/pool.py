@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,7 +183,7 @@ class Seat:
         return _as_number((await self._ask("run", row=row, seed=seed, url=url, key=key)).get("reward"))
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
+    def waiting(self) -> Generator[None]:
         """Count the time inside for the model's, not the agent's; several may be inside at once."""
         self._waits += 1
         if self._waits == 1:

@@ -15,7 +15,7 @@ from typing import Any
 from sapo_rl.config import EnvironmentConfig
 from sapo_rl.environments.runner.worker import LONGEST_LINE
 from sapo_rl.errors import UserError
-from sapo_rl.errors.own_code import readable
+from sapo_rl.errors.own_code import is_dict, readable
 from sapo_rl.processes.guarded import FOREIGN, GuardedProcess
 
 _START_SECONDS = 120.0  # until the environment is imported
@@ -211,4 +211,4 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         found = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return found if is_dict(found) else None
