@@ -11,10 +11,17 @@ _SERVERS = "a list of host:port"
 _NUMBER_OF_PARTS = "the number of parts, not their size: a step's prompts / the size"
 _WARMUP = "a number of updates, not a share"
 _OVERLONG = "NAME: {function: length_limit, args: {max_tokens: ..., soft: its len}}"
+_LONGEST = "it is data.max_prompt_tokens + rollout.max_completion_tokens, or + environment.max_tokens"
+_FOLDERS = "runs go to runs/<recipe>/<time> below the current folder"
+_EVERY_STEP = "every step is logged"
+_NO_ENTROPY = "there is no entropy bonus"
+_PREFIX_LEFT = "prompts longer than data.max_prompt_tokens are left out, never cut"
+_OFFLOAD = "launch.profile may be the path of an Accelerate config that offloads"
+_CONTINUOUS = "vLLM writes all rollouts, with continuous batching"
+_PACKED = "samples are packed, not padded"
 _CHOICE = "launch=fsdp2, zero2 or zero3 on the command line"
 
-OTHER_NAMES: dict[str, tuple[str, str]] = {
-    # TRL's GRPOConfig and what it inherits
+TRL: dict[str, tuple[str, str]] = {
     "model_name_or_path": ("model.path", ""),
     "torch_dtype": ("model.dtype", ""),
     "bf16": ("model.dtype", "bfloat16 or float32"),
@@ -92,7 +99,61 @@ OTHER_NAMES: dict[str, tuple[str, str]] = {
     "lora_r": ("model.lora.rank", ""),
     "r": ("model.lora.rank", ""),
     "lora_target_modules": ("model.lora.target_modules", ""),
-    # verl's ppo_trainer.yaml
+    "max_tool_calling_iterations": ("environment.max_turns", "it counts replies"),
+    "off_policy_mask_threshold": ("loss.correction.stale_negative_kl", ""),
+    "vllm_importance_sampling_cap": ("loss.correction.high", ""),
+    "vespo_k_pos": ("loss.name", "loss=vespo has the paper's k and lambda"),
+    "vespo_k_neg": ("loss.name", "loss=vespo has the paper's k and lambda"),
+    "vespo_lambda_pos": ("loss.name", "loss=vespo has the paper's k and lambda"),
+    "vespo_lambda_neg": ("loss.name", "loss=vespo has the paper's k and lambda"),
+    "eval_on_start": ("eval.every", "every run with held-out prompts evaluates before its first step"),
+    "use_cpu": ("launch.profile", "a machine without a GPU trains on the CPU"),
+    "use_vllm": ("", "vLLM writes all rollouts"),
+    "use_transformers_continuous_batching": ("", _CONTINUOUS),
+    "transformers_continuous_batching_config": ("", _CONTINUOUS),
+    "use_transformers_paged": ("", _CONTINUOUS),
+    "cache_implementation": ("", _CONTINUOUS),
+    "vllm_max_model_length": ("", _LONGEST),
+    "vllm_model_impl": ("", "vLLM takes its own implementation of the model where it has one"),
+    "vllm_structured_outputs_regex": ("", "what the model writes is not constrained"),
+    "vllm_group_port": ("", "the trainer opens a free port, and tells the servers"),
+    "pad_to_multiple_of": ("", _PACKED),
+    "generation_kwargs": ("", "rollout has temperature, top_p, top_k, min_p and repetition_penalty"),
+    "model_init_kwargs": ("", "model has dtype, revision and trust_remote_code"),
+    "router_aux_loss_coef": ("", "the loss has no term for balance between experts"),
+    "disable_dropout": ("", "dropout is always off"),
+    "cast_lm_head_to_fp32": ("", "log-probabilities are taken in float32 from logits in model.dtype"),
+    "ds3_gather_for_generation": ("", "vLLM holds weights of its own"),
+    "sync_ref_model": ("", "the reference is the model that training started from"),
+    "ref_model_mixup_alpha": ("", "the reference is the model that training started from"),
+    "ref_model_sync_steps": ("", "the reference is the model that training started from"),
+    "entropy_coef": ("", _NO_ENTROPY),
+    "use_adaptive_entropy": ("", _NO_ENTROPY),
+    "entropy_coef_min": ("", _NO_ENTROPY),
+    "entropy_coef_max": ("", _NO_ENTROPY),
+    "entropy_coef_delta": ("", _NO_ENTROPY),
+    "entropy_target": ("", _NO_ENTROPY),
+    "top_entropy_quantile": ("", "no tokens are left out by entropy"),
+    "use_bias_correction_kl": ("", "the penalty is added after any correction, without a ratio"),
+    "log_multimodal": ("", "prompts are text alone"),
+    "log_unique_prompts": ("", "completions/ in the run folder has all; logging.completions counts rows of a table"),
+    "log_completions_hub_repo": ("", "completions stay in the run folder"),
+    "output_dir": ("", "run_dir; without it runs go to runs/<recipe>/<time> below the current folder"),
+    "overwrite_output_dir": ("", "every run has a folder of its own"),
+    "logging_dir": ("", "logs go into the run folder"),
+    "logging_steps": ("", _EVERY_STEP),
+    "logging_strategy": ("", _EVERY_STEP),
+    "optim": ("", "the optimiser is AdamW"),
+    "remove_unused_columns": ("", "all columns go to reward functions"),
+    "lora_dropout": ("", "adapters have no dropout"),
+    "attn_implementation": ("", "it follows from model and device"),
+}
+"""Our key for a name of TRL's GRPOConfig, of what it inherits or of peft, and what is to be heeded.
+
+Where there is no key the first is empty, and the second says what holds instead.
+"""
+
+VERL: dict[str, tuple[str, str]] = {
     "lora_rank": ("model.lora.rank", ""),
     "lora_alpha": ("model.lora.alpha", ""),
     "train_files": ("data.path", "one file"),
@@ -158,36 +219,20 @@ OTHER_NAMES: dict[str, tuple[str, str]] = {
     "reward_model": ("reward.functions", "NAME: {function: package.module.name}"),
     "actor_rollout_ref": ("model", "rollout, trainer and loss take its keys"),
     "algorithm": ("advantage", "and loss take its keys"),
+    "max_model_len": ("", _LONGEST),
+    "max_num_batched_tokens": ("", "vLLM's own; rollout.max_num_seqs bounds what is decoded at once"),
+    "default_local_dir": ("", _FOLDERS),
+    "truncation": ("", _PREFIX_LEFT),
+    "do_sample": ("", "rollouts are sampled at rollout.temperature, evaluations are greedy"),
+    "use_dynamic_bsz": ("", "micro-batches are always filled by trainer.tokens_per_micro_batch"),
+    "val_before_train": ("", "every run evaluates before its first step, unless eval.prompts is 0"),
+    "entropy_coeff": ("", _NO_ENTROPY),
+    "param_offload": ("", _OFFLOAD),
+    "optimizer_offload": ("", _OFFLOAD),
 }
-"""Our key by another trainer's name, and what is to be heeded."""
+"""The same for verl's keys, by their last part."""
 
-LONGEST = "it is data.max_prompt_tokens + rollout.max_completion_tokens, or + environment.max_tokens"
-NONE_HERE = {
-    "use_vllm": "vLLM writes all rollouts",
-    "vllm_max_model_length": LONGEST,
-    "max_model_len": LONGEST,
-    "max_num_batched_tokens": "vLLM's own; rollout.max_num_seqs bounds what is decoded at once",
-    "output_dir": "run_dir; without it runs go to runs/<recipe>/<time> below the current folder",
-    "overwrite_output_dir": "every run has a folder of its own",
-    "default_local_dir": "runs go to runs/<recipe>/<time> below the current folder",
-    "logging_dir": "logs go into the run folder",
-    "logging_steps": "every step is logged",
-    "logging_strategy": "every step is logged",
-    "optim": "the optimiser is AdamW",
-    "truncation": "prompts longer than data.max_prompt_tokens are left out, never cut",
-    "do_sample": "rollouts are sampled at rollout.temperature, evaluations are greedy",
-    "use_dynamic_bsz": "micro-batches are always filled by trainer.tokens_per_micro_batch",
-    "val_before_train": "every run evaluates before its first step, unless eval.prompts is 0",
-    "entropy_coef": "there is no entropy bonus",
-    "entropy_coeff": "there is no entropy bonus",
-    "top_entropy_quantile": "no tokens are left out by entropy",
-    "lora_dropout": "adapters have no dropout",
-    "attn_implementation": "it follows from model and device",
-    "remove_unused_columns": "all columns go to reward functions",
-    "param_offload": "launch.profile may be the path of an Accelerate config that offloads",
-    "optimizer_offload": "launch.profile may be the path of an Accelerate config that offloads",
-}
-"""Other trainers' names for what has no key here, and what holds instead."""
+OTHER_NAMES = VERL | TRL
 
 
 def hint(name: str, known: list[str]) -> str:
@@ -195,5 +240,5 @@ def hint(name: str, known: list[str]) -> str:
     ours, note = OTHER_NAMES.get(name, ("", ""))
     keys = [*known, *([ours] if ours and ours not in known else [])]
     if keys:
-        return f"did you mean {' or '.join(keys)}?{f' {note}' if note else ''}"
-    return f"there is none: {NONE_HERE[name]}" if name in NONE_HERE else ""
+        return f"did you mean {' or '.join(keys)}?{f' {note}' if ours and note else ''}"
+    return f"there is none: {note}" if note else ""

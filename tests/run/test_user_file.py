@@ -15,7 +15,8 @@ from sapo_rl.config import Config
 from sapo_rl.errors import UserError, brief
 from sapo_rl.errors.files import DEEPEST, parse_json
 from sapo_rl.run import compose
-from sapo_rl.run.other_names import NONE_HERE, OTHER_NAMES
+from sapo_rl.run.keys import every_key
+from sapo_rl.run.other_names import OTHER_NAMES, TRL, VERL, hint
 
 GROUPS = ("data=arithmetic", "reward=numeric", "model.path=model")
 
@@ -260,12 +261,39 @@ def test_names_of_other_trainers_are_told_with_their_unit(typed: str, words: lis
 
 
 def test_every_key_that_is_pointed_to_exists() -> None:
-    for key, _ in OTHER_NAMES.values():
+    for key in filter(None, (key for key, _ in OTHER_NAMES.values())):
         node = OmegaConf.to_container(OmegaConf.structured(Config))
         for part in key.split("."):
             assert isinstance(node, dict) and part in node, key
             node = node[part]
-    assert not OTHER_NAMES.keys() & NONE_HERE.keys()
+    shared = TRL.keys() & VERL.keys()
+    assert {name: TRL[name] for name in shared} == {name: VERL[name] for name in shared}
+
+
+TRL_1_16 = """
+    learning_rate model_init_kwargs trust_remote_code router_aux_loss_coef disable_dropout cast_lm_head_to_fp32
+    remove_unused_columns num_generations num_generations_eval max_completion_length ds3_gather_for_generation
+    shuffle_dataset pad_to_multiple_of generation_batch_size steps_per_generation temperature top_p top_k min_p
+    generation_kwargs chat_template_kwargs repetition_penalty cache_implementation use_vllm vllm_mode
+    vllm_model_impl vllm_enable_sleep_mode vllm_structured_outputs_regex vllm_server_base_url vllm_server_host
+    vllm_server_port vllm_server_timeout vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length
+    vllm_tensor_parallel_size beta num_iterations epsilon delta epsilon_high sapo_temperature_neg
+    sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg importance_sampling_level
+    reward_weights multi_objective_aggregation scale_rewards loss_type mask_truncated_completions sync_ref_model
+    ref_model_mixup_alpha ref_model_sync_steps top_entropy_quantile entropy_coef use_adaptive_entropy
+    entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target max_tool_calling_iterations
+    vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_clip_max
+    vllm_importance_sampling_clip_min off_policy_mask_threshold use_bias_correction_kl log_completions
+    log_multimodal num_completions_to_print log_unique_prompts log_completions_hub_repo
+    use_transformers_continuous_batching transformers_continuous_batching_config use_transformers_paged
+    vllm_importance_sampling_cap
+"""
+
+
+@pytest.mark.parametrize("name", TRL_1_16.split())
+def test_every_setting_of_trls_grpo_config_is_pointed_to_or_said_to_be_missing(name: str) -> None:
+    own = {key.name.rpartition(".")[2] for key in every_key()}
+    assert name in own or hint(name, []).startswith(("did you mean ", "there is none: "))
 
 
 def test_messages_are_kept_short_and_printable() -> None:
