@@ -8,7 +8,9 @@ import functools
 import importlib
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -71,6 +73,65 @@ def test_the_game_of_docs_environments_plays_and_passes_a_dry_run(
         "config=game.yaml", f"model.path={tiny_model}", "+environment.args.hint=3", "dry_run=true"
     )
     assert code == 2 and "environment.args.hint: unknown argument; did you mean 'hints'?" in told
+
+
+@pytest.mark.parametrize(
+    ("page", "recipe", "shown", "mistake", "told"),
+    [
+        (
+            "own_reward",
+            "short.yaml",
+            ["held-out rows 0", "columns prompt, answer", "longest sequence 192 tokens"],
+            "reward.functions.short.args.most=many",
+            "sapo-train: reward.functions.short.args.most: 'many' is a str, must be int",
+        ),
+        (
+            "tool_agent",
+            "agent.yaml",
+            ["held-out rows 16", "longest sequence 384 tokens"],
+            "tools=[my_tools.multply]",
+            "did you mean 'multiply'",
+        ),
+    ],
+)
+def test_the_recipes_of_the_tutorials_pass_a_dry_run(
+    page: str,
+    recipe: str,
+    shown: list[str],
+    mistake: str,
+    told: str,
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for language, text in blocks(f"docs/tutorials/{page}.md"):
+        name = "questions.jsonl" if language == "json" else text.partition("\n")[0].removeprefix("# ")
+        if language in ("python", "yaml", "json"):
+            (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    lengths = ("data.max_prompt_tokens=128", "environment.max_tokens=256")  # the tiny model reads no more
+    call = (f"config={recipe}", f"model.path={tiny_model}", *lengths, "dry_run=true")
+    code, out, err = sapo_train(*call)
+    table = [" ".join(line.replace("│", " ").split()) for line in out.splitlines()]
+    assert code == 0 and set(shown) <= set(table), out + err
+    code, out, err = sapo_train(*call, mistake)
+    assert code == 2 and told in err
+
+
+def test_the_site_is_built_without_a_broken_link(tmp_path: Path) -> None:
+    pytest.importorskip("material", reason="needs the extra docs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", ".mkdocs.yml", "-d", str(tmp_path)]
+    built = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stderr
+    keys = (tmp_path / "reference/keys/index.html").read_text(encoding="utf-8")
+    assert "<code>loss.tau_pos</code>" in keys and "<code>rollout.refill.max_extra</code>" in keys
+    names = (tmp_path / "howto/from_verl/index.html").read_text(encoding="utf-8")
+    assert "<code>train_batch_size</code>" in names and "names: verl" not in names
+    assert 'id="sapo_rl.run.api.train"' in (tmp_path / "reference/python/index.html").read_text(encoding="utf-8")
+    outside = re.compile(r"<(?:script|link|img)[^>]+(?:src|href)=\"https?://")
+    assert not [page for page in tmp_path.rglob("*.html") if outside.search(page.read_text(encoding="utf-8"))]
 
 
 def test_the_comparison_of_docs_rewards_ranks_the_replies_to_a_prompt() -> None:

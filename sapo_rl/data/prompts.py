@@ -127,8 +127,8 @@ def check_columns(cfg: DataConfig, rows: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def with_all_columns(rows: Rows, cfg: DataConfig) -> Rows:
-    """Return the rows with None under each column that a row lacks; raises UserError as `check_columns` does."""
-    names = check_columns(cfg, rows.values())
+    """Return the rows, if any, with None under each column that one lacks; raises UserError as `check_columns` does."""
+    names = check_columns(cfg, rows.values()) if rows else []
     return {number: {name: row.get(name) for name in names} for number, row in rows.items()}
 
 

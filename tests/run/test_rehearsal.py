@@ -45,6 +45,13 @@ def dry_run(*arguments: str, function: str = "fine") -> tuple[int, str, str]:
     )
 
 
+def test_no_rows_need_be_held_out() -> None:
+    code, shown, told = dry_run("eval.prompts=0")
+    assert (code, told) == (0, "")
+    table = [" ".join(line.replace("│", " ").split()) for line in shown.splitlines()]
+    assert "rows to train on 20" in table and "held-out rows 0" in table
+
+
 def write_weights(folder: Path, elements: int) -> None:
     """A safetensors file of so many elements, whose bytes take no room on the disk."""
     header: dict[str, Any] = {"w": {"dtype": "F32", "shape": [elements], "data_offsets": [0, 4 * elements]}}

@@ -1,0 +1,104 @@
+"""What mkdocs needs beside the pages in docs/: those that are made out of the code, and links that lead out of docs/.
+
+A hook of mkdocs, named in .mkdocs.yml.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+
+import yaml
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+from sapo_rl.run import cli, keys, other_names
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+(?!docs/)[^)]*\)")
+"""A link to a file that is no page: code, say."""
+DATA = re.compile(r"\[([^\]]+)\]\((?:bench|runs)/[^)]*\)")
+"""A link to what was measured, which is in the repository alone."""
+PYTHON = """\
+# Python
+
+What a script or a notebook calls; how, is told [here](../python.md).
+
+::: sapo_rl.run.api
+    options: {members: [train, Run, Callback]}
+
+## What passes from stage to stage
+
+::: sapo_rl.types
+
+## Losses
+
+::: sapo_rl.losses
+    options: {members: [PolicyLossFn, TokenLosses, bounded_ratio]}
+
+## Engines
+
+::: sapo_rl.engines.base
+"""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are made."""
+    pages = {
+        "reference/keys.md": keys_page(),
+        "reference/recipes.md": recipes_page(),
+        "reference/command_line.md": f"# Command line\n\n```text\n{cli.USAGE.strip()}\n```\n",
+        "reference/python.md": PYTHON,
+    }
+    for path, text in pages.items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Leave the text of links that lead out of the site, and put the tables of other trainers' names in their place."""
+    for marker, names in (("<!-- names: trl -->", other_names.TRL), ("<!-- names: verl -->", other_names.VERL)):
+        if marker in markdown:
+            markdown = markdown.replace(marker, names_table(names))
+    return DATA.sub(r"\1", OUTSIDE.sub(r"\1", markdown))
+
+
+def keys_page() -> str:
+    """Return the page with every key of the config, a table for each section."""
+    parts = ["# Config keys\n", "`sapo-train keys [PART]` prints the same. `NAME` stands for a name of your own.\n"]
+    for section, found in groupby(keys.every_key(), key=lambda one: one.name.partition(".")[0]):
+        rows = [f"| `{one.name}` | {_cell(_kind(one))} | {_cell(one.meaning)} |" for one in found]
+        parts += [f"\n## {section}\n", "| key | type and default | meaning |", "|---|---|---|", *rows]
+    return "\n".join(parts) + "\n"
+
+
+def _kind(key: keys.Key) -> str:
+    default = f"default `{key.default}`" if key.default else "must be given"
+    return "; ".join(filter(None, (key.type, key.valid, default)))
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def recipes_page() -> str:
+    """Return the page with every recipe, as it stands in the repository."""
+    parts = ["# Recipes\n", "`sapo-train config=NAME` runs one; all keys can be set behind it.\n"]
+    for path in sorted((ROOT / "configs/config").glob("*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        about = (yaml.safe_load(text) or {}).get("description", "")
+        parts += [f"\n## {path.stem}\n", f"{about}\n" if about else "", f"```yaml\n{text.strip()}\n```\n"]
+    return "\n".join(parts)
+
+
+def names_table(names: Mapping[str, tuple[str, str]]) -> str:
+    """Return a table of another trainer's names."""
+    return "\n".join(["| there | here | |", "|---|---|---|", *_name_rows(names)])
+
+
+def _name_rows(names: Mapping[str, tuple[str, str]]) -> Iterator[str]:
+    for name, (ours, note) in sorted(names.items()):
+        yield f"| `{name}` | {f'`{ours}`' if ours else 'none'} | {_cell(note)} |"
