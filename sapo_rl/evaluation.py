@@ -55,7 +55,7 @@ class Evaluator:
         self._environments = list(config.environments)
         failing = [*config.played.values(), *config.reward.functions.values()]
         self._drops = any(one.on_error in ("drop", "none") for one in failing)
-        self._judge = config.eval.reward or next(iter(self._functions), "")
+        self._judge = config.judge
 
     def run(self, step: int) -> None:
         """Measure the greedy completions, and the mean of several samples where asked for; every rank calls it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+from sapo_rl.config.data import DataConfig
 from sapo_rl.config.engine import EngineConfig
 from sapo_rl.config.fields import LONGEST_WAIT, MISSING, MOST_SAMPLES, choice, number
 from sapo_rl.config.loss import AdvantageConfig, LossConfig
@@ -47,49 +48,6 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave off unless you have read that code."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-
-
-@dataclass
-class DataConfig:
-    """Where prompts come from and how they are worded."""
-
-    source: str = choice(MISSING, "arithmetic", "reasoning_gym", "huggingface", "file", own="data source")
-    """`arithmetic` and `reasoning_gym` generate prompts; `huggingface` and `file` (JSONL, Parquet) read them. Or the
-    dotted path of your own `f(**args)` that returns rows, `f(split, **args)` where it knows splits."""
-    path: Optional[str] = None
-    """Dataset on the hub (`huggingface`), file (`file`), or dataset of the package reasoning-gym (`reasoning_gym`)."""
-    subset: Optional[str] = None
-    """Configuration of a hub dataset, e.g. `main` of gsm8k."""
-    split: str = "train"
-    """Split to train on, of a hub dataset or of a source of your own that knows splits."""
-    eval_path: Optional[str] = None
-    """File with held-out prompts, where `source` is `file`."""
-    eval_split: Optional[str] = None
-    """Split to evaluate on. With neither this nor `eval_path`, `eval.prompts` rows are held out."""
-    prompt_column: str = "prompt"
-    """Column with the prompt: text, or chat messages."""
-    answer_column: Optional[str] = "answer"
-    """Column that reward functions see as `answer`; null where there is none."""
-    template: str = "{prompt}"
-    """Wording put around a text prompt: `{prompt}`, or any other column in braces."""
-    response_prefix: str = ""
-    """What every reply begins with, e.g. `<think>`; columns in braces. Rewards see what the model wrote after it."""
-    system_prompt: Optional[str] = None
-    """System message put before the prompt; needs the chat template."""
-    chat_template: bool = True
-    """Apply the tokenizer's chat template. Text prompts become one user message."""
-    chat_template_args: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the chat template, e.g. `enable_thinking: false`."""
-    size: int = number(4096, least=1)
-    """Prompts to generate, for the generators."""
-    args: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the generator, e.g. `digits: 2` for arithmetic, or of a source of your own."""
-    max_prompt_tokens: int = number(512, least=1)
-    """Longer prompts are dropped and counted, never cut."""
-    shuffle: bool = True
-    """Draw prompts in a new seeded order every epoch."""
-    split_seed: int = number(0, least=0)
-    """Chooses the held-out rows and what generators make: with another `seed` alone, runs are evaluated on the same."""
 
 
 @dataclass
@@ -327,8 +285,9 @@ class Config:
     """A run folder to continue from its last checkpoint, or the folder of a recipe: its newest run."""
     dry_run: bool = False
     """Print what would happen and stop."""
-    check: str = choice("none", "none", "chat")
-    """Print how the model's chat template carries a conversation with tools (`chat`), and stop."""
+    check: str = choice("none", "none", "chat", "data", "rewards")
+    """Print how the model's chat template carries a conversation with tools (`chat`), how often the model solves the
+    prompts of the data (`data`), or what the reward functions say of given completions (`rewards`), and stop."""
 
     @property
     def in_flight(self) -> bool:
@@ -345,6 +304,16 @@ class Config:
         """What answers the model, by the column `environment`; under "" where it is the same for all rows."""
         alone = {"": self.environment} if self.environment.name is not None or self.tools else {}
         return self.environments or alone
+
+    @property
+    def judge(self) -> str:
+        """The name of the reward whose mean is `eval/reward`."""
+        return self.eval.reward or next(iter(self.rewards), "")
+
+    @property
+    def solving(self) -> str:
+        """The name of the reward by which a sample counts as solved."""
+        return self.data.pass_rate.reward or self.judge
 
     @property
     def max_episode_tokens(self) -> int:

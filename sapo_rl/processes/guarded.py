@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import socket
@@ -89,4 +90,8 @@ def begin() -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # one from outside is not the code's KeyboardInterrupt
     os.set_inheritable(descriptor, False)
     streams.outlive()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            line_buffering=True
+        )  # the process is killed at its end: what it holds back would be lost
     return descriptor

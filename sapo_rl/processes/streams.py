@@ -64,6 +64,6 @@ def _lossy(descriptor: int, former: io.TextIOWrapper | None = None) -> io.TextIO
         io.BufferedWriter(_Lossy(descriptor, "w", closefd=False)),
         former.encoding if former else "utf-8",
         errors="backslashreplace",
-        line_buffering=former.line_buffering if former else True,
-        write_through=former.write_through if former else False,
+        # Python's stderr writes all through to a file that does not buffer; this one does.
+        line_buffering=former.line_buffering or former.write_through if former else True,
     )

@@ -96,7 +96,7 @@ def check_concurrency(name: str, cfg: RewardFunctionConfig, coroutine: bool) -> 
 
 def comparison_warning(config: Config) -> str | None:
     """Return what to tell a user whose evaluations are judged by a function that compares the samples of a prompt."""
-    judge = (config.eval.reward or next(iter(config.rewards), "")).partition("/")[0]
+    judge = config.judge.partition("/")[0]
     if not config.eval.prompts or judge not in config.rewards or config.rewards[judge].scope != "group":
         return None
     return (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,22 +13,14 @@ from sapo_rl.config import ENVIRONMENT, Config, EnvironmentConfig
 from sapo_rl.config.engine import VLLM
 from sapo_rl.config.fields import BOUNDS
 from sapo_rl.config.loss import CHOSEN_KEYS, unread
-from sapo_rl.config.reward import BATCH
-from sapo_rl.errors import UserError, brief, did_you_mean
+from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.errors.files import reading
 from sapo_rl.policy import model_folder
+from sapo_rl.run.config_error import ConfigError, with_key
+from sapo_rl.run.sampling_checks import check_checks, check_sampling
 
 LARGEST = 2**31 - 1
 """Bound on integers without one of their own: libraries hold counts in 32 bits."""
-
-
-class ConfigError(UserError):
-    """A value that cannot be; `key` is its dotted name, so that the command line can say where it was set."""
-
-    def __init__(self, key: str, problem: str) -> None:
-        super().__init__(f"{key}: {problem}")
-        self.key = key
-        self.problem = brief(problem)
 
 
 def check(config: Config) -> None:
@@ -93,7 +84,7 @@ def _check_launch(config: Config) -> None:
     try:
         profile_path(launch.profile)
     except UserError as error:
-        raise _with_key(error, "launch.profile") from error
+        raise with_key(error, "launch.profile") from error
     if launch.num_processes % launch.num_machines or launch.num_processes == 1:
         raise ConfigError(
             "launch.num_processes",
@@ -131,21 +122,8 @@ def _check_batch(config: Config) -> None:
             f"cuts a step's {prompts} prompts into {parts} part(s) on {config.launch.num_processes} process(es); "
             "rollout.batch_size / rollout.group_size must be a multiple of that",
         )
-    _check_refill(config)
     if len(trainer.betas) != 2 or not all(0 <= beta < 1 for beta in trainer.betas):
         raise ConfigError("trainer.betas", f"is {trainer.betas}; must be two numbers from 0 to below 1")
-
-
-def _check_refill(config: Config) -> None:
-    if not config.rollout.refill.max_extra:
-        return
-    for name, function in config.reward.functions.items():
-        if function.scope == BATCH:
-            raise ConfigError(
-                "rollout.refill.max_extra",
-                f"is {config.rollout.refill.max_extra:g}: whether a group is replaced must be known before the "
-                f"batch is whole, but reward.functions.{name}.scope is {BATCH}; set one of them otherwise",
-            )
 
 
 def _check_tensor_parallel(config: Config) -> None:
@@ -262,7 +240,7 @@ def _check_sources(config: Config) -> None:
     try:
         check_source(config.data)
     except UserError as error:
-        raise _with_key(error, "data.source") from error
+        raise with_key(error, "data.source") from error
     functions = config.reward.functions
     if not config.rewards:
         raise ConfigError("reward.functions", "is empty; name at least one, e.g. with reward=numeric")
@@ -270,7 +248,7 @@ def _check_sources(config: Config) -> None:
         try:
             check_function(name, function)
         except UserError as error:
-            raise _with_key(error, f"reward.functions.{name}.function") from error
+            raise with_key(error, f"reward.functions.{name}.function") from error
     for name in config.reward.env:
         if name not in os.environ:
             raise ConfigError("reward.env", f"there is no environment variable '{name}'")
@@ -299,7 +277,7 @@ def _check_environment(config: Config) -> None:
         try:
             check_environment(one, key)
         except UserError as error:
-            raise _with_key(error, f"{key}.name") from error
+            raise with_key(error, f"{key}.name") from error
     if all(one.name in AGENTS for one in config.played.values()):
         if config.tools:
             raise ConfigError(
@@ -318,12 +296,6 @@ def _check_environment(config: Config) -> None:
         raise ConfigError("data.chat_template", "is false; an environment or tools need a chat")
     if config.data.response_prefix:
         raise ConfigError("data.response_prefix", "is for one turn; not with an environment or tools")
-
-
-def _with_key(error: UserError, key: str) -> ConfigError:
-    """Take the key off the front of the message, where it names one."""
-    found = re.match(r"((?:data|reward|launch|environments?)\.[\w.]+): (.*)", str(error), re.DOTALL)
-    return ConfigError(found[1], found[2]) if found else ConfigError(key, str(error))
 
 
 def _check_lora(config: Config) -> None:
@@ -375,6 +347,8 @@ RULES = {
     "loss, rollout.top_p and others": _check_filters,
     "data, reward": _check_sources,
     "environment, environments, tools": _check_environment,
+    "data.pass_rate, rollout.refill": check_sampling,
+    "check": check_checks,
     "model.lora": _check_lora,
     "model.path": _check_model,
 }

@@ -32,6 +32,8 @@ sapo-train: reinforcement-learning fine-tuning under the SAPO objective
   sapo-train config=NAME|FILE.yaml [key=value ...]     run a recipe, or your own file
   sapo-train config=NAME dry_run=true                  show what would happen, and stop
   sapo-train config=NAME check=chat                    show what the chat template does with several turns and tools
+  sapo-train config=NAME check=data                    measure how often the model solves the prompts of the data
+  sapo-train config=NAME check=rewards                 show what the rewards say of data.check.completions=FILE
   sapo-train config=NAME --cfg job                     print the composed config
   sapo-train config=A,B loss.tau_neg=1.0,1.05 -m       sweep, one run after the other
   sapo-train config=NAME --config-dir PATH             your own recipe PATH/config/NAME.yaml, and groups
@@ -247,6 +249,11 @@ def _attempt(
             from sapo_rl.run.check_chat import check_chat
 
             check_chat(config)
+            return
+        if config.check == "rewards":
+            from sapo_rl.run.check_rewards import check_rewards
+
+            check_rewards(config)
             return
     except Exception as error:
         outcome.complain(error, own)

@@ -6,11 +6,10 @@ import contextlib
 import errno
 import logging
 import os
-import random
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -22,42 +21,33 @@ if __name__ == "__main__":
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
-import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase
 
 from sapo_rl import run_folder
-from sapo_rl.advantages import own_function
-from sapo_rl.config import Config, ModelConfig
-from sapo_rl.data import PromptSampler, build_prompts, load_rows, own, repetition_warning
-from sapo_rl.engines import own as own_engine
-from sapo_rl.engines.base import Engine
-from sapo_rl.engines.build import ModelFacts, build_engines, build_transport, close_all, device_of, model_facts
-from sapo_rl.environments import environment_for
-from sapo_rl.environments.runner.pool import EnvironmentPool, pools_of
+from sapo_rl.config import Config
+from sapo_rl.data import PromptSampler, repetition_warning
+from sapo_rl.engines.build import build_transport
 from sapo_rl.errors import UserError, first_line
 from sapo_rl.evaluation import Evaluator
 from sapo_rl.policy import checkpoint
 from sapo_rl.policy.checkpointer import Checkpointer
-from sapo_rl.policy.model import DTYPES, Policy, check_shapes, load_policy, load_tokenizer, stop_tokens
+from sapo_rl.policy.model import DTYPES, Policy, load_policy
 from sapo_rl.policy.parallel import loads_weights
-from sapo_rl.policy.trainer import PolicyTrainer, Reference, objective
+from sapo_rl.policy.trainer import PolicyTrainer, Reference
 from sapo_rl.processes import streams
-from sapo_rl.rewards import RewardPool, comparison_warning, isolation_warning
-from sapo_rl.rollout.collector import Rollouts
-from sapo_rl.rollout.episodes import Episodes
+from sapo_rl.rewards import comparison_warning, isolation_warning
 from sapo_rl.rollout.filters import filter_warning
 from sapo_rl.rollout.publisher import WeightPublisher
 from sapo_rl.rollout.queue import BatchQueue
-from sapo_rl.rollout.share import Share
-from sapo_rl.run import compose, ranks, resume
+from sapo_rl.run import ranks, resume
+from sapo_rl.run.check_data import check_data
+from sapo_rl.run.writing import Rank, meet, read_prompts, start_writing, wait_for
 from sapo_rl.telemetry import Telemetry, Timers
 from sapo_rl.train import Parts, train
-from sapo_rl.types import Prompt
 
 OUT_OF_MEMORY = (
     "the trainer does not fit into the GPU's memory beside vLLM; lower trainer.tokens_per_micro_batch or "
@@ -78,7 +68,11 @@ def main(folder: Path | None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         with contextlib.ExitStack() as stack:
-            parts = build(folder, stack, stops)
+            rank = meet(folder, stack)
+            if rank.config.check == "data":
+                check_data(rank, stack)
+                return
+            parts = build(rank, stack, stops)
             stops.watch(parts.telemetry)
             complete = train(parts)
     except torch.OutOfMemoryError as error:
@@ -109,33 +103,15 @@ def worded(error: Exception, folder: Path | None) -> Exception:
     return error
 
 
-def build(folder: Path | None, stack: contextlib.ExitStack, stops: Stops) -> Parts:
-    """Build the parts, vLLM beside the others; a mistake that they find ends it. `stack` closes them in reverse."""
-    folder, frozen, token = ranks.share(folder)
-    config = compose.loads(frozen)
-    accelerator = stack.enter_context(ranks.join(config, folder))
-    _seed(config, accelerator.process_index)
-    header = _device_facts(accelerator)
-    if accelerator.is_main_process:
-        run_folder.add_device(folder, header)
-
-    _import_own(config)
-    tokenizer = load_tokenizer(config.model)
-    printed = partial(_log, folder, accelerator.process_index)
-    rewards = stack.enter_context(RewardPool(config.reward, printed("rewards")))
+def build(rank: Rank, stack: contextlib.ExitStack, stops: Stops) -> Parts:
+    """Build the parts of the loop, vLLM beside the others; a mistake ends it. `stack` closes them in reverse."""
+    config, folder, accelerator = rank.config, rank.folder, rank.accelerator
     resumed = _last_checkpoint(config, folder, accelerator) if config.resume else None
-    device, facts = device_of(accelerator.local_process_index), _facts(config.model)
-    transport = build_transport(config, facts, device, token, accelerator.is_main_process)
-    stack.callback(transport.close)
-    stream = f"vllm_rank{accelerator.process_index}/{resumed.name if resumed else ''}"
-    engines = build_engines(config, facts, device, folder / "logs", stop_tokens(config.model, tokenizer), stream)
-    stack.callback(close_all, engines)  # before the transport: they may have its memory mapped
-    rollouts = Rollouts(engines, config.rollout, tokenizer, config.seed, config.reproducible)
-    pools = pools_of(config, printed("environments"))
-    writer = stack.enter_context(Episodes(rollouts, pools, config)) if pools else rollouts
-    for engine in engines:
-        engine.start()  # takes longest: prompts and the trainer's copy of the model are made meanwhile
-    prompts, held_out, dropped = _prompts(config, tokenizer, (rewards, *pools.values()))
+    transport = build_transport(config, rank.facts, rank.device, rank.token, accelerator.is_main_process)
+    stack.callback(transport.close)  # after the engines, which may have its memory mapped
+    writing = start_writing(rank, stack, resumed.name if resumed else "")
+    # Prompts and the trainer's copy of the model are made while vLLM starts.
+    prompts, held_out, dropped = read_prompts(rank, writing)
     per_step = config.rollout.batch_size // config.rollout.group_size
     sampler = PromptSampler(len(prompts), per_step, config.seed, config.data.shuffle)
     trainer = PolicyTrainer(*_models(config, not loads_weights(accelerator)), config, accelerator)
@@ -143,61 +119,34 @@ def build(folder: Path | None, stack: contextlib.ExitStack, stops: Stops) -> Par
     if resumed:
         sampler.load_state_dict(state["sampler"])
     telemetry = Telemetry(
-        config, folder, accelerator.is_main_process, step if resumed else None, state.get("wandb_id"), header
+        config, folder, accelerator.is_main_process, step if resumed else None, state.get("wandb_id"), rank.header
     )
     stack.enter_context(telemetry)
     for text in _warnings(config, dropped, repetition_warning(len(prompts), per_step)):
         telemetry.warn(text)
     timers = Timers(partial(torch.cuda.Event, enable_timing=True) if accelerator.device.type == "cuda" else None)
-    share = _share(config, accelerator)
+    share, writer, rewards = rank.share, writing.writer, rank.rewards
+    publisher = WeightPublisher(
+        trainer, transport, writing.engines, writing.rollouts, prompts[0], config.model.dtype, timers
+    )
     parts = Parts(
         config=config,
-        frozen=frozen,
+        frozen=rank.frozen,
         batches=BatchQueue(prompts, sampler, share, writer, rewards, timers, config, step, stops.asked_anywhere),
         trainer=trainer,
-        weights=WeightPublisher(trainer, transport, engines, rollouts, prompts[0], config.model.dtype, timers),
+        weights=publisher,
         evaluator=Evaluator(held_out, share, writer, rewards, telemetry, timers, config, state.get("before", [])),
-        checkpoints=Checkpointer(folder, trainer, tokenizer, config.checkpoint),
+        checkpoints=Checkpointer(folder, trainer, rank.tokenizer, config.checkpoint),
         telemetry=telemetry,
         timers=timers,
     )
     if resumed:
-        for line in _how_it_goes_on(resumed, trainer, resume.changes(state["config"], frozen)):
+        for line in _how_it_goes_on(resumed, trainer, resume.changes(state["config"], rank.frozen)):
             telemetry.note(line)
-    _wait_for(engines, config, folder, telemetry)
+    wait_for(writing.engines, rank, telemetry.note)
     if resumed or config.rollout.servers:  # which may still hold those of an earlier run
-        parts.weights.publish(step)
+        publisher.publish(step)
     return parts
-
-
-def _log(folder: Path, rank: int, what: str) -> Path:
-    """Where a kind of a rank's processes prints."""
-    return folder / "logs" / f"{what}_rank{rank}.log"
-
-
-def _share(config: Config, accelerator: Accelerator) -> Share:
-    sharing = 1 if config.rollout.servers else config.rollout.tensor_parallel
-    return Share.of_rank(accelerator.process_index, accelerator.num_processes, sharing)
-
-
-def _wait_for(engines: Sequence[Engine], config: Config, folder: Path, telemetry: Telemetry) -> None:
-    servers = ", ".join(config.rollout.servers)
-    telemetry.note(f"waiting for {servers}" if servers else f"vLLM is starting; it writes to {folder / 'logs'}")
-    start = time.monotonic()
-    for engine in engines:
-        engine.wait_ready()
-    telemetry.note(f"vLLM is ready, after another {time.monotonic() - start:.0f} s")
-
-
-def _facts(config: ModelConfig) -> ModelFacts:
-    """Read what is known of the model before it is loaded; refuse weights and adapters for which it has no place."""
-    facts = model_facts(config)
-    check_shapes(config)
-    if config.lora.rank:
-        from sapo_rl.policy.lora import check_targets  # peft takes a second to import
-
-        check_targets(config)
-    return facts
 
 
 def _last_checkpoint(config: Config, folder: Path, accelerator: Accelerator) -> Path:
@@ -233,52 +182,11 @@ def _models(config: Config, empty: bool) -> tuple[Policy, Reference | None]:
     return policy, load_policy(config.model, empty=empty).to(DTYPES[config.model.dtype])
 
 
-def _prompts(
-    config: Config, tokenizer: PreTrainedTokenizerBase, users: Sequence[RewardPool | EnvironmentPool]
-) -> tuple[list[Prompt], list[Prompt], int]:
-    rows, held_out_rows = load_rows(config.data, config.eval.prompts)
-    prompts, dropped = build_prompts(rows, config.data, tokenizer)
-    held_out, also_dropped = build_prompts(held_out_rows, config.data, tokenizer) if held_out_rows else ([], 0)
-    for prompt in (*prompts, *held_out):
-        environment_for(config, prompt.columns, prompt.index)
-    for some, source in ((prompts[:1], "the data"), (held_out[:1], "the held-out data")):
-        for prompt in some:  # all have the same columns
-            for user in users:
-                user.check_columns(prompt.columns, source)
-    return prompts, held_out, dropped + also_dropped
-
-
 def _warnings(config: Config, dropped: int, repetition: str | None) -> list[str]:
     left_out = f"{dropped} prompts are longer than data.max_prompt_tokens: they are left out" if dropped else None
     filtered = filter_warning(config.rollout, config.loss.correction.by_token)
     found = (left_out, repetition, filtered, isolation_warning(config.reward), comparison_warning(config))
     return [text for text in found if text]
-
-
-def _import_own(config: Config) -> None:
-    """Find mistakes in what is the user's own before anything is started: loss, advantages, engine, data."""
-    objective(config.loss)
-    own_function(config.advantage)
-    own_engine.find(config.rollout.engine)
-    if own.is_own(config.data.source):
-        own.find(config.data)
-
-
-def _seed(config: Config, rank: int) -> None:
-    random.seed(config.seed + rank)
-    np.random.seed((config.seed + rank) % 2**32)
-    torch.manual_seed(config.seed + rank)
-    if config.reproducible:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-
-
-def _device_facts(accelerator: Accelerator) -> dict[str, str | int | float]:
-    facts: dict[str, str | int | float] = {"device": "cpu", "processes": accelerator.num_processes}
-    if accelerator.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(accelerator.device)
-        facts |= {"device": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
-    return facts | {"torch_threads": torch.get_num_threads()}
 
 
 class Stops:

@@ -24,6 +24,8 @@ from sapo_rl.processes import PARENT, killed_by, scratch, stopping_signals, stre
 from sapo_rl.run import launch
 from sapo_rl.run.checks import ConfigError
 
+CHECKS = ("check=chat", "check=rewards")
+"""Checks that need no rank."""
 Follow: TypeAlias = Callable[[subprocess.Popen[bytes]], int]
 
 
@@ -70,7 +72,7 @@ def run(config: Config, frozen: str, start: Start) -> None:
                 lock = stack.enter_context(run_folder.locked(folder))
                 undo = run_folder.refreeze(folder, frozen, start.typed)
             else:
-                folder = _new_folder(config.run_dir, start)
+                folder = _new_folder(config, start)
                 lock = stack.enter_context(run_folder.locked(folder))
                 run_folder.create(folder, frozen, start.typed, start.files.get(start.recipe), link=not config.run_dir)
         except OSError as error:
@@ -87,15 +89,18 @@ def run(config: Config, frozen: str, start: Start) -> None:
                 raise
 
 
-def _new_folder(run_dir: str | None, start: Start) -> Path:
-    """Make the run's folder: `run_dir`, in a sweep a numbered folder in it; or one in `runs` that is named by the time.
+def _new_folder(config: Config, start: Start) -> Path:
+    """Make the run's folder: `run_dir`, in a sweep a numbered folder in it; or one that is named by the time.
+
+    The latter lies in `runs`, that of a check in `checks`.
 
     Raises:
         ConfigError: something is in `run_dir` already.
     """
-    if run_dir is None:
-        return run_folder.unused(Path("runs") / start.recipe / time.strftime("%Y-%m-%d_%H-%M-%S"))
-    folder = expand(run_dir) / (str(start.number) if start.number else "")
+    if config.run_dir is None:
+        parent = Path("runs" if config.check == "none" else "checks")
+        return run_folder.unused(parent / start.recipe / time.strftime("%Y-%m-%d_%H-%M-%S"))
+    folder = expand(config.run_dir) / (str(start.number) if start.number else "")
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         way = f"; {shlex.quote(f'resume={folder}')} goes on with it" if (folder / run_folder.CONFIG).is_file() else ""
@@ -178,8 +183,9 @@ def refuse_launcher(arguments: list[str]) -> None:
             )
     elif {"-m", "--multirun"} & set(arguments):
         raise UserError("a sweep (-m) starts processes of its own: run sapo-train without a launcher, with launch=ddp")
-    elif {"dry_run=true", "check=chat", "--cfg", "-c"} & set(arguments):  # other ranks would wait for a run
-        raise UserError("dry_run, check and --cfg are for one process: run sapo-train without a launcher")
+    elif {"dry_run=true", *CHECKS, "--cfg", "-c"} & set(arguments):  # other ranks would wait for a run
+        named = ", ".join(CHECKS)
+        raise UserError(f"dry_run, {named} and --cfg are for one process: run sapo-train without a launcher")
 
 
 def run_rank(folder: Path | None) -> None:

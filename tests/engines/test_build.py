@@ -226,7 +226,7 @@ def test_running_out_of_memory_names_the_settings(
     def build(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nProcess 1 has ...")
 
-    monkeypatch.setattr(rank, "build", build)
+    monkeypatch.setattr(rank, "meet", build)
     with pytest.raises(SystemExit) as stopped:
         rank.main(tmp_path)
     assert stopped.value.code == 2

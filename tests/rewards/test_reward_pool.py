@@ -112,8 +112,8 @@ def secrets(completions, **columns):
     return [float(os.environ[text] == "value") for text in completions]
 
 def chatty(completions, **columns):
-    print("printed by chatty", flush=True)
-    print("and its stderr", file=sys.stderr, flush=True)
+    print("printed by chatty")
+    print("and its stderr", file=sys.stderr)
     return [1.0 for _ in completions]
 
 def notes(completions, **columns):

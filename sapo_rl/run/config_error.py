@@ -1,0 +1,22 @@
+"""What a config that cannot be is refused with."""
+
+from __future__ import annotations
+
+import re
+
+from sapo_rl.errors import UserError, brief
+
+
+class ConfigError(UserError):
+    """A value that cannot be; `key` is its dotted name, so that the command line can say where it was set."""
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(f"{key}: {problem}")
+        self.key = key
+        self.problem = brief(problem)
+
+
+def with_key(error: UserError, key: str) -> ConfigError:
+    """Return an error with the key that its message begins with, or else `key`."""
+    found = re.match(r"((?:data|reward|launch|environments?)\.[\w.]+): (.*)", str(error), re.DOTALL)
+    return ConfigError(found[1], found[2]) if found else ConfigError(key, str(error))

@@ -1,0 +1,41 @@
+"""Rules on what is sampled, and on the checks that measure it."""
+
+from __future__ import annotations
+
+from sapo_rl.config import Config
+from sapo_rl.config.reward import BATCH
+from sapo_rl.data.tables import check_file
+from sapo_rl.errors import UserError, did_you_mean
+from sapo_rl.run.config_error import ConfigError, with_key
+
+COMPLETIONS = "data.check.completions"
+"""The key of the file that `check=rewards` reads."""
+
+
+def check_sampling(config: Config) -> None:
+    """Refuse what cannot be known when prompts or groups are chosen. Raises ConfigError."""
+    reward, refill = config.data.pass_rate.reward, config.rollout.refill
+    if reward is not None and reward.partition("/")[0] not in config.rewards:
+        raise ConfigError("data.pass_rate.reward", f"unknown reward '{reward}'; {did_you_mean(reward, config.rewards)}")
+    for name, function in config.reward.functions.items():
+        if refill.max_extra and function.scope == BATCH:
+            raise ConfigError(
+                "rollout.refill.max_extra",
+                f"is {refill.max_extra:g}: whether a group is replaced must be known before the batch is whole, but "
+                f"reward.functions.{name}.scope is {BATCH}; set one of them otherwise",
+            )
+
+
+def check_checks(config: Config) -> None:
+    """Refuse what `check=data` and `check=rewards` cannot do. Raises ConfigError."""
+    if config.check == "rewards":
+        if not config.reward.functions:
+            raise ConfigError("check", "'rewards' needs reward.functions; what an environment pays is known in a run")
+        try:
+            check_file(COMPLETIONS, config.data.check.completions)
+        except UserError as error:
+            raise with_key(error, COMPLETIONS) from error
+    if config.check == "data" and config.resume:
+        raise ConfigError("check", "'data' measures a model, not a run: leave resume out, set model.path=RUN/final")
+    if config.check == "data" and config.rollout.servers:
+        raise ConfigError("rollout.servers", "check=data has engines of its own; set rollout.servers=[]")
