@@ -99,7 +99,6 @@ def state_of(parts: Parts) -> dict[str, Any]:
     """Return what a checkpoint keeps beside the trainer's own state."""
     return {
         "sampler": parts.batches.state_dict(),
-        "wandb_id": parts.telemetry.wandb_id,
         "before": parts.evaluator.before,
         "config": parts.frozen,
     }

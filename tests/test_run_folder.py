@@ -40,12 +40,12 @@ def test_create_writes_config_overrides_user_file_and_environment(tmp_path: Path
     assert (folder / run_folder.CONFIG).read_text() == "seed: 1\n"
     assert yaml.safe_load((folder / run_folder.OVERRIDES).read_text()) == ["config=mine.yaml", "seed=1"]
     assert (folder / run_folder.USER_FILE).read_text() == mine.read_text()
-    record = json.loads((folder / run_folder.ENVIRONMENT).read_text())
+    record = json.loads((folder / run_folder.record.ENVIRONMENT).read_text())
     assert record["python"] == sys.version.split()[0]
     assert record["packages"]["wandb"].count(".") >= 1
     assert record["cpu_count"] >= 1
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        [run_folder.CONFIG, run_folder.OVERRIDES, run_folder.USER_FILE, run_folder.ENVIRONMENT]
+        [run_folder.CONFIG, run_folder.OVERRIDES, run_folder.USER_FILE, run_folder.record.ENVIRONMENT]
     )
 
 
@@ -107,10 +107,10 @@ def test_latest_points_to_the_newest_run_and_spares_a_real_folder(tmp_path: Path
 def test_device_is_entered_into_the_start_and_then_into_the_resume(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     run_folder.create(folder, "seed: 1\n", ["config=a"], None)
-    run_folder.add_device(folder, {"name": "cpu", "count": 1})
+    run_folder.record.add_device(folder, {"name": "cpu", "count": 1})
     run_folder.refreeze(folder, "seed: 2\n", ["resume=a", "seed=2"])
-    run_folder.add_device(folder, {"name": "H100", "count": 8})
-    record = json.loads((folder / run_folder.ENVIRONMENT).read_text())
+    run_folder.record.add_device(folder, {"name": "H100", "count": 8})
+    record = json.loads((folder / run_folder.record.ENVIRONMENT).read_text())
     assert record["device"] == {"name": "cpu", "count": 1}
     assert [resume["device"]["name"] for resume in record["resumes"]] == ["H100"]
     assert (folder / run_folder.CONFIG).read_text() == "seed: 2\n"
@@ -148,7 +148,7 @@ def test_refreeze_refuses_a_folder_without_a_run(tmp_path: Path) -> None:
 
 def test_a_garbled_record_of_environments_is_named(tmp_path: Path) -> None:
     run_folder.create(tmp_path / "a", "seed: 1\n", [], None)
-    (tmp_path / "a" / run_folder.ENVIRONMENT).write_bytes(b"{\xff")
+    (tmp_path / "a" / run_folder.record.ENVIRONMENT).write_bytes(b"{\xff")
     with pytest.raises(UserError, match=r"environment\.json' cannot be read"):
         run_folder.refreeze(tmp_path / "a", "seed: 2\n", [])
     assert (tmp_path / "a" / run_folder.CONFIG).read_text() == "seed: 1\n"
@@ -264,9 +264,9 @@ def test_git_revision_and_dirtiness(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     git("add", "a")
     git("commit", "-qm", "first")
     monkeypatch.chdir(tmp_path)
-    assert run_folder.environment()["git"]["cwd"] == {"revision": git("rev-parse", "HEAD"), "dirty": False}
+    assert run_folder.record.environment()["git"]["cwd"] == {"revision": git("rev-parse", "HEAD"), "dirty": False}
     (tmp_path / "a").write_text("2")
-    assert run_folder.environment()["git"]["cwd"]["dirty"] is True
+    assert run_folder.record.environment()["git"]["cwd"]["dirty"] is True
 
 
 def test_import_is_light() -> None:

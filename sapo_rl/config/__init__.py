@@ -11,6 +11,7 @@ from typing import Any, Optional
 from sapo_rl.config.data import DataConfig
 from sapo_rl.config.engine import EngineConfig
 from sapo_rl.config.fields import LONGEST_WAIT, MISSING, MOST_SAMPLES, choice, number
+from sapo_rl.config.logging import LoggingConfig
 from sapo_rl.config.loss import AdvantageConfig, LossConfig
 from sapo_rl.config.refill import RefillConfig
 from sapo_rl.config.reward import RewardConfig, RewardFunctionConfig
@@ -211,24 +212,6 @@ class CheckpointConfig:
     """Older checkpoints are deleted once a newer one is complete."""
     save_final: bool = True
     """Write the trained model as a Hugging Face folder `final/` at the end."""
-
-
-@dataclass
-class LoggingConfig:
-    """What is shown and where."""
-
-    console: str = choice("auto", "auto", "live", "plain", "none")
-    """A live panel on a terminal, else one line a step (`auto`); or one of them always."""
-    wandb: str = choice("auto", "auto", "online", "offline", "off")
-    """Weights & Biases: online where an API key is set, else offline files (`auto`)."""
-    project: str = "sapo-train"
-    """W&B project."""
-    name: Optional[str] = None
-    """W&B run name; null takes the run folder's."""
-    tags: list[str] = field(default_factory=list)
-    """W&B tags."""
-    completions: int = number(8, least=0)
-    """Completions in each W&B table; all of them are in the run folder."""
 
 
 @dataclass

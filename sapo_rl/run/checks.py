@@ -12,11 +12,12 @@ from sapo_rl import plugins
 from sapo_rl.config import ENVIRONMENT, Config, EnvironmentConfig
 from sapo_rl.config.engine import VLLM
 from sapo_rl.config.fields import BOUNDS
+from sapo_rl.config.logging import TRACKERS
 from sapo_rl.config.loss import CHOSEN_KEYS, unread
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.errors.files import reading
 from sapo_rl.policy import model_folder
-from sapo_rl.run.config_error import ConfigError, with_key
+from sapo_rl.run.config_error import ConfigError, under
 from sapo_rl.run.sampling_checks import check_checks, check_sampling
 
 LARGEST = 2**31 - 1
@@ -52,10 +53,8 @@ def _fields(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 def _check_field(key: str, value: Any, metadata: Any) -> None:
     options, own = metadata.get("choices"), metadata.get("own")
     if own and "." in value:
-        try:
+        with under(key):
             plugins.check(own, value)
-        except UserError as error:
-            raise ConfigError(key, str(error)) from error
     elif options and value not in options:
         if value == "False" and "off" in options:
             raise ConfigError(key, 'without quotes, YAML reads off as false; write "off"')
@@ -81,10 +80,8 @@ def _check_launch(config: Config) -> None:
         if launch.num_processes > 1:
             raise ConfigError("launch.num_processes", f"is {launch.num_processes}, with launch=single; set launch=ddp")
         return
-    try:
+    with under("launch.profile"):
         profile_path(launch.profile)
-    except UserError as error:
-        raise with_key(error, "launch.profile") from error
     if launch.num_processes % launch.num_machines or launch.num_processes == 1:
         raise ConfigError(
             "launch.num_processes",
@@ -216,6 +213,23 @@ def _check_loss(config: Config) -> None:
         )
 
 
+def _check_trackers(config: Config) -> None:
+    logging = config.logging
+    for name in logging.trackers:
+        if "." in name:
+            with under("logging.trackers"):
+                plugins.check("tracker", name)
+        elif name not in TRACKERS:
+            path = "\n  your own is a dotted path such as my_module.MyTracker"
+            raise ConfigError("logging.trackers", f"unknown tracker '{name}'; {did_you_mean(name, TRACKERS)}{path}")
+        elif (spec := plugins.find_spec(name)) is None or spec.origin is None:
+            raise ConfigError("logging.trackers", f"{name} is not installed: pip install 'sapo-train[{name}]'")
+    if len(set(logging.trackers)) < len(logging.trackers):
+        raise ConfigError("logging.trackers", f"names a tracker twice: {', '.join(logging.trackers)}")
+    if logging.wandb in ("online", "offline") and "wandb" not in logging.trackers:
+        raise ConfigError("logging.wandb", f"is {logging.wandb}, but wandb is not in logging.trackers")
+
+
 def _check_filters(config: Config) -> None:
     filters, loss = config.rollout.filters, config.loss
     if filters and loss.old_logps == "rollout":
@@ -237,18 +251,14 @@ def _check_sources(config: Config) -> None:
     from sapo_rl.data import check_source
     from sapo_rl.rewards import check_function
 
-    try:
+    with under("data.source"):
         check_source(config.data)
-    except UserError as error:
-        raise with_key(error, "data.source") from error
     functions = config.reward.functions
     if not config.rewards:
         raise ConfigError("reward.functions", "is empty; name at least one, e.g. with reward=numeric")
     for name, function in functions.items():
-        try:
+        with under(f"reward.functions.{name}.function"):
             check_function(name, function)
-        except UserError as error:
-            raise with_key(error, f"reward.functions.{name}.function") from error
     for name in config.reward.env:
         if name not in os.environ:
             raise ConfigError("reward.env", f"there is no environment variable '{name}'")
@@ -274,10 +284,8 @@ def _check_environment(config: Config) -> None:
         return
     for name, one in config.played.items():
         key = f"environments.{name}" if name else "environment"
-        try:
+        with under(f"{key}.name"):
             check_environment(one, key)
-        except UserError as error:
-            raise with_key(error, f"{key}.name") from error
     if all(one.name in AGENTS for one in config.played.values()):
         if config.tools:
             raise ConfigError(
@@ -286,10 +294,8 @@ def _check_environment(config: Config) -> None:
         if config.data.system_prompt is not None:
             raise ConfigError("data.system_prompt", "is for prompts that we word; an agent (endpoint) words its own")
     for path in config.tools:
-        try:
+        with under("tools"):
             check_tool(path)
-        except UserError as error:
-            raise ConfigError("tools", str(error)) from error
     if any(one.name for one in config.played.values()) and ENVIRONMENT in config.reward.functions:
         raise ConfigError(f"reward.functions.{ENVIRONMENT}", "is the name of the environment's reward; take another")
     if not config.data.chat_template:
@@ -345,6 +351,7 @@ RULES = {
     "loss": _check_loss_settings,
     "loss, rollout": _check_loss,
     "loss, rollout.top_p and others": _check_filters,
+    "logging.trackers": _check_trackers,
     "data, reward": _check_sources,
     "environment, environments, tools": _check_environment,
     "data.pass_rate, rollout.refill": check_sampling,

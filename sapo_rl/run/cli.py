@@ -212,7 +212,7 @@ def _hydra(ready: compose.Arguments, typed: list[str], outcome: Outcome) -> None
             streams.outlive()
             print(one.title, flush=True)
             own = sweep.own_arguments(typed, one)
-        start = Start(settings.runtime.choices["config"], own, ready.files, one.number if one else None)
+        start = Start(settings.runtime.choices["config"], own, ready.files, one)
         try:
             _attempt(composed, overrides, ready, start, outcome)
         finally:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from sapo_rl.errors import UserError, brief
 
@@ -16,7 +18,11 @@ class ConfigError(UserError):
         self.problem = brief(problem)
 
 
-def with_key(error: UserError, key: str) -> ConfigError:
-    """Return an error with the key that its message begins with, or else `key`."""
-    found = re.match(r"((?:data|reward|launch|environments?)\.[\w.]+): (.*)", str(error), re.DOTALL)
-    return ConfigError(found[1], found[2]) if found else ConfigError(key, str(error))
+@contextmanager
+def under(key: str) -> Iterator[None]:
+    """Name the key in what is raised inside, unless it names one of its own."""
+    try:
+        yield
+    except UserError as error:
+        found = re.match(r"((?:data|reward|launch|environments?)\.[\w.]+): (.*)", str(error), re.DOTALL)
+        raise (ConfigError(found[1], found[2]) if found else ConfigError(key, str(error))) from error

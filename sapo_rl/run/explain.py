@@ -76,6 +76,8 @@ def _explain(error: Exception, arguments: Arguments) -> str:
         whole, names = section
         told = f"has keys of its own; set those: {', '.join(names)}" if names else "is a mapping with names of your own"
         return f"{whole} ({origin(whole, arguments)}): {told}"
+    if key and "is not a ListConfig" in text:
+        return f"{key} ({origin(key, arguments)}): must be a list, in brackets: {key}=[...]"
     if key and "is not Optional" in text:
         return f"{key} ({origin(key, arguments)}): cannot be null"
     if key:

@@ -118,9 +118,7 @@ def build(rank: Rank, stack: contextlib.ExitStack, stops: Stops) -> Parts:
     step, state = checkpoint.load(resumed, trainer) if resumed else (0, {})
     if resumed:
         sampler.load_state_dict(state["sampler"])
-    telemetry = Telemetry(
-        config, folder, accelerator.is_main_process, step if resumed else None, state.get("wandb_id"), rank.header
-    )
+    telemetry = Telemetry(config, folder, accelerator.is_main_process, step if resumed else None, rank.header)
     stack.enter_context(telemetry)
     for text in _warnings(config, dropped, repetition_warning(len(prompts), per_step)):
         telemetry.warn(text)

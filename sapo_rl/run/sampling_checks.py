@@ -5,8 +5,8 @@ from __future__ import annotations
 from sapo_rl.config import Config
 from sapo_rl.config.reward import BATCH
 from sapo_rl.data.tables import check_file
-from sapo_rl.errors import UserError, did_you_mean
-from sapo_rl.run.config_error import ConfigError, with_key
+from sapo_rl.errors import did_you_mean
+from sapo_rl.run.config_error import ConfigError, under
 
 COMPLETIONS = "data.check.completions"
 """The key of the file that `check=rewards` reads."""
@@ -31,10 +31,8 @@ def check_checks(config: Config) -> None:
     if config.check == "rewards":
         if not config.reward.functions:
             raise ConfigError("check", "'rewards' needs reward.functions; what an environment pays is known in a run")
-        try:
+        with under(COMPLETIONS):
             check_file(COMPLETIONS, config.data.check.completions)
-        except UserError as error:
-            raise with_key(error, COMPLETIONS) from error
     if config.check == "data" and config.resume:
         raise ConfigError("check", "'data' measures a model, not a run: leave resume out, set model.path=RUN/final")
     if config.check == "data" and config.rollout.servers:

@@ -23,6 +23,9 @@ from sapo_rl.errors.files import expand
 from sapo_rl.processes import PARENT, killed_by, scratch, stopping_signals, streams
 from sapo_rl.run import launch
 from sapo_rl.run.checks import ConfigError
+from sapo_rl.run.names import run_name
+from sapo_rl.run.sweep import Job
+from sapo_rl.run_folder import record
 
 CHECKS = ("check=chat", "check=rewards")
 """Checks that need no rank."""
@@ -39,8 +42,8 @@ class Start:
     """The arguments that start this run, as the user would give them."""
     files: dict[str, Path]
     """The user's own files by recipe name."""
-    number: int | None = None
-    """In a sweep, from 1."""
+    job: Job | None = None
+    """In a sweep, the run that it is."""
     folder: Path | None = None
     """The run folder, once there is one."""
     variables: dict[str, str] = field(default_factory=dict)
@@ -74,7 +77,8 @@ def run(config: Config, frozen: str, start: Start) -> None:
             else:
                 folder = _new_folder(config, start)
                 lock = stack.enter_context(run_folder.locked(folder))
-                run_folder.create(folder, frozen, start.typed, start.files.get(start.recipe), link=not config.run_dir)
+                own = start.files.get(start.recipe)
+                run_folder.create(folder, frozen, start.typed, own, _about(start, folder), link=not config.run_dir)
         except OSError as error:
             raise UserError(f"the run folder cannot be written: {error}") from error
         start.folder = folder
@@ -89,6 +93,15 @@ def run(config: Config, frozen: str, start: Start) -> None:
                 raise
 
 
+def _about(start: Start, folder: Path) -> dict[str, str]:
+    """What trackers and reports call the run, and the sweep that it is one of."""
+    settings = start.typed
+    if start.job:
+        settings = [f"{key}={value}" for key, value in start.job.own.items()]
+    name = {record.NAME: run_name(start.recipe, settings, folder.name)}
+    return name | {record.SWEEP: start.job.sweep} if start.job else name
+
+
 def _new_folder(config: Config, start: Start) -> Path:
     """Make the run's folder: `run_dir`, in a sweep a numbered folder in it; or one that is named by the time.
 
@@ -100,7 +113,7 @@ def _new_folder(config: Config, start: Start) -> Path:
     if config.run_dir is None:
         parent = Path("runs" if config.check == "none" else "checks")
         return run_folder.unused(parent / start.recipe / time.strftime("%Y-%m-%d_%H-%M-%S"))
-    folder = expand(config.run_dir) / (str(start.number) if start.number else "")
+    folder = expand(config.run_dir) / (str(start.job.number) if start.job else "")
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         way = f"; {shlex.quote(f'resume={folder}')} goes on with it" if (folder / run_folder.CONFIG).is_file() else ""

@@ -26,6 +26,8 @@ class Job:
     """Runs of the sweep; 0 where its sweeper decides that as it goes."""
     own: dict[str, str]
     """What it sets of the keys that are swept over; a recipe as the user named it."""
+    sweep: str
+    """What its runs have in common: a name by the time at which it began."""
 
     @property
     def title(self) -> str:
@@ -68,7 +70,7 @@ def this_job(settings: Any, argv: Sequence[str], files: dict[str, Path]) -> Job 
         own["config"] = str(files[own["config"]])
     countable = settings.sweeper._target_.endswith(".BasicSweeper")
     total = math.prod(len(list(one.sweep_string_iterator())) for one in swept.values()) if countable else 0
-    return Job(settings.job.num + 1, total, own)
+    return Job(settings.job.num + 1, total, own, f"sweep {Path(settings.sweep.dir).name}")
 
 
 def own_arguments(typed: Sequence[str], job: Job) -> list[str]:

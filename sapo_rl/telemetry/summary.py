@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -25,20 +26,22 @@ Examples = list[tuple[str, str]]
 """(prompt, completion) pairs of an evaluation."""
 
 
-def summary(progress: Progress, before: Examples, after: Examples, wandb: str, next_command: str) -> RenderableType:
+def summary(
+    progress: Progress, before: Examples, after: Examples, tracked: Mapping[str, str], next_command: str
+) -> RenderableType:
     """Return the closing tables.
 
     Args:
         progress: the finished run.
         before: the first evaluation's completions.
         after: the last evaluation's.
-        wandb: where W&B's files or pages are; empty where it is off.
+        tracked: where to look at the run in each of its trackers, by their names.
         next_command: a command line to try next.
     """
     parts: list[RenderableType] = [Text(), _numbers(progress)]
     if before and len(progress.evals) > 1:
         parts += [Text(), _examples(before, dict(after), progress)]
-    parts += [Text(), _saved(progress.folder, wandb), Text(), _whole(f"next: {next_command}"), Text()]
+    parts += [Text(), _saved(progress.folder, tracked), Text(), _whole(f"next: {next_command}"), Text()]
     return Group(*parts)
 
 
@@ -69,10 +72,9 @@ def _examples(before: Examples, after: dict[str, str], progress: Progress) -> Re
     return table
 
 
-def _saved(folder: Path, wandb: str) -> RenderableType:
+def _saved(folder: Path, tracked: Mapping[str, str]) -> RenderableType:
     found = {meaning: str(folder / name) for name, meaning in SAVED.items() if (folder / name).exists()}
-    if wandb:
-        found["Weights & Biases"] = wandb
+    found.update(tracked)
     width = max((len(meaning) for meaning in found), default=0)
     return Group(*(_whole(f"{meaning:<{width}}  {path}") for meaning, path in found.items()))
 

@@ -194,6 +194,20 @@ def test_a_file_that_is_no_config_is_named(tmp_path: Path, content: bytes) -> No
     assert f"{tmp_path}/config.yaml" in result.stderr
 
 
+def test_a_tracker_that_is_not_installed_is_named_with_what_installs_it(tmp_path: Path) -> None:
+    (tmp_path / "trackio").mkdir()  # a folder of the name is no package
+    code = (
+        "import sys; from importlib.machinery import PathFinder; from sapo_rl.run.cli import main\n"
+        "find = PathFinder.find_spec\n"
+        "def hide(name, path=None, target=None): return find(name, ['.'] if name == 'trackio' else path, target)\n"
+        "PathFinder.find_spec = hide\n"
+        "main(['config=quickstart', 'logging.trackers=[trackio]', 'dry_run=true'])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    told = "sapo-train: logging.trackers (command line): trackio is not installed: pip install 'sapo-train[trackio]'"
+    assert result.returncode == 2 and told in result.stderr, result.stderr
+
+
 def test_composing_imports_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from sapo_rl.run.cli import main\n"
@@ -248,6 +262,20 @@ BAD = {
     "secret in plain text": (["+reward.functions.correct.args.api_key=abc123"], ["api_key", "oc.env"]),
     "parts that do not divide the updates": (["trainer.mini_batches=3"], ["trainer.mini_batches", "divide"]),
     "unknown loss": (["loss.name=sappo"], ["loss.name", "sapo"]),
+    "unknown tracker": (
+        ["logging.trackers=[tensorbord]"],
+        ["logging.trackers (command line): unknown tracker 'tensorbord'; did you mean 'tensorboard'?", "your own"],
+    ),
+    "one value for a list": (
+        ["logging.trackers=wandb"],
+        ["logging.trackers (command line): must be a list, in brackets: logging.trackers=[...]"],
+    ),
+    "tracker of no module": (["logging.trackers=[absent.Mine]"], ["logging.trackers", "no module 'absent'"]),
+    "tracker named twice": (["logging.trackers=[wandb,wandb]"], ["logging.trackers", "names a tracker twice"]),
+    "mode of W&B that is not asked for": (
+        ["logging.trackers=[]", "logging.wandb=offline"],
+        ["logging.wandb (command line): is offline, but wandb is not in logging.trackers"],
+    ),
     "loss of no module": (["loss.name=absent_losses.Mine"], ["loss.name", "command line", "no module 'absent_losses'"]),
     "loss that its module lacks": (["loss.name=sapo_rl.losses.sapo.SAPOLos"], ["loss.name", "no 'SAPOLos'", "SAPOPo"]),
     "loss without a module": (["loss.name=.Mine"], ["loss.name", "'.Mine' is no dotted path"]),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import re
 from pathlib import Path
 
 import command
@@ -53,6 +55,10 @@ def test_each_run_of_a_sweep_is_told_apart(here: Path) -> None:
     for number, tau in ((1, "1.0"), (2, "1.2")):
         typed = yaml.safe_load((here / f"out/sweep/{number}/overrides.yaml").read_text())
         assert typed == ["config=mine.yaml", "run_dir=out/sweep", f"loss.tau_neg={tau}", "trainer.steps=1"]
+    about = [json.loads((here / f"out/sweep/{number}/environment.json").read_text()) for number in (1, 2, 3)]
+    assert [one["name"] for one in about] == ["mine tau_neg=1.0 1", "mine tau_neg=1.2 2", "mine tau_neg=7 3"]
+    (sweep,) = {one["sweep"] for one in about}
+    assert re.fullmatch(r"sweep \d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", sweep)
     assert not (here / "out/latest").exists() and not (here / "runs/mine").exists()
 
 

@@ -3,61 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tracked import NAME, SECRET, SWEEP, run
 
-from sapo_rl.telemetry.sinks.wandb import choose_mode, spread
-
-SECRET = "s3cr3t-value"
-SCRIPT = """
-import dataclasses, json, sys, yaml
-from pathlib import Path
-from sapo_rl.config import Config, RewardFunctionConfig
-from sapo_rl.telemetry import Telemetry, rows, sample_metrics
-from sapo_rl.types import Group, Prompt, Row, Sample, Stop
-
-folder, mode, first, wandb_id = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] or None
-config = Config()
-config.model.path, config.trainer.steps = "/models/tiny", 4
-config.logging.wandb, config.logging.console, config.logging.completions = mode, "plain", 2
-config.reward.functions = {"judge": RewardFunctionConfig(function="a.b", args={"api_key": "SECRET", "scale": 3})}
-config.description = "SECRET"  # as every rank reads it; what the run folder holds is a reference
-kept = dataclasses.asdict(config)
-kept["description"] = kept["reward"]["functions"]["judge"]["args"]["api_key"] = "${oc.env:MINE}"
-(folder / "config.yaml").write_text(yaml.safe_dump(kept))
-row, values = Row([1], [1]), (0.5, 1.0, 0.0)
-samples = [Sample([row], Stop.STOP, (0, 0), text=f"reply {r}", rewards={"judge": r}, reward=r) for r in values]
-group = Group(Prompt(0, [1], "prompt", {}), samples)
-with Telemetry(config, folder, resume_step=first - 1 if first > 1 else None, wandb_id=wandb_id) as telemetry:
-    for step in range(first, first + 2):
-        groups = [rows(step, group)]
-        telemetry.log_step(step, sample_metrics(groups) | {"policy/loss": float("nan"), "time/step": 1.0}, groups)
-        telemetry.log_eval(step, {"eval/reward": step / 8}, [])
-    print(json.dumps({"id": telemetry.wandb_id, "imported": "wandb" in sys.modules}))
-""".replace("SECRET", SECRET)
-
-
-def run(folder: Path, mode: str, first: int = 1, wandb_id: str = "", **environ: str) -> tuple[dict[str, Any], str]:
-    """Run SCRIPT with a home of its own; return what it found, and all that it printed."""
-    hidden = [key for key in os.environ if key.startswith("WANDB_") or key == "NETRC"]
-    inherited = {key: value for key, value in os.environ.items() if key not in hidden}
-    home = folder.parent / "home"
-    home.mkdir(exist_ok=True)
-    folder.mkdir(exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(folder), mode, str(first), wandb_id],
-        capture_output=True,
-        text=True,
-        env=inherited | {"HOME": str(home)} | environ,
-    )
-    assert done.returncode == 0, done.stderr
-    found = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
-    return found, done.stdout + done.stderr
+from sapo_rl.telemetry.trackers import spread
+from sapo_rl.telemetry.trackers.wandb import choose_mode
 
 
 def records(file: Path) -> list[dict[str, Any]]:
@@ -76,7 +31,8 @@ def history(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def offline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str, list[dict[str, Any]]]:
     """An offline run: its folder, what it found and printed, and the records of its .wandb file."""
     folder = tmp_path_factory.mktemp("offline") / "run"
-    found, printed = run(folder, "offline")
+    named = {"entity": "us", "group": None, "job_type": "train", "tags": ["a", "b"]}
+    found, printed = run(folder, changes={"wandb": "offline", **named})
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
     return folder, found, printed, records(file)
 
@@ -84,8 +40,9 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 def test_an_offline_run_holds_the_numbers_of_metrics_jsonl(offline) -> None:
     folder, found, _, written = offline
     (start,) = [record["run"] for record in written if record["type"] == "run"]
-    assert start["run_id"] == found["id"]
-    assert (start["project"], start["display_name"]) == ("sapo-train", "run")
+    assert start["run_id"] == found["wandb"]
+    assert (start["project"], start["display_name"], start["entity"]) == ("sapo-train", NAME, "us")
+    assert (start["run_group"], start["job_type"], start["tags"]) == (SWEEP, "train", ["a", "b"])
     glob = next(r["metric"] for r in written if r["type"] == "metric" and "glob_name" in r["metric"])
     assert (glob["glob_name"], glob["step_metric"]) == ("*", "step")
     rows = history(written)
@@ -124,22 +81,22 @@ def test_no_secret_and_no_facts_about_the_machine_are_written(offline) -> None:
 
 def test_a_resumed_run_keeps_its_id_and_its_axis(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    found, _ = run(folder, "offline")
-    again, _ = run(folder, "offline", first=3, wandb_id=found["id"])
-    assert again["id"] == found["id"]
+    offline = {"wandb": "offline", "name": "mine", "group": "first"}
+    found, _ = run(folder, changes=offline)
+    again, _ = run(folder, first=3, changes=offline)
+    assert again["wandb"] == found["wandb"]
     files = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime)
-    assert [file.name for file in files] == [f"run-{found['id']}.wandb"] * 2
+    assert [file.name for file in files] == [f"run-{found['wandb']}.wandb"] * 2
     assert [row["step"] for file in files for row in history(records(file))] == [1, 1, 2, 2, 3, 3, 4, 4]
-
-
-def test_off_does_not_even_import_it(tmp_path: Path) -> None:
-    found, _ = run(tmp_path / "run", "off", wandb_id="kept")
-    assert found == {"id": "kept", "imported": False}
-    assert not (tmp_path / "run" / "wandb").exists()
+    for file in files:
+        (start,) = [record["run"] for record in records(file) if record["type"] == "run"]
+        assert (start["display_name"], start["run_group"]) == ("mine", "first")
 
 
 def test_online_without_a_usable_key_falls_back_with_one_line(tmp_path: Path) -> None:
-    _, printed = run(tmp_path / "run", "online", WANDB_API_KEY="not-a-key", WANDB_BASE_URL="http://127.0.0.1:9")
+    _, printed = run(
+        tmp_path / "run", changes={"wandb": "online"}, WANDB_API_KEY="not-a-key", WANDB_BASE_URL="http://127.0.0.1:9"
+    )
     (warning,) = [line for line in printed.splitlines() if "W&B" in line]
     assert "offline" in warning
     (file,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
