@@ -14,6 +14,7 @@ slow=(
     tests/engines/test_vllm_serve.py
     tests/rewards/test_reward_code.py
     tests/rewards/test_reward_pool.py
+    tests/report/test_browser.py
     tests/run/test_fuzz.py
     tests/run/test_serve.py
     tests/run/test_signals.py
@@ -25,12 +26,14 @@ slow=(
 if [ $# -gt 0 ] && [ "$*" != --fast ]; then
     exec .venv/bin/python -m pytest "$@"
 fi
-# The sandbox for programs is tested where there is bubblewrap.
-if ! command -v bwrap >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    say "installing bubblewrap"
-    { apt-get install -y bubblewrap || { apt-get update && apt-get install -y bubblewrap; }; } >>.venv/setup.log 2>&1 ||
-        say "there is none to be had: tests of the sandbox are skipped"
-fi
+from_apt() { # PROGRAM PACKAGE WHAT: what is not tested without it
+    if command -v "$1" >/dev/null || [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then return; fi
+    say "installing $2"
+    { apt-get install -y "$2" || { apt-get update && apt-get install -y "$2"; }; } >>.venv/setup.log 2>&1 ||
+        say "there is none to be had: tests of $3 are skipped"
+}
+from_apt bwrap bubblewrap "the sandbox"
+from_apt chromium chromium "the page of sapo-report"
 failed=""
 say "ruff"
 .venv/bin/ruff check --output-format concise || failed="$failed ruff"

@@ -144,6 +144,15 @@ def refuse_going_on(folder: Path) -> None:
             os.close(lock)
 
 
+def is_going_on(folder: Path) -> bool:
+    """Return whether another process holds the lock of a run folder."""
+    try:
+        refuse_going_on(folder)
+    except UserError:
+        return True
+    return False
+
+
 def _take(lock: int, folder: Path, kind: int) -> None:
     """Take a lock at once, unless the file system has none; raise UserError where another process holds it."""
     try:

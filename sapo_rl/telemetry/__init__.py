@@ -24,6 +24,9 @@ __all__ = ["Record", "Row", "Telemetry", "Timers", "read_metrics", "rows", "samp
 
 Metrics: TypeAlias = Mapping[str, SupportsFloat | None]
 
+RESUMES = "run/resumes"
+"""How often the run was resumed, recorded where it goes on."""
+
 
 class Telemetry:
     """The one object that the loop reports to; on ranks other than 0 every method does nothing.
@@ -63,6 +66,8 @@ class Telemetry:
         self._display: Display = open_display(config.logging.console)
         self._trackers = Trackers(config, folder, resume_step, self.warn)
         self._display.start(self._progress)
+        if resume_step is not None:
+            self._log.append(resume_step, {RESUMES: 1.0 + sum(RESUMES in record for record in kept)})
         lost = set(range(1, self._progress.resumed_after + 1)) - {record["step"] for record in kept}
         if lost:
             of_all = f"{len(lost)} of the {self._progress.resumed_after} steps"
@@ -96,7 +101,7 @@ class Telemetry:
 
         Args:
             step: 0 before the first step.
-            metrics: by names that begin with `eval/`.
+            metrics: `eval/reward` and others that begin with `eval/`.
             examples: (prompt, greedy completion) pairs, of which `finish` shows the last ones.
             samples: all completions of the held-out prompts, of all ranks; they are written to the run folder.
         """
@@ -129,7 +134,7 @@ class Telemetry:
         if not self._open:
             return
         tracked = self._trackers.where
-        report = f"{python()} -m sapo_rl.telemetry.report {shlex.quote(str(self._folder))}"
+        report = f"{python()} -m sapo_rl.report {shlex.quote(str(self._folder))}"
         command = (not complete and resume_command(self._folder)) or report
         self.close(failed=not complete)
         self._display.show(summary(self._progress, before, self._examples, tracked, command))

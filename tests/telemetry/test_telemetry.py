@@ -75,7 +75,7 @@ def test_the_end_shows_before_and_after_and_what_was_saved(
         assert line.index(before) < line.index(after, line.index(before) + 1)
     assert f"  {tmp_path / METRICS}\n" in end
     assert str(tmp_path / "checkpoints") not in end
-    assert f"python -m sapo_rl.telemetry.report {tmp_path}\n" in end
+    assert f"python -m sapo_rl.report {tmp_path}\n" in end
     program = re.search(r"next: (\S+) -m", end)
     assert program and shutil.which(program[1])
 
@@ -92,7 +92,7 @@ def test_a_stopped_run_says_how_to_go_on(
             telemetry.finish(complete=False, before=[])
         (told,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: ")]
         words = shlex.split(told)[1:]  # as the shell will read it
-        assert words[2:] == (["sapo_rl", f"resume={folder}"] if saved else ["sapo_rl.telemetry.report", str(folder)])
+        assert words[2:] == (["sapo_rl", f"resume={folder}"] if saved else ["sapo_rl.report", str(folder)])
 
 
 def test_resuming_leaves_no_step_twice(config: Config, tmp_path: Path, make_group) -> None:
@@ -102,7 +102,8 @@ def test_resuming_leaves_no_step_twice(config: Config, tmp_path: Path, make_grou
     with Telemetry(config, tmp_path, resume_step=2) as telemetry:
         run_steps(telemetry, range(3, 5), make_group)
     records = read_metrics(tmp_path / METRICS)
-    assert [record["step"] for record in records] == [0, 1, 2, 3, 4, 4]
+    assert [record["step"] for record in records] == [0, 1, 2, 2, 3, 4, 4]
+    assert [(record["step"], record["run/resumes"]) for record in records if "run/resumes" in record] == [(2, 1.0)]
     assert not any("warning" in record for record in records)
     times = [record["time"] for record in records]
     assert times == sorted(times)
