@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from sapo_rl.advantages import with_advantages
 from sapo_rl.config import Config
 from sapo_rl.errors import SharedError
-from sapo_rl.evaluation import Evaluator
+from sapo_rl.evaluation.evaluator import Evaluator
 from sapo_rl.losses import inert_temperature_warning
 from sapo_rl.policy.checkpointer import Checkpointer
 from sapo_rl.policy.trainer import PolicyTrainer, divergence

@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 from sapo_rl.config.data import DataConfig
 from sapo_rl.config.engine import EngineConfig
+from sapo_rl.config.evaluation import EvalConfig
 from sapo_rl.config.fields import LONGEST_WAIT, MISSING, MOST_SAMPLES, choice, number
 from sapo_rl.config.logging import LoggingConfig
 from sapo_rl.config.loss import AdvantageConfig, LossConfig
@@ -188,21 +189,6 @@ class TrainerConfig:
 
 
 @dataclass
-class EvalConfig:
-    """Measurement on held-out prompts."""
-
-    every: int = number(10, least=0)
-    """Steps between two evaluations; 0 evaluates before the first step and at the end only."""
-    prompts: int = number(64, least=0)
-    """Held-out prompts; 0 evaluates never."""
-    samples: int = number(0, least=0, most=MOST_SAMPLES)
-    """Also the mean reward of this many samples a prompt at the training temperature; 0 is greedy only."""
-    reward: Optional[str] = None
-    """Name of the reward function whose greedy mean is `eval/reward`, or `name/key` for another number that it
-    returns; null takes the first."""
-
-
-@dataclass
 class CheckpointConfig:
     """What is kept for a resume, and at the end."""
 
@@ -304,9 +290,25 @@ class Config:
         return max((one.max_tokens for one in self.played.values()), default=self.rollout.max_completion_tokens)
 
     @property
+    def lengths(self) -> dict[str, tuple[int, int]]:
+        """Tokens of a prompt and of what follows it, at most: in training under "", and by set of `eval.sets`."""
+        data, reply = self.data.max_prompt_tokens, self.eval.max_completion_tokens or 0
+        found = {"": (data, max(self.max_episode_tokens, 0 if self.has_episodes else reply))}
+        for name, one in self.eval.sets.items():
+            reply = one.max_completion_tokens or self.rollout.max_completion_tokens
+            follows = self.max_episode_tokens if self.has_episodes else reply
+            found[name] = (one.data.max_prompt_tokens or data, follows)
+        return found
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens of a prompt, at most, of whatever set."""
+        return max(prompt for prompt, _ in self.lengths.values())
+
+    @property
     def max_sequence_tokens(self) -> int:
         """Tokens of a prompt and what follows it, at most."""
-        return self.data.max_prompt_tokens + self.max_episode_tokens
+        return max(map(sum, self.lengths.values()))
 
     @property
     def rewards(self) -> dict[str, RewardFunctionConfig]:

@@ -19,10 +19,11 @@ LONGEST_WAIT = 1e6
 """Seconds; the kernel's waits end at 24 days."""
 
 
-def choice(default: str, *options: str, own: str = "", users: tuple[str, ...] = ()) -> Any:
+def choice(default: str | None, *options: str, own: str = "", users: tuple[str, ...] = ()) -> Any:
     """A text field that admits `options` only, or also the dotted path of the user's `own`: the word for messages.
 
-    `users` are the built-in losses that read it, here and in `number`; none stands for all.
+    It may be null where `default` is. `users` are the built-in losses that read it, here and in `number`; none stands
+    for all.
     """
     return field(default=default, metadata={"choices": options, "own": own, "users": users})
 

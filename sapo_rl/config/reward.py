@@ -62,3 +62,8 @@ class RewardConfig:
     env: list[str] = field(default_factory=list)
     """Environment variables named like a key, token or password that functions and environments see nevertheless:
     `[JUDGE_API_KEY]`."""
+
+
+def key_of(name: str) -> str:
+    """Return the key of a reward function in the config; one of a set of evaluations goes by its key anyhow."""
+    return name if name.startswith("eval.") else f"reward.functions.{name}"

@@ -7,6 +7,6 @@ from __future__ import annotations
 
 from sapo_rl.data.prompts import build_prompts
 from sapo_rl.data.sampler import PromptSampler, repetition_warning
-from sapo_rl.data.sources import check_source, load_rows
+from sapo_rl.data.sources import check_source, load_rows, load_set
 
-__all__ = ["PromptSampler", "build_prompts", "check_source", "load_rows", "repetition_warning"]
+__all__ = ["PromptSampler", "build_prompts", "check_source", "load_rows", "load_set", "repetition_warning"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from typing import Any
 
 from sapo_rl.config import DataConfig
@@ -61,6 +62,23 @@ def load_rows(cfg: DataConfig, eval_prompts: int) -> tuple[Rows, Rows]:
         return train, _choose(_read(cfg, _key(cfg), cfg.path, cfg.eval_split), eval_prompts, rng)
     check_columns(cfg, train.values())
     return _hold_out(train, eval_prompts, _key(cfg), wording_columns(cfg), rng)
+
+
+def load_set(cfg: DataConfig, prompts: int | None) -> Rows:
+    """Return the rows of a set of evaluations: `prompts` of them, a choice by `cfg.split_seed`, or all.
+
+    Generators make them by another seed than rows to train on. Rows that were read keep their number.
+
+    Raises:
+        UserError: the source is missing or empty, or a generator is not told how many.
+    """
+    if cfg.source in ("arithmetic", "reasoning_gym"):
+        if prompts is None:
+            raise UserError(f"eval.prompts: must be given; {cfg.source} makes as many prompts as it is asked for")
+        apart = replace(cfg, split_seed=random.Random(f"set/{cfg.split_seed}").getrandbits(31))
+        return dict(enumerate(_generate(apart, prompts)))
+    rows = _read(cfg, _key(cfg), cfg.path, cfg.split)
+    return rows if prompts is None else _choose(rows, prompts, random.Random(f"held-out/{cfg.split_seed}"))
 
 
 def _key(cfg: DataConfig) -> str:

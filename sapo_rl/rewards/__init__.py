@@ -8,7 +8,7 @@ from __future__ import annotations
 from sapo_rl.rewards.code import code, isolation_warning
 from sapo_rl.rewards.gym import reasoning_gym
 from sapo_rl.rewards.judge import judge
-from sapo_rl.rewards.lookup import check_function, comparison_warning, resolve
+from sapo_rl.rewards.lookup import check_function, resolve
 from sapo_rl.rewards.math import math_verify
 from sapo_rl.rewards.model import reward_model
 from sapo_rl.rewards.registry import REWARD_FUNCTIONS, RewardFunction
@@ -24,7 +24,6 @@ __all__ = [
     "Scoring",
     "check_function",
     "code",
-    "comparison_warning",
     "exact_match",
     "format_tags",
     "isolation_warning",

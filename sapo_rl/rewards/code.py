@@ -8,11 +8,12 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sapo_rl.config import RewardConfig, RewardFunctionConfig
+from sapo_rl.config import RewardFunctionConfig
+from sapo_rl.config.reward import key_of
 from sapo_rl.errors import UserError
 from sapo_rl.processes.sandbox import Isolation, Job, Limits, Result, check, run
 from sapo_rl.rewards.registry import CHECKS, REWARD_FUNCTIONS, Completion
@@ -81,13 +82,13 @@ def code(
     return asyncio.run(judge.scores([None if row[1] is None else tests_of(*row) for row in rows]))
 
 
-def isolation_warning(cfg: RewardConfig) -> str | None:
-    """Return what to tell a user whose config runs programs without a sandbox; None where it does not."""
-    for name, function in cfg.functions.items():
+def isolation_warning(functions: Mapping[str, RewardFunctionConfig]) -> str | None:
+    """Return what to tell a user one of whose functions runs programs without a sandbox; None where none does."""
+    for name, function in functions.items():
         if function.function == "code" and function.args.get("sandbox") == "none":
             return (
-                f"reward.functions.{name}.args.sandbox: is none: what the model writes runs with limits on time and "
-                "memory, but it reads and writes your files as you do"
+                f"{key_of(name)}.args.sandbox: is none: what the model writes runs with limits on time and memory, "
+                "but it reads and writes your files as you do"
             )
     return None
 
@@ -234,7 +235,7 @@ def _check_timeout(name: str, cfg: RewardFunctionConfig) -> None:
     seconds = int(cfg.args.get("cpu_seconds", _CPU_SECONDS))
     if cfg.timeout < 4 * seconds:
         raise UserError(
-            f"reward.functions.{name}.timeout: is {cfg.timeout:g}, too near to the {3 * seconds} seconds on the clock "
+            f"{key_of(name)}.timeout: is {cfg.timeout:g}, too near to the {3 * seconds} seconds on the clock "
             f"that a program has with cpu_seconds={seconds}; set {4 * seconds} or more"
         )
 

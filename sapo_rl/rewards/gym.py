@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from sapo_rl.data.gym import create
-from sapo_rl.rewards.registry import REWARD_FUNCTIONS, Completion
+from sapo_rl.rewards.registry import REWARD_FUNCTIONS, VOTERS, Completion, numbered
 from sapo_rl.rewards.text import final_answer, text_of
 
 
@@ -31,6 +31,12 @@ def reasoning_gym(
         _score(text_of(completion), {"question": asked, "answer": expected, "metadata": about}, origin)
         for completion, asked, expected, about, origin in entries
     ]
+
+
+@VOTERS.register_module("reasoning_gym")
+def reasoning_gym_votes(completions: list[Completion], **columns: list[Any]) -> list[float]:
+    """Number the replies by the text of their answer."""
+    return numbered(final_answer(text_of(completion)) or None for completion in completions)
 
 
 def _score(reply: str, entry: dict[str, Any], origin: dict[str, Any]) -> float:

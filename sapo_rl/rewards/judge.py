@@ -37,6 +37,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sapo_rl.config import RewardFunctionConfig
+from sapo_rl.config.reward import key_of
 from sapo_rl.errors import UserError
 from sapo_rl.rewards.answers import Reading
 from sapo_rl.rewards.registry import CHECKS, COLUMNS, PREPARATIONS, REWARD_FUNCTIONS, Completion
@@ -345,7 +346,7 @@ def _columns(template: str | None = None, **settings: Any) -> list[str]:
 
 def _check_scope(name: str, cfg: RewardFunctionConfig) -> None:
     if cfg.args.get("together") and cfg.scope != "group":
-        raise UserError(f"reward.functions.{name}.scope: is {cfg.scope}, but with together=true it must be group")
+        raise UserError(f"{key_of(name)}.scope: is {cfg.scope}, but with together=true it must be group")
 
 
 PREPARATIONS["judge"] = _prepare

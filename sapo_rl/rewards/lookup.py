@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sapo_rl import plugins
-from sapo_rl.config import Config, RewardFunctionConfig
-from sapo_rl.config.reward import VERL
+from sapo_rl.config import RewardFunctionConfig
+from sapo_rl.config.reward import VERL, key_of
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.rewards import verl
-from sapo_rl.rewards.registry import CHECKS, PACKAGES, REWARD_FUNCTIONS, RewardFunction, is_coroutine
+from sapo_rl.rewards.registry import CHECKS, PACKAGES, REWARD_FUNCTIONS, VOTER, VOTERS, RewardFunction, is_coroutine
 from sapo_rl.rewards.runner.scoring import GIVEN
 
 KIND = "reward function"
@@ -26,6 +26,8 @@ def resolve(function: str) -> RewardFunction:
     Raises:
         UserError: no such built-in, module or attribute; a module that fails to import; an object that is no function.
     """
+    if function.startswith(VOTER):
+        return VOTERS.get(function.removeprefix(VOTER))
     if "." not in function:
         return REWARD_FUNCTIONS.get(function)
     found = plugins.find(KIND, function)
@@ -38,14 +40,14 @@ def check_function(name: str, cfg: RewardFunctionConfig) -> None:
     """Refuse early what `resolve` or the first call would refuse, without importing the user's module.
 
     Args:
-        name: key under `reward.functions`, for the message.
+        name: key under `reward.functions`, or the whole key, for the message.
         cfg: the function's configuration.
 
     Raises:
         UserError: unknown built-in, missing package or module, a file that does not parse or never mentions the
             function, or what a built-in does not take: `args`, a `concurrency`, or settings that do not go together.
     """
-    where = f"reward.functions.{name}"
+    where = key_of(name)
     taken = [key for key in cfg.args if key in given_to(cfg.style)]
     if taken:
         raise UserError(f"{where}.args: '{taken[0]}' is filled in at every call and cannot be set")
@@ -89,20 +91,9 @@ def check_concurrency(name: str, cfg: RewardFunctionConfig, coroutine: bool) -> 
     """
     if not coroutine and (cfg.concurrency or 1) > 1:
         raise UserError(
-            f"reward.functions.{name}.concurrency: is {cfg.concurrency}, but '{cfg.function}' is no `async def`, and "
+            f"{key_of(name)}.concurrency: is {cfg.concurrency}, but '{cfg.function}' is no `async def`, and "
             "of other functions a worker makes one call at a time; leave it out, or raise reward.workers"
         )
-
-
-def comparison_warning(config: Config) -> str | None:
-    """Return what to tell a user whose evaluations are judged by a function that compares the samples of a prompt."""
-    judge = config.judge.partition("/")[0]
-    if not config.eval.prompts or judge not in config.rewards or config.rewards[judge].scope != "group":
-        return None
-    return (
-        f"reward.functions.{judge}.scope: is group, and eval/reward is its mean over single replies, which it cannot "
-        "compare; name another function in eval.reward, or look at eval/reward_mean with eval.samples=8"
-    )
 
 
 def check_own_arguments(name: str, function: RewardFunction, args: Mapping[str, Any], style: str = "trl") -> None:
@@ -111,7 +102,7 @@ def check_own_arguments(name: str, function: RewardFunction, args: Mapping[str, 
     What they leave out, columns of the data may fill in.
 
     Args:
-        name: key under `reward.functions`, for the message.
+        name: key under `reward.functions`, or the whole key, for the message.
         function: what `resolve` found.
         args: by name.
         style: how it is called, as in the config.
@@ -124,7 +115,7 @@ def check_own_arguments(name: str, function: RewardFunction, args: Mapping[str, 
         one.replace(default=None) for one in parameters if one.kind in plugins.NAMED and one.name not in given_to(style)
     ]
     rest = [one for one in parameters if one.kind is one.VAR_KEYWORD]
-    plugins.check_arguments(f"reward.functions.{name}.args", function, args, [*named, *rest])
+    plugins.check_arguments(f"{key_of(name)}.args", function, args, [*named, *rest])
 
 
 def _check_arguments(where: str, function: RewardFunction, args: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ Built-ins take their settings (`args` in the config) as keyword-only parameters,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from sapo_rl.config import RewardFunctionConfig
@@ -26,6 +27,13 @@ Completion: TypeAlias = str | list[dict[str, str]]
 
 REWARD_FUNCTIONS: Registry[RewardFunction] = Registry("reward function")
 """Built-in reward functions by the name that `reward.functions.<name>.function` takes."""
+
+VOTERS: Registry[RewardFunction] = Registry("voter")
+"""For built-ins whose replies can be compared, by their name: a function of the same arguments that numbers a prompt's
+replies by their answer, from 1; the same number for equal answers, 0 for a reply without one."""
+
+VOTER = "votes of "
+"""Begins the name under which a voter is called like a reward function."""
 
 PACKAGES = {
     "judge": ("openai", "openai"),
@@ -52,3 +60,16 @@ CHECKS: dict[str, Callable[[str, RewardFunctionConfig], None]] = {}
 def is_coroutine(function: RewardFunction) -> bool:
     """Return whether calls of `function` are coroutines, so that many can be under way at once."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def voter_of(cfg: RewardFunctionConfig) -> RewardFunctionConfig | None:
+    """Return what compares the replies of a prompt as a function judges them; None where there is nothing for it."""
+    if cfg.function not in VOTERS:
+        return None
+    return replace(cfg, function=VOTER + cfg.function, scope="group", timeout=10 * cfg.timeout, on_error="zero")
+
+
+def numbered(answers: Iterable[Hashable | None]) -> list[float]:
+    """Return the answers' numbers in the order of their first appearance, from 1; 0 for None."""
+    numbers: dict[Hashable, float] = {}
+    return [0.0 if answer is None else numbers.setdefault(answer, len(numbers) + 1.0) for answer in answers]

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from sapo_rl.rewards.registry import REWARD_FUNCTIONS, Completion
+from sapo_rl.rewards.registry import REWARD_FUNCTIONS, VOTERS, Completion, numbered
 from sapo_rl.rewards.text import final_answer, text_of
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -32,6 +32,13 @@ def squad_f1(completions: list[Completion], answer: list[Any], **columns: list[A
 def squad_exact_match(completions: list[Completion], answer: list[Any], **columns: list[Any]) -> list[float | None]:
     """1 where the reply is the answer but for what `squad_f1` does not count either."""
     return _best(completions, answer, lambda reply, expected: float(normalised(reply) == normalised(expected)))
+
+
+@VOTERS.register_module("squad_f1")
+@VOTERS.register_module("squad_exact_match")
+def squad_votes(completions: list[Completion], **columns: list[Any]) -> list[float]:
+    """Number the replies by their answer, without what does not count."""
+    return numbered(normalised(final_answer(text_of(completion))) or None for completion in completions)
 
 
 def f1(reply: str, expected: str) -> float:

@@ -9,7 +9,7 @@ from decimal import Decimal
 from typing import Any
 
 from sapo_rl.errors import UserError
-from sapo_rl.rewards.registry import REWARD_FUNCTIONS, Completion
+from sapo_rl.rewards.registry import REWARD_FUNCTIONS, VOTERS, Completion, numbered
 
 _MINUS = "-\u2212\u2013\uff0d"
 _GROUP = ",\u00a0\u2009\u202f"
@@ -74,15 +74,29 @@ def exact_match(
     """
 
     def same(text: str, expected: str) -> bool:
-        if tag is not None:
-            tagged = re.findall(rf"<{re.escape(tag)}>(.*?)</{re.escape(tag)}>", text, re.DOTALL)
-            if not tagged:
-                return False
-            text = tagged[-1]
-        text, expected = text.strip(), expected.strip()
-        return text.casefold() == expected.casefold() if ignore_case else text == expected
+        expected = expected.strip()
+        return _said(text, ignore_case, tag) == (expected.casefold() if ignore_case else expected)
 
     return _scores(completions, answer, same)
+
+
+@VOTERS.register_module("exact_match")
+def exact_match_votes(
+    completions: list[Completion], *, ignore_case: bool = False, tag: str | None = None, **columns: list[Any]
+) -> list[float]:
+    """Number the replies by what `exact_match` compares of them; one without the tag has no answer."""
+    return numbered(_said(text_of(completion), ignore_case, tag) for completion in completions)
+
+
+def _said(text: str, ignore_case: bool, tag: str | None) -> str | None:
+    """What is compared of a reply; None where it lacks the tag."""
+    if tag is not None:
+        tagged = re.findall(rf"<{re.escape(tag)}>(.*?)</{re.escape(tag)}>", text, re.DOTALL)
+        if not tagged:
+            return None
+        text = tagged[-1]
+    text = text.strip()
+    return text.casefold() if ignore_case else text
 
 
 @REWARD_FUNCTIONS.register_module("numeric_answer")
@@ -109,6 +123,13 @@ def numeric_answer(
     if tolerance < 0:
         raise UserError(f"numeric_answer: tolerance must be at least 0, got {tolerance}")
     return _scores(completions, answer, equal)
+
+
+@VOTERS.register_module("numeric_digits")
+@VOTERS.register_module("numeric_answer")
+def numeric_votes(completions: list[Completion], **columns: list[Any]) -> list[float]:
+    """Number the replies by their last number."""
+    return numbered(last_number(text_of(completion)) for completion in completions)
 
 
 @REWARD_FUNCTIONS.register_module("numeric_digits")

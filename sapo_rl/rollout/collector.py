@@ -34,7 +34,7 @@ def sampling_of(cfg: RolloutConfig) -> Sampling:
     )
 
 
-def greedy_of(sampling: Sampling, most: int | None) -> Sampling:
+def greedy_of(sampling: Sampling, most: int | None = None) -> Sampling:
     """Return the sampling that takes the likeliest tokens, `most` at most, without their log-probabilities."""
     limit = min(sampling.max_tokens, most or sampling.max_tokens)
     return replace(sampling, temperature=0.0, logprobs=False, max_tokens=limit)
@@ -85,20 +85,13 @@ class Writer(Protocol):
         step: int,
         n: int | None = None,
         on_group: Callable[[Group], object] = lambda group: None,
+        sampling: Sampling | None = None,
     ) -> RolloutResult:
         """Return the groups of `n` samples of each prompt, the group size by default, in the prompts' order.
 
-        `on_group` gets each as soon as it is finished, in any thread.
+        `on_group` gets each as soon as it is finished, in any thread. With a `sampling` of their own, as an evaluation
+        has it, they are begun before all that waits for an engine.
         """
-        ...
-
-    def greedy(
-        self,
-        prompts: Sequence[Prompt],
-        most: int | None = None,
-        on_group: Callable[[Group], object] = lambda group: None,
-    ) -> list[Group]:
-        """Return groups of one sample with the likeliest tokens, `most` a reply at most; `on_group` as in `write`."""
         ...
 
     def sleep(self) -> None:
@@ -141,12 +134,9 @@ class Rollouts:
         step: int,
         n: int | None = None,
         on_group: Callable[[Group], object] = lambda group: None,
+        sampling: Sampling | None = None,
     ) -> RolloutResult:
-        """Sample `n` completions (default: the group size) of each prompt; groups in the prompts' order.
-
-        Several threads may call it. `on_group` gets each group as soon as it is finished. What an engine raises ends
-        the whole call.
-        """
+        """See `Writer.write`. Several threads may call it. What an engine raises ends the whole call."""
         requests = [
             Request(
                 prompt.token_ids,
@@ -155,20 +145,14 @@ class Rollouts:
             )
             for prompt in prompts
         ]
-        return self._run(prompts, requests, self.sampling, on_group, urgent=False)
+        return self._run(prompts, requests, sampling or self.sampling, on_group, urgent=sampling is not None)
 
-    def greedy(
-        self,
-        prompts: Sequence[Prompt],
-        most: int | None = None,
-        on_group: Callable[[Group], object] = lambda group: None,
-    ) -> list[Group]:
+    def greedy(self, prompts: Sequence[Prompt], most: int | None = None) -> list[Group]:
         """Return the likeliest completion of each prompt, token by token, `most` at most: groups of one.
 
-        They are begun before all that waits for an engine. `on_group` gets each as soon as it is finished.
+        They are begun before all that waits for an engine.
         """
-        requests = [Request(prompt.token_ids, 1) for prompt in prompts]
-        return self._run(prompts, requests, greedy_of(self.sampling, most), on_group, urgent=True).groups
+        return self.write(prompts, 0, 1, sampling=greedy_of(self.sampling, most)).groups
 
     def submit(self, request: Request, sampling: Sampling, session: Session, urgent: bool) -> Future[Answer]:
         """Return at once with a future of the answer to one turn of an episode; `session` is the episode's.

@@ -127,7 +127,7 @@ class Episode:
         opening = await seat.reset(row, seed_of(*self._seed))  # the same task for all episodes of a group
         messages = opened(content, setting.config.data.system_prompt, opening)
         token_ids = setting.template.start(messages)
-        if len(token_ids) > (most := setting.config.data.max_prompt_tokens):
+        if len(token_ids) > (most := setting.config.max_prompt_tokens):
             raise UserError(
                 f"data.max_prompt_tokens: prompt {self._prompt.index} has {len(token_ids)} tokens with its tools and "
                 f"what the environment adds; the limit is {most}"

@@ -21,7 +21,7 @@ from sapo_rl.processes import allow_connections
 from sapo_rl.rollout.agents.episode import AgentEpisode
 from sapo_rl.rollout.agents.server import AgentServer
 from sapo_rl.rollout.agents.talk import Templates
-from sapo_rl.rollout.collector import RolloutResult, Rollouts, greedy_of, usage_of
+from sapo_rl.rollout.collector import RolloutResult, Rollouts, usage_of
 from sapo_rl.rollout.dispatch import Answer
 from sapo_rl.rollout.episode import Episode, Setting
 from sapo_rl.types import Group, Prompt, Sample
@@ -75,35 +75,18 @@ class Episodes:
         step: int,
         n: int | None = None,
         on_group: Callable[[Group], object] = lambda group: None,
+        sampling: Sampling | None = None,
     ) -> RolloutResult:
-        """Play `n` episodes (default: the group size) of each prompt; groups in the prompts' order.
+        """Play `n` episodes of each prompt, see `Writer.write`; several threads may call it.
 
-        Several threads may call it. A group of which every episode was dropped stays, without samples.
-
-        `on_group` gets each group as soon as it is finished, in the thread of the episodes.
+        A group of which every episode was dropped stays, without samples. `on_group` is called in the thread of the
+        episodes.
 
         Raises:
             UserError: an environment failed where `environment.on_error` is `raise`.
         """
-        return self._wait(self._write(prompts, step, n or self._rollouts.group_size, self._rollouts.sampling, on_group))
-
-    def greedy(
-        self,
-        prompts: Sequence[Prompt],
-        most: int | None = None,
-        on_group: Callable[[Group], object] = lambda group: None,
-    ) -> list[Group]:
-        """Play an episode of each prompt with the likeliest replies, of `most` tokens at most: groups of one.
-
-        They go before all that waits for an engine. `on_group` gets each as soon as it is finished, in the thread of
-        the episodes.
-
-        Raises:
-            UserError: as `write`, or no episode is left.
-        """
-        sampling = greedy_of(self._rollouts.sampling, most)
-        groups = self._wait(self._write(prompts, 0, 1, sampling, on_group, urgent=True)).checked().groups
-        return [group for group in groups if group.samples]
+        count, urgent = n or self._rollouts.group_size, sampling is not None
+        return self._wait(self._write(prompts, step, count, sampling or self._rollouts.sampling, on_group, urgent))
 
     def sleep(self) -> None:
         """Have the engines free the GPU's memory, as far as their settings say, until the next call or weights."""
@@ -146,7 +129,7 @@ class Episodes:
         n: int,
         sampling: Sampling,
         on_group: Callable[[Group], object],
-        urgent: bool = False,
+        urgent: bool,
     ) -> RolloutResult:
         start, failures = time.perf_counter(), []
         answers: list[Answer] = []

@@ -18,6 +18,7 @@ from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.errors.files import reading
 from sapo_rl.policy import model_folder
 from sapo_rl.run.config_error import ConfigError, under
+from sapo_rl.run.eval_checks import check_evaluation
 from sapo_rl.run.sampling_checks import check_checks, check_sampling
 
 LARGEST = 2**31 - 1
@@ -52,6 +53,8 @@ def _fields(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 def _check_field(key: str, value: Any, metadata: Any) -> None:
     options, own = metadata.get("choices"), metadata.get("own")
+    if options and value is None:
+        return
     if own and "." in value:
         with under(key):
             plugins.check(own, value)
@@ -264,9 +267,6 @@ def _check_sources(config: Config) -> None:
             raise ConfigError("reward.env", f"there is no environment variable '{name}'")
     if not any(function.weight for function in config.rewards.values()):
         raise ConfigError("reward.functions", "every weight is 0: nothing to train on")
-    judge = config.eval.reward
-    if judge is not None and judge.partition("/")[0] not in config.rewards:
-        raise ConfigError("eval.reward", f"unknown reward '{judge}'; {did_you_mean(judge, config.rewards)}")
 
 
 def _check_environment(config: Config) -> None:
@@ -323,22 +323,29 @@ def _check_model(config: Config) -> None:
         fetched = path.startswith(".cache/models/SmolLM2") and not os.path.exists(path)
         hint = " (python scripts/fetch_model.py makes it)" if fetched else ""
         raise ConfigError("model.path", f"{error}{hint}") from error
-    limit = shape.get("max_position_embeddings")
-    longest = config.max_sequence_tokens
-    if limit is not None and longest > limit:
-        raise ConfigError(
-            _longest_key(config),
-            f"is {config.max_episode_tokens}, with data.max_prompt_tokens = {config.data.max_prompt_tokens} "
-            f"up to {longest} tokens; the model's limit is {limit}",
-        )
+    limit = shape.get("max_position_embeddings") or LARGEST
+    for name, (prompt, follows) in config.lengths.items():
+        longest = prompt + follows
+        if name and longest > limit:
+            raise ConfigError(
+                f"eval.sets.{name}",
+                f"has prompts of up to {prompt} tokens (data.max_prompt_tokens) and replies of up to {follows}; the "
+                f"model's limit is {limit}",
+            )
+        if longest > limit:
+            raise ConfigError(
+                _length_key(config, follows),
+                f"is {follows}, with data.max_prompt_tokens = {prompt} up to {longest} tokens; the model's limit is "
+                f"{limit}",
+            )
 
 
-def _longest_key(config: Config) -> str:
-    """The key that bounds what follows a prompt."""
+def _length_key(config: Config, follows: int) -> str:
+    """The key that bounds what follows a prompt in training."""
     for name, one in config.played.items():
-        if one.max_tokens == config.max_episode_tokens:
+        if one.max_tokens == follows:
             return f"environments.{name}.max_tokens" if name else "environment.max_tokens"
-    return "rollout.max_completion_tokens"
+    return "eval.max_completion_tokens" if follows > config.max_episode_tokens else "rollout.max_completion_tokens"
 
 
 RULES = {
@@ -356,6 +363,7 @@ RULES = {
     "environment, environments, tools": _check_environment,
     "data.pass_rate, rollout.refill": check_sampling,
     "check": check_checks,
+    "eval": check_evaluation,
     "model.lora": _check_lora,
     "model.path": _check_model,
 }

@@ -18,12 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from sapo_rl.config import Config, EnvironmentConfig, RewardConfig, RewardFunctionConfig
+from sapo_rl.config.evaluation import EvalConfig
 from sapo_rl.config.loss import unread
 from sapo_rl.config.nested import leaves
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.errors.files import expand, is_file
 from sapo_rl.paths import CONFIGS
-from sapo_rl.run import references, user_file
+from sapo_rl.run import eval_sets, references, user_file
 from sapo_rl.run.checks import ConfigError, check
 from sapo_rl.run_folder import CONFIG, locate
 from sapo_rl.run_folder.secrets import is_secret, worth_hiding
@@ -51,6 +52,20 @@ def recipes() -> dict[str, str]:
     }
 
 
+@dataclass
+class _OpenEval(EvalConfig):
+    """The schema of evaluations as Hydra gets it: of a set only those keys that are given."""
+
+    sets: dict[str, Any] = field(default_factory=dict)  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+@dataclass
+class _Schema(Config):
+    """The whole schema as Hydra gets it."""
+
+    eval: _OpenEval = field(default_factory=_OpenEval)  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
 @dataclass(frozen=True)
 class Arguments:
     """A command line, made ready for Hydra."""
@@ -61,6 +76,8 @@ class Arguments:
     """The user's files by those names."""
     added: list[str] = field(default_factory=list)
     """Names of reward functions that the command line adds to those of the recipe."""
+    sets: list[str] | None = None
+    """Names of the sets of evaluations that shall be, in place of those of the recipe; None leaves these."""
 
 
 def register(argv: list[str], folder: str | None = None) -> Arguments:
@@ -69,13 +86,14 @@ def register(argv: list[str], folder: str | None = None) -> Arguments:
     `config=path/to/file.yaml` becomes `config=<stem>`, and `config=NAME` is `folder/config/NAME.yaml` where the folder
     of the user's own groups has one; `resume=FOLDER` becomes the recipe that the folder holds. A new reward function
     (`+reward.functions.NAME.function=...`) or environment (`+environments.NAME.name=...`) is entered into the schema,
-    to which Hydra cannot add it.
+    to which Hydra cannot add it; sets of evaluations are typed in `accept`.
 
     Raises:
         UserError: a file that is missing or no mapping, or a name that no recipe has.
     """
     added, environments = _added(argv, ADDED_FUNCTION), _added(argv, ADDED_ENVIRONMENT)
-    schema = Config(
+    argv, sets = eval_sets.from_command_line(argv)
+    schema = _Schema(
         reward=RewardConfig(functions={name: RewardFunctionConfig() for name in added}),
         environments={name: EnvironmentConfig() for name in environments},
     )
@@ -99,7 +117,7 @@ def register(argv: list[str], folder: str | None = None) -> Arguments:
         joined = ",".join(names)
         listed = value.startswith("[") and items != [value]
         rewritten.append(f"config=[{joined}]" if listed else f"config={joined}")
-    return Arguments(_with_choices(rewritten), files, added)
+    return Arguments(_with_choices(rewritten), files, added, sets)
 
 
 def _added(argv: list[str], pattern: str) -> list[str]:
@@ -247,6 +265,7 @@ def accept(
         del functions[name]
     for name in arguments.added:  # the recipe's come first
         functions[name] = functions.pop(name)
+    eval_sets.fill(composed, arguments.sets)
     _refuse_secrets(OmegaConf.to_container(composed))
     try:
         frozen = references.resolve(composed)
@@ -276,11 +295,12 @@ def _refuse_secrets(node: Any, key: str = "") -> None:
 
 def _settle_paths(frozen: dict[str, Any]) -> None:
     """Name local models and files by their whole and real path: a resume may start elsewhere, and links move on."""
-    model, data = frozen["model"], frozen["data"]
+    model = frozen["model"]
     if os.path.isfile(expand(model["path"]) / "config.json"):
         model["path"] = _real(model["path"])
-    if data["source"] in ("file", "huggingface"):
-        data |= {key: _real(data[key]) for key in ("path", "eval_path") if data[key] is not None}
+    for data in (frozen["data"], *(one["data"] for one in frozen["eval"]["sets"].values())):
+        if data["source"] in ("file", "huggingface", None):
+            data |= {key: _real(data[key]) for key in ("path", "eval_path") if data.get(key) is not None}
 
 
 def _real(text: str) -> str:

@@ -24,5 +24,5 @@ def under(key: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        found = re.match(r"((?:data|reward|launch|environments?)\.[\w.]+): (.*)", str(error), re.DOTALL)
+        found = re.match(r"((?:data|reward|launch|environments?|eval)\.[\w./-]+): (.*)", str(error), re.DOTALL)
         raise (ConfigError(found[1], found[2]) if found else ConfigError(key, str(error))) from error

@@ -11,7 +11,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sapo_rl.config import Config, EnvironmentConfig, RewardFunctionConfig
+from sapo_rl.config import Config
 from sapo_rl.config.nested import leaves
 from sapo_rl.errors import UserError, brief, did_you_mean, first_line
 from sapo_rl.errors.files import is_file, read_yaml
@@ -24,7 +24,11 @@ from sapo_rl.run.other_names import hint
 PROBLEM = r"(Value .*|Invalid .*|Cannot .*|Incompatible .*|object of type .*|.*[Ii]nterpolation .*)"
 """OmegaConf's lines that say what is wrong with a value."""
 
-OWN_ENTRIES = {"RewardFunctionConfig": ("reward.functions", "function"), "EnvironmentConfig": ("environments", "name")}
+OWN_ENTRIES = {
+    "RewardFunctionConfig": ("reward.functions", "function"),
+    "EnvironmentConfig": ("environments", "name"),
+    "EvalSetConfig": ("eval.sets", "data.path"),
+}
 """Where mappings have entries with names of the user's own, by their schema, and the key that each needs."""
 
 
@@ -141,16 +145,18 @@ def _chain(error: BaseException | None) -> str:
 def nearest_key(key: str) -> str:
     """The valid names beside the first part of `key` that is wrong, or how to add an entry that is not there."""
     node: Any = OmegaConf.structured(Config)
+    before = ""
     for part in key.split("."):
         if not isinstance(node, DictConfig):
             return ""
         options = [str(option) for option in node]
-        if not options and key.startswith(("reward.functions.", "environments.")):  # names of the user's own
-            node = OmegaConf.structured(RewardFunctionConfig if key.startswith("reward.") else EnvironmentConfig)
+        if not options and before in user_file.ENTRIES:  # names of the user's own
+            node = OmegaConf.structured(user_file.ENTRIES[before][0])
         elif options and part not in options:
             return _elsewhere(key) or did_you_mean(part, options)
         else:
             node = None if not options or OmegaConf.is_missing(node, part) else node[part]
+        before = part
     return f"to add it, write +{key}=..."
 
 

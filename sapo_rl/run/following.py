@@ -84,7 +84,8 @@ class Following:
                     print(line, end="", file=sys.stderr, flush=True)
 
     def _tell(self, record: dict[str, Any], child: subprocess.Popen[bytes]) -> None:
-        name = "on_step" if "time/step" in record else "on_eval" if "eval/reward" in record else None
+        evaluated = any(key.startswith("eval/") for key in record)
+        name = "on_step" if "time/step" in record else "on_eval" if evaluated else None
         if name is None or self._raised is not None:
             return
         wants_end = False

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from sapo_rl import config
 from sapo_rl.config.fields import BOUNDS
@@ -58,21 +58,20 @@ def listing(found: Sequence[Key], width: int) -> str:
 
 
 def _keys_of(schema: type, prefix: str) -> Iterator[Key]:
-    meanings = _meanings()[schema.__name__]
+    meanings = {name: text for base in schema.__mro__ for name, text in _meanings().get(base.__name__, {}).items()}
+    hints = get_type_hints(schema)
     for field in dataclasses.fields(schema):
         name, kind = f"{prefix}{field.name}", str(field.type)
         if isinstance(field.default_factory, type) and dataclasses.is_dataclass(field.default_factory):
             yield from _keys_of(field.default_factory, f"{name}.")
             continue
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        kind, entries = (
-            re.sub(r"^Optional\[(.*)\]$", r"\1 or null", kind),
-            re.fullmatch(r"dict\[str, (\w+Config)\]", kind),
-        )
+        kind = re.sub(r"^Optional\[(.*)\]$", r"\1 or null", kind)
+        entries: list[Any] = [one for one in get_args(hints[field.name])[1:] if dataclasses.is_dataclass(one)]
         written = "" if default == config.MISSING else json.dumps(default)
         yield Key(name, "a mapping" if entries else kind, written, _valid(field.metadata), meanings[field.name])
-        if entries:
-            yield from _keys_of(getattr(config, entries[1]), f"{name}.NAME.")
+        for entry in entries:
+            yield from _keys_of(entry, f"{name}.NAME.")
 
 
 def _valid(metadata: Any) -> str:

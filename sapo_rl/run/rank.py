@@ -32,20 +32,21 @@ from sapo_rl.config import Config
 from sapo_rl.data import PromptSampler, repetition_warning
 from sapo_rl.engines.build import build_transport
 from sapo_rl.errors import UserError, first_line
-from sapo_rl.evaluation import Evaluator
+from sapo_rl.evaluation.evaluator import Evaluator
+from sapo_rl.evaluation.sets import comparison_warnings, further_functions
 from sapo_rl.policy import checkpoint
 from sapo_rl.policy.checkpointer import Checkpointer
 from sapo_rl.policy.model import DTYPES, Policy, load_policy
 from sapo_rl.policy.parallel import loads_weights
 from sapo_rl.policy.trainer import PolicyTrainer, Reference
 from sapo_rl.processes import streams
-from sapo_rl.rewards import comparison_warning, isolation_warning
+from sapo_rl.rewards import isolation_warning
 from sapo_rl.rollout.filters import filter_warning
 from sapo_rl.rollout.publisher import WeightPublisher
 from sapo_rl.rollout.queue import BatchQueue
 from sapo_rl.run import ranks, resume
 from sapo_rl.run.check_data import check_data
-from sapo_rl.run.writing import Rank, meet, read_prompts, start_writing, wait_for
+from sapo_rl.run.writing import Rank, meet, read_prompts, read_sets, start_writing, wait_for
 from sapo_rl.telemetry import Telemetry, Timers
 from sapo_rl.train import Parts, train
 
@@ -112,6 +113,7 @@ def build(rank: Rank, stack: contextlib.ExitStack, stops: Stops) -> Parts:
     writing = start_writing(rank, stack, resumed.name if resumed else "")
     # Prompts and the trainer's copy of the model are made while vLLM starts.
     prompts, held_out, dropped = read_prompts(rank, writing)
+    sets, told = read_sets(rank, writing, prompts, held_out)
     per_step = config.rollout.batch_size // config.rollout.group_size
     sampler = PromptSampler(len(prompts), per_step, config.seed, config.data.shuffle)
     trainer = PolicyTrainer(*_models(config, not loads_weights(accelerator)), config, accelerator)
@@ -120,7 +122,7 @@ def build(rank: Rank, stack: contextlib.ExitStack, stops: Stops) -> Parts:
         sampler.load_state_dict(state["sampler"])
     telemetry = Telemetry(config, folder, accelerator.is_main_process, step if resumed else None, rank.header)
     stack.enter_context(telemetry)
-    for text in _warnings(config, dropped, repetition_warning(len(prompts), per_step)):
+    for text in _warnings(config, dropped, repetition_warning(len(prompts), per_step), told):
         telemetry.warn(text)
     timers = Timers(partial(torch.cuda.Event, enable_timing=True) if accelerator.device.type == "cuda" else None)
     share, writer, rewards = rank.share, writing.writer, rank.rewards
@@ -133,7 +135,7 @@ def build(rank: Rank, stack: contextlib.ExitStack, stops: Stops) -> Parts:
         batches=BatchQueue(prompts, sampler, share, writer, rewards, timers, config, step, stops.asked_anywhere),
         trainer=trainer,
         weights=publisher,
-        evaluator=Evaluator(held_out, share, writer, rewards, telemetry, timers, config, state.get("before", [])),
+        evaluator=Evaluator(sets, share, writer, rewards, telemetry, timers, config, state.get("before", [])),
         checkpoints=Checkpointer(folder, trainer, rank.tokenizer, config.checkpoint),
         telemetry=telemetry,
         timers=timers,
@@ -180,10 +182,11 @@ def _models(config: Config, empty: bool) -> tuple[Policy, Reference | None]:
     return policy, load_policy(config.model, empty=empty).to(DTYPES[config.model.dtype])
 
 
-def _warnings(config: Config, dropped: int, repetition: str | None) -> list[str]:
+def _warnings(config: Config, dropped: int, repetition: str | None, of_sets: list[str]) -> list[str]:
     left_out = f"{dropped} prompts are longer than data.max_prompt_tokens: they are left out" if dropped else None
     filtered = filter_warning(config.rollout, config.loss.correction.by_token)
-    found = (left_out, repetition, filtered, isolation_warning(config.reward), comparison_warning(config))
+    isolated = isolation_warning(config.reward.functions | further_functions(config))
+    found = (left_out, repetition, *of_sets, filtered, isolated, *comparison_warnings(config))
     return [text for text in found if text]
 
 

@@ -16,13 +16,14 @@ import psutil
 from sapo_rl.advantages import own_function
 from sapo_rl.config import Config
 from sapo_rl.config.engine import VLLM
-from sapo_rl.data import load_rows, repetition_warning
+from sapo_rl.data import load_rows, load_set, repetition_warning
 from sapo_rl.data.prompts import Rows, columns_of, content_of, with_all_columns
 from sapo_rl.environments import environment_for
 from sapo_rl.environments.runner.pool import EnvironmentPool
 from sapo_rl.errors import UserError
 from sapo_rl.errors.files import expand, is_file, reading
-from sapo_rl.rewards import RewardPool, comparison_warning, isolation_warning
+from sapo_rl.evaluation.sets import comparison_warnings, further_functions, jury, key_of, reading_set
+from sapo_rl.rewards import RewardPool, isolation_warning
 from sapo_rl.rollout.filters import filter_warning
 from sapo_rl.run.launch import SINGLE
 from sapo_rl.sizing import GIB
@@ -67,20 +68,38 @@ def rehearse(config: Config) -> Trial:
         train, held_out = load_rows(config.data, config.eval.prompts)
         train, held_out = with_all_columns(train, config.data), with_all_columns(held_out, config.data)
         facts, warnings = _look_at(config, train, held_out)
-    with reading("reward"), RewardPool(replace(config.reward, workers=1)) as pool:
-        _check_columns(config, pool, train, held_out)
+        sets = {name: _set_columns(config, name, facts) for name in config.eval.sets}
+    columns = {
+        source: columns_of(row, config.data)
+        for rows, source in ((train, "the data"), (held_out, "the held-out data"))
+        for row in list(rows.values())[:1]  # all have the same columns
+    }
+    with reading("reward"), RewardPool(replace(config.reward, workers=1), further=further_functions(config)) as pool:
+        for source, own in columns.items():
+            pool.check_columns(own, source)
+        for name, own in sets.items():
+            pool.check_columns(own, f"{key_of(name)}.data", list(jury(config, name).functions))
     for name in config.played:
         with reading("environment"):
             environments = EnvironmentPool(config, name, workers=1)
             asyncio.run(_open(environments))
-            _check_columns(config, environments, train, held_out)
+            for source, own in [*columns.items(), *((f"{key_of(name)}.data", own) for name, own in sets.items())]:
+                environments.check_columns(own, source)
     return Trial(facts, warnings + _setting_warnings(config))
 
 
-def _check_columns(config: Config, user: RewardPool | EnvironmentPool, train: Rows, held_out: Rows) -> None:
-    for rows, source in ((train, "the data"), (held_out, "the held-out data")):
-        for row in list(rows.values())[:1]:  # all have the same columns
-            user.check_columns(columns_of(row, config.data), source)
+def _set_columns(config: Config, name: str, facts: dict[str, str]) -> dict[str, Any]:
+    """Word the prompts of a set of evaluations, count them in `facts`, and return the columns of the first."""
+    settings = config.eval.sets[name]
+    data = settings.data.beside(config.data)
+    with reading_set(name):
+        rows = with_all_columns(load_set(data, settings.prompts), data)
+        for number, row in rows.items():
+            content_of(row, number, data)
+            environment_for(config, row, number)
+    times = [*(["greedy"] if settings.greedy else []), *([f"{settings.samples} samples"] if settings.samples else [])]
+    facts[f"eval set {name}"] = f"{len(rows):,} prompts, {' and '.join(times)}"
+    return columns_of(next(iter(rows.values())), data)
 
 
 async def _open(environments: EnvironmentPool) -> None:
@@ -152,7 +171,8 @@ def _tokenizer(file: Path) -> Any:
 def _setting_warnings(config: Config) -> list[str]:
     loss = config.loss
     filtered = filter_warning(config.rollout, loss.correction.by_token)
-    found = [filtered, isolation_warning(config.reward), comparison_warning(config)]
+    isolated = isolation_warning(config.reward.functions | further_functions(config))
+    found = [filtered, isolated, *comparison_warnings(config)]
     if loss.name == "sapo" and loss.gradient == "paper":
         from sapo_rl.losses import inert_temperature_warning  # imports torch
 

@@ -11,10 +11,12 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sapo_rl.config import Config, EnvironmentConfig, RewardFunctionConfig
+from sapo_rl.config.evaluation import EvalSetConfig
 from sapo_rl.config.loss import LossConfig
 from sapo_rl.config.nested import leaves
 from sapo_rl.errors import UserError, first_line
 from sapo_rl.errors.files import is_file, read_yaml
+from sapo_rl.run import eval_sets
 from sapo_rl.run.checks import ConfigError
 
 DEFAULTS = "[quickstart, {override /loss: grpo}, _self_]"
@@ -32,10 +34,12 @@ HYDRA_KEYS = {
 """Hydra's keys that a recipe may set."""
 
 ENTRIES: dict[str, tuple[type, str, str]] = {
-    "functions": (RewardFunctionConfig, "function", "numeric_answer"),
-    "environments": (EnvironmentConfig, "name", "guess"),
+    "functions": (RewardFunctionConfig, "{{function: {}}}", "numeric_answer"),
+    "environments": (EnvironmentConfig, "{{name: {}}}", "guess"),
+    "sets": (EvalSetConfig, "{{data: {{path: {}}}}}", "prompts.jsonl"),
 }
-"""What may stand under names of the user's own: its schema, the key that it cannot do without, and an example."""
+"""What may stand under names of the user's own: its schema, how the key is written that it cannot do without, and an
+example of that."""
 LONGEST_NUMBER = 1000
 """Bits of a whole number; longer ones do not fit into a float."""
 
@@ -53,6 +57,7 @@ def load(path: Path, configs: Path) -> DictConfig:
         raise UserError(f"{error.full_key or 'config'} ({path}): {first_line(error)}") from error
     if not isinstance(node, DictConfig):
         raise UserError(f"config: {path} must hold a mapping of keys to values")
+    eval_sets.from_file(node)
     content: Any = OmegaConf.to_container(node)
     _check_defaults(content.get("defaults"), path, configs)
     _check_hydra(content.get("hydra", {}), path)
@@ -135,14 +140,14 @@ def _check_section(content: dict[Any, Any], schema: type, prefix: str, configs: 
 
 
 def _check_entries(content: dict[Any, Any], section: str, prefix: str, configs: Path) -> None:
-    """Look over reward functions or environments under names of the user's own."""
-    schema, first, example = ENTRIES[section]
+    """Look over reward functions, environments or sets of evaluations under names of the user's own."""
+    schema, form, example = ENTRIES[section]
     for name, value in content.items():
         key = f"{prefix}{name}"
         if isinstance(value, str) and not value.startswith("${"):
-            raise ConfigError(key, f"is '{value}'; write {name}: {{{first}: {value}}}")
+            raise ConfigError(key, f"is '{value}'; write {name}: {form.format(value)}")
         if not isinstance(value, dict):
-            raise ConfigError(key, f"is {_shown(value)}, must be such as {{{first}: {example}}}")
+            raise ConfigError(key, f"is {_shown(value)}, must be such as {form.format(example)}")
         _check_section(value, schema, f"{key}.", configs)
 
 

@@ -24,6 +24,7 @@ from sapo_rl.engines.base import Engine
 from sapo_rl.engines.build import Device, ModelFacts, build_engines, close_all, device_of, model_facts
 from sapo_rl.environments import environment_for
 from sapo_rl.environments.runner.pool import EnvironmentPool, pools_of
+from sapo_rl.evaluation.sets import EvalSet, check_set, default_set, further_functions, named_sets, set_warnings
 from sapo_rl.policy.model import check_shapes, load_tokenizer, stop_tokens
 from sapo_rl.policy.trainer import objective
 from sapo_rl.rewards import RewardPool
@@ -98,7 +99,9 @@ def meet(folder: Path | None, stack: contextlib.ExitStack) -> Rank:
         accelerator=accelerator,
         header=header,
         tokenizer=load_tokenizer(config.model),
-        rewards=stack.enter_context(RewardPool(config.reward, _log(folder, accelerator, "rewards"))),
+        rewards=stack.enter_context(
+            RewardPool(config.reward, _log(folder, accelerator, "rewards"), further_functions(config))
+        ),
         facts=_facts(config.model),
         device=device_of(accelerator.local_process_index),
     )
@@ -146,6 +149,27 @@ def read_prompts(rank: Rank, writing: Writing) -> tuple[list[Prompt], list[Promp
     return prompts, held_out, dropped + also_dropped
 
 
+def read_sets(
+    rank: Rank, writing: Writing, prompts: Sequence[Prompt], held_out: list[Prompt]
+) -> tuple[list[EvalSet], list[str]]:
+    """Return the sets to evaluate on, and what to tell of their prompts.
+
+    Args:
+        rank: whose config names them.
+        writing: its environments, which are asked whether the columns suffice, as the reward functions are.
+        prompts: to train on.
+        held_out: the prompts held out of these.
+
+    Raises:
+        UserError: rows that cannot be read or worded, or columns that reward functions or environments lack.
+    """
+    sets = [default_set(rank.config, held_out)] if held_out else []
+    sets += named_sets(rank.config, rank.tokenizer)
+    for one in sets:
+        check_set(rank.config, one, rank.rewards, [*writing.pools.values()])
+    return sets, set_warnings(sets, prompts)
+
+
 def wait_for(engines: Sequence[Engine], rank: Rank, note: Callable[[str], None]) -> None:
     """Return once vLLM is ready; `note` shows what is being waited for."""
     servers = ", ".join(rank.config.rollout.servers)
@@ -179,8 +203,9 @@ def _import_own(config: Config) -> None:
     for name in config.logging.trackers:
         if "." in name:
             trackers.find(name)
-    if own.is_own(config.data.source):
-        own.find(config.data)
+    for data in (config.data, *(one.data.beside(config.data) for one in config.eval.sets.values())):
+        if own.is_own(data.source):
+            own.find(data)
 
 
 def _seed(config: Config, rank: int) -> None:

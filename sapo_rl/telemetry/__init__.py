@@ -101,7 +101,7 @@ class Telemetry:
 
         Args:
             step: 0 before the first step.
-            metrics: `eval/reward` and others that begin with `eval/`.
+            metrics: by names that begin with `eval/`.
             examples: (prompt, greedy completion) pairs, of which `finish` shows the last ones.
             samples: all completions of the held-out prompts, of all ranks; they are written to the run folder.
         """

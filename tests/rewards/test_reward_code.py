@@ -12,7 +12,7 @@ import pytest
 from rewards.groups import group, rewards
 
 from sapo_rl.config import RewardConfig, RewardFunctionConfig
-from sapo_rl.data.programs import mbpp
+from sapo_rl.data.programs import humaneval, mbpp
 from sapo_rl.environments import Python
 from sapo_rl.errors import UserError
 from sapo_rl.rewards import RewardPool, check_function, code, isolation_warning
@@ -161,9 +161,8 @@ def test_a_pool_scores_programs_and_a_hostile_one_harms_none(tmp_path: Path) -> 
 
 
 def test_only_a_config_without_a_sandbox_is_warned_of() -> None:
-    apart = RewardConfig(functions={"passed": RewardFunctionConfig("code")})
-    assert isolation_warning(apart) is None
-    bare = RewardConfig(functions={"passed": RewardFunctionConfig("code", args={"sandbox": "none"})})
+    assert isolation_warning({"passed": RewardFunctionConfig("code")}) is None
+    bare = {"passed": RewardFunctionConfig("code", args={"sandbox": "none"})}
     assert "reward.functions.passed.args.sandbox: is none" in str(isolation_warning(bare))
 
 
@@ -190,3 +189,21 @@ def test_tasks_of_mbpp(tmp_path: Path) -> None:
         file.write_text(json.dumps(wrong))
         with pytest.raises(UserError, match="is no task of MBPP, which has text or prompt, tests"):
             list(mbpp(str(file)))
+
+
+def test_functions_of_humaneval_are_completed_or_written_anew(tmp_path: Path) -> None:
+    file = tmp_path / "humaneval.jsonl"
+    beginning = 'from typing import List\n\n\ndef double(xs: List[int]) -> List[int]:\n    """Double each."""\n'
+    tests = "def check(candidate):\n    assert candidate([1, 2]) == [2, 4]\n"
+    row = {"task_id": "HumanEval/0", "prompt": beginning, "test": tests, "entry_point": "double"}
+    file.write_text(json.dumps(row) + "\n")
+    (task,) = humaneval(str(file))
+    assert beginning in task["prompt"] and (task["task"], task["setup"]) == ("HumanEval/0", beginning)
+    whole = "```python\ndef double(xs: List[int]) -> List[int]:\n    return [2 * x for x in xs]\n```"
+    body = "```python\n    return [2 * x for x in xs]\n```"
+    wrong = "```python\ndef double(xs):\n    return xs\n```"
+    columns = {"answer": [task["tests"]] * 3, "setup": [task["setup"]] * 3, "entry_point": ["double"] * 3}
+    assert code([whole, body, wrong], **columns) == [1.0, 1.0, 0.0]
+    file.write_text(json.dumps(row | {"test": None}) + "\n")
+    with pytest.raises(UserError, match=r"^row 0 of .* is no task of HumanEval, which has prompt, test"):
+        list(humaneval(str(file)))

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from sapo_rl.config import Config, RewardFunctionConfig
+from sapo_rl.config import RewardFunctionConfig
 from sapo_rl.errors import UserError
-from sapo_rl.rewards import REWARD_FUNCTIONS, check_function, comparison_warning, numeric_answer, resolve
+from sapo_rl.rewards import REWARD_FUNCTIONS, check_function, numeric_answer, resolve
 from sapo_rl.rewards.lookup import check_own_arguments
 
 MODULE = """
@@ -152,17 +152,6 @@ def test_arguments_that_a_users_function_takes_are_accepted() -> None:
     check_own_arguments("mine", own, {"answer": ["fixed"]})  # what is missing is looked for among the columns
     check_own_arguments("mine", everything, {"level": 2})
     check_own_arguments("mine", type("Callable", (), {"__call__": everything})(), {"level": 2})
-
-
-def test_an_evaluation_by_a_function_that_compares_groups_is_told() -> None:
-    config = Config()
-    config.reward.functions = {
-        "rank": RewardFunctionConfig("my_module.rank", scope="group"),
-        "exact": RewardFunctionConfig("exact_match"),
-    }
-    assert "reward.functions.rank.scope: is group, and eval/reward" in str(comparison_warning(config))
-    config.eval.reward = "exact"
-    assert comparison_warning(config) is None
 
 
 def test_importing_and_checking_loads_nothing_heavy() -> None:

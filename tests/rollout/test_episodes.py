@@ -21,7 +21,7 @@ from sapo_rl.errors import UserError
 from sapo_rl.rewards import Scoring, squad_f1
 from sapo_rl.rewards.runner.scoring import call_arguments
 from sapo_rl.rewards.runner.sheet import Place
-from sapo_rl.rollout.collector import Rollouts
+from sapo_rl.rollout.collector import Rollouts, greedy_of, sampling_of
 from sapo_rl.rollout.dispatch import Session
 from sapo_rl.rollout.refill import kept, write_refilled
 from sapo_rl.types import Group, RewardStats, Scores, Stop
@@ -197,11 +197,8 @@ def test_a_failed_environment_ends_the_run_or_leaves_its_group(here: Path) -> No
         assert [len(group.samples) for group in result.groups] == [2, 0]
         assert len(result.dropped) == 2 and "no mood" in result.dropped[0]
         assert sorted(group.prompt.index for group in finished) == [3, 4]
-        assert [group.prompt.index for group in episodes.greedy(prompts)] == [3]
         with pytest.raises(UserError, match=r"^no episode is left; environment 'my_games\.Echo' failed on prompt 4"):
             episodes.write(prompts[1:], step=1).checked()
-        with pytest.raises(UserError, match=r"^no episode is left; environment 'my_games\.Echo' failed on prompt 4"):
-            episodes.greedy(prompts[1:])
 
 
 def test_a_group_that_is_lost_is_replaced_and_so_is_one_that_replaces_it(here: Path) -> None:
@@ -273,8 +270,10 @@ def test_greedy_episodes_take_the_likeliest_replies_and_go_before_others(
         return submit(self, request, sampling, session, urgent)
 
     monkeypatch.setattr(Rollouts, "submit", watched)
-    with playing(config("my_games.Echo"), lambda said: "abc") as (episodes, engine):
-        (group,) = episodes.greedy([prompt()], most=2)
+    cfg = config("my_games.Echo")
+    with playing(cfg, lambda said: "abc") as (episodes, engine):
+        own = greedy_of(sampling_of(cfg.rollout), most=2)
+        (group,) = episodes.write([prompt()], 1, 1, sampling=own).groups
         assert {(sampling.temperature, sampling.logprobs, sampling.max_tokens) for _, sampling in engine.requests} == {
             (0.0, False, 2)
         }

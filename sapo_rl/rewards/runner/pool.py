@@ -7,13 +7,15 @@ process stops all of these, so functions run in workers that are replaced when t
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-from sapo_rl.config import RewardConfig
-from sapo_rl.config.reward import BATCH
+from sapo_rl.config import RewardConfig, RewardFunctionConfig
+from sapo_rl.config.reward import BATCH, key_of
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.rewards.runner.batch import Scoring
 from sapo_rl.rewards.runner.scheduler import Scheduler
@@ -37,11 +39,15 @@ class RewardPool:
     Args:
         cfg: the functions, how many workers run them, and which secrets these see.
         log: file that takes what functions print, bounded; None leaves it to this process's stdout and stderr.
+        further: functions that are called only where they are named, by their whole key in the config.
     """
 
-    def __init__(self, cfg: RewardConfig, log: Path | None = None) -> None:
-        self._cfg = cfg
-        self._scheduler = Scheduler(cfg, log)
+    def __init__(
+        self, cfg: RewardConfig, log: Path | None = None, further: Mapping[str, RewardFunctionConfig] | None = None
+    ) -> None:
+        self._cfg = replace(cfg, functions={**cfg.functions, **(further or {})})
+        self._own = list(cfg.functions)
+        self._scheduler = Scheduler(self._cfg, log)
         # The kernel ends workers with the thread that has started them: it lives as long as the pool.
         self._thread = threading.Thread(target=self._scheduler.run, name="rewards", daemon=True)
         self._needs: dict[str, list[str]] = {}
@@ -69,12 +75,13 @@ class RewardPool:
         self._scheduler.stop(RuntimeError("the pool of reward functions is closed"))
         self._thread.join()
 
-    def check_columns(self, columns: Collection[str], source: str) -> None:
-        """Refuse columns with which the functions cannot be called; the pool has been entered.
+    def check_columns(self, columns: Collection[str], source: str, names: Sequence[str] | None = None) -> None:
+        """Refuse columns with which functions cannot be called; the pool has been entered.
 
         Args:
             columns: what prompts bring along.
             source: whose prompts, for the message.
+            names: of the functions; None takes those of `cfg`.
 
         Raises:
             UserError: a column has the name of something else that functions are given, or one of theirs is missing.
@@ -85,31 +92,32 @@ class RewardPool:
                     f"{source} has a column '{column}', but under that name reward functions get what the model was "
                     "asked and wrote; rename the column"
                 )
-        for name, function in self._cfg.functions.items():
+        for name in self._own if names is None else names:
             for column in self._needs.get(name, []):
                 if column not in columns:
                     raise UserError(
-                        f"reward function '{name}' ({function.function}) needs '{column}', which is no "
-                        f"column of {source} and not in reward.functions.{name}.args; {did_you_mean(column, columns)}"
+                        f"reward function '{name}' ({self._cfg.functions[name].function}) needs '{column}', which is "
+                        f"no column of {source} and not in {key_of(name)}.args; {did_you_mean(column, columns)}"
                     )
 
-    def submit(self, group: Group) -> Future[Scores]:
+    def submit(self, group: Group, names: Sequence[str] | None = None) -> Future[Scores]:
         """Have a group scored; from any thread.
 
         Returns:
-            A future of the group with `sample.rewards[name]` for every function of the config but those of scope
-            `batch`, and of what happened meanwhile. It fails with a UserError on a failed sample of a function whose
-            `on_error` is `raise`. To cancel it ends the calls that are under way.
+            A future of the group with `sample.rewards[name]` for every function that is named, by default those of
+            `cfg`, but for those of scope `batch`, and of what happened meanwhile. It fails with a UserError on a failed
+            sample of a function whose `on_error` is `raise`. To cancel it ends the calls that are under way.
         """
-        return self._submit([group], batch=False)
+        return self._submit([group], names, batch=False)
 
-    def submit_batch(self, groups: Sequence[Group]) -> Future[Scores]:
+    def submit_batch(self, groups: Sequence[Group], names: Sequence[str] | None = None) -> Future[Scores]:
         """Have all groups of a batch scored by the functions of scope `batch`; from any thread, as `submit`."""
-        return self._submit(groups, batch=True)
+        return self._submit(groups, names, batch=True)
 
-    def scoring(self) -> Scoring:
-        """Return what gathers the scores of a batch whose groups are finished one by one."""
-        return Scoring(self.submit, self.submit_batch, list(self._cfg.functions))
+    def scoring(self, names: Sequence[str] | None = None) -> Scoring:
+        """Return what gathers the scores of a batch whose groups are finished one by one; `names` as in `submit`."""
+        named = self._own if names is None else names
+        return Scoring(partial(self.submit, names=named), partial(self.submit_batch, names=named), named)
 
     def score(self, groups: Sequence[Group]) -> Scores:
         """Return the groups with their rewards, and what happened meanwhile.
@@ -122,7 +130,8 @@ class RewardPool:
                 scoring.add(group)
             return scoring.result(groups)
 
-    def _submit(self, groups: Sequence[Group], batch: bool) -> Future[Scores]:
-        sheet = Sheet(groups, [name for name, one in self._cfg.functions.items() if (one.scope == BATCH) is batch])
+    def _submit(self, groups: Sequence[Group], names: Sequence[str] | None, batch: bool) -> Future[Scores]:
+        named = self._own if names is None else names
+        sheet = Sheet(groups, [name for name in named if (self._cfg.functions[name].scope == BATCH) is batch])
         self._scheduler.submit(sheet)
         return sheet.future

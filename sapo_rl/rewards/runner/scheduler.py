@@ -17,7 +17,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from sapo_rl.config import RewardConfig
-from sapo_rl.config.reward import BATCH
+from sapo_rl.config.reward import BATCH, key_of
 from sapo_rl.errors import UserError
 from sapo_rl.rewards.lookup import check_concurrency
 from sapo_rl.rewards.runner.blame import Blame, Call, Outcome
@@ -210,7 +210,7 @@ class Scheduler:
         cfg = self._cfg.functions[call.name]
         text = _failure(call, cfg.function, self._workers.with_hint(cause))
         if cfg.on_error == "raise":
-            key = f"reward.functions.{call.name}.on_error"
+            key = f"{key_of(call.name)}.on_error"
             call.sheet.give_up(UserError(f"{text}; {key}=zero scores such samples 0, {key}=none leaves them out"))
             self._abandon(call.sheet)
         else:
