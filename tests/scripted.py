@@ -63,10 +63,10 @@ def config(name: str | None, tools: tuple[str, ...] = (), **settings: Any) -> Co
 
 
 @contextmanager
-def playing(cfg: Config, script: Callable[[str], str]) -> Iterator[tuple[Episodes, Scripted]]:
+def playing(cfg: Config, script: Callable[[str], str], states: bool = False) -> Iterator[tuple[Episodes, Scripted]]:
     engine: Any = Scripted(script)
     rollouts = Rollouts([engine], cfg.rollout, TOKENIZER, cfg.seed, cfg.reproducible)
-    with Episodes(rollouts, pools_of(cfg), cfg) as episodes:
+    with Episodes(rollouts, pools_of(cfg), cfg, states) as episodes:
         yield episodes, engine
 
 

@@ -269,6 +269,11 @@ class Config:
         return bool(self.played)
 
     @property
+    def has_environment(self) -> bool:
+        """Whether an environment is an object of its own that reward functions can look at, not an agent or tools."""
+        return any(one.name not in (None, "endpoint") for one in self.played.values())
+
+    @property
     def played(self) -> dict[str, EnvironmentConfig]:
         """What answers the model, by the column `environment`; under "" where it is the same for all rows."""
         alone = {"": self.environment} if self.environment.name is not None or self.tools else {}

@@ -18,6 +18,9 @@ from sapo_rl.errors.own_code import is_dict, is_list, is_mapping, is_tuple, line
 from sapo_rl.plugins import NAMED, accepted, parameters_of
 from sapo_rl.types import LARGEST_REWARD
 
+LARGEST_ATTRIBUTE = 2**16
+"""Bytes of an environment's attribute, as JSON, that reward functions may see."""
+
 Answer: TypeAlias = dict[str, Any]
 """What a call of an environment answers, as JSON holds it."""
 
@@ -152,17 +155,21 @@ class Play:
             raise Failure(f"run: {told(error)}{line_of(self.own.run, error)}") from error
         return {"reward": self._number("run", found)}
 
-    async def end(self) -> Answer:
-        """Close it; `reward` is what `get_reward` says, the sum where it has several, None where there is none."""
+    async def end(self, with_state: bool = False) -> Answer:
+        """Close it; `reward` is what `get_reward` says, the sum where it has several, None where there is none.
+
+        `state` is, where asked for, what `state_of` finds before.
+        """
         reward = None
         try:
             if callable(getattr(self.own, "get_reward", None)):
                 found = await self._call("get_reward")
                 parts: list[Any] = list(found.values()) if is_mapping(found) else [found]
                 reward = sum(self._number("get_reward", part) for part in parts)
+            state = {"state": state_of(self.own)} if with_state and self.own is not None else {}
         finally:
             await self.close()
-        return {"reward": reward}
+        return {"reward": reward, **state}
 
     async def close(self) -> Answer:
         """Call `close`, where there is one."""
@@ -198,6 +205,23 @@ def _messages(found: Any, name: str) -> list[dict[str, Any]]:
 
 def _is_message(found: Any) -> bool:
     return is_dict(found) and all(isinstance(found.get(key), str) for key in ("role", "content"))
+
+
+def state_of(own: Any) -> dict[str, Any]:
+    """Return the public attributes and properties of an object that JSON can hold in `LARGEST_ATTRIBUTE` bytes each."""
+    properties = inspect.getmembers_static(own.__class__, lambda one: isinstance(one, property))
+    named = [*getattr(own, "__dict__", {}), *(name for name, _ in properties)]
+    state: dict[str, Any] = {}
+    for name in named:
+        if name.startswith("_"):
+            continue
+        try:
+            value = getattr(own, name)
+            if len(json.dumps(value, allow_nan=False)) <= LARGEST_ATTRIBUTE:
+                state[name] = value
+        except Exception:  # a property of the user's may raise anything; what JSON cannot hold is left out
+            continue
+    return state
 
 
 def as_json(answer: Answer) -> bytes:

@@ -36,6 +36,8 @@ class Setting:
     template: ChatTemplate
     environment: EnvironmentPool
     submit: Submit
+    states: bool = False
+    """Whether reward functions ask for the environments that were played."""
 
 
 @dataclass
@@ -49,6 +51,8 @@ class Course:
     tool_failures: int = 0
     info: dict[str, Any] = field(default_factory=dict)
     """What the environment told last."""
+    state: dict[str, Any] | None = None
+    """The environment's own at the end, where reward functions ask for it."""
     answers: list[Answer] = field(default_factory=list)
     """The engines', a turn each."""
     sent: int = 0
@@ -173,7 +177,7 @@ class Episode:
     async def _sample(
         self, seat: Seat, conversation: Conversation, opening: list[Message], messages: list[Message], stop: Stop
     ) -> Sample:
-        own = await seat.end()
+        own, self.course.state = await seat.end(self._setting.states)
         parts = [*self.course.rewards, *([] if own is None else [own])]
         rows, turns, reward = conversation.rows(), conversation.turns(), sum(parts) if parts else None
         return self._made(rows, turns, opening, messages, transcript(messages), stop, reward, seat.seconds)
@@ -203,6 +207,7 @@ class Episode:
                 "environment": self._setting.name,
                 "rewards": course.rewards,
                 "told": course.info,
+                "state": course.state,
                 "tool_calls": course.tool_calls,
                 "tool_failures": course.tool_failures,
                 "seconds": seconds,

@@ -42,8 +42,10 @@ class Episodes:
         config: the run's.
     """
 
-    def __init__(self, rollouts: Rollouts, environments: Mapping[str, EnvironmentPool], config: Config) -> None:
-        self._rollouts, self._environments, self._config = rollouts, environments, config
+    def __init__(
+        self, rollouts: Rollouts, environments: Mapping[str, EnvironmentPool], config: Config, states: bool = False
+    ) -> None:
+        self._rollouts, self._environments, self._config, self._states = rollouts, environments, config, states
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="episodes", daemon=True)
         self._server = AgentServer(config.rollout)
@@ -100,7 +102,7 @@ class Episodes:
             parser=self._config.rollout.tool_parser,
             arguments=self._config.data.chat_template_args,
         )
-        setting = Setting(self._config, name, template, pool, self._rollouts.submit)
+        setting = Setting(self._config, name, template, pool, self._rollouts.submit, self._states)
         if not pool.runs:
             return partial(Episode, setting)
         templates = Templates(template, self._config.rollout.tool_parser)

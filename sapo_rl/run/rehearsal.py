@@ -75,6 +75,7 @@ def rehearse(config: Config) -> Trial:
         for row in list(rows.values())[:1]  # all have the same columns
     }
     with reading("reward"), RewardPool(replace(config.reward, workers=1), further=further_functions(config)) as pool:
+        pool.sees_environments(config.has_environment)
         for source, own in columns.items():
             pool.check_columns(own, source)
         for name, own in sets.items():

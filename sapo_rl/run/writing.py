@@ -122,7 +122,8 @@ def start_writing(rank: Rank, stack: contextlib.ExitStack, part: str = "") -> Wr
     stack.callback(close_all, engines)
     rollouts = Rollouts(engines, config.rollout, tokenizer, config.seed, config.reproducible)
     pools = pools_of(config, rank.log("environments"))
-    writer = stack.enter_context(Episodes(rollouts, pools, config)) if pools else rollouts
+    states = rank.rewards.sees_environments(config.has_environment)
+    writer = stack.enter_context(Episodes(rollouts, pools, config, states)) if pools else rollouts
     for engine in engines:
         engine.start()
     return Writing(engines, rollouts, pools, writer)

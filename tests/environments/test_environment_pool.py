@@ -53,7 +53,7 @@ async def episode(pool: EnvironmentPool, *replies: str, **row: Any) -> list[Any]
     async with await pool.seat() as seat:
         opening = await seat.reset(row, seed=7)
         steps = [await seat.step(reply) for reply in replies]
-        return [opening, *steps, await seat.end()]
+        return [opening, *steps, (await seat.end())[0]]
 
 
 def processes_left(here: Path) -> list[int]:
@@ -90,7 +90,7 @@ def test_tools_of_an_object_and_of_functions_are_described_and_called(here: Path
             opening = await seat.reset({"word": "ab"}, seed=0)
             calls = [("look", {"place": 2}), ("double", {"number": 4}), ("look", {"place": 0}), ("find", {})]
             used = [await seat.use(name, arguments) for name, arguments in [*calls, ("finish", {})]]
-            return [opening, *used, await seat.end()], pool.schemas
+            return [opening, *used, (await seat.end())[0]], pool.schemas
 
     (opening, look, double, wrong, unknown, finish, reward), schemas = run(
         config("my_games.Shelf", tools=("my_games.double",)), work

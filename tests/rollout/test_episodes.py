@@ -15,10 +15,10 @@ import pytest
 from games import MODULE
 from scripted import ASSISTANT, TOKENIZER, call_of, config, one, play, play_high_low, playing, prompt, trained
 
-from sapo_rl.config import Config, EnvironmentConfig
+from sapo_rl.config import Config, EnvironmentConfig, RewardConfig, RewardFunctionConfig
 from sapo_rl.engines.base import Request, Sampling
 from sapo_rl.errors import UserError
-from sapo_rl.rewards import Scoring, squad_f1
+from sapo_rl.rewards import RewardPool, Scoring, squad_f1
 from sapo_rl.rewards.runner.scoring import call_arguments
 from sapo_rl.rewards.runner.sheet import Place
 from sapo_rl.rollout.collector import Rollouts, greedy_of, sampling_of
@@ -50,6 +50,77 @@ def test_a_game_is_played_to_its_end_and_only_what_the_model_wrote_is_trained_on
         {"role": "assistant", "content": "50"},
         {"role": "user", "content": "higher"},
     ]
+
+
+SEEN = '''
+class Counter:
+    """TRL's shape, with what reward functions look at."""
+
+    def __init__(self):
+        self.count, self.names, self._hidden = 0, ["a"], 1
+        self.handle, self.long, self.endless = open(__file__), "x" * 70_000, float("nan")
+
+    def reset(self, **row):
+        return None
+
+    def add(self, by: int) -> str:
+        """Add to the counter.
+
+        Args:
+            by: How much.
+        """
+        self.count += by
+        return str(self.count)
+
+    @property
+    def twice(self):
+        return 2 * self.count
+
+    @property
+    def broken(self):
+        raise RuntimeError("no")
+
+
+def counted(environments, **columns):
+    return [one.count + one.twice + len(one.names) for one in environments]
+
+
+async def counted_later(completions, environments=None, **columns):
+    return [float(environments[0].count)] * len(completions)
+
+
+def looks_too_far(environments):
+    return [one.handle for one in environments]
+'''
+
+
+def test_reward_functions_see_the_environments_that_were_played_where_they_ask(here: Path) -> None:
+    (here / "my_counter.py").write_text(SEEN)
+    cfg = config("my_counter.Counter")
+
+    def script(said: str) -> str:
+        return "5" if "tool" in said else call_of("add", by=5)
+
+    with playing(cfg, script, states=True) as (episodes, _):
+        (group,) = episodes.write([prompt(answer="5")], step=1).groups
+    assert [sample.info["state"] for sample in group.samples] == [{"count": 5, "names": ["a"], "twice": 10}] * 2
+    functions = {name: RewardFunctionConfig(f"my_counter.{name}") for name in ("counted", "counted_later")}
+    with RewardPool(RewardConfig(functions=functions)) as pool:
+        assert pool.sees_environments(has_environment=True)
+        with pytest.raises(
+            UserError, match=r"'counted' \(my_counter.counted\) asks for 'environments', and the run has"
+        ):
+            pool.sees_environments(has_environment=False)
+        pool.check_columns(["answer"], "the data")
+        scored = pool.submit(group).result().groups[0]
+        assert [(one.rewards["counted"], one.rewards["counted_later"]) for one in scored.samples] == [(16.0, 5.0)] * 2
+    far = RewardPool(RewardConfig(functions={"far": RewardFunctionConfig("my_counter.looks_too_far")}))
+    with far, pytest.raises(UserError, match=r"AttributeError: no 'handle' of the environment is kept"):
+        far.submit(group).result()
+    with playing(cfg, script) as (episodes, _):
+        assert episodes.write([prompt(answer="5")], step=1).groups[0].samples[0].info["state"] is None
+    with RewardPool(RewardConfig(functions={"match": RewardFunctionConfig("exact_match")})) as pool:
+        assert not pool.sees_environments(has_environment=False)
 
 
 def test_a_prompt_that_ends_in_the_models_words_is_gone_on_with(here: Path) -> None:

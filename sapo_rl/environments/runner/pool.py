@@ -19,6 +19,7 @@ from sapo_rl.config import Config
 from sapo_rl.environments.runner.process import EnvironmentFailed, EnvironmentWorker
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.errors.files import touch_log
+from sapo_rl.errors.own_code import is_dict
 from sapo_rl.processes.hidden import environment_of, hidden, with_hint
 from sapo_rl.types import LARGEST_REWARD
 
@@ -197,11 +198,13 @@ class Seat:
                 self.seconds -= time.perf_counter() - self._since
                 self._worker.wait(self._number, False)
 
-    async def end(self) -> float | None:
-        """End; return what `get_reward` says, None where there is none."""
-        answer = await self._ask("end")
+    async def end(self, with_state: bool = False) -> tuple[float | None, dict[str, Any] | None]:
+        """End; return what `get_reward` says, None where there is none, and the environment's state where asked for."""
+        answer = await self._ask("end", with_state=with_state)
         self._open = False
-        return None if answer.get("reward") is None else _as_number(answer["reward"])
+        state = answer.get("state")
+        reward = None if answer.get("reward") is None else _as_number(answer["reward"])
+        return reward, state if is_dict(state) else None
 
     async def _ask(self, does: str, **given: Any) -> dict[str, Any]:
         start = time.perf_counter()

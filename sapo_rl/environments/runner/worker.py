@@ -13,7 +13,6 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Callable
 from typing import Any
 
 from sapo_rl.environments.base import Answer, Failure, Kind, Play, as_json
@@ -100,8 +99,8 @@ class Worker:
             return await self._plays[episode].step(call["reply"])
         if does == "use":
             return await self._plays[episode].use(call["tool"], call["arguments"])
-        end: Callable[[Play], Any] = Play.end if does == "end" else Play.close
-        return await end(self._plays.pop(episode))
+        play = self._plays.pop(episode)
+        return await (play.end(call["with_state"]) if does == "end" else play.close())
 
     def _send(self, answer: dict[str, Any]) -> None:
         self._write(as_json(answer))

@@ -19,7 +19,7 @@ from sapo_rl.config.reward import BATCH, key_of
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.rewards.runner.batch import Scoring
 from sapo_rl.rewards.runner.scheduler import Scheduler
-from sapo_rl.rewards.runner.scoring import GIVEN
+from sapo_rl.rewards.runner.scoring import ENVIRONMENTS, GIVEN
 from sapo_rl.rewards.runner.sheet import Sheet
 from sapo_rl.types import Group, Scores
 
@@ -94,11 +94,25 @@ class RewardPool:
                 )
         for name in self._own if names is None else names:
             for column in self._needs.get(name, []):
-                if column not in columns:
+                if column not in columns and column != ENVIRONMENTS:
                     raise UserError(
                         f"reward function '{name}' ({self._cfg.functions[name].function}) needs '{column}', which is "
                         f"no column of {source} and not in {key_of(name)}.args; {did_you_mean(column, columns)}"
                     )
+
+    def sees_environments(self, has_environment: bool) -> bool:
+        """Return whether a function asks for the environments that were played; the pool has been entered.
+
+        Raises:
+            UserError: one does, and there are none.
+        """
+        asking = [name for name, needs in self._needs.items() if ENVIRONMENTS in needs]
+        if asking and not has_environment:
+            raise UserError(
+                f"reward function '{asking[0]}' ({self._cfg.functions[asking[0]].function}) asks for 'environments', "
+                "and the run has none: set environment.name, or environments with a name each"
+            )
+        return bool(asking)
 
     def submit(self, group: Group, names: Sequence[str] | None = None) -> Future[Scores]:
         """Have a group scored; from any thread.

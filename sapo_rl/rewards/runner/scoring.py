@@ -13,8 +13,27 @@ from sapo_rl.rewards.registry import RewardFunction, Score
 from sapo_rl.rewards.runner.sheet import Place
 from sapo_rl.types import LARGEST_REWARD
 
-GIVEN = ("completions", "prompts", "completion_ids")
+ENVIRONMENTS = "environments"
+"""The argument by which a function sees the environments that were played, as in TRL."""
+GIVEN = ("completions", "prompts", "completion_ids", ENVIRONMENTS)
 """What every call is given beside the data's columns and the function's settings."""
+
+
+class EnvironmentState:
+    """The public attributes of an environment at the end of its episode.
+
+    Example:
+        >>> EnvironmentState({"reward": 0.5}).reward
+        0.5
+    """
+
+    def __init__(self, attributes: Mapping[str, Any]) -> None:
+        vars(self).update(attributes)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"no '{name}' of the environment is kept: public attributes are, where JSON can hold them in 64 KiB"
+        )
 
 
 class ScoreError(Exception):
@@ -26,14 +45,17 @@ def call_arguments(places: Sequence[Place]) -> dict[str, list[Any]]:
 
     `prompts`, `completions`, `completion_ids` and every column of the prompts, each with an entry a sample. A chat
     prompt's completion is a list of one assistant message, a text prompt's a string; that of an episode with several
-    turns is all that was said after the prompt, as messages.
+    turns is all that was said after the prompt, as messages. `environments` are the states of those that
+    were played, where they are kept.
     """
     prompts = [place.prompt for place in places]
+    states = [place.sample.info.get("state") for place in places]
     return {
         **{name: [prompt.columns[name] for prompt in prompts] for name in prompts[0].columns},
         "prompts": [prompt.content for prompt in prompts],
         "completions": [_completion(place) for place in places],
         "completion_ids": [place.sample.token_ids for place in places],
+        **({ENVIRONMENTS: states} if any(state is not None for state in states) else {}),
     }
 
 
@@ -45,9 +67,10 @@ def _completion(place: Place) -> str | list[dict[str, Any]]:
 
 
 def needed_columns(function: RewardFunction, settings: dict[str, Any]) -> list[str]:
-    """Return the columns without which `function` cannot be called."""
-    named = [p for p in parameters_of(function).values() if p.kind in NAMED and p.default is p.empty]
-    return [p.name for p in named if p.name not in GIVEN and p.name not in settings]
+    """Return the columns without which `function` cannot be called, and `ENVIRONMENTS` where it names that."""
+    named = [p for p in parameters_of(function).values() if p.kind in NAMED]
+    columns = [p.name for p in named if p.default is p.empty and p.name not in GIVEN and p.name not in settings]
+    return columns + [p.name for p in named if p.name == ENVIRONMENTS]
 
 
 def evaluate(function: RewardFunction, arguments: dict[str, list[Any]], settings: dict[str, Any]) -> list[Score]:
@@ -60,7 +83,7 @@ def evaluate(function: RewardFunction, arguments: dict[str, list[Any]], settings
     """
     expected = len(arguments["completions"])  # now: the function may change the lists that it is given
     try:
-        result = function(**accepted(function, {**arguments, **settings}))
+        result = function(**_given(function, arguments, settings))
         if inspect.iscoroutine(result):
             result = asyncio.run(result)
     except ScoreError:  # of a function that has another one called
@@ -80,12 +103,22 @@ async def evaluate_coroutine(
     """
     expected = len(arguments["completions"])
     try:
-        result = await function(**accepted(function, {**arguments, **settings}))
+        result = await function(**_given(function, arguments, settings))
     except ScoreError:
         raise
     except BaseException as error:
         raise ScoreError(f"{told(error)}{line_of(function, error)}") from error
     return _checked(result, expected, function)
+
+
+def _given(
+    function: RewardFunction, arguments: dict[str, list[Any]], settings: dict[str, Any]
+) -> dict[str, list[Any] | Any]:
+    """What a function is called with: what it names; with `**kwargs` all, environments where they are kept."""
+    states = arguments.get(ENVIRONMENTS) or [None] * len(arguments["completions"])
+    seen = {ENVIRONMENTS: [None if state is None else EnvironmentState(state) for state in states]}
+    asked = ENVIRONMENTS in arguments or ENVIRONMENTS in parameters_of(function)
+    return accepted(function, {**arguments, **settings, **(seen if asked else {})})
 
 
 def _checked(result: Any, expected: int, function: RewardFunction) -> list[Score]:
