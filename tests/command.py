@@ -88,11 +88,10 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def timeless(folder: Path) -> list[dict[str, Any]]:
-    """Every line without what depends on the clock; resumes themselves are left out."""
+    """Every line without what depends on the clock."""
     return [
         {key: value for key, value in record.items() if key != "time" and not key.startswith(CLOCKS)}
         for record in records(folder)
-        if "run/resumes" not in record
     ]
 
 

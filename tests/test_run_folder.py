@@ -107,9 +107,9 @@ def test_latest_points_to_the_newest_run_and_spares_a_real_folder(tmp_path: Path
 def test_device_is_entered_into_the_start_and_then_into_the_resume(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     run_folder.create(folder, "seed: 1\n", ["config=a"], None)
-    run_folder.record.add_device(folder, {"name": "cpu", "count": 1})
+    run_folder.record.add_to_start(folder, {"device": {"name": "cpu", "count": 1}})
     run_folder.refreeze(folder, "seed: 2\n", ["resume=a", "seed=2"])
-    run_folder.record.add_device(folder, {"name": "H100", "count": 8})
+    run_folder.record.add_to_start(folder, {"device": {"name": "H100", "count": 8}})
     record = json.loads((folder / run_folder.record.ENVIRONMENT).read_text())
     assert record["device"] == {"name": "cpu", "count": 1}
     assert [resume["device"]["name"] for resume in record["resumes"]] == ["H100"]

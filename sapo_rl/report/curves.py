@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,14 +13,13 @@ from sapo_rl.report.packing import rounded
 from sapo_rl.report.runs import SEED, differences, experiments, labels, settings
 from sapo_rl.report.table import CELL, results
 from sapo_rl.run_folder.record import ENVIRONMENT
-from sapo_rl.telemetry import RESUMES
 from sapo_rl.telemetry.metrics import read_metrics
 from sapo_rl.telemetry.progress import Progress, Record, beside, one_line, phases
 
 FILES = (run_folder.CONFIG, run_folder.OVERRIDES, ENVIRONMENT)
 """Files of a run that are shown as they are; they hold no secrets."""
 RESTARTS = "rollout/engine_restarts"
-NOT_CURVES = ("step", "time", "warning", RESUMES)
+NOT_CURVES = ("step", "time", "warning")
 
 
 def about(runs: Sequence[Progress]) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def curves(folder: Path) -> dict[str, Any]:
         "metrics": _columns([_numbers(row) for row in ordered]),
         "phases": _columns([phases(row) if "time/step" in row else {} for row in ordered]),
         "beside": _columns([beside(row) for row in ordered]),
-        "events": list(_events(records)),
+        "events": _events(records, _resumes(folder)),
         "files": {name: text for name in FILES if (text := _text(folder / name))},
     }
 
@@ -94,21 +94,31 @@ def _columns(rows: Sequence[Mapping[str, float | None]]) -> dict[str, list[float
     return {name: [rounded(row.get(name)) for row in rows] for name in names}
 
 
-def _events(records: Iterable[Record]) -> Iterable[dict[str, Any]]:
+def _resumes(folder: Path) -> Iterable[int]:
+    """The steps after which the run went on, of each resume that has come so far."""
+    with suppress(OSError, ValueError):
+        resumes = json.loads((folder / ENVIRONMENT).read_bytes()).get("resumes", [])
+        return [one["after_step"] for one in resumes if "after_step" in one]
+    return []
+
+
+def _events(records: Sequence[Record], resumes: Iterable[int]) -> list[dict[str, Any]]:
     """Warnings, restarts of engines and resumes, in the order in which they happened."""
+    found: list[dict[str, Any]] = []
     known = 0.0
     for record in records:
         place = {"step": record["step"], "time": record["time"]}
         if "warning" in record:
-            yield place | {"kind": "warning", "text": record["warning"]}
-        if record.get(RESUMES):
-            known = 0.0  # the engines are new
-            yield place | {"kind": "resume", "text": f"resumed after step {record['step']}"}
+            found.append(place | {"kind": "warning", "text": record["warning"]})
         if (count := record.get(RESTARTS)) is not None:
             if count > known:
                 engines = "an engine" if count - known == 1 else f"{count - known:.0f} engines"
-                yield place | {"kind": "restart", "text": f"restart of {engines}"}
-            known = count
+                found.append(place | {"kind": "restart", "text": f"restart of {engines}"})
+            known = count  # after a resume it begins anew
+    for step in resumes:
+        time = max((record["time"] for record in records if record["step"] <= step), default=0.0)
+        found.append({"step": step, "time": time, "kind": "resume", "text": f"resumed after step {step}"})
+    return sorted(found, key=lambda event: event["time"])
 
 
 def _text(path: Path) -> str:

@@ -119,6 +119,8 @@ def build(rank: Rank, stack: contextlib.ExitStack, stops: Stops) -> Parts:
     trainer = PolicyTrainer(*_models(config, not loads_weights(accelerator)), config, accelerator)
     step, state = checkpoint.load(resumed, trainer) if resumed else (0, {})
     if resumed:
+        if accelerator.is_main_process:
+            run_folder.record.add_to_start(folder, {"after_step": step})
         sampler.load_state_dict(state["sampler"])
     telemetry = Telemetry(config, folder, accelerator.is_main_process, step if resumed else None, rank.header)
     stack.enter_context(telemetry)

@@ -89,7 +89,7 @@ def meet(folder: Path | None, stack: contextlib.ExitStack) -> Rank:
     _seed(config, accelerator.process_index)
     header = _device_facts(accelerator)
     if accelerator.is_main_process:
-        run_folder.record.add_device(folder, header)
+        run_folder.record.add_to_start(folder, {"device": header})
     _import_own(config)
     return Rank(
         folder=folder,

@@ -19,7 +19,8 @@ from sapo_rl.errors import UserError
 from sapo_rl.run_folder.secrets import redact_override
 
 ENVIRONMENT = "environment.json"
-"""Package versions, machine, git revisions, command; `resumes` lists the same for each resume."""
+"""Package versions, machine, git revisions, command; `resumes` lists the same for each resume,
+with the step `after_step` that it went on from."""
 NAME = "name"
 """Key of the run's name in trackers."""
 SWEEP = "sweep"
@@ -82,11 +83,11 @@ def add(folder: Path, facts: dict[str, Any]) -> None:
     write(folder, read(folder) | facts)
 
 
-def add_device(folder: Path, device: dict[str, Any]) -> None:
-    """Enter `device` (name, count, memory) into the record of the current start or resume."""
+def add_to_start(folder: Path, facts: dict[str, Any]) -> None:
+    """Enter facts into the record of the current start or resume: `device`, or `after_step`, where a resume goes on."""
     record = read(folder)
     resumes = record.get("resumes")
-    (resumes[-1] if resumes else record)["device"] = device
+    (resumes[-1] if resumes else record).update(facts)
     write(folder, record)
 
 

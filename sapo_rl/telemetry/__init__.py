@@ -24,9 +24,6 @@ __all__ = ["Record", "Row", "Telemetry", "Timers", "read_metrics", "rows", "samp
 
 Metrics: TypeAlias = Mapping[str, SupportsFloat | None]
 
-RESUMES = "run/resumes"
-"""How often the run was resumed, recorded where it goes on."""
-
 
 class Telemetry:
     """The one object that the loop reports to; on ranks other than 0 every method does nothing.
@@ -66,8 +63,6 @@ class Telemetry:
         self._display: Display = open_display(config.logging.console)
         self._trackers = Trackers(config, folder, resume_step, self.warn)
         self._display.start(self._progress)
-        if resume_step is not None:
-            self._log.append(resume_step, {RESUMES: 1.0 + sum(RESUMES in record for record in kept)})
         lost = set(range(1, self._progress.resumed_after + 1)) - {record["step"] for record in kept}
         if lost:
             of_all = f"{len(lost)} of the {self._progress.resumed_after} steps"

@@ -48,7 +48,7 @@ def write_whole_run(folder: Path, seed: int, tau: float) -> Path:
             record["reward/mean"] = record["step"] / 100 + seed
             record["rollout/engine_restarts"] = float(record["step"] >= 15)
     records.insert(12, {"step": 5, "time": 11.0, "warning": f"hot {EVIL}{HALF}"})
-    records.insert(24, {"step": 11, "time": 22.0, "run/resumes": 1.0})
+    (folder / "environment.json").write_text(json.dumps({"resumes": [{"date": "refused"}, {"after_step": 11}]}))
     write_records(folder, records)
     config = {"description": "apples", "loss": {"name": "sapo", "tau_neg": tau}, "seed": seed, "run_dir": str(folder)}
     (folder / "config.yaml").write_text(yaml.safe_dump(config | {"trainer": {"steps": STEPS}}))

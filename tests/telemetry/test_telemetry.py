@@ -102,8 +102,7 @@ def test_resuming_leaves_no_step_twice(config: Config, tmp_path: Path, make_grou
     with Telemetry(config, tmp_path, resume_step=2) as telemetry:
         run_steps(telemetry, range(3, 5), make_group)
     records = read_metrics(tmp_path / METRICS)
-    assert [record["step"] for record in records] == [0, 1, 2, 2, 3, 4, 4]
-    assert [(record["step"], record["run/resumes"]) for record in records if "run/resumes" in record] == [(2, 1.0)]
+    assert [record["step"] for record in records] == [0, 1, 2, 3, 4, 4]
     assert not any("warning" in record for record in records)
     times = [record["time"] for record in records]
     assert times == sorted(times)
