@@ -62,7 +62,7 @@ class CorrectionConfig:
 
 
 SAPO = ("sapo",)
-CLIPPED = ("grpo", "gspo", "cispo", "dppo", "dppo_kl")
+CLIPPED = ("grpo", "gspo", "gmpo", "cispo", "dppo", "dppo_kl")
 LEVELLED = ("sapo", "grpo", "cispo", "reinforce")
 """Built-in losses that read a key; a key without `users` is read by all."""
 
@@ -72,7 +72,7 @@ class LossConfig:
     """The objective of an update."""
 
     name: str = choice(
-        "sapo", "sapo", "grpo", "gspo", "cispo", "reinforce", "dppo", "dppo_kl", "vespo", own="policy loss"
+        "sapo", "sapo", "grpo", "gspo", "gmpo", "cispo", "reinforce", "dppo", "dppo_kl", "vespo", own="policy loss"
     )
     """Policy loss, or the dotted path of a class of your own: `package.module.Name`; docs/sapo.md."""
     args: dict[str, Any] = field(default_factory=dict, metadata={"users": ("",)})
@@ -94,7 +94,8 @@ class LossConfig:
     log_ratio_clamp: float = number(20.0, above=0, most=80)
     """Bound on |log ratio| before it is exponentiated; float32 overflows at 88.7."""
     clip_low: float = number(0.2, least=0, users=CLIPPED)
-    """Lower clip range of grpo, gspo and cispo; bound on the divergence of dppo and dppo_kl (where 0.05 is usual)."""
+    """Lower clip range of grpo, gspo and cispo; bound on -log ratio of gmpo (where 0.4 is usual), on the divergence of
+    dppo and dppo_kl (where 0.05 is)."""
     clip_high: float = number(0.2, least=0, users=CLIPPED)
     """Upper clip range, or bound where the advantage is positive."""
     dual_clip: Optional[float] = field(default=None, metadata={"users": ("grpo", "gspo")})

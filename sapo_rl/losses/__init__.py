@@ -12,6 +12,7 @@ from sapo_rl.losses.correction import MismatchCorrection, mismatch_factor, stale
 from sapo_rl.losses.divergence import KLPenalty, kl_estimate
 from sapo_rl.losses.dppo import DPPOKLPolicyLossFn, DPPOPolicyLossFn, binary_kl, binary_tv, dppo_token_losses
 from sapo_rl.losses.gates import GATES, by_sign, gate_rise, gate_value, gate_weight, half_weight_distance
+from sapo_rl.losses.gmpo import GMPOPolicyLossFn, gmpo_token_losses
 from sapo_rl.losses.grpo import GRPOPolicyLossFn, clipped_token_losses
 from sapo_rl.losses.gspo import GSPOPolicyLossFn
 from sapo_rl.losses.metrics import Reduction, inert_temperature_warning, policy_metrics
@@ -28,6 +29,7 @@ __all__ = [
     "CISPOPolicyLossFn",
     "DPPOKLPolicyLossFn",
     "DPPOPolicyLossFn",
+    "GMPOPolicyLossFn",
     "GRPOPolicyLossFn",
     "GSPOPolicyLossFn",
     "KLPenalty",
@@ -52,6 +54,7 @@ __all__ = [
     "gate_rise",
     "gate_value",
     "gate_weight",
+    "gmpo_token_losses",
     "half_weight_distance",
     "inert_temperature_warning",
     "kl_estimate",

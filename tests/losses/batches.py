@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "grpo": {},
     "grpo-dual": {"name": "grpo", "clip_high": 0.28, "dual_clip": 1.5},
     "gspo": {"clip_low": 0.05, "clip_high": 0.08},
+    "gmpo": {"clip_low": 0.2, "clip_high": 0.3},
     "cispo": {},
     "reinforce": {},
     "dppo": {"clip_low": 0.05, "clip_high": 0.08},

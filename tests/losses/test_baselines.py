@@ -1,4 +1,4 @@
-"""DPPO and VESPO against torch's own distributions and the papers' formulas, token by token in plain Python."""
+"""DPPO, GMPO and VESPO against torch's own distributions and the papers' formulas, token by token in plain Python."""
 
 from __future__ import annotations
 
@@ -81,6 +81,30 @@ def test_dppo_is_the_papers_formula(name: str, seed: int, low: float, high: floa
         expected.append(-masks[-1] * (q / p) * advantage)
     torch.testing.assert_close(outputs.gradient_weight, float64(*masks))
     torch.testing.assert_close(outputs.loss.detach(), torch.stack(expected).mean())
+
+
+@quick
+@given(seed=st.integers(0, 2**31), low=st.floats(0.001, 0.5), high=st.floats(0.001, 0.5))
+def test_gmpo_is_the_papers_formula(seed: int, low: float, high: float) -> None:
+    """(prod of min(r^s, clip(r, e^-low, e^high)^s)^s)^(1 / length) A, where s is the sign of A; a product of ratios."""
+    batch = make_batch([4, 1, 5, 3], seed)
+    logps = batch.logps.clone().requires_grad_()
+    inputs = inputs_of(batch, logps, [0, 1, 2, 3], "seq-mean-token-mean")
+    outputs = build_loss("gmpo", clip_low=low, clip_high=high)(inputs)
+    other = batch.logps.clone().requires_grad_()
+    terms = []
+    for sequence in range(4):
+        tokens = batch.sequence_ids == sequence
+        ratio, advantage = other[tokens].exp() / batch.old_logps[tokens].exp(), batch.advantages[tokens][0]
+        sign = advantage.sign()
+        clipped = ratio.clamp(math.exp(-low), math.exp(high))
+        product = (torch.minimum(ratio**sign, clipped**sign) ** sign).prod()
+        terms.append(-(product ** (1 / len(ratio))) * advantage)
+    expected = torch.stack(terms).mean()
+    torch.testing.assert_close(outputs.loss, expected)
+    (gradient,) = torch.autograd.grad(outputs.loss, logps)
+    (reference,) = torch.autograd.grad(expected, other)
+    torch.testing.assert_close(gradient, reference)
 
 
 def vespo_inputs() -> LossInputs:

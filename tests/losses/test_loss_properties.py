@@ -74,6 +74,7 @@ def test_gradient_agrees_with_finite_differences(name: str, rows: list[int], see
     loss_fn = build_loss(**({"name": name} | SETTINGS[name] | WITH_KL))
     # the clipped losses have kinks: a difference taken across one is no derivative
     step, kinks = 1e-6, torch.tensor([0.8, 0.92, 0.95, 1.05, 1.08, 1.2, 1.28, 1.5], dtype=torch.float64).log()
+    kinks = torch.cat([kinks, torch.tensor([-0.2, 0.3], dtype=torch.float64)])  # gmpo's are those of the logarithm
     by_token = batch.logps - batch.old_logps
     by_sequence = [part.mean() for part in by_token.split(rows) if len(part)]
     ratios = torch.cat([by_token, torch.stack(by_sequence)])
@@ -101,7 +102,7 @@ def test_gradient_weight_is_what_is_left_of_the_plain_gradient(
     outputs = build_loss(**chosen)(inputs)
     (gradient,) = torch.autograd.grad(outputs.loss, inputs.logps)
     log_ratios = batch.logps - batch.old_logps
-    if name == "gspo" or name.endswith("-sequence"):
+    if name in ("gspo", "gmpo") or name.endswith("-sequence"):
         log_ratios = torch.cat([part.mean().expand(len(part)) for part in log_ratios.split(rows) if len(part)])
     ratio = log_ratios.clamp(-20, 20).exp()
     expected = -batch.advantages * ratio * outputs.gradient_weight * inputs.token_weights

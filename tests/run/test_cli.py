@@ -624,6 +624,7 @@ LOSS_GROUPS = {
     "dppo": ("dppo", 0.2, 0.2, "seq-mean-token-mean", "group"),
     "dppo_kl": ("dppo_kl", 0.05, 0.05, "seq-mean-token-mean", "group"),
     "vespo": ("vespo", 0.2, 0.2, "seq-mean-token-mean", "group"),
+    "gmpo": ("gmpo", 0.4, 0.4, "seq-mean-token-mean", "group"),
 }
 
 
