@@ -106,4 +106,5 @@ def held_out(step: int) -> list[Row]:
         found += eval_rows(step, [Group(prompt, [one])], "default", "correct", greedy=True)
         if step == STEPS:
             found += eval_rows(step, [Group(prompt, [one, one])], "default", "correct", greedy=False)
-    return found
+    hard = Group(Prompt(0, [1], "Harder", {}), [one_row([7], text="no", rewards={"correct": 0.25})])
+    return found + (eval_rows(step, [hard], "hard", "correct", greedy=True) if step else [])

@@ -234,6 +234,15 @@ def test_the_same_held_out_prompt_is_shown_over_the_evaluations(open_page) -> No
     expect(tab.locator("#count")).to_have_text("1 of 2 prompts, 3 evaluations")
 
 
+def test_another_set_of_held_out_prompts_is_chosen(open_page) -> None:
+    tab = open_page("one.html", "tab=heldout")
+    tab.get_by_label("set").select_option("hard")
+    expect(tab.locator("#count")).to_have_text("1 of 1 prompts, 3 evaluations")
+    cells = tab.locator(".list .row").first.locator(".cells i")
+    assert cells.evaluate_all("all => all.map((one) => one.title)") == ["step 0: \u2013", "step 10: 0.25", "step 20: 0.25"]
+    expect(tab.locator(".prompt pre")).to_have_text("Harder")
+
+
 def test_a_point_of_a_curve_leads_to_the_completions_of_its_step(open_page) -> None:
     tab = open_page("one.html", viewport={"width": 1200, "height": 900})
     drawn(tab, "reward/mean")
