@@ -56,7 +56,8 @@ def status(run: Progress, steps: int | None) -> str:
     """Return `going on`, `complete` or `stopped`."""
     if run_folder.is_going_on(run.folder):
         return "going on"
-    return "complete" if (run.folder / run_folder.FINAL).is_dir() or run.step == steps else "stopped"
+    done = (run.folder / run_folder.FINAL).is_dir() or (steps is not None and run.step >= steps)
+    return "complete" if done else "stopped"
 
 
 def curves(folder: Path) -> dict[str, Any]:

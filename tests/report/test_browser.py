@@ -239,7 +239,8 @@ def test_another_set_of_held_out_prompts_is_chosen(open_page) -> None:
     tab.get_by_label("set").select_option("hard")
     expect(tab.locator("#count")).to_have_text("1 of 1 prompts, 3 evaluations")
     cells = tab.locator(".list .row").first.locator(".cells i")
-    assert cells.evaluate_all("all => all.map((one) => one.title)") == ["step 0: \u2013", "step 10: 0.25", "step 20: 0.25"]
+    titles = cells.evaluate_all("all => all.map((one) => one.title)")
+    assert titles == ["step 0: \u2013", "step 10: 0.25", "step 20: 0.25"]
     expect(tab.locator(".prompt pre")).to_have_text("Harder")
 
 
