@@ -157,6 +157,9 @@ def test_three_steps_a_resume_and_three_more_equal_six_to_the_last_bit(workspace
     assert code == 0, out + err
     assert folders(workspace) == before
     assert timeless(folder) == timeless(whole)
+    assert [one["after_step"] for one in json.loads((folder / "environment.json").read_text())["resumes"]] == [3]
+    kept = sorted(path.stem for path in (folder / "completions").iterdir())
+    assert kept == [*(f"eval_{step:05d}" for step in (0, 3, 6)), *(f"step_{step:05d}" for step in range(1, 7))]
     ours, theirs = (checkpointed(run / "checkpoints/step_000006") for run in (folder, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
