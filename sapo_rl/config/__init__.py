@@ -251,7 +251,12 @@ class Config:
     run_dir: Optional[str] = None
     """The run folder, new or empty; in a sweep the parent of its runs' folders. null takes `runs/<recipe>/<time>`."""
     resume: Optional[str] = None
-    """A run folder to continue from its last checkpoint, or the folder of a recipe: its newest run."""
+    """A run folder to continue from its last checkpoint, or the folder of a recipe: its newest run. `auto` takes the
+    newest run by the same arguments that is not complete, or begins a new one."""
+    fork: Optional[str] = None
+    """A run folder at one of whose checkpoints a new run begins, with its config and what else is set."""
+    step: Optional[int] = number(None, least=1)
+    """Step of the checkpoint that `fork` begins at; null takes the last."""
     dry_run: bool = False
     """Print what would happen and stop."""
     check: str = choice("none", "none", "chat", "data", "rewards")

@@ -28,7 +28,7 @@ from sapo_rl.config.fields import MISSING
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.rewards import RewardFunction, session
 from sapo_rl.rewards.lookup import KIND
-from sapo_rl.run import compose, explain, launch
+from sapo_rl.run import compose, earlier, explain, launch
 from sapo_rl.run import resume as resuming
 from sapo_rl.run.checks import ConfigError
 from sapo_rl.run.following import Following
@@ -198,6 +198,8 @@ def _quiet() -> dict[str, str]:
 def _accepted(given: list[str], functions: list[str], scratch: str) -> tuple[compose.Arguments, Config, str]:
     """Compose and check as the command line does, with these reward functions alone where there are any."""
     ready = compose.Arguments(given)
+    if f"resume={earlier.AUTO}" in given:
+        raise UserError("resume=auto is for the command line")
     try:
         ready = compose.register(given)
         with hydra.initialize_config_dir(str(compose.CONFIGS), version_base="1.3"):
@@ -253,8 +255,8 @@ def _data(rows: Iterable[Mapping[str, Any]] | None, held_out: Iterable[Mapping[s
         return []
     if rows is None:
         raise UserError("eval_dataset needs dataset: rows of other sources are held out by data.eval_path")
-    found = ["data=file", f"data.path={compose.quoted(_kept('dataset', rows))}"]
-    return found if held_out is None else [*found, f"data.eval_path={compose.quoted(_kept('eval_dataset', held_out))}"]
+    found = ["data=file", f"data.path={earlier.quoted(_kept('dataset', rows))}"]
+    return found if held_out is None else [*found, f"data.eval_path={earlier.quoted(_kept('eval_dataset', held_out))}"]
 
 
 def _kept(name: str, rows: Iterable[Mapping[str, Any]]) -> str:

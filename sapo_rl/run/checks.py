@@ -100,6 +100,11 @@ def _check_launch(config: Config) -> None:
         )
 
 
+def _check_fork(config: Config) -> None:
+    if config.step is not None and not config.fork:
+        raise ConfigError("step", f"is {config.step}; goes with fork=RUN, a run folder that has such a checkpoint")
+
+
 def _check_batch(config: Config) -> None:
     rollout, trainer = config.rollout, config.trainer
     if rollout.batch_size % rollout.group_size:
@@ -350,6 +355,7 @@ def _length_key(config: Config, follows: int) -> str:
 
 RULES = {
     "launch": _check_launch,
+    "fork, step": _check_fork,
     "rollout, trainer": _check_batch,
     "rollout.tensor_parallel": _check_tensor_parallel,
     "rollout.engine": _check_engine,

@@ -40,6 +40,8 @@ sapo-train: reinforcement-learning fine-tuning under the SAPO objective
   sapo-train config=NAME run_dir=PATH                  where the run folder shall be (else runs/NAME/<time>)
   sapo-train keys [PART]                               every key with its type, default, range and meaning
   sapo-train resume=runs/NAME[/TIME]                   continue the newest run, or that one, from its last checkpoint
+  sapo-train config=NAME resume=auto                   continue the newest that is not complete, or begin a new one
+  sapo-train fork=runs/NAME/TIME step=N [key=value]    begin a new run at a checkpoint of another
 
 recipes:
 """
@@ -239,7 +241,7 @@ def _attempt(
     own = replace(ready, argv=[*ready.argv, *overrides])  # in a sweep the latter are this job's own
     try:
         config, frozen = compose.accept(composed, ready, overrides)
-        resumed = resume.plan(config, frozen) if config.resume else None
+        resumed = resume.plan(config, frozen) if config.resume or config.fork else None
         if config.dry_run:
             from sapo_rl.run.preview import preview
 
@@ -258,6 +260,7 @@ def _attempt(
     except Exception as error:
         outcome.complain(error, own)
         return
+    start.begins_at = resumed.checkpoint if resumed and config.fork else None
     streams.outlive()
     try:
         run(config, frozen, start)

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from sapo_rl.config.nested import leaves
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.errors.files import expand, is_file
 from sapo_rl.paths import CONFIGS
-from sapo_rl.run import eval_sets, references, user_file
+from sapo_rl.run import earlier, eval_sets, references, user_file
 from sapo_rl.run.checks import ConfigError, check
-from sapo_rl.run_folder import CONFIG, locate
+from sapo_rl.run_folder import CONFIG
 from sapo_rl.run_folder.secrets import is_secret, worth_hiding
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -38,6 +39,9 @@ ADDED_ENVIRONMENT = r"\+\+?environments\.([\w-]+)(\.(name|max_turns|max_tokens|t
 
 ARGS = r"[a-z][\w.-]*\.(args|chat_template_args)[.=]"
 """A key that the user's own code, or a generator, has a name for: Hydra wants a + where the recipe has none."""
+
+START = ("run_dir", "fork", "step")
+"""Keys of this start alone, not of a later one with the same config."""
 
 GLOBAL = "# @package _global_"
 """First line of a group's file that sets keys of other sections as well."""
@@ -84,9 +88,9 @@ def register(argv: list[str], folder: str | None = None) -> Arguments:
     """Make user files known to Hydra as recipes.
 
     `config=path/to/file.yaml` becomes `config=<stem>`, and `config=NAME` is `folder/config/NAME.yaml` where the folder
-    of the user's own groups has one; `resume=FOLDER` becomes the recipe that the folder holds. A new reward function
-    (`+reward.functions.NAME.function=...`) or environment (`+environments.NAME.name=...`) is entered into the schema,
-    to which Hydra cannot add it; sets of evaluations are typed in `accept`.
+    of the user's own groups has one; `resume=FOLDER` and `fork=FOLDER` become the recipe that the folder holds. A new
+    reward function (`+reward.functions.NAME.function=...`) or environment (`+environments.NAME.name=...`) is entered
+    into the schema, to which Hydra cannot add it; sets of evaluations are typed in `accept`.
 
     Raises:
         UserError: a file that is missing or no mapping, or a name that no recipe has.
@@ -100,7 +104,7 @@ def register(argv: list[str], folder: str | None = None) -> Arguments:
     ConfigStore.instance().store(name="schema", node=schema)
     known, files, rewritten = recipes(), {}, []
     own = {path.stem: path for path in expand(folder).glob("config/*.yaml")} if folder else {}
-    for argument in _with_resumed(argv):
+    for argument in earlier.arguments_of(argv, partial(_name_of, known=known, own=own, files=files)):
         if re.match(f"{ADDED_FUNCTION}|{ADDED_ENVIRONMENT}", argument):
             argument = argument.lstrip("+")
             if re.match(r"[a-z.]+\.[\w-]+=\{", argument):  # it may hold args, whose keys are the user's
@@ -183,43 +187,38 @@ def _chosen_keys(override: str) -> Iterator[tuple[str, Any]]:
 
 
 def _as_override(value: Any) -> str:
-    return quoted(value) if isinstance(value, str) else json.dumps(value)
-
-
-def _with_resumed(argv: list[str]) -> list[str]:
-    folders = [argument.partition("=")[2] for argument in argv if argument.startswith("resume=")]
-    if not folders:
-        return argv
-    if any(argument.startswith("config=") for argument in argv):
-        raise UserError("resume continues with the config of its run folder: leave config= out, override single keys")
-    folder = locate(folders[-1])
-    # Quoted: Hydra would stumble over some characters of a path.
-    others = [argument for argument in argv if not argument.startswith("resume=")]
-    return [f"config={folder / CONFIG}", f"resume={quoted(str(folder))}", *others]
-
-
-def quoted(text: str) -> str:
-    """Return a text as Hydra reads it back, whatever characters are in it."""
-    return "'" + text.replace("'", "\\'") + "'"
+    return earlier.quoted(value) if isinstance(value, str) else json.dumps(value)
 
 
 def _register_one(value: str, known: dict[str, str], own: dict[str, Path], files: dict[str, Path]) -> str:
+    if value in known and value not in own:
+        return value
+    name, path = _name_of(value, known, own, files), own.get(value, expand(value))
+    if not is_file(path):
+        raise UserError(f"config: no file '{value}'")
+    node = user_file.load(path, CONFIGS)
+    for key in ("resume", "fork"):
+        if path.name == CONFIG and key in node:  # what an earlier run was told of its own start
+            node[key] = None
+        elif node.get(key):
+            raise UserError(f"{key} ({path}): belongs on the command line: sapo-train {key}={node[key]}")
+    files[name] = path
+    ConfigStore.instance().store(group="config", name=name, node=node, package="_global_")
+    return name
+
+
+def _name_of(value: str, known: dict[str, str], own: dict[str, Path], files: dict[str, Path]) -> str:
+    """The name under which a recipe is registered, and its runs lie; `files` are those that are registered already."""
     if value in known and value not in own:
         return value
     path = own.get(value, expand(value))
     if path.suffix not in (".yaml", ".yml"):
         options = did_you_mean(value, [*known, *own])
         raise UserError(f"config: no recipe '{value}'; {options}, or a path to a .yaml file")
-    if not is_file(path):
-        raise UserError(f"config: no file '{value}'")
-    node = user_file.load(path, CONFIGS)
-    stem = path.parent.name if path.name == "config.yaml" else path.stem
+    stem = path.parent.name if path.name == CONFIG else path.stem
     if not _reads_as_text(stem):
         stem = "_" + re.sub(r"[^\w.-]", "_", stem, flags=re.ASCII)
-    name = next(name for name in _candidates(stem) if name not in {*known, *own, *files})
-    files[name] = path
-    ConfigStore.instance().store(group="config", name=name, node=node, package="_global_")
-    return name
+    return next(name for name in _candidates(stem) if name not in {*known, *own, *files})
 
 
 def _reads_as_text(name: str, group: str = "config") -> bool:
@@ -271,10 +270,11 @@ def accept(
         frozen = references.resolve(composed)
         user_file.check_shape(frozen, CONFIGS)
         _settle_paths(frozen)
-        chosen, frozen["run_dir"] = frozen["run_dir"], None  # of this start alone, not of a later one with this config
+        asked = {key: frozen[key] for key in START}
+        frozen |= dict.fromkeys(START)
         text = yaml.safe_dump(frozen, sort_keys=False, allow_unicode=True)
         config = loads(text)  # as every rank will: it refuses keys that a + has added where there are none
-        config.run_dir = chosen
+        config.run_dir, config.fork, config.step = (asked[key] for key in START)
     except MissingMandatoryValue as error:
         key = first_match(r"full_key: (\S+)", str(error)) or first_match(r"value: (\S+)", str(error))
         raise ConfigError(key, "must be given") from error

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from sapo_rl.run_folder.secrets import redact_override
 
-ASIDE = ("check", "checkpoint", "config", "dry_run", "fork", "hydra", "launch", "logging", "resume", "run_dir", "step")
+ASIDE = ("check", "checkpoint", "config", "dry_run", "hydra", "launch", "logging", "resume", "run_dir")
 """Keys and sections that change nothing about what is learnt, and the recipe, which stands first."""
 LONGEST = 100
 """Characters of what was set; W&B takes 128 of a name."""
@@ -29,11 +29,17 @@ def run_name(recipe: str, settings: Iterable[str], folder: str) -> str:
     """
     told = [
         f"{shortest(key)}={value}"
-        for key, equals, value in (redact_override(one.lstrip("+~")).partition("=") for one in settings)
-        if equals and key.partition("/")[0].partition(".")[0] not in ASIDE
+        for key, _, value in (redact_override(one.lstrip("+~")).partition("=") for one in settings if matters(one))
+        if key not in ("fork", "step")
     ]
     text = " ".join(told)
     return " ".join(filter(None, [recipe, text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…", folder]))
+
+
+def matters(argument: str) -> bool:
+    """Whether an argument `key=value` tells a run from others of its recipe; flags do not."""
+    key, equals, _ = argument.lstrip("+~").partition("=")
+    return bool(equals) and key.partition("/")[0].partition(".")[0] not in ASIDE
 
 
 def shortest(key: str) -> str:

@@ -40,7 +40,7 @@ def preview(config: Config, frozen: str, resumed: Plan | None = None) -> None:
         if warning is not None:
             print(f"sapo-train: warning: {warning}", file=sys.stderr)
     if resumed:
-        console.print(_table("resume", going_on(config, resumed)))
+        console.print(_table("fork" if config.fork else "resume", going_on(config, resumed)))
 
 
 def _grow(tree: Tree, node: dict[str, Any]) -> None:

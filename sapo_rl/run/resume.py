@@ -1,7 +1,9 @@
-"""Going on with a run: from which step, and what may differ from the run so far. Imports no torch."""
+"""Going on with a run, or from it: at which step, and what may differ from the run so far. Imports no torch."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,12 +38,12 @@ HELD_OUT = ("data.eval_path", "data.eval_split", "eval.prompts")
 """The same, where the held-out rows are taken out of the training rows."""
 MOVABLE = ("model.path", "data.path")
 """Keys that may name another place once nothing is left in the old one."""
-NOT_OF_THE_RUN = ("description", "dry_run", "check", "resume")
+NOT_OF_THE_RUN = ("description", "dry_run", "check", "resume", "fork", "step")
 _ABSENT = object()
 
 
 class Plan(NamedTuple):
-    """What a resume would do."""
+    """What a resume or fork would do."""
 
     checkpoint: Path
     step: int
@@ -53,23 +55,68 @@ class Plan(NamedTuple):
 
 
 def plan(config: Config, frozen: str) -> Plan:
-    """Look at the newest checkpoint of the run that `config` (as YAML: `frozen`) goes on with.
+    """Look at the checkpoint that `config` (as YAML: `frozen`) goes on from: a resume's the newest, a fork's any.
 
     Raises:
-        ConfigError: a key differs from the run so far that cannot, or `run_dir` is set; it is named.
-        UserError: there is no checkpoint, it is damaged, no step is left to do, or the run has just begun.
+        ConfigError: a key differs from the run so far that cannot, or does not go with the others; it is named.
+        UserError: there is no such checkpoint, it is damaged, no step is left to do, or the run has just begun.
     """
-    if config.run_dir:
+    if config.resume and config.run_dir:
         raise ConfigError("run_dir", "a run that is resumed stays in its folder; leave run_dir out")
+    checkpoint = _forked(config) if config.fork else _newest(config)
+    kept = manifest.read_record(checkpoint)
+    before = kept["state"]["config"]
+    _refuse_changes(yaml.safe_load(before), yaml.safe_load(frozen))
+    return Plan(checkpoint, kept["step"], kept["updates"], changes(before, frozen))
+
+
+def _newest(config: Config) -> Path:
     folder = expand(str(config.resume))
     run_folder.refuse_finished(folder, config.trainer.steps)
     if not run_folder.checkpoints_in(folder / run_folder.CHECKPOINTS):
         run_folder.refuse_going_on(folder)  # a run that has just begun has none either
-    checkpoint = run_folder.latest_checkpoint(folder / run_folder.CHECKPOINTS)
-    record = manifest.read_record(checkpoint)
-    before = record["state"]["config"]
-    _refuse_changes(yaml.safe_load(before), yaml.safe_load(frozen))
-    return Plan(checkpoint, record["step"], record["updates"], changes(before, frozen))
+    return run_folder.latest_checkpoint(folder / run_folder.CHECKPOINTS)
+
+
+def _forked(config: Config) -> Path:
+    folder = expand(str(config.fork))
+    saved = {run_folder.step_of(path): path for path in run_folder.checkpoints_in(folder / run_folder.CHECKPOINTS)}
+    if not saved:
+        raise ConfigError("fork", f"'{folder}' has no checkpoint; checkpoint.every sets when a run makes them")
+    step = max(saved) if config.step is None else config.step
+    if step not in saved:
+        kept = ", ".join(map(str, saved))
+        raise ConfigError("step", f"'{folder}' has no checkpoint of step {step}; valid: {kept}")
+    if step >= config.trainer.steps:
+        steps = f"is {config.trainer.steps}, and the run to fork from has made {step} steps at that checkpoint"
+        raise ConfigError("trainer.steps", f"{steps}; raise it, or set step to an earlier one")
+    return saved[step]
+
+
+def begin_fork(checkpoint: Path, folder: Path) -> None:
+    """Give a new run folder what the forked run had at a checkpoint: its files are linked, not copied, where they can.
+
+    Numbers and completions up to its step come along, so that the new run is whole by itself.
+
+    Raises:
+        OSError: something cannot be read or written.
+    """
+    source, step = checkpoint.parents[1], run_folder.step_of(checkpoint)
+    shutil.copytree(checkpoint, folder / run_folder.CHECKPOINTS / checkpoint.name, copy_function=_link)
+    if (source / run_folder.METRICS).is_file():
+        shutil.copy(source / run_folder.METRICS, folder)  # later records are dropped as by any resume
+    for path in source.glob(f"{run_folder.COMPLETIONS}/*_*.parquet"):
+        if int(path.stem.rpartition("_")[2]) <= step:
+            (folder / run_folder.COMPLETIONS).mkdir(exist_ok=True)
+            _link(path, folder / run_folder.COMPLETIONS / path.name)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """Link a file that is never written to again; copy it to another file system."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def changes(before: str, now: str) -> dict[str, str]:

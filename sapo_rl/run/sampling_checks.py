@@ -33,7 +33,7 @@ def check_checks(config: Config) -> None:
             raise ConfigError("check", "'rewards' needs reward.functions; what an environment pays is known in a run")
         with under(COMPLETIONS):
             check_file(COMPLETIONS, config.data.check.completions)
-    if config.check == "data" and config.resume:
-        raise ConfigError("check", "'data' measures a model, not a run: leave resume out, set model.path=RUN/final")
+    if config.check == "data" and (config.resume or config.fork):
+        raise ConfigError("check", "'data' measures a model, not a run: leave that out, set model.path=RUN/final")
     if config.check == "data" and config.rollout.servers:
         raise ConfigError("rollout.servers", "check=data has engines of its own; set rollout.servers=[]")

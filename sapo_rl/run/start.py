@@ -14,15 +14,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+import yaml
 
 from sapo_rl import run_folder
 from sapo_rl.config import Config, LaunchConfig
 from sapo_rl.errors import UserError
 from sapo_rl.errors.files import expand
 from sapo_rl.processes import PARENT, killed_by, scratch, stopping_signals, streams
-from sapo_rl.run import launch
+from sapo_rl.run import launch, resume
 from sapo_rl.run.checks import ConfigError
+from sapo_rl.run.earlier import recipe_of, telling
 from sapo_rl.run.names import run_name
 from sapo_rl.run.sweep import Job
 from sapo_rl.run_folder import record
@@ -44,6 +47,8 @@ class Start:
     """The user's own files by recipe name."""
     job: Job | None = None
     """In a sweep, the run that it is."""
+    begins_at: Path | None = None
+    """The checkpoint that a fork begins at."""
     folder: Path | None = None
     """The run folder, once there is one."""
     variables: dict[str, str] = field(default_factory=dict)
@@ -75,10 +80,7 @@ def run(config: Config, frozen: str, start: Start) -> None:
                 lock = stack.enter_context(run_folder.locked(folder))
                 undo = run_folder.refreeze(folder, frozen, start.typed)
             else:
-                folder = _new_folder(config, start)
-                lock = stack.enter_context(run_folder.locked(folder))
-                own = start.files.get(start.recipe)
-                run_folder.create(folder, frozen, start.typed, own, _about(start, folder), link=not config.run_dir)
+                folder, lock = _begin(config, frozen, start, stack)
         except OSError as error:
             raise UserError(f"the run folder cannot be written: {error}") from error
         start.folder = folder
@@ -93,13 +95,32 @@ def run(config: Config, frozen: str, start: Start) -> None:
                 raise
 
 
-def _about(start: Start, folder: Path) -> dict[str, str]:
-    """What trackers and reports call the run, and the sweep that it is one of."""
-    settings = start.typed
-    if start.job:
-        settings = [f"{key}={value}" for key, value in start.job.own.items()]
-    name = {record.NAME: run_name(start.recipe, settings, folder.name)}
-    return name | {record.SWEEP: start.job.sweep} if start.job else name
+def _begin(config: Config, frozen: str, start: Start, stack: contextlib.ExitStack) -> tuple[Path, int]:
+    """Make the folder of a new run; return it and its lock, which `stack` lets go of."""
+    own = start.files.get(start.recipe)
+    if start.begins_at:
+        start.recipe = recipe_of(start.begins_at.parents[1])
+    folder = _new_folder(config, start)
+    lock = stack.enter_context(run_folder.locked(folder))
+    if start.begins_at:  # to its ranks it is a run that goes on
+        frozen = yaml.safe_dump(yaml.safe_load(frozen) | {"resume": str(folder)}, sort_keys=False, allow_unicode=True)
+    run_folder.create(folder, frozen, start.typed, own, _about(start, folder), link=not config.run_dir)
+    if start.begins_at:
+        resume.begin_fork(start.begins_at, folder)
+    return folder, lock
+
+
+def _about(start: Start, folder: Path) -> dict[str, Any]:
+    """What trackers, reports and a later `resume=auto` know the run by."""
+    job, forked = start.job, start.begins_at
+    own = [f"{key}={value}" for key, value in job.own.items()] if job else start.typed
+    found: dict[str, Any] = {record.NAME: run_name(start.recipe, own, folder.name), record.RECIPE: start.recipe}
+    found[record.ARGUMENTS] = telling(start.typed)
+    if job:
+        found[record.SWEEP] = job.sweep
+    if forked:
+        found[record.FORK] = {"run": str(forked.parents[1]), "step": run_folder.step_of(forked)}
+    return found
 
 
 def _new_folder(config: Config, start: Start) -> Path:

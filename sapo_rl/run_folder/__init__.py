@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -61,10 +62,10 @@ def unused(folder: Path) -> Path:
             candidate, number = folder.with_name(f"{folder.name}-{number}"), number + 1
 
 
-def locate(named: str) -> Path:
+def locate(named: str, key: str = "resume") -> Path:
     """Return the run folder that a user names by its path, by a link, or by the folder of a recipe: the newest in it.
 
-    The real folder, for the link `latest` moves on when another run starts.
+    The real folder, for the link `latest` moves on when another run starts. `key` is the word for messages.
 
     Raises:
         UserError: there is no run.
@@ -73,7 +74,7 @@ def locate(named: str) -> Path:
     if not is_file(folder / CONFIG):
         folder /= LATEST
     if not is_file(folder / CONFIG):
-        raise UserError(f"resume: '{named}' is no run folder (no {CONFIG} in it)")
+        raise UserError(f"{key}: '{named}' is no run folder (no {CONFIG} in it)")
     real = folder.resolve()
     if real == Path(os.path.abspath(folder)):
         return folder
@@ -85,7 +86,7 @@ def create(
     config_yaml: str,
     overrides: list[str],
     user_file: Path | None,
-    about: dict[str, str] | None = None,
+    about: dict[str, Any] | None = None,
     link: bool = True,
 ) -> None:
     """Write everything about a run that is known before it starts. Values under secret-looking keys are redacted.

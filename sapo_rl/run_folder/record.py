@@ -21,6 +21,12 @@ from sapo_rl.run_folder.secrets import redact_override
 ENVIRONMENT = "environment.json"
 """Package versions, machine, git revisions, command; `resumes` lists the same for each resume,
 with the step `after_step` that it went on from."""
+RECIPE = "recipe"
+"""Key of the name of the recipe that the run was started from."""
+ARGUMENTS = "arguments"
+"""Key of the arguments of the first start that tell the run from others of its recipe."""
+FORK = "fork"
+"""Key of the run, and the step in it, at which this one begins."""
 NAME = "name"
 """Key of the run's name in trackers."""
 SWEEP = "sweep"

@@ -164,6 +164,19 @@ def test_three_steps_a_resume_and_three_more_equal_six_to_the_last_bit(workspace
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_fork_at_the_third_step_makes_the_same_steps_to_the_last_bit(workspace: Path, whole: Path) -> None:
+    before = folders(workspace)
+    code, out, err = run(workspace, f"fork={whole.relative_to(workspace)}", "step=3")
+    assert code == 0, out + err
+    (folder,) = folders(workspace) - before
+    assert timeless(folder) == timeless(whole)
+    ours, theirs = (checkpointed(one / "checkpoints/step_000006") for one in (folder, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert "after step 3\n" in out and len(list((folder / "completions").glob("step_*"))) == 6
+    ids = [json.loads((one / "environment.json").read_text())["trackers"]["wandb"] for one in (folder, whole)]
+    assert ids[0] != ids[1]
+
+
 def test_what_cannot_be_resumed_is_refused_before_vllm_starts(workspace: Path, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(whole, folder, symlinks=True)
@@ -242,6 +255,9 @@ def test_interrupt_saves_and_tells_how_to_go_on(workspace: Path) -> None:
     assert f"resume={folder.relative_to(workspace)}" in out
     assert len(list((folder / "checkpoints").glob("step_*"))) == 1
     assert not any(psutil.pid_exists(pid) for pid in family)
+    again = ("config=tiny.yaml", "trainer.steps=500", "checkpoint.every=400", "resume=auto", "dry_run=true")
+    code, out, err = run(workspace, *again)
+    assert code == 0 and f"resume=auto: goes on with {folder.relative_to(workspace)}\n" in err, out + err
 
 
 @pytest.mark.multi
