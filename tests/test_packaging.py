@@ -41,7 +41,9 @@ def test_wheel_holds_every_config_and_the_typing_marker(wheel: Path) -> None:
     assert "sapo_rl/configs/config/quickstart.yaml" in configs
     assert configs <= names
     assert "sapo_rl/py.typed" in names
-    assert {f"sapo_rl/report/web/{path.name}" for path in (ROOT / "sapo_rl/report/web").iterdir()} <= names
+    assert {
+        f"sapo_rl/telemetry/report/web/{path.name}" for path in (ROOT / "sapo_rl/telemetry/report/web").iterdir()
+    } <= names
 
 
 def test_wheel_holds_the_package_only(wheel: Path) -> None:

@@ -91,7 +91,7 @@ def show(results: Sequence[Result]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from sapo_rl.report.table import show
+    from sapo_rl.telemetry.report.table import show
 
     keys = list(dict.fromkeys(key for result in results for key in result.job.own))
     found = Table("", *keys, "eval reward, last", "best", "time", "", box=None, padding=(0, 2, 0, 0))
@@ -104,8 +104,8 @@ def show(results: Sequence[Result]) -> None:
 
 
 def _outcome(folder: Path | None) -> tuple[str, str, str]:
-    from sapo_rl.report.runs import load
     from sapo_rl.telemetry.progress import duration, short
+    from sapo_rl.telemetry.report.runs import load
 
     try:
         if folder is None:

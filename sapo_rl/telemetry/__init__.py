@@ -129,7 +129,7 @@ class Telemetry:
         if not self._open:
             return
         tracked = self._trackers.where
-        report = f"{python()} -m sapo_rl.report {shlex.quote(str(self._folder))}"
+        report = f"{python()} -m sapo_rl.telemetry.report {shlex.quote(str(self._folder))}"
         command = (not complete and resume_command(self._folder)) or report
         self.close(failed=not complete)
         self._display.show(summary(self._progress, before, self._examples, tracked, command))

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from report.made import EVIL, HALF, STEPS, write_whole_run
+from report_made import EVIL, HALF, STEPS, write_whole_run
 
-from sapo_rl.report import page
-from sapo_rl.report.cli import main
-from sapo_rl.report.runs import load, load_all
+from sapo_rl.telemetry.report import page
+from sapo_rl.telemetry.report.cli import main
+from sapo_rl.telemetry.report.runs import load, load_all
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

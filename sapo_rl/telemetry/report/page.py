@@ -16,10 +16,10 @@ from pathlib import Path
 
 from sapo_rl import __version__
 from sapo_rl.errors import UserError
-from sapo_rl.report.curves import about, curves
-from sapo_rl.report.packing import LEVEL, packed, plain
-from sapo_rl.report.samples import Index, files_of, read, thinned
 from sapo_rl.telemetry.progress import Progress
+from sapo_rl.telemetry.report.curves import about, curves
+from sapo_rl.telemetry.report.packing import LEVEL, packed, plain
+from sapo_rl.telemetry.report.samples import Index, files_of, read, thinned
 
 WEB = Path(__file__).parent / "web"
 SCRIPTS = ("base.js", "plots.js", "curves.js", "time.js", "chat.js", "samples.js", "heldout.js", "main.js")

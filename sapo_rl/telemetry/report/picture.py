@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sapo_rl.errors import UserError
-from sapo_rl.report.runs import labels, mean_phases
-from sapo_rl.report.table import CELL
 from sapo_rl.telemetry.progress import Progress, one_line
+from sapo_rl.telemetry.report.runs import labels, mean_phases
+from sapo_rl.telemetry.report.table import CELL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

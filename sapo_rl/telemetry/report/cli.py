@@ -1,6 +1,6 @@
 """`sapo-report RUN_DIR ...`: a page to browse runs in, and a table of what differs between them.
 
-Also as `python -m sapo_rl.report`.
+Also as `python -m sapo_rl.telemetry.report`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 
 from sapo_rl.errors import UserError
 from sapo_rl.processes import streams
-from sapo_rl.report import page, picture
-from sapo_rl.report.runs import differences, load_all, unlinked
-from sapo_rl.report.table import show, table
 from sapo_rl.run_folder import METRICS, is_going_on
 from sapo_rl.telemetry.progress import Progress
+from sapo_rl.telemetry.report import page, picture
+from sapo_rl.telemetry.report.runs import differences, load_all, unlinked
+from sapo_rl.telemetry.report.table import show, table
 
 PAGE = ".html"
 """The ending of a page; a file with any other is a picture."""

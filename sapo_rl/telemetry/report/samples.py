@@ -13,9 +13,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from sapo_rl.report.packing import packed, rounded
 from sapo_rl.run_folder import COMPLETIONS
 from sapo_rl.telemetry.progress import Progress, one_line
+from sapo_rl.telemetry.report.packing import packed, rounded
 
 SHOWN = 600
 """Characters of a prompt in the index, by which prompts are searched."""

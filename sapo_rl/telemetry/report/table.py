@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sapo_rl.report.runs import labels, mean_phases
 from sapo_rl.telemetry.progress import Progress, beside, duration, numbers, one_line, short, step_seconds
+from sapo_rl.telemetry.report.runs import labels, mean_phases
 
 WIDE = 200
 """Columns of a table that is not printed to a terminal."""

@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
-from report.made import STEPS, step_rows, write_records, write_run, write_whole_run
+from report_made import STEPS, step_rows, write_records, write_run, write_whole_run
 
 from sapo_rl import run_folder
-from sapo_rl.report import page
-from sapo_rl.report.cli import main
-from sapo_rl.report.runs import differences, experiments, labels, load, mean_phases
-from sapo_rl.report.samples import files_of, thinned
+from sapo_rl.telemetry.report import page
+from sapo_rl.telemetry.report.cli import main
+from sapo_rl.telemetry.report.runs import differences, experiments, labels, load, mean_phases
+from sapo_rl.telemetry.report.samples import files_of, thinned
 from sapo_rl.telemetry.sinks.completions import write_completions
 
 

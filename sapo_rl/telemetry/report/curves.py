@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from sapo_rl import run_folder
-from sapo_rl.report.packing import rounded
-from sapo_rl.report.runs import SEED, differences, experiments, labels, settings
-from sapo_rl.report.table import CELL, results
 from sapo_rl.run_folder.record import ENVIRONMENT
 from sapo_rl.telemetry.metrics import read_metrics
 from sapo_rl.telemetry.progress import Progress, Record, beside, one_line, phases
+from sapo_rl.telemetry.report.packing import rounded
+from sapo_rl.telemetry.report.runs import SEED, differences, experiments, labels, settings
+from sapo_rl.telemetry.report.table import CELL, results
 
 FILES = (run_folder.CONFIG, run_folder.OVERRIDES, ENVIRONMENT)
 """Files of a run that are shown as they are; they hold no secrets."""
