@@ -259,9 +259,10 @@ class Config:
     """Step of the checkpoint that `fork` begins at; null takes the last."""
     dry_run: bool = False
     """Print what would happen and stop."""
-    check: str = choice("none", "none", "chat", "data", "rewards")
+    check: str = choice("none", "none", "chat", "data", "machine", "rewards")
     """Print how the model's chat template carries a conversation with tools (`chat`), how often the model solves the
-    prompts of the data (`data`), or what the reward functions say of given completions (`rewards`), and stop."""
+    prompts of the data (`data`), what the reward functions say of given completions (`rewards`), or whether a run can
+    start on this machine (`machine`), and stop."""
 
     @property
     def in_flight(self) -> bool:

@@ -34,6 +34,7 @@ sapo-train: reinforcement-learning fine-tuning under the SAPO objective
   sapo-train config=NAME check=chat                    show what the chat template does with several turns and tools
   sapo-train config=NAME check=data                    measure how often the model solves the prompts of the data
   sapo-train config=NAME check=rewards                 show what the rewards say of data.check.completions=FILE
+  sapo-train check=machine                             GPU, driver, versions that fit, memory, disk
   sapo-train config=NAME --cfg job                     print the composed config
   sapo-train config=A,B loss.tau_neg=1.0,1.05 -m       sweep, one run after the other
   sapo-train config=NAME --config-dir PATH             your own recipe PATH/config/NAME.yaml, and groups
@@ -63,6 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if arguments[0] == "keys":
         sys.exit(_show_keys(arguments[1:]))
+    if "check=machine" in arguments:
+        from sapo_rl.run.check_machine import check_machine
+
+        sys.exit(check_machine())
     ready = compose.Arguments(arguments)
     outcome = Outcome(wants_traceback=os.environ.get(compose.FULL_ERROR) == "1")
     try:
