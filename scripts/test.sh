@@ -6,7 +6,7 @@
 #   bash scripts/test.sh PYTEST-ARGUMENT ...   pytest alone, e.g. -m "not e2e", or tests/losses
 set -euo pipefail
 # shellcheck source=scripts/setup.sh
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" dev docs endpoint gym math mlflow openenv tensorboard textarena trackio verifiers
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" dashboard dev docs endpoint gym math mlflow openenv tensorboard textarena trackio verifiers
 # Without a marker, but not fast: they load vLLM, start programs, or wait for what hangs.
 slow=(
     tests/engines/test_child.py

@@ -16,7 +16,7 @@ from sapo_rl.errors import UserError
 from sapo_rl.processes import streams
 from sapo_rl.run_folder import METRICS, is_going_on
 from sapo_rl.telemetry.progress import Progress
-from sapo_rl.telemetry.report import page, picture
+from sapo_rl.telemetry.report import dashboard, page, picture
 from sapo_rl.telemetry.report.runs import differences, load_all, unlinked
 from sapo_rl.telemetry.report.table import show, table
 
@@ -28,11 +28,18 @@ WATCH = 10.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Show the runs named on the command line; return 2 for a mistake in it."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if not arguments.runs and not arguments.wandb:
+        parser.error("the following arguments are required: RUN_DIR")
     streams.prepare()
     out: Path | None = arguments.out
     watch: float | None = arguments.watch
     try:
+        if arguments.wandb:
+            print(f"dashboard: {dashboard.publish(arguments.wandb)}", flush=True)
+        if arguments.wandb and not arguments.runs:
+            return 0
         if out is not None and out.suffix != PAGE and watch is not None:
             raise UserError(f"--watch: is for a page; '{out}' of --out must end in {PAGE}")
         folders = unlinked(arguments.runs)
@@ -54,7 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("sapo-report", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN_DIR")
+    parser.add_argument(
+        "--wandb",
+        metavar="[ENTITY/]PROJECT",
+        help="save a dashboard in this project of Weights & Biases (pip install 'sapo-train[dashboard]')",
+    )
     parser.add_argument(
         "--out",
         type=Path,
