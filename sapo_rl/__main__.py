@@ -1,10 +1,11 @@
-"""The commands `sapo-train`, also as `python -m sapo_rl`, and `sapo-serve`.
+"""The commands `sapo-train`, also as `python -m sapo_rl`, `sapo-eval` and `sapo-serve`.
 
 Ctrl-C, or a reader of the output that goes away, ends them quietly.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -13,26 +14,30 @@ from sapo_rl import processes
 from sapo_rl.processes import streams
 
 
-def main() -> None:
-    """Entry point of the console script."""
+def main(module: str = "cli", program: str = "sapo-train") -> None:
+    """Entry point of the console script `sapo-train`; others name their module in `sapo_rl.run` and themselves."""
     streams.prepare()
     try:
         os.getcwd()
     except FileNotFoundError:
-        print("sapo-train: the current folder does not exist any more; change to another", file=sys.stderr)
+        print(f"{program}: the current folder does not exist any more; change to another", file=sys.stderr)
         sys.exit(2)
     try:
         if "RANK" in os.environ:  # of a launcher that the user called, whose process id is not known
             processes.die_with_parent()
-        from sapo_rl.run.cli import main as command_line  # here: Ctrl-C may come before the imports are done
-
-        command_line()
+        # Here: Ctrl-C may come before the imports are done.
+        importlib.import_module(f"sapo_rl.run.{module}").main()
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
         sys.exit(128 + signal.SIGPIPE)
+
+
+def evaluate() -> None:
+    """Entry point of the console script `sapo-eval`."""
+    main("eval", "sapo-eval")
 
 
 def serve() -> None:

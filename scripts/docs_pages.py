@@ -15,7 +15,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from sapo_rl.run import cli, keys, other_names
+from sapo_rl.run import cli, eval, keys, other_names
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+(?!docs/)[^)]*\)")
@@ -50,7 +50,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = {
         "reference/keys.md": keys_page(),
         "reference/recipes.md": recipes_page(),
-        "reference/command_line.md": f"# Command line\n\n```text\n{cli.USAGE.strip()}\n```\n",
+        "reference/command_line.md": command_line_page(),
         "reference/python.md": PYTHON,
     }
     for path, text in pages.items():
@@ -64,6 +64,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if marker in markdown:
             markdown = markdown.replace(marker, names_table(names))
     return DATA.sub(r"\1", OUTSIDE.sub(r"\1", markdown))
+
+
+def command_line_page() -> str:
+    """Return the page with the usage of the commands."""
+    return "# Command line\n" + "".join(f"\n```text\n{usage.strip()}\n```\n" for usage in (cli.USAGE, eval.USAGE))
 
 
 def keys_page() -> str:

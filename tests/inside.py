@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import os
 import sys
+from collections.abc import Iterator
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -19,16 +21,26 @@ def sapo_train(*arguments: str) -> tuple[int, str, str]:
 
     What it registers with Hydra, and the paths and arguments that it sets, are as before afterwards.
     """
-    Plugins.instance()
-    store, before = ConfigStore.instance(), (sys.argv, list(sys.path))
-    kept, out, err, code = copy.deepcopy(store.repo), io.StringIO(), io.StringIO(), 0
-    GlobalHydra.instance().clear()
+    out, err, code = io.StringIO(), io.StringIO(), 0
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with kept_apart(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             cli.main(list(arguments))
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0
+    return code, out.getvalue(), err.getvalue()
+
+
+@contextlib.contextmanager
+def kept_apart() -> Iterator[None]:
+    """Leave no trace of a command in the test's process."""
+    Plugins.instance()
+    store, before = ConfigStore.instance(), (sys.argv, list(sys.path), dict(os.environ))
+    kept = copy.deepcopy(store.repo)
+    GlobalHydra.instance().clear()
+    try:
+        yield
     finally:
         store.repo = kept
-        sys.argv, sys.path[:] = before
-    return code, out.getvalue(), err.getvalue()
+        sys.argv, sys.path[:] = before[:2]
+        os.environ.clear()
+        os.environ.update(before[2])

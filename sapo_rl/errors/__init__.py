@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable
 
@@ -10,6 +11,10 @@ WIDEST = 700
 """Characters of a line of a message; of a longer one the middle is left out."""
 UNSEEN = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that would move a terminal's cursor or cannot be printed."""
+
+
+PROGRAM = "SAPO_PROGRAM"
+"""Variable with the name of the command that was typed, where it is not sapo-train; its processes inherit it."""
 
 
 class UserError(Exception):
@@ -25,6 +30,11 @@ class UserError(Exception):
 
 class SharedError(UserError):
     """A mistake that shows on every rank at the same moment, so that one of them can be trusted to tell it."""
+
+
+def program() -> str:
+    """Return the name of the command that was typed, with which its messages begin."""
+    return os.environ.get(PROGRAM, "sapo-train")
 
 
 def brief(message: str) -> str:

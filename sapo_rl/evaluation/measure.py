@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from sapo_rl.config import ENVIRONMENT, Config
 from sapo_rl.engines.base import Sampling
@@ -14,7 +13,7 @@ from sapo_rl.evaluation.scores import Estimate, estimate, ks_of, majority, pass_
 from sapo_rl.evaluation.sets import EvalSet, further_functions, key_of, prefix_of
 from sapo_rl.rewards import RewardPool
 from sapo_rl.rollout.collector import Writer, greedy_of
-from sapo_rl.types import Group, Prompt, Sample
+from sapo_rl.types import Group, Prompt, Sample, Stop
 
 VOTE = "vote"
 """Where a sample's `info` has the number of its answer."""
@@ -81,53 +80,40 @@ def check_judge(of: EvalSet, found: Answers) -> None:
 
 def estimates(of: EvalSet, found: Answers) -> dict[str, Estimate]:
     """Return a set's `reward` (greedy), `avg@k`, `pass@k` and `maj@k`, as far as it is measured so."""
-    numbers = {"reward": _estimate(greedy_scores(of, found.greedy))}
     samples = of.settings.samples
-    for name, scores in sample_scores(of, found.sampled).items():
-        numbers[name] = _estimate(scores, samples if name.startswith("avg@") else 1)
-    return {name: number for name, number in numbers.items() if number is not None}
+    return {
+        name: estimate(list(scores.values()), samples if name.startswith("avg@") else 1)
+        for name, scores in scores_of(of, found).items()
+        if scores
+    }
 
 
-def _estimate(scores: Iterable[float | None], samples: int = 1) -> Estimate | None:
-    known = [score for score in scores if score is not None]
-    return estimate(known, samples) if known else None
-
-
-def greedy_scores(of: EvalSet, groups: Sequence[Group]) -> list[float | None]:
-    """Return the reward of each prompt's one completion; None where it has none."""
-    return [group.samples[0].rewards.get(of.jury.judge) for group in groups]
-
-
-def sample_scores(of: EvalSet, groups: Sequence[Group]) -> dict[str, list[float | None]]:
-    """Return each prompt's `avg@k`, `pass@k` and `maj@k`; None where no sample has a reward."""
-    samples, judge, least = of.settings.samples, of.jury.judge, of.solved_at
-    found: dict[str, list[float | None]] = {}
-
-    def tell(name: str, score: Callable[[list[float], list[Any]], float]) -> None:
-        found[name] = []
-        for group in groups:
-            known = [one for one in group.samples if one.rewards.get(judge) is not None]
-            rewards = [float(one.rewards[judge]) for one in known]  # pyright: ignore[reportArgumentType]
-            votes = [one.info.get(VOTE) for one in known]
-            found[name].append(score(rewards, votes) if known else None)
-
-    if samples:
-        tell(f"avg@{samples}", lambda rewards, _: sum(rewards) / len(rewards))
-    for k in ks_of(samples):
-        tell(
-            f"pass@{k}",
-            lambda rewards, _, k=k: pass_at_k(len(rewards), sum(one >= least for one in rewards), min(k, len(rewards))),
-        )
-    if of.jury.voter:
-        tell(f"maj@{samples}", lambda rewards, votes: majority(votes, rewards))
-    return found
+def scores_of(of: EvalSet, found: Answers) -> dict[str, dict[int, float]]:
+    """Return what `estimates` are the means of: by name, each prompt's score by its index; none without a reward."""
+    judge, samples = of.jury.judge, of.settings.samples
+    greedy = {group.prompt.index: group.samples[0].rewards.get(judge) for group in found.greedy}
+    scores = {"reward": {index: reward for index, reward in greedy.items() if reward is not None}}
+    for group in found.sampled:
+        known = [
+            (reward, one.info.get(VOTE)) for one in group.samples if (reward := one.rewards.get(judge)) is not None
+        ]
+        if not known:
+            continue
+        rewards, votes = zip(*known, strict=True)
+        own = {f"avg@{samples}": statistics.fmean(rewards)}
+        solved = sum(reward >= of.solved_at for reward in rewards)
+        own |= {f"pass@{k}": pass_at_k(len(rewards), solved, min(k, len(rewards))) for k in ks_of(samples)}
+        own |= {f"maj@{samples}": majority(votes, rewards)} if of.jury.voter else {}
+        for name, score in own.items():
+            scores.setdefault(name, {})[group.prompt.index] = score
+    return scores
 
 
 def metrics(of: EvalSet, found: Answers, config: Config) -> dict[str, float]:
     """Return a set's numbers by the names that a run records them under, `eval/<set>/...`."""
     base = found.greedy or found.sampled
     numbers = {name: one.value for name, one in estimates(of, found).items()}
-    numbers["mean_length"] = _mean_length(base)
+    numbers |= lengths(base)
     for name in config.environments:
         own = [group for group in base if group.prompt.columns[ENVIRONMENT] == name]
         numbers |= _mean(own, of.jury.judge, f"environment/{name}")
@@ -153,6 +139,10 @@ def _mean(groups: Sequence[Group], name: str, told_as: str) -> dict[str, float]:
     return {told_as: statistics.fmean(known)} if known else {}
 
 
-def _mean_length(groups: Sequence[Group]) -> float:
-    """The mean number of tokens that the model wrote."""
-    return statistics.fmean(sample.num_trained for group in groups for sample in group.samples)
+def lengths(groups: Sequence[Group]) -> dict[str, float]:
+    """Return `mean_length`, the tokens that the model wrote, and `clipped_ratio`, the share of what a limit cut."""
+    samples = [sample for group in groups for sample in group.samples]
+    return {
+        "mean_length": statistics.fmean(sample.num_trained for sample in samples),
+        "clipped_ratio": sum(sample.stop is Stop.LENGTH for sample in samples) / len(samples),
+    }

@@ -98,6 +98,22 @@ def estimate(scores: Sequence[float], samples: int = 1) -> Estimate:
     return Estimate(mean, *wilson(mean, size), count)
 
 
+def change(before: Sequence[float], after: Sequence[float]) -> Estimate:
+    """Return by how much the mean of one score a prompt has changed, with its 95% interval.
+
+    The differences on the same prompts, -/+ 1.96 standard errors of their mean: what makes prompts easy or hard for
+    both models does not count.
+
+    Args:
+        before: at least one.
+        after: those of the same prompts.
+    """
+    differences = [new - old for old, new in zip(before, after, strict=True)]
+    count, mean = len(differences), statistics.fmean(differences)
+    half = Z95 * math.sqrt(math.fsum((one - mean) ** 2 for one in differences) / max(1, count - 1) / count)
+    return Estimate(mean, mean - half, mean + half, count)
+
+
 def wilson(share: float, size: float) -> tuple[float, float]:
     """Return Wilson's 95% interval of a share among `size` independent trials."""
     z2 = Z95**2

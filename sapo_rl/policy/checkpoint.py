@@ -133,15 +133,30 @@ def check(checkpoint: Path, shapes: Mapping[str, Sequence[int]], accelerator: Ac
     """
     problem = ""
     try:
-        entries = manifest.read_manifest(checkpoint)
-        by_size = sorted(entries, key=lambda name: -entries[name].size)
-        for name in by_size[accelerator.process_index :: accelerator.num_processes]:
-            manifest.verify(checkpoint, name, entries[name])
-        _check_shapes(checkpoint, shapes)
+        check_files(checkpoint, shapes, accelerator.process_index, accelerator.num_processes)
     except UserError as error:
         problem = str(error)
     for found in filter(None, gather_object([problem])):
         raise SharedError(found)
+
+
+def check_files(checkpoint: Path, shapes: Mapping[str, Sequence[int]], part: int = 0, parts: int = 1) -> None:
+    """Refuse what `check` refuses, alone, or as far as it is in one of several parts of the files.
+
+    Raises:
+        UserError: naming the file, or the weight.
+    """
+    entries = manifest.read_manifest(checkpoint)
+    by_size = sorted(entries, key=lambda name: -entries[name].size)
+    for name in by_size[part::parts]:
+        manifest.verify(checkpoint, name, entries[name])
+    _check_shapes(checkpoint, shapes)
+
+
+def read_weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of a checkpoint that `check_files` has let pass, float32, one by one by their names."""
+    for name, kinds in _open_tensors(checkpoint).items():
+        yield name, kinds["weight"].get_tensor(f"weight/{name}")
 
 
 def _check_shapes(checkpoint: Path, shapes: Mapping[str, Sequence[int]]) -> None:

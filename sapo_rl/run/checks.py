@@ -25,8 +25,8 @@ LARGEST = 2**31 - 1
 """Bound on integers without one of their own: libraries hold counts in 32 bits."""
 
 
-def check(config: Config) -> None:
-    """Refuse a config that cannot run.
+def check(config: Config, training: bool = True) -> None:
+    """Refuse a config that cannot run; where nothing is to be trained, rules on that are left out.
 
     Raises:
         ConfigError: naming the first key that is out of range, unknown or at odds with another.
@@ -35,8 +35,9 @@ def check(config: Config) -> None:
         with reading(key):
             _check_field(key, value, metadata)
     for section, rule in RULES.items():
-        with reading(section):
-            rule(config)
+        if training or rule not in OF_TRAINING:
+            with reading(section):
+                rule(config)
 
 
 def _fields(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -374,3 +375,5 @@ RULES = {
     "model.path": _check_model,
 }
 """Rules that span fields, by the keys that they are about."""
+OF_TRAINING = (_check_batch, _check_advantage, _check_loss_settings, _check_loss, _check_filters)
+"""Those on how weights are updated."""

@@ -146,7 +146,7 @@ def _with_choices(argv: list[str]) -> list[str]:
     expanded = list[str]()
     for argument in argv:
         expanded.append(argument)
-        expanded += [f"{key}={_as_override(value)}" for key, value in _chosen_keys(argument) if key not in typed]
+        expanded += [f"{key}={as_override(value)}" for key, value in _chosen_keys(argument) if key not in typed]
     return expanded
 
 
@@ -186,7 +186,8 @@ def _chosen_keys(override: str) -> Iterator[tuple[str, Any]]:
         yield from leaves(content, "" if everywhere else group)
 
 
-def _as_override(value: Any) -> str:
+def as_override(value: Any) -> str:
+    """Return a value as Hydra reads it back behind `key=`."""
     return earlier.quoted(value) if isinstance(value, str) else json.dumps(value)
 
 
@@ -239,7 +240,11 @@ def _candidates(stem: str) -> Iterator[str]:
 
 
 def accept(
-    composed: DictConfig, arguments: Arguments, overrides: Sequence[str], only: Sequence[str] = ()
+    composed: DictConfig,
+    arguments: Arguments,
+    overrides: Sequence[str],
+    only: Sequence[str] = (),
+    training: bool = True,
 ) -> tuple[Config, str]:
     """Turn what Hydra composed into real dataclasses, checked, and into the YAML that the run folder keeps.
 
@@ -251,6 +256,7 @@ def accept(
         arguments: from which it was composed.
         overrides: the same, as Hydra has read them; in a sweep those of this job.
         only: names of the reward functions that shall stay; none stands for all.
+        training: whether it shall be trained with; else rules on training are left out.
 
     Raises:
         ConfigError: naming the key.
@@ -278,7 +284,7 @@ def accept(
     except MissingMandatoryValue as error:
         key = first_match(r"full_key: (\S+)", str(error)) or first_match(r"value: (\S+)", str(error))
         raise ConfigError(key, "must be given") from error
-    check(config)
+    check(config, training)
     return config, text
 
 

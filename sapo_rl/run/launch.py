@@ -24,7 +24,7 @@ if __name__ == "__main__":
     processes.begin()
 
 from sapo_rl.config import LaunchConfig
-from sapo_rl.errors import UserError, did_you_mean, first_line
+from sapo_rl.errors import UserError, did_you_mean, first_line, program
 from sapo_rl.errors.files import expand, is_file, read_yaml
 from sapo_rl.paths import CONFIGS
 
@@ -129,7 +129,7 @@ def main() -> None:
         sys.exit(outcome(error.failures, _passed))
     except (DistError, ConnectionError) as error:
         where = f"{arguments.main_process_ip}:{arguments.main_process_port}"
-        print(f"sapo-train: the machines did not meet at {where}: {first_line(error)}", file=sys.stderr)
+        print(f"{program()}: the machines did not meet at {where}: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -170,7 +170,7 @@ def outcome(failures: Mapping[int, ProcessFailure], passed: Collection[int] = ()
         reason = f"rank {rank} {processes.killed_by(-code)}"
     else:
         reason = f"rank {rank} failed, as shown above"
-    print(f"sapo-train: {reason}; the run has ended", file=sys.stderr)
+    print(f"{program()}: {reason}; the run has ended", file=sys.stderr)
     return 128 - code if code < 0 else 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -41,6 +42,23 @@ def preview(config: Config, frozen: str, resumed: Plan | None = None) -> None:
             print(f"sapo-train: warning: {warning}", file=sys.stderr)
     if resumed:
         console.print(_table("fork" if config.fork else "resume", going_on(config, resumed)))
+
+
+def preview_evaluation(config: Config, frozen: str, models: Sequence[str]) -> None:
+    """Print the resolved config, the models that would be measured, and on what; warnings go to stderr.
+
+    Raises:
+        UserError: for what an evaluation would refuse in its data and reward functions.
+    """
+    console = Console()
+    tree = Tree("config")
+    _grow(tree, yaml.safe_load(frozen) | {"run_dir": config.run_dir})
+    console.print(tree)
+    console.print(_table("models", {str(number): path for number, path in enumerate(models, start=1)}))
+    trial = rehearsal.rehearse_evaluation(config)
+    console.print(_table("sets", trial.data))
+    for warning in trial.warnings:
+        print(f"sapo-eval: warning: {warning}", file=sys.stderr)
 
 
 def _grow(tree: Tree, node: dict[str, Any]) -> None:

@@ -46,6 +46,7 @@ from sapo_rl.rollout.publisher import WeightPublisher
 from sapo_rl.rollout.queue import BatchQueue
 from sapo_rl.run import ranks, resume
 from sapo_rl.run.check_data import check_data
+from sapo_rl.run.evaluating import evaluate
 from sapo_rl.run.writing import Rank, meet, read_prompts, read_sets, start_writing, wait_for
 from sapo_rl.telemetry import Telemetry, Timers
 from sapo_rl.train import Parts, train
@@ -70,6 +71,9 @@ def main(folder: Path | None) -> None:
     try:
         with contextlib.ExitStack() as stack:
             rank = meet(folder, stack)
+            if (rank.folder / run_folder.MODELS).is_file():
+                evaluate(rank)
+                return
             if rank.config.check == "data":
                 check_data(rank, stack)
                 return

@@ -33,7 +33,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from sapo_rl import run_folder
 from sapo_rl.config import Config
-from sapo_rl.errors import EngineError, SharedError, UserError
+from sapo_rl.errors import EngineError, SharedError, UserError, program
 from sapo_rl.run.launch import LOOPBACK, PEER_LOST
 from sapo_rl.weights.rendezvous import RendezvousHost
 
@@ -186,7 +186,7 @@ def fail(error: Exception) -> NoReturn:
     """
     if size() == 1:
         if isinstance(error, UserError):
-            print(f"sapo-train: {error}", file=sys.stderr, flush=True)
+            print(f"{program()}: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
         raise error
     rank, name = os.environ["RANK"], ""
@@ -196,10 +196,10 @@ def fail(error: Exception) -> NoReturn:
         if isinstance(error, UserError):
             time.sleep(SHARED_ERROR_GRACE_SECONDS if isinstance(error, SharedError) else ERROR_GRACE_SECONDS)
     if isinstance(error, UserError):
-        print(f"sapo-train: {name}{error}", file=sys.stderr)
+        print(f"{program()}: {name}{error}", file=sys.stderr)
         code = 2
     elif _is_lost(error):
-        print(f"sapo-train: rank {rank} lost another rank: {_reason(error)}", file=sys.stderr)
+        print(f"{program()}: rank {rank} lost another rank: {_reason(error)}", file=sys.stderr)
         code = PEER_LOST
     else:
         print(f"rank {rank}:\n{''.join(traceback.format_exception(error))}", file=sys.stderr)

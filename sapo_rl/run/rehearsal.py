@@ -16,6 +16,7 @@ import psutil
 from sapo_rl.advantages import own_function
 from sapo_rl.config import Config
 from sapo_rl.config.engine import VLLM
+from sapo_rl.config.evaluation import EvalSampling
 from sapo_rl.data import load_rows, load_set, repetition_warning
 from sapo_rl.data.prompts import Rows, columns_of, content_of, with_all_columns
 from sapo_rl.environments import environment_for
@@ -69,24 +70,49 @@ def rehearse(config: Config) -> Trial:
         train, held_out = with_all_columns(train, config.data), with_all_columns(held_out, config.data)
         facts, warnings = _look_at(config, train, held_out)
         sets = {name: _set_columns(config, name, facts) for name in config.eval.sets}
-    columns = {
+    own = {
         source: columns_of(row, config.data)
         for rows, source in ((train, "the data"), (held_out, "the held-out data"))
         for row in list(rows.values())[:1]  # all have the same columns
     }
+    _check_columns(config, own, sets)
+    return Trial(facts, warnings + _setting_warnings(config))
+
+
+def rehearse_evaluation(config: Config) -> Trial:
+    """Read and word the prompts of all sets, and import what is the user's own, as `rehearse` does for a training."""
+    facts: dict[str, str] = {}
+    own: dict[str, dict[str, Any]] = {}
+    with reading("data"):
+        if config.eval.prompts:
+            _, rows = load_rows(config.data, config.eval.prompts)
+            rows = with_all_columns(rows, config.data)
+            for number, row in rows.items():
+                content_of(row, number, config.data)
+                environment_for(config, row, number)
+            facts["held-out rows"] = f"{len(rows):,} prompts, {_times(config.eval)}"
+            own["the held-out data"] = columns_of(next(iter(rows.values())), config.data)
+        sets = {name: _set_columns(config, name, facts) for name in config.eval.sets}
+    _check_columns(config, own, sets)
+    return Trial(facts, comparison_warnings(config))
+
+
+def _check_columns(config: Config, own: dict[str, dict[str, Any]], sets: dict[str, dict[str, Any]]) -> None:
+    """Refuse columns, by whose they are and by set, that reward functions and environments cannot work with."""
     with reading("reward"), RewardPool(replace(config.reward, workers=1), further=further_functions(config)) as pool:
         pool.sees_environments(config.has_environment)
-        for source, own in columns.items():
-            pool.check_columns(own, source)
-        for name, own in sets.items():
-            pool.check_columns(own, f"{key_of(name)}.data", list(jury(config, name).functions))
+        for source, columns in own.items():
+            pool.check_columns(columns, source)
+        for name, columns in sets.items():
+            pool.check_columns(columns, f"{key_of(name)}.data", list(jury(config, name).functions))
     for name in config.played:
         with reading("environment"):
             environments = EnvironmentPool(config, name, workers=1)
             asyncio.run(_open(environments))
-            for source, own in [*columns.items(), *((f"{key_of(name)}.data", own) for name, own in sets.items())]:
-                environments.check_columns(own, source)
-    return Trial(facts, warnings + _setting_warnings(config))
+            for source, columns in own.items():
+                environments.check_columns(columns, source)
+            for each, columns in sets.items():
+                environments.check_columns(columns, f"{key_of(each)}.data")
 
 
 def _set_columns(config: Config, name: str, facts: dict[str, str]) -> dict[str, Any]:
@@ -98,9 +124,14 @@ def _set_columns(config: Config, name: str, facts: dict[str, str]) -> dict[str, 
         for number, row in rows.items():
             content_of(row, number, data)
             environment_for(config, row, number)
-    times = [*(["greedy"] if settings.greedy else []), *([f"{settings.samples} samples"] if settings.samples else [])]
-    facts[f"eval set {name}"] = f"{len(rows):,} prompts, {' and '.join(times)}"
+    facts[f"eval set {name}"] = f"{len(rows):,} prompts, {_times(settings)}"
     return columns_of(next(iter(rows.values())), data)
+
+
+def _times(settings: EvalSampling) -> str:
+    """How often each prompt of a set is answered, in words."""
+    greedy, sampled = ["greedily"] * settings.greedy, [f"{settings.samples} samples"] * bool(settings.samples)
+    return " and ".join(greedy + sampled)
 
 
 async def _open(environments: EnvironmentPool) -> None:

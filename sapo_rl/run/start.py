@@ -20,7 +20,7 @@ import yaml
 
 from sapo_rl import run_folder
 from sapo_rl.config import Config, LaunchConfig
-from sapo_rl.errors import UserError
+from sapo_rl.errors import UserError, program
 from sapo_rl.errors.files import expand
 from sapo_rl.processes import PARENT, killed_by, scratch, stopping_signals, streams
 from sapo_rl.run import launch, resume
@@ -51,6 +51,8 @@ class Start:
     """The checkpoint that a fork begins at."""
     folder: Path | None = None
     """The run folder, once there is one."""
+    models: str = ""
+    """Where models are to be measured and nothing is trained: these, as JSON."""
     variables: dict[str, str] = field(default_factory=dict)
     """Further environment variables of the training."""
     follow: Follow | None = None
@@ -107,6 +109,8 @@ def _begin(config: Config, frozen: str, start: Start, stack: contextlib.ExitStac
     run_folder.create(folder, frozen, start.typed, own, _about(start, folder), link=not config.run_dir)
     if start.begins_at:
         resume.begin_fork(start.begins_at, folder)
+    if start.models:
+        run_folder.write_atomic(folder / run_folder.MODELS, start.models)
     return folder, lock
 
 
@@ -126,18 +130,19 @@ def _about(start: Start, folder: Path) -> dict[str, Any]:
 def _new_folder(config: Config, start: Start) -> Path:
     """Make the run's folder: `run_dir`, in a sweep a numbered folder in it; or one that is named by the time.
 
-    The latter lies in `runs`, that of a check in `checks`.
+    The latter lies in `runs`, that of a check in `checks`, and where models are measured in `evals`.
 
     Raises:
         ConfigError: something is in `run_dir` already.
     """
     if config.run_dir is None:
-        parent = Path("runs" if config.check == "none" else "checks")
+        parent = Path("evals" if start.models else "runs" if config.check == "none" else "checks")
         return run_folder.unused(parent / start.recipe / time.strftime("%Y-%m-%d_%H-%M-%S"))
     folder = expand(config.run_dir) / (str(start.job.number) if start.job else "")
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
-        way = f"; {shlex.quote(f'resume={folder}')} goes on with it" if (folder / run_folder.CONFIG).is_file() else ""
+        goes_on = (folder / run_folder.CONFIG).is_file() and not start.models
+        way = f"; {shlex.quote(f'resume={folder}')} goes on with it" if goes_on else ""
         raise ConfigError("run_dir", f"'{folder}' is not empty; name a new folder{way}")
     return folder
 
@@ -201,10 +206,10 @@ def _passing_on(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
 def _tell_of_end(code: int, process: int, folder: Path | None) -> None:
     """Say by what the child was killed, which it cannot say itself, and how to go on."""
     if code < 0:
-        print(f"sapo-train: process {process} {killed_by(-code)}; the run has ended", file=sys.stderr)
+        print(f"{program()}: process {process} {killed_by(-code)}; the run has ended", file=sys.stderr)
     going_on = run_folder.resume_command(folder) if folder else None
     if going_on and code not in (2, 128 + signal.SIGINT):  # where it was told already
-        print(f"sapo-train: continue it with: {going_on}", file=sys.stderr)
+        print(f"{program()}: continue it with: {going_on}", file=sys.stderr)
 
 
 def refuse_launcher(arguments: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
 import torch
@@ -75,6 +76,18 @@ def test_final_model_is_the_trained_one_for_transformers_and_vllm(whole: Path, t
     finally:
         engine.close()
     assert found.token_ids == expected
+
+
+def test_checkpoints_with_adapters_are_measured_as_the_merged_model_is(
+    workspace: Path, whole: Path, tiny_model: Path
+) -> None:
+    models = f"model={whole}/checkpoints/step_000003,{whole}/final,{tiny_model}"
+    own = "eval.sets.own={data: {source: arithmetic}, prompts: 6}"
+    code, out, err = run(workspace, models, own, "run_dir=measured", module=("-m", "sapo_rl.run.eval"))
+    assert code == 0 and out.count("vLLM is ready") == 1, out + err
+    files = sorted((workspace / "measured/completions").glob("*.parquet"))
+    checkpoint, merged, before = (pd.read_parquet(file).completion.to_list() for file in files)
+    assert checkpoint == merged != before and len(before) == 6
 
 
 def test_two_steps_a_resume_and_one_more_equal_three_to_the_last_bit(workspace: Path, whole: Path) -> None:

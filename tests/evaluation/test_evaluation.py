@@ -50,7 +50,7 @@ class Told:
         texts = next(texts for prompt, texts in self.texts.items() if prompt in asked)
         future: Future[list[Completion]] = Future()
         ids: list[Any] = [TOKENIZER(text)["input_ids"] for text in texts[: request.n]]
-        future.set_result([Completion(one, truncated=False) for one in ids])
+        future.set_result([Completion(one, truncated=len(one) > 7) for one in ids])
         return future
 
 
@@ -93,6 +93,7 @@ def test_the_numbers_of_a_set_are_those_of_its_samples(tmp_path: Path) -> None:
         "eval/own/pass@4": 1.0,
         "eval/own/maj@4": 0.5,  # 2, twice, and 12, three times, of which one is written 12.0
         "eval/own/mean_length": pytest.approx((1 + 8) / 2),
+        "eval/own/clipped_ratio": 0.5,
     }
     assert [(one.temperature, one.top_p, one.max_tokens) for one in engine.sampling] == [(0.0, 0.9, 7), (0.5, 0.9, 7)]
     assert examples == [("What is 1 + 1?", "2"), ("What is 5 + 6?", "It is 12")]
@@ -167,4 +168,4 @@ def test_prompts_whose_episode_was_dropped_are_counted(on_error: str, told: dict
     cfg = Config(environment=EnvironmentConfig("guess", on_error=on_error))
     timers: Any = lambda phase: nullcontext()  # noqa: E731
     Evaluator([default_set(cfg, prompts)], Share(0, 1), parts, parts, parts, timers, cfg, []).run(0)
-    assert logged == [{"eval/reward": 0.5, "eval/mean_length": 1.0} | told]
+    assert logged == [{"eval/reward": 0.5, "eval/mean_length": 1.0, "eval/clipped_ratio": 0.0} | told]

@@ -107,20 +107,21 @@ def completions_path(folder: Path, step: int, kind: str = "step") -> Path:
 
 def write_completions(folder: Path, step: int, samples: list[Row]) -> Path:
     """Write a step's samples to `completions/step_<step>.parquet` of a run folder; return the path."""
-    return _write(completions_path(folder, step), samples, COLUMNS)
+    return write_rows(completions_path(folder, step), samples, COLUMNS)
 
 
 def write_eval_completions(folder: Path, step: int, samples: list[Row]) -> Path:
     """Write those of the evaluation after a step to `completions/eval_<step>.parquet`; return the path."""
-    return _write(completions_path(folder, step, "eval"), samples, EVAL_COLUMNS)
+    return write_rows(completions_path(folder, step, "eval"), samples, EVAL_COLUMNS)
 
 
-def _write(path: Path, samples: list[Row], columns: dict[str, pa.DataType]) -> Path:
-    rewards = dict.fromkeys(name for row in samples for name in row if name not in columns)
-    schema = pa.schema({**columns, **{name: pa.float64() for name in rewards}})
+def write_rows(path: Path, found: list[Row], columns: dict[str, pa.DataType]) -> Path:
+    """Write rows as a Parquet file, whole or not at all; what is not among `columns` is a number. Return the path."""
+    numbers = dict.fromkeys(name for row in found for name in row if name not in columns)
+    schema = pa.schema({**columns, **{name: pa.float64() for name in numbers}})
     path.parent.mkdir(exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    pq.write_table(pa.Table.from_pylist(samples, schema), part, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(found, schema), part, compression="zstd")
     part.replace(path)
     return path
 
