@@ -34,5 +34,5 @@ def test_a_name_says_what_was_set_beside_the_recipe_and_where_the_run_lies() -> 
 def test_a_name_holds_no_secret_and_is_no_longer_than_trackers_take() -> None:
     secret = "+reward.functions.judge.args.api_key=abc123"
     assert run_name("mine", [secret], "a") == "mine reward.functions.judge.args.api_key=<redacted> a"
-    long = run_name("mine", [f"data.template={'x' * 500}"], "a")
-    assert len(long) == len("mine  a") + LONGEST and long.startswith("mine template=xxx") and long.endswith("x… a")
+    long = run_name("mine", [f"data.shuffle={'x' * 500}"], "a")
+    assert len(long) == len("mine  a") + LONGEST and long.startswith("mine shuffle=xxx") and long.endswith("x… a")
