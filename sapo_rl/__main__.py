@@ -1,4 +1,4 @@
-"""The commands `sapo-train`, also as `python -m sapo_rl`, `sapo-eval` and `sapo-serve`.
+"""The commands `sapo-train`, also as `python -m sapo_rl`, `sapo-eval`, `sapo-export` and `sapo-serve`.
 
 Ctrl-C, or a reader of the output that goes away, ends them quietly.
 """
@@ -38,6 +38,11 @@ def main(module: str = "cli", program: str = "sapo-train") -> None:
 def evaluate() -> None:
     """Entry point of the console script `sapo-eval`."""
     main("eval", "sapo-eval")
+
+
+def export() -> None:
+    """Entry point of the console script `sapo-export`."""
+    main("export", "sapo-export")
 
 
 def serve() -> None:
