@@ -67,7 +67,7 @@ def train(parts: Parts) -> bool:
             problem = divergence(step, stats, config.trainer)
             if not problem:
                 parts.weights.publish(step)
-                stats |= {"time/wait": batches.take_waited()}
+                stats |= batches.metrics()
             log.log(step, batch, stats, parts.weights.restarts, trainer.take_peak_memory())
             if problem:
                 raise SharedError(problem)
@@ -78,8 +78,10 @@ def train(parts: Parts) -> bool:
                 parts.evaluator.run(step)
             if due(step, config.checkpoint.every):
                 parts.checkpoints.save(step, state_of(parts))
+                telemetry.keep_pass_rates(batches.pass_rates())
     complete = batches.step == config.trainer.steps
     parts.checkpoints.finish(batches.step, state_of(parts), complete)
+    telemetry.keep_pass_rates(batches.pass_rates())
     telemetry.finish(complete=complete, before=parts.evaluator.before)
     return complete
 

@@ -186,6 +186,16 @@ class Usage:
     """The last answer of all."""
 
 
+class PassRate(NamedTuple):
+    """How often one group solved its prompt."""
+
+    position: int
+    """The place of the prompt among those to train on."""
+    rate: float
+    """The share of its samples that are solved."""
+    samples: int
+
+
 @dataclass(frozen=True)
 class Batch:
     """One rank's scored samples of a step."""
@@ -201,3 +211,5 @@ class Batch:
     """What failed in each episode that its environment has lost."""
     written: int = 0
     """Groups that were written for it, those included that others have replaced."""
+    pass_rates: Sequence[PassRate] = ()
+    """Of all these groups, where a reward says what is solved."""

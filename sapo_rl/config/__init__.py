@@ -270,6 +270,13 @@ class Config:
         return self.rollout.overlaps and not self.reproducible
 
     @property
+    def prefetch(self) -> int:
+        """Batches that are begun beyond the one that is trained on."""
+        if not self.rollout.overlaps:
+            return 0
+        return self.rollout.max_staleness if self.in_flight else 1
+
+    @property
     def has_episodes(self) -> bool:
         """Whether an episode may have several turns."""
         return bool(self.played)

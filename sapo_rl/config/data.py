@@ -7,6 +7,9 @@ from typing import Any, Optional
 
 from sapo_rl.config.fields import MISSING, MOST_SAMPLES, choice, number
 
+UNIFORM, BY_PASS_RATE = "uniform", "pass_rate"
+"""How prompts are drawn."""
+
 
 @dataclass
 class PassRateConfig:
@@ -17,6 +20,19 @@ class PassRateConfig:
     returns; null takes that of `eval/reward`."""
     solved_at: float = 1.0
     """A sample is solved where that reward is at least this."""
+    target: float = number(0.5, least=0.01, most=0.99)
+    """With `data.sampling=pass_rate`: the rate at which a prompt is drawn most often; at 0 and 1 it is drawn least."""
+    floor: float = number(0.05, least=0.001, most=1)
+    """Every prompt is drawn at least this often, relative to the most that one can be: so none is forgotten."""
+    low: Optional[float] = number(None, least=0, most=1)
+    """Prompts whose rate is at most this are drawn as often as `floor` says, in either sampling; 0 takes those that are
+    never solved, null none."""
+    high: Optional[float] = number(None, least=0, most=1)
+    """The same for a rate that is at least this; 1 takes those that are always solved, null none."""
+    min_samples: int = number(16, least=1)
+    """Samples of a prompt after which `low` and `high` hold for it."""
+    path: Optional[str] = None
+    """File of pass rates to begin with, or the folder of the check or run that wrote it."""
 
 
 @dataclass
@@ -71,6 +87,9 @@ class DataConfig:
     """Longer prompts are dropped and counted, never cut."""
     shuffle: bool = True
     """Draw prompts in a new seeded order every epoch."""
+    sampling: str = choice(UNIFORM, UNIFORM, BY_PASS_RATE)
+    """Every prompt once an epoch (`uniform`), or those whose pass rate is close to `data.pass_rate.target` more often
+    than others (`pass_rate`)."""
     split_seed: int = number(0, least=0)
     """Chooses the held-out rows and what generators make: with another `seed` alone, runs are evaluated on the same."""
     pass_rate: PassRateConfig = field(default_factory=PassRateConfig)

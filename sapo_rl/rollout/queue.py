@@ -10,13 +10,14 @@ from typing import Any, NamedTuple, TypeVar
 
 from sapo_rl.advantages import has_spread
 from sapo_rl.config import Config
-from sapo_rl.data import PromptSampler
+from sapo_rl.data.pass_rates import PassRates, fingerprint, pass_rates_of
+from sapo_rl.data.weighted import Sampler
 from sapo_rl.rewards import RewardPool, Scoring
 from sapo_rl.rollout.collector import RolloutResult, Writer
 from sapo_rl.rollout.prefetch import Prefetcher
 from sapo_rl.rollout.refill import kept, write_refilled
 from sapo_rl.rollout.share import Share
-from sapo_rl.types import Batch, Group, Prompt
+from sapo_rl.types import Batch, Group, PassRate, Prompt
 
 T = TypeVar("T")
 Timer = Callable[[str], AbstractContextManager[None]]
@@ -44,6 +45,7 @@ class BatchQueue:
     Args:
         prompts: all of the run, the same on all ranks.
         sampler: draws each step's.
+        rates: how often prompts are solved, which the sampler may go by.
         share: which of them are this rank's.
         rollouts: generates with this rank's engines.
         rewards: scores.
@@ -51,6 +53,7 @@ class BatchQueue:
         config: the run's.
         step: the last step done.
         stopping: whether to end after the step at hand; asked before each, and the same on all ranks.
+        gather: joins a list over the ranks.
 
     Example:
         >>> for step, batch in batches:
@@ -60,7 +63,8 @@ class BatchQueue:
     def __init__(
         self,
         prompts: Sequence[Prompt],
-        sampler: PromptSampler,
+        sampler: Sampler,
+        rates: PassRates,
         share: Share,
         rollouts: Writer,
         rewards: RewardPool,
@@ -68,20 +72,23 @@ class BatchQueue:
         config: Config,
         step: int,
         stopping: Callable[[], bool],
+        gather: Callable[[list[Any]], list[Any]],
     ) -> None:
         self.step = step
         """The step of the batch that was yielded last."""
         self.last = config.trainer.steps
-        self._prompts, self._sampler, self._share = prompts, sampler, share
+        self._prompts, self._sampler, self._rates, self._share = prompts, sampler, rates, share
+        self._places = {prompt.index: place for place, prompt in enumerate(prompts)}
         self._rollouts, self._rewards, self._timers = rollouts, rewards, timers
-        self._stopping = stopping
+        self._stopping, self._gather = stopping, gather
+        self._solving, self._solved_at = config.solving, config.data.pass_rate.solved_at
         self._refill, self._functions, self._combine = config.rollout.refill, config.rewards, config.advantage.combine
         self._sampler_state = sampler.state_dict()
         self._ahead = Prefetcher(
             self._begin,
             self._finish,
             last=self.last,
-            prefetch=config.rollout.max_staleness if config.rollout.overlaps else 0,
+            prefetch=config.prefetch,
             in_flight=config.in_flight,
         )
 
@@ -90,19 +97,31 @@ class BatchQueue:
             self.step += 1
             batch = self._ahead.take(self.step)
             self._sampler_state = batch.sampler_state
+            self._rates.record(self.step, self._gather([*batch.pass_rates]))
             yield self.step, batch
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the order of prompts stands after the batch that was yielded last; the sampler may be ahead."""
-        return self._sampler_state
+        return self._sampler_state | {"pass_rates": self._rates.state_dict()}
+
+    def pass_rates(self) -> dict[str, Sequence[Any]]:
+        """Return what is known of the prompts so far, as columns of `pass_rates.parquet`."""
+        rates, samples = self._rates.at()
+        known = [place for place, count in enumerate(samples) if count]
+        return {
+            "fingerprint": [fingerprint(self._prompts[place].content) for place in known],
+            "prompt_index": [self._prompts[place].index for place in known],
+            "pass_rate": rates[known].tolist(),
+            "samples": samples[known].tolist(),
+        }
 
     def sleep(self) -> None:
         """Have the engines give the trainer their memory, where both do not fit; the next weights wake them."""
         self._rollouts.sleep()
 
-    def take_waited(self) -> float:
-        """Return the seconds that the training has waited for batches since the last call."""
-        return self._ahead.take_waited()
+    def metrics(self) -> dict[str, float]:
+        """Return how often prompts are solved (`data/*`), and how long the training has waited since the last call."""
+        return self._rates.metrics() | {"time/wait": self._ahead.take_waited()}
 
     def ready_for_new_weights(self) -> None:
         """Block until no batch is being generated, unless batches may span a weight update."""
@@ -118,7 +137,7 @@ class BatchQueue:
 
     def _begin(self, step: int) -> PendingBatch:
         """Draw prompts, the same on all ranks, and have this rank's completed."""
-        drawn = self._sampler.next()
+        drawn = self._sampler.next(step)
         extra = math.ceil(self._refill.max_extra * len(drawn))
         further = self._sampler.further(drawn, extra, step) if extra else []  # it looks through all prompts
         own, others = (self._share.of([self._prompts[index] for index in indices]) for indices in (drawn, further))
@@ -136,12 +155,19 @@ class BatchQueue:
                 written = pending.writing.result().checked()
             with self._timers("reward"):
                 scores = pending.scoring.result(written.groups)
-        groups = scores.groups
+        groups, rates = scores.groups, self._pass_rates(scores.groups)
         if self._refill.max_extra:
             groups = kept(groups, pending.size, self._keeps)
-        return Batch(
-            groups, scores.stats, pending.sampler_state, written.usage, written.dropped, written=len(written.groups)
-        )
+        state, count = pending.sampler_state, len(written.groups)
+        return Batch(groups, scores.stats, state, written.usage, written.dropped, written=count, pass_rates=rates)
+
+    def _pass_rates(self, groups: Sequence[Group]) -> list[PassRate]:
+        rates = pass_rates_of(groups, self._solving, self._solved_at)
+        return [
+            PassRate(self._places[group.prompt.index], rate, len(group.samples))
+            for group, rate in zip(groups, rates, strict=True)
+            if rate is not None
+        ]
 
     def _keeps(self, group: Group) -> bool:
         """Whether a scored group teaches something, and is not to be replaced."""

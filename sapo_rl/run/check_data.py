@@ -17,9 +17,9 @@ from rich.table import Table
 
 from sapo_rl.advantages import has_spread, with_advantages
 from sapo_rl.config import Config
-from sapo_rl.data.pass_rates import FILE, fingerprint, pass_rate, write_pass_rates
-from sapo_rl.errors import SharedError, did_you_mean
+from sapo_rl.data.pass_rates import fingerprint, pass_rates_of, write_pass_rates
 from sapo_rl.run.writing import Rank, Writing, read_prompts, start_writing, wait_for
+from sapo_rl.run_folder import PASS_RATES
 from sapo_rl.telemetry import Row, rows, sample_metrics
 from sapo_rl.telemetry.sinks.completions import completions_path, write_completions
 from sapo_rl.types import Batch, Group, Prompt, RewardStats
@@ -59,7 +59,7 @@ def check_data(rank: Rank, stack: contextlib.ExitStack) -> None:
     Every completion, and the pass rate of every prompt, are written into the folder.
 
     Raises:
-        UserError: as a run would; or no reward has the name that says whether a sample is solved.
+        UserError: as a run would.
     """
     config, is_main = rank.config, rank.accelerator.is_main_process
     console = Console(quiet=not is_main)
@@ -73,7 +73,6 @@ def check_data(rank: Rank, stack: contextlib.ExitStack) -> None:
     everyone: list[Share] = gather_object([_measure(rank, writing, rank.share.of(chosen), console)])
     seconds = time.monotonic() - start
     found = sorted((one for share in everyone for one in share.prompts), key=lambda one: one.rows[0]["prompt_index"])
-    _check_reward(config, found)
     if not is_main:
         return
     scoring = RewardStats.together(share.scoring for share in everyone)
@@ -82,7 +81,9 @@ def check_data(rank: Rank, stack: contextlib.ExitStack) -> None:
     for table in (_histogram(found), _facts(found, len(prompts), scoring, config, seconds), _examples(found)):
         console.print(table)
     _save(rank.folder, found)
-    console.print(f"pass rates   {rank.folder / FILE}\ncompletions  {completions_path(rank.folder, 0)}", markup=False)
+    console.print(
+        f"pass rates   {rank.folder / PASS_RATES}\ncompletions  {completions_path(rank.folder, 0)}", markup=False
+    )
 
 
 def _measure(rank: Rank, writing: Writing, own: Sequence[Prompt], console: Console) -> Share:
@@ -100,27 +101,14 @@ def _measure(rank: Rank, writing: Writing, own: Sequence[Prompt], console: Conso
         scores = scoring.result(written.groups)
     batch = Batch(scores.groups, scores.stats, {}, written.usage)
     batch = with_advantages(batch, config.rewards, config.advantage, gather_object)
-    found = [_measured(group, config) for group in batch.groups if group.samples]
+    rates = pass_rates_of(batch.groups, config.solving, config.data.pass_rate.solved_at)
+    found = [_measured(*pair, config) for pair in zip(batch.groups, rates, strict=True) if pair[0].samples]
     return Share(found, scores.stats, list(written.dropped))
 
 
-def _measured(group: Group, config: Config) -> Measured:
-    solving = [sample.rewards.get(config.solving) for sample in group.samples]
-    return Measured(
-        fingerprint(group.prompt.content),
-        rows(0, group),
-        pass_rate(solving, config.data.pass_rate.solved_at),
-        has_spread(group, config.rewards, config.advantage.combine),
-    )
-
-
-def _check_reward(config: Config, found: Sequence[Measured]) -> None:
-    """Raise where no function returns the number by which samples count as solved."""
-    known = [name.removeprefix("rewards/") for one in found for name in one.rows[0] if name.startswith("rewards/")]
-    if known and config.solving not in known:
-        raise SharedError(
-            f"data.pass_rate.reward: no function returns '{config.solving}'; {did_you_mean(config.solving, {*known})}"
-        )
+def _measured(group: Group, rate: float | None, config: Config) -> Measured:
+    spread = has_spread(group, config.rewards, config.advantage.combine)
+    return Measured(fingerprint(group.prompt.content), rows(0, group), rate, spread)
 
 
 def _histogram(found: Sequence[Measured]) -> Table:
@@ -189,7 +177,8 @@ def _short(text: str) -> str:
 
 def _save(folder: Path, found: Sequence[Measured]) -> None:
     write_completions(folder, 0, [row for one in found for row in one.rows])
-    write_pass_rates(folder / FILE, [_saved(one) for one in found if one.rate is not None])
+    saved = [_saved(one) for one in found if one.rate is not None]
+    write_pass_rates(folder / PASS_RATES, {name: [one[name] for one in saved] for name in saved[0]} if saved else {})
 
 
 def _saved(one: Measured) -> dict[str, Any]:

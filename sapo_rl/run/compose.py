@@ -307,6 +307,8 @@ def _settle_paths(frozen: dict[str, Any]) -> None:
     for data in (frozen["data"], *(one["data"] for one in frozen["eval"]["sets"].values())):
         if data["source"] in ("file", "huggingface", None):
             data |= {key: _real(data[key]) for key in ("path", "eval_path") if data.get(key) is not None}
+    rates = frozen["data"]["pass_rate"]
+    rates["path"] = rates["path"] and _real(rates["path"])
 
 
 def _real(text: str) -> str:

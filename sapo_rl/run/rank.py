@@ -29,7 +29,9 @@ from safetensors import SafetensorError
 
 from sapo_rl import run_folder
 from sapo_rl.config import Config
-from sapo_rl.data import PromptSampler, repetition_warning
+from sapo_rl.data import repetition_warning
+from sapo_rl.data.pass_rates import PassRates, read_pass_rates
+from sapo_rl.data.weighted import build_sampler
 from sapo_rl.engines.build import build_transport
 from sapo_rl.errors import UserError, first_line
 from sapo_rl.evaluation.evaluator import Evaluator
@@ -119,13 +121,17 @@ def build(rank: Rank, stack: contextlib.ExitStack, stops: Stops) -> Parts:
     prompts, held_out, dropped = read_prompts(rank, writing)
     sets, told = read_sets(rank, writing, prompts, held_out)
     per_step = config.rollout.batch_size // config.rollout.group_size
-    sampler = PromptSampler(len(prompts), per_step, config.seed, config.data.shuffle)
+    rates = PassRates(len(prompts), config.data, config.prefetch)
+    sampler = build_sampler(config.data, rates, len(prompts), per_step, config.seed)
     trainer = PolicyTrainer(*_models(config, not loads_weights(accelerator)), config, accelerator)
     step, state = checkpoint.load(resumed, trainer) if resumed else (0, {})
     if resumed:
         if accelerator.is_main_process:
             run_folder.record.add_to_start(folder, {"after_step": step})
         sampler.load_state_dict(state["sampler"])
+        rates.load_state_dict(state["sampler"]["pass_rates"])
+    elif config.data.pass_rate.path:
+        rates.begin_with(read_pass_rates(config.data.pass_rate.path, [prompt.content for prompt in prompts]))
     telemetry = Telemetry(config, folder, accelerator.is_main_process, step if resumed else None, rank.header)
     stack.enter_context(telemetry)
     for text in _warnings(config, dropped, repetition_warning(len(prompts), per_step), told):
@@ -135,10 +141,12 @@ def build(rank: Rank, stack: contextlib.ExitStack, stops: Stops) -> Parts:
     publisher = WeightPublisher(
         trainer, transport, writing.engines, writing.rollouts, prompts[0], config.model.dtype, timers
     )
+    stopping = stops.asked_anywhere
+    batches = BatchQueue(prompts, sampler, rates, share, writer, rewards, timers, config, step, stopping, gather_object)
     parts = Parts(
         config=config,
         frozen=rank.frozen,
-        batches=BatchQueue(prompts, sampler, share, writer, rewards, timers, config, step, stops.asked_anywhere),
+        batches=batches,
         trainer=trainer,
         weights=publisher,
         evaluator=Evaluator(sets, share, writer, rewards, telemetry, timers, config, state.get("before", [])),

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import subprocess
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from sapo_rl.config import Config
 from sapo_rl.config.engine import VLLM
 from sapo_rl.config.evaluation import EvalSampling
 from sapo_rl.data import load_rows, load_set, repetition_warning
+from sapo_rl.data.pass_rates import read_pass_rates
 from sapo_rl.data.prompts import Rows, columns_of, content_of, with_all_columns
 from sapo_rl.environments import environment_for
 from sapo_rl.environments.runner.pool import EnvironmentPool
@@ -143,7 +144,8 @@ async def _open(environments: EnvironmentPool) -> None:
 
 
 def _look_at(config: Config, train: Rows, held_out: Rows) -> tuple[dict[str, str], list[str]]:
-    texts = {number: _text(content_of(row, number, config.data)) for number, row in train.items()}
+    contents = {number: content_of(row, number, config.data) for number, row in train.items()}
+    texts = {number: _text(content) for number, content in contents.items()}
     for number, row in held_out.items():
         content_of(row, number, config.data)
     longest = max(texts.values(), key=len)
@@ -154,6 +156,7 @@ def _look_at(config: Config, train: Rows, held_out: Rows) -> tuple[dict[str, str
         "held-out rows": f"{len(held_out):,}",
         "columns": ", ".join(map(str, next(iter(train.values())))),
         **_environments(config, train, held_out),
+        **_pass_rates(config, list(contents.values())),
         "longest prompt": length,
     }
     prompts, limit = config.rollout.batch_size // config.rollout.group_size, config.data.max_prompt_tokens
@@ -178,6 +181,12 @@ def _environments(config: Config, train: Rows, held_out: Rows) -> dict[str, str]
     found = Counter(environment_for(config, row, number) for number, row in train.items())
     counts = ", ".join(f"{name} {found[name]:,}" for name in config.environments)
     return {"rows by environment": counts} if counts else {}
+
+
+def _pass_rates(config: Config, contents: Sequence[str | Messages]) -> dict[str, str]:
+    """How many rows to train on have a pass rate before the run."""
+    path = None if config.resume or config.fork else config.data.pass_rate.path
+    return {"rows with a pass rate": f"{len(read_pass_rates(path, contents)):,}"} if path else {}
 
 
 def _text(content: str | Messages) -> str:

@@ -29,6 +29,7 @@ FIXED = (
     "data.size",
     "data.args",
     "data.shuffle",
+    "data.sampling",
     "data.split_seed",
     "rollout.group_size",
     "seed",

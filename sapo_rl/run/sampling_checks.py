@@ -14,9 +14,17 @@ COMPLETIONS = "data.check.completions"
 
 def check_sampling(config: Config) -> None:
     """Refuse what cannot be known when prompts or groups are chosen. Raises ConfigError."""
-    reward, refill = config.data.pass_rate.reward, config.rollout.refill
+    rates, refill = config.data.pass_rate, config.rollout.refill
+    reward = rates.reward
     if reward is not None and reward.partition("/")[0] not in config.rewards:
         raise ConfigError("data.pass_rate.reward", f"unknown reward '{reward}'; {did_you_mean(reward, config.rewards)}")
+    if rates.low is not None and rates.high is not None and rates.low >= rates.high:
+        raise ConfigError("data.pass_rate.low", f"is {rates.low}; must be below data.pass_rate.high = {rates.high}")
+    if rates.path is not None and not (config.resume or config.fork):  # which have them in their checkpoint
+        from sapo_rl.data.pass_rates import located  # imports numpy
+
+        with under("data.pass_rate.path"):
+            check_file("data.pass_rate.path", located(rates.path))
     for name, function in config.reward.functions.items():
         if refill.max_extra and function.scope == BATCH:
             raise ConfigError(

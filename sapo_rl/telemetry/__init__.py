@@ -6,12 +6,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import SupportsFloat, TypeAlias
+from typing import Any, SupportsFloat, TypeAlias
 
 from rich.text import Text
 
 from sapo_rl.config import Config
-from sapo_rl.run_folder import METRICS, python, resume_command
+from sapo_rl.data.pass_rates import write_pass_rates
+from sapo_rl.run_folder import METRICS, PASS_RATES, python, resume_command
 from sapo_rl.telemetry.metrics import MetricsLog, Record, read_metrics, sample_metrics
 from sapo_rl.telemetry.progress import Progress
 from sapo_rl.telemetry.sinks.completions import Row, rows, write_completions, write_eval_completions
@@ -107,6 +108,11 @@ class Telemetry:
         self._examples = examples
         self._record(step, metrics)
         self._display.evaluated(self._progress)
+
+    def keep_pass_rates(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Write how often each prompt is solved, with its columns, to `pass_rates.parquet` of the run folder."""
+        if self._open:
+            write_pass_rates(self._folder / PASS_RATES, columns)
 
     def warn(self, text: str) -> None:
         """Show a warning, and keep it as a record `{"step", "time", "warning"}`."""

@@ -21,7 +21,7 @@ def test_every_epoch_holds_every_prompt_once(num_prompts: int, per_step: int, se
     sampler = PromptSampler(num_prompts, per_step, seed, shuffle=True)
     drawn: list[int] = []
     while len(drawn) < 3 * num_prompts:
-        step = sampler.next()
+        step = sampler.next(1)
         assert len(step) == per_step
         drawn += step
     for epoch in range(3):
@@ -35,26 +35,26 @@ def test_a_resumed_sampler_goes_on_exactly(
 ) -> None:
     first = PromptSampler(num_prompts, per_step, seed, shuffle)
     for _ in range(before):
-        first.next()
+        first.next(1)
     state = json.loads(json.dumps(first.state_dict()))
     second = PromptSampler(num_prompts, per_step, seed, shuffle)
     second.load_state_dict(state)
-    assert [first.next() for _ in range(8)] == [second.next() for _ in range(8)]
+    assert [first.next(step) for step in range(8)] == [second.next(step) for step in range(8)]
     assert first.epoch == second.epoch
 
 
 def test_orders_differ_by_epoch_and_seed_and_touch_no_other_generator() -> None:
     before = random.getstate()
     epochs = PromptSampler(50, 50, seed=0, shuffle=True)
-    first, second = epochs.next(), epochs.next()
+    first, second = epochs.next(1), epochs.next(2)
     assert random.getstate() == before
-    assert first != second != PromptSampler(50, 50, seed=1, shuffle=True).next() != first
-    assert first == PromptSampler(50, 50, seed=0, shuffle=True).next()
+    assert first != second != PromptSampler(50, 50, seed=1, shuffle=True).next(1) != first
+    assert first == PromptSampler(50, 50, seed=0, shuffle=True).next(1)
 
 
 def test_without_shuffling_the_order_is_the_datasets() -> None:
     sampler = PromptSampler(5, 3, seed=0, shuffle=False)
-    assert [sampler.next() for _ in range(3)] == [[0, 1, 2], [3, 4, 0], [1, 2, 3]]
+    assert [sampler.next(step) for step in range(3)] == [[0, 1, 2], [3, 4, 0], [1, 2, 3]]
 
 
 def test_another_dataset_or_seed_cannot_be_resumed() -> None:

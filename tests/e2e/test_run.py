@@ -65,6 +65,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pat
         folder,
         tiny_model,
         REWARDS,
+        data={"pass_rate": {"solved_at": 0.5}},
         rollout={"verify_every": 2, "refill": {"max_extra": 0.5}},
         eval={"every": 3, "prompts": 8},
         checkpoint={"every": 3},
@@ -268,7 +269,8 @@ def test_two_ranks_make_one_folder_and_the_loss_of_one(workspace: Path, whole: P
     folder = new_run(workspace, "trainer.steps=2", "checkpoint.every=0", module=accelerate)
     assert json.loads((folder / "environment.json").read_text())["device"]["processes"] == 2
     for ours, theirs in zip(steps_of(folder), steps_of(whole), strict=False):
-        for name in ("policy/loss", "policy/grad_norm", "reward/mean", "policy/entropy", "completions/mean_length"):
+        equal = ("policy/loss", "policy/grad_norm", "reward/mean", "policy/entropy", "completions/mean_length")
+        for name in (*equal, "data/pass_rate_mean", "data/known_fraction"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
     logs = {f"{what}_rank{rank}.log" for what in ("vllm", "rewards") for rank in (0, 1)}
     assert {path.name for path in (folder / "logs").iterdir()} == logs

@@ -1,14 +1,18 @@
-"""What is sampled, with real vLLM: pass rates measured before a run."""
+"""What is sampled, with real vLLM: pass rates measured before a run, and a run that draws by them."""
 
 from __future__ import annotations
 
+import signal
 import statistics
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
-from command import run
+import torch
+from command import finish, folders, new_run, run, start, steps_of, timeless, wait_for_step
+from safetensors.torch import load_file
 from tiny import make_workspace
 
 from sapo_rl.data.pass_rates import fingerprint
@@ -31,7 +35,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pat
         tiny_model,
         REWARDS,
         data={"size": 24},
-        reward={"functions": {"lucky": {"function": "my_rewards.lucky"}, "odd": {"function": "my_rewards.odd"}}},
+        reward={
+            "functions": {
+                "lucky": {"function": "my_rewards.lucky"},
+                "odd": {"function": "my_rewards.odd", "weight": 0.0},
+            }
+        },
         eval={"every": 0, "prompts": 4, "reward": "lucky"},
         checkpoint={"every": 1, "save_final": False},
         logging={"wandb": "off"},
@@ -50,6 +59,11 @@ def rates_of(folder: Path) -> list[dict[str, Any]]:
     return pq.read_table(folder / "pass_rates.parquet").to_pylist()
 
 
+def drawn_in(folder: Path, step: int) -> set[int]:
+    """The prompts whose groups a step was trained on."""
+    return set(pq.read_table(folder / f"completions/step_{step:05d}.parquet")["prompt_index"].to_pylist())
+
+
 def test_every_prompt_is_measured_and_every_number_is_that_of_its_samples(checked: tuple[Path, str]) -> None:
     folder, out = checked
     rows, samples = rates_of(folder), pq.read_table(folder / "completions/step_00000.parquet").to_pylist()
@@ -59,7 +73,7 @@ def test_every_prompt_is_measured_and_every_number_is_that_of_its_samples(checke
         assert row["fingerprint"] == fingerprint(row["prompt"]) and row["samples"] == 6
         assert row["pass_rate"] == statistics.fmean(one["rewards/lucky"] >= 1 for one in own)
         assert row["rewards/odd/mean"] == pytest.approx(statistics.fmean(one["rewards/odd"] for one in own))
-        assert row["reward/mean"] == pytest.approx(row["rewards/odd/mean"] + row["rewards/lucky/mean"])
+        assert row["reward/mean"] == row["rewards/lucky/mean"] == row["pass_rate"]
         assert row["mean_length"] == statistics.fmean(one["tokens"] for one in own)
     table = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in out.splitlines() if "│" in line}
     rates = [row["pass_rate"] for row in rows]
@@ -72,3 +86,58 @@ def test_every_prompt_is_measured_and_every_number_is_that_of_its_samples(checke
     assert table["mean pass rate"] == f"{statistics.fmean(rates):.3f}"
     assert (folder / "logs/rewards_rank0.log").read_text().count("scored 6\n") == 24
     assert "Traceback" not in out and not list(folder.glob("checkpoints")) and not list(folder.glob("metrics.jsonl"))
+
+
+BY_RATES = (
+    "data.sampling=pass_rate",
+    "data.pass_rate.path=checked",
+    "data.pass_rate.floor=0.01",
+    "rollout.refill.max_extra=0.5",
+    "trainer.steps=5",
+)
+
+
+@pytest.fixture(scope="module")
+def whole(workspace: Path, checked: tuple[Path, str]) -> Path:
+    return new_run(workspace, *BY_RATES)
+
+
+def test_a_run_draws_what_is_neither_always_nor_never_solved_and_remembers_what_it_saw(
+    whole: Path, checked: tuple[Path, str]
+) -> None:
+    before = {row["prompt_index"]: row["pass_rate"] for row in rates_of(checked[0])}
+    drawn = [index for step in range(1, 6) for index in drawn_in(whole, step)]
+    assert len(drawn) == 5 * 4
+    assert (
+        sum(0 < before[index] < 1 for index in drawn)
+        > 0.75 * len(drawn)
+        > len(drawn) * statistics.fmean(0 < rate < 1 for rate in before.values())
+    )
+    after, last = rates_of(whole), steps_of(whole)[-1]
+    rates = [row["pass_rate"] for row in after]
+    written = sum(4 / record["rollout/kept_fraction"] for record in steps_of(whole))
+    assert [row["prompt_index"] for row in after] == [*before] and written > 5 * 4
+    assert sum(row["samples"] for row in after) == pytest.approx(24 * 6 + written * 4)  # replaced groups count, too
+    assert last["data/known_fraction"] == 1
+    assert last["data/pass_rate_mean"] == pytest.approx(statistics.fmean(rates))
+    assert last["data/always_solved_fraction"] == rates.count(1) / 24
+    assert last["data/never_solved_fraction"] == rates.count(0) / 24
+    weights = [max(0.01, 4 * rate * (1 - rate)) for rate in rates]
+    assert last["data/effective_prompts"] == pytest.approx(sum(weights) ** 2 / sum(one**2 for one in weights))
+
+
+def test_one_that_is_killed_and_resumed_draws_the_same_to_the_last_bit(workspace: Path, whole: Path) -> None:
+    before = folders(workspace)
+    process = start(workspace, "config=tiny.yaml", *BY_RATES)
+    folder = wait_for_step(process, workspace, before, 3)
+    (rank,) = [one for one in psutil.Process(process.pid).children() if "sapo_rl.run.rank" in one.cmdline()]
+    rank.send_signal(signal.SIGKILL)
+    assert finish(process)[0] == 128 + signal.SIGKILL
+    (workspace / "checked").rename(workspace / "gone")  # what a run began with is in its checkpoints
+    code, out, err = run(workspace, f"resume={folder.relative_to(workspace)}")
+    (workspace / "gone").rename(workspace / "checked")
+    assert code == 0, out + err
+    assert timeless(folder) == timeless(whole)
+    assert rates_of(folder) == rates_of(whole)
+    ours, theirs = (load_file(one / "checkpoints/step_000005/trainer_00000.safetensors") for one in (folder, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -129,7 +129,7 @@ def test_whether_a_group_has_spread(
 
 def test_further_prompts_are_others_and_the_same_each_time() -> None:
     sampler = PromptSampler(20, 8, seed=3, shuffle=True)
-    drawn, before = sampler.next(), sampler.state_dict()
+    drawn, before = sampler.next(1), sampler.state_dict()
     further = sampler.further(drawn, 6, 1)
     assert len({*further, *drawn}) == 14
     assert sampler.state_dict() == before
