@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -216,7 +216,8 @@ def with_advantages(
     """Return the batch with each sample's weighted reward, and its advantage within the group.
 
     Args:
-        batch: this rank's, scored by all `functions`.
+        batch: this rank's, scored by all `functions`. The deviation of `scale="batch"` is that of its own groups, which
+            holds for replayed ones, too.
         functions: the reward functions by name.
         settings: how rewards become advantages.
         gather: joins a list over the ranks; called only for `scale="batch"`.
@@ -224,10 +225,28 @@ def with_advantages(
     Raises:
         UserError: a function of the user's own failed or returned what cannot be.
     """
-    values_P_G_R = [
-        [[sample.rewards[name] for name in functions] for sample in group.samples] for group in batch.groups
-    ]
-    weights_R = [function.weight for function in functions.values()]
+    whole = gather(_values(batch.groups, functions)) if settings.scale == "batch" and "." not in settings.name else None
+    earlier = _judged([one.group for one in batch.replayed.values()], functions, settings, whole)
+    pairs = zip(batch.replayed.items(), earlier, strict=True)
+    return replace(
+        batch,
+        groups=_judged(batch.groups, functions, settings, whole),
+        replayed={place: one._replace(group=group) for (place, one), group in pairs},
+    )
+
+
+def _values(groups: Sequence[Group], functions: dict[str, RewardFunctionConfig]) -> list[list[list[float | None]]]:
+    return [[[sample.rewards[name] for name in functions] for sample in group.samples] for group in groups]
+
+
+def _judged(
+    groups: Sequence[Group],
+    functions: dict[str, RewardFunctionConfig],
+    settings: AdvantageConfig,
+    batch_P_G_R: list[list[list[float | None]]] | None,
+) -> list[Group]:
+    """Return groups with rewards and advantages; `batch_P_G_R` are the rewards of all ranks for `scale="batch"`."""
+    values_P_G_R, weights_R = _values(groups, functions), [function.weight for function in functions.values()]
     own = own_function(settings)
     if own:
         rewards_P_G = _weighted_sums(values_P_G_R, weights_R)
@@ -240,10 +259,9 @@ def with_advantages(
             baseline=settings.baseline,
             combine=settings.combine,
             eps=settings.eps,
-            batch_P_G_R=gather(values_P_G_R) if settings.scale == "batch" else None,
+            batch_P_G_R=batch_P_G_R,
         )
-    triples = zip(batch.groups, rewards_P_G, advantages_P_G, strict=True)
-    return replace(batch, groups=[_with_advantages(*triple) for triple in triples])
+    return [_with_advantages(*triple) for triple in zip(groups, rewards_P_G, advantages_P_G, strict=True)]
 
 
 def _with_advantages(group: Group, rewards_G: list[float | None], advantages_G: list[float]) -> Group:

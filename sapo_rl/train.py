@@ -62,7 +62,7 @@ def train(parts: Parts) -> bool:
         for step, batch in batches:
             batch = with_advantages(batch, config.rewards, config.advantage, gather_object)
             batches.sleep()
-            stats = trainer.train_on(batch.groups, parts.timers)
+            stats = trainer.train_on(batch.trained, parts.timers)
             batches.ready_for_new_weights()
             problem = divergence(step, stats, config.trainer)
             if not problem:
@@ -77,10 +77,10 @@ def train(parts: Parts) -> bool:
                 batches.wait()
                 parts.evaluator.run(step)
             if due(step, config.checkpoint.every):
-                parts.checkpoints.save(step, state_of(parts))
+                parts.checkpoints.save(step, state_of(parts), batches.replay_state())
                 telemetry.keep_pass_rates(batches.pass_rates())
     complete = batches.step == config.trainer.steps
-    parts.checkpoints.finish(batches.step, state_of(parts), complete)
+    parts.checkpoints.finish(batches.step, state_of(parts), batches.replay_state(), complete)
     telemetry.keep_pass_rates(batches.pass_rates())
     telemetry.finish(complete=complete, before=parts.evaluator.before)
     return complete

@@ -6,7 +6,7 @@ Ragged lists carry their axes in the name: P prompts of a step, G samples of a p
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple, TypeAlias
@@ -196,6 +196,14 @@ class PassRate(NamedTuple):
     samples: int
 
 
+class Replayed(NamedTuple):
+    """A group of an earlier step."""
+
+    group: Group
+    age: int
+    """Steps since the one that it was written for."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """One rank's scored samples of a step."""
@@ -213,3 +221,10 @@ class Batch:
     """Groups that were written for it, those included that others have replaced."""
     pass_rates: Sequence[PassRate] = ()
     """Of all these groups, where a reward says what is solved."""
+    replayed: Mapping[int, Replayed] = field(default_factory=dict[int, Replayed])
+    """By the place of a group that teaches nothing what is trained on in its stead; with advantages as `groups`."""
+
+    @property
+    def trained(self) -> list[Group]:
+        """The groups of the update."""
+        return [self.replayed[place].group if place in self.replayed else one for place, one in enumerate(self.groups)]

@@ -158,6 +158,7 @@ def test_python_on_other_pages_runs(page: str) -> None:
         *("sapo_rl.losses.base", "sapo_rl.losses.build", "sapo_rl.losses.sapo"),
         *("sapo_rl.environments.search", "sapo_rl.rewards.short_answers"),
         *("sapo_rl.policy.packing", "sapo_rl.rollout.share", "sapo_rl.telemetry.progress"),
+        "sapo_rl.data.pass_rates",
     ],
 )
 def test_examples_in_docstrings_give_what_they_say(name: str) -> None:

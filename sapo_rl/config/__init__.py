@@ -14,7 +14,7 @@ from sapo_rl.config.evaluation import EvalConfig
 from sapo_rl.config.fields import LONGEST_WAIT, MISSING, MOST_SAMPLES, choice, number
 from sapo_rl.config.logging import LoggingConfig
 from sapo_rl.config.loss import AdvantageConfig, LossConfig
-from sapo_rl.config.refill import RefillConfig
+from sapo_rl.config.refill import RefillConfig, ReplayConfig
 from sapo_rl.config.reward import RewardConfig, RewardFunctionConfig
 
 TOOL_PARSERS = ("hermes", "json", "llama3_json", "mistral", "openai", "pythonic", "qwen3_coder")
@@ -136,6 +136,7 @@ class RolloutConfig:
     start_timeout: float = number(600.0, above=0, most=LONGEST_WAIT)
     """Seconds that vLLM may take to start; also, how long a run waits when none of its `servers` answers."""
     refill: RefillConfig = field(default_factory=RefillConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
     timeout: float = number(1800.0, above=0, most=LONGEST_WAIT)
     """Seconds that one batch of rollouts, or one push of weights, may take before the engine counts as hung."""
     max_restarts: int = number(2, least=0)

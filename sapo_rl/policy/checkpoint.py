@@ -3,7 +3,8 @@
 `trainer_<rank>.safetensors` hold `weight/<name>` (float32) and AdamW's `exp_avg/<name>`, `exp_avg_sq/<name>` and
 `step/<name>`. The ranks divide the names among themselves and write at the same time, but each tensor is whole: another
 number of ranks, or another way of sharding, can read it. No rank has more than one whole weight in memory at a time.
-`random_<rank>.json` hold the states of the random generators. What tells damage is in `sapo_rl.policy.manifest`.
+`random_<rank>.json` hold the states of the random generators, `loop_<rank>.safetensors` what the loop of a rank wants
+back beside, if anything. What tells damage is in `sapo_rl.policy.manifest`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ import torch
 import xxhash
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as to_bytes
 from torch import Tensor
 
 from sapo_rl.errors import SharedError, UserError
@@ -36,7 +39,14 @@ from sapo_rl.run_folder import checkpoints_in
 PATTERN = "step_{:06d}"
 
 
-def save(folder: Path, step: int, trainer: PolicyTrainer, state: dict[str, Any], keep_last: int) -> None:
+def save(
+    folder: Path,
+    step: int,
+    trainer: PolicyTrainer,
+    state: dict[str, Any],
+    keep_last: int,
+    own: Mapping[str, NDArray[Any]] | None = None,
+) -> None:
     """Write `folder/step_<step>`; called on every rank.
 
     Args:
@@ -45,6 +55,7 @@ def save(folder: Path, step: int, trainer: PolicyTrainer, state: dict[str, Any],
         trainer: the weights that it trains (float32), optimiser and number of updates are kept.
         state: what the loop wants back; JSON.
         keep_last: that many checkpoints stay, older ones go.
+        own: what the loop wants back on this rank alone, if anything.
 
     Raises:
         SharedError: it cannot be written, as on a full disk; nothing of it is left, and older ones are as they were.
@@ -73,7 +84,7 @@ def save(folder: Path, step: int, trainer: PolicyTrainer, state: dict[str, Any],
         return {}
 
     _together(accelerator, partial, begin if accelerator.is_main_process else dict)
-    entries = _together(accelerator, partial, lambda: _write_own(trainer, partial))
+    entries = _together(accelerator, partial, lambda: _write_own(trainer, partial, own or {}))
     _together(accelerator, partial, complete if accelerator.is_main_process else dict)
 
 
@@ -94,18 +105,22 @@ def _together(accelerator: Accelerator, partial: Path, part: Callable[[], dict[s
     return {name: entry for entries, _ in everyone for name, entry in entries.items()}
 
 
-def _write_own(trainer: PolicyTrainer, partial: Path) -> dict[str, Entry]:
+def _write_own(trainer: PolicyTrainer, partial: Path, own: Mapping[str, NDArray[Any]]) -> dict[str, Entry]:
     """Write this rank's files, with the other ranks, which gather each weight together."""
     rank = trainer.accelerator.process_index
     generators, tensors = partial / f"random_{rank:05d}.json", partial / f"trainer_{rank:05d}.safetensors"
-    digest, own = xxhash.xxh3_128(), _own_tensors(trainer)
+    loop, small = partial / f"loop_{rank:05d}.safetensors", [generators]
+    digest, named = xxhash.xxh3_128(), _own_tensors(trainer)
     try:
         generators.write_text(json.dumps(_random_state()), encoding="utf-8")
-        write_tensors(tensors, own, digest)
+        if own:
+            loop.write_bytes(to_bytes(dict(own)))
+            small.append(loop)
+        write_tensors(tensors, named, digest)
     finally:
-        deque(own, maxlen=0)  # to the end even where this rank has failed: the others would wait for it
+        deque(named, maxlen=0)  # to the end even where this rank has failed: the others would wait for it
     return {
-        generators.name: manifest.entry_of(generators),
+        **{path.name: manifest.entry_of(path) for path in small},
         tensors.name: Entry(tensors.stat().st_size, DATA_START, digest.hexdigest()),
     }
 
@@ -193,11 +208,16 @@ def load(checkpoint: Path, trainer: PolicyTrainer) -> tuple[int, dict[str, Any]]
     return record["step"], record["state"]
 
 
+def loop_files(checkpoint: Path) -> list[Path]:
+    """Return the files of a checkpoint with what the loop wants back on each rank, in the ranks' order."""
+    return [checkpoint / name for name in sorted(manifest.read_manifest(checkpoint)) if name.startswith("loop_")]
+
+
 def _open_tensors(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """Return by weight name, then by kind, the open file that a tensor is in; reads no tensor."""
     found: dict[str, dict[str, Any]] = {}
     for path in [checkpoint / name for name in manifest.read_manifest(checkpoint)]:
-        if path.suffix != ".safetensors":
+        if not path.name.startswith("trainer_"):
             continue
         with reading(path):
             try:

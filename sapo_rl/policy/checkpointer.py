@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from sapo_rl import run_folder
@@ -29,15 +31,15 @@ class Checkpointer:
     ) -> None:
         self._folder, self._trainer, self._tokenizer, self._config = folder, trainer, tokenizer, config
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint from which `resume=` continues as if nothing had happened. Raises as `checkpoint.save`."""
+    def save(self, step: int, state: dict[str, Any], own: Mapping[str, NDArray[Any]]) -> None:
+        """Write a checkpoint from which `resume=` continues as if nothing had happened; as `checkpoint.save`."""
         folder = self._folder / run_folder.CHECKPOINTS
-        checkpoint.save(folder, step, self._trainer, state, self._config.keep_last)
+        checkpoint.save(folder, step, self._trainer, state, self._config.keep_last, own)
 
-    def finish(self, step: int, state: dict[str, Any], complete: bool) -> None:
+    def finish(self, step: int, state: dict[str, Any], own: Mapping[str, NDArray[Any]], complete: bool) -> None:
         """Leave the trained model, or, where the run was stopped before its end, the checkpoint to resume from."""
         if self._config.every and step % self._config.every:
-            self.save(step, state)
+            self.save(step, state, own)
         if complete and self._config.save_final:
             self._export(self._folder / run_folder.FINAL, self._trainer.accelerator.is_main_process)
 

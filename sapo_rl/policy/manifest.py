@@ -21,7 +21,7 @@ from sapo_rl.run_folder import checkpoints_in, step_of
 MANIFEST = "manifest.json"
 RECORD = "state.json"
 """How far the run had come, and what the loop wants back."""
-OWN = re.compile(r"state\.json|random_\d+\.json|trainer_\d+\.safetensors")
+OWN = re.compile(r"state\.json|random_\d+\.json|(trainer|loop)_\d+\.safetensors")
 """Names of the other files; whatever else lies beside them is somebody's own."""
 CHUNK = 8 << 20
 """Bytes that are hashed at a time."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from sapo_rl.advantages import has_spread
@@ -16,6 +17,7 @@ from sapo_rl.rewards import RewardPool, Scoring
 from sapo_rl.rollout.collector import RolloutResult, Writer
 from sapo_rl.rollout.prefetch import Prefetcher
 from sapo_rl.rollout.refill import kept, write_refilled
+from sapo_rl.rollout.replay import Arrays, ReplayBuffer
 from sapo_rl.rollout.share import Share
 from sapo_rl.types import Batch, Group, PassRate, Prompt
 
@@ -84,6 +86,7 @@ class BatchQueue:
         self._solving, self._solved_at = config.solving, config.data.pass_rate.solved_at
         self._refill, self._functions, self._combine = config.rollout.refill, config.rewards, config.advantage.combine
         self._sampler_state = sampler.state_dict()
+        self._replay = self._replay_buffer(config)
         self._ahead = Prefetcher(
             self._begin,
             self._finish,
@@ -98,11 +101,20 @@ class BatchQueue:
             batch = self._ahead.take(self.step)
             self._sampler_state = batch.sampler_state
             self._rates.record(self.step, self._gather([*batch.pass_rates]))
-            yield self.step, batch
+            yield self.step, self._replay.fill(self.step, batch) if self._replay else batch
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the order of prompts stands after the batch that was yielded last; the sampler may be ahead."""
         return self._sampler_state | {"pass_rates": self._rates.state_dict()}
+
+    def replay_state(self) -> Arrays:
+        """Return the groups that this rank may train on again; nothing without `rollout.replay`."""
+        return self._replay.state() if self._replay else {}
+
+    def load_replay(self, files: Sequence[Path]) -> None:
+        """Go on with the groups that a checkpoint has in the files of its ranks."""
+        if self._replay and files:
+            self._replay.load(files, self._share, {prompt.index: prompt for prompt in self._prompts})
 
     def pass_rates(self) -> dict[str, Sequence[Any]]:
         """Return what is known of the prompts so far, as columns of `pass_rates.parquet`."""
@@ -160,6 +172,13 @@ class BatchQueue:
             groups = kept(groups, pending.size, self._keeps)
         state, count = pending.sampler_state, len(written.groups)
         return Batch(groups, scores.stats, state, written.usage, written.dropped, written=count, pass_rates=rates)
+
+    def _replay_buffer(self, config: Config) -> ReplayBuffer | None:
+        settings, ranks = config.rollout.replay, self._share.count
+        if not settings.size or not ranks:
+            return None
+        size, seed = math.ceil(settings.size / ranks), f"{config.seed}/{self._share.index}"
+        return ReplayBuffer(size, settings.max_age, seed, self._keeps, list(config.rewards))
 
     def _pass_rates(self, groups: Sequence[Group]) -> list[PassRate]:
         rates = pass_rates_of(groups, self._solving, self._solved_at)

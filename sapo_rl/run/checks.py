@@ -19,7 +19,7 @@ from sapo_rl.errors.files import reading
 from sapo_rl.policy import model_folder
 from sapo_rl.run.config_error import ConfigError, under
 from sapo_rl.run.eval_checks import check_evaluation
-from sapo_rl.run.sampling_checks import check_checks, check_sampling
+from sapo_rl.run.sampling_checks import check_checks, check_replay, check_sampling
 
 LARGEST = 2**31 - 1
 """Bound on integers without one of their own: libraries hold counts in 32 bits."""
@@ -369,6 +369,7 @@ RULES = {
     "data, reward": _check_sources,
     "environment, environments, tools": _check_environment,
     "data.pass_rate, rollout.refill": check_sampling,
+    "rollout.replay": check_replay,
     "check": check_checks,
     "eval": check_evaluation,
     "model.lora": _check_lora,

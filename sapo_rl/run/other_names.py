@@ -216,6 +216,8 @@ VERL: dict[str, tuple[str, str]] = {
         "reward.functions",
         _OVERLONG,
     ),
+    "filter_groups": ("rollout.refill.max_extra", "further prompts of a step, as a share of its own"),
+    "max_num_gen_batches": ("rollout.refill.max_extra", "further prompts of a step, as a share of its own"),
     "reward_model": ("reward.functions", "NAME: {function: package.module.name}"),
     "actor_rollout_ref": ("model", "rollout, trainer and loss take its keys"),
     "algorithm": ("advantage", "and loss take its keys"),

@@ -143,6 +143,8 @@ def build(rank: Rank, stack: contextlib.ExitStack, stops: Stops) -> Parts:
     )
     stopping = stops.asked_anywhere
     batches = BatchQueue(prompts, sampler, rates, share, writer, rewards, timers, config, step, stopping, gather_object)
+    if resumed:
+        batches.load_replay(checkpoint.loop_files(resumed))
     parts = Parts(
         config=config,
         frozen=rank.frozen,

@@ -34,6 +34,21 @@ def check_sampling(config: Config) -> None:
             )
 
 
+def check_replay(config: Config) -> None:
+    """Refuse to train on earlier groups where nothing says how likely their tokens were then. Raises ConfigError."""
+    size, loss = config.rollout.replay.size, config.loss
+    if size and not config.rollout.logprobs:
+        raise ConfigError(
+            "rollout.replay.size", f"is {size}: only rollout.logprobs=true keeps how likely tokens were when sampled"
+        )
+    if size and loss.old_logps != "rollout" and not loss.correction.by_token:
+        raise ConfigError(
+            "rollout.replay.size",
+            f"is {size}: with loss.old_logps={loss.old_logps} and loss.correction.mode={loss.correction.mode} earlier "
+            "groups would pass for this step's; set loss.correction.mode=token_truncate, or loss.old_logps=rollout",
+        )
+
+
 def check_checks(config: Config) -> None:
     """Refuse what `check=data` and `check=rewards` cannot do. Raises ConfigError."""
     if config.check == "rewards":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -32,6 +33,8 @@ class RankReport(NamedTuple):
     """What failed in each episode that its environment has lost."""
     written: int
     """Groups, those included that others have replaced."""
+    ages: list[int]
+    """Of the groups of earlier steps that were trained on."""
 
 
 class StepLog:
@@ -46,6 +49,7 @@ class StepLog:
     def __init__(self, telemetry: Telemetry, timers: Timers, config: Config) -> None:
         self._telemetry, self._timers, self._in_flight = telemetry, timers, config.in_flight
         self._episodes, self._refill = config.has_episodes, config.rollout.refill.max_extra > 0
+        self._replay = config.rollout.replay.size > 0
         self._became = {
             name: "scored 0" if function.on_error == "zero" else "left their groups"
             for name, function in config.rewards.items()
@@ -65,9 +69,11 @@ class StepLog:
         """
         own_groups = [rows(step, group) for group in batch.groups]
         facts = [facts_of(one) for group in batch.groups for one in group.samples] if self._episodes else []
-        everyone: list[RankReport] = gather_object(
-            [RankReport(own_groups, batch.scoring, batch.usage, restarts, peak, facts, batch.dropped, batch.written)]
+        ages = [one.age for one in batch.replayed.values()]
+        own_report = RankReport(
+            own_groups, batch.scoring, batch.usage, restarts, peak, facts, batch.dropped, batch.written, ages
         )
+        everyone: list[RankReport] = gather_object([own_report])
         groups = [group for rank in everyone for group in rank.groups]
         metrics = sample_metrics(groups)
         if self._episodes:
@@ -87,6 +93,8 @@ class StepLog:
         } | {f"rewards/{name}/errors": float(count) for name, count in scoring.errors.items()}
         if not self._in_flight:
             own["rollout/idle_fraction"] = idle_fraction([rank.usage for rank in everyone])
+        if self._replay:
+            own |= replay_metrics([age for rank in everyone for age in rank.ages], len(groups))
         if self._refill:
             own["rollout/kept_fraction"] = len(groups) / sum(rank.written for rank in everyone)
         self._telemetry.log_step(step, {**metrics, **own, **stats, **phases}, groups)
@@ -103,6 +111,12 @@ class StepLog:
         if metrics["group/zero_spread_fraction"] == 1 and not self._warned_no_signal:
             self._warned_no_signal = True
             self._telemetry.warn(f"step {step} teaches nothing: the samples of each group all have the same reward")
+
+
+def replay_metrics(ages: Sequence[int], count: int) -> dict[str, float]:
+    """Return which share of a step's `count` groups has made way for groups of these ages, and the mean age."""
+    found = {"rollout/replayed_fraction": len(ages) / count}
+    return found | ({"rollout/replay_age": statistics.fmean(ages)} if ages else {})
 
 
 def idle_fraction(usages: Sequence[Usage]) -> float:

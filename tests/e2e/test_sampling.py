@@ -1,4 +1,4 @@
-"""What is sampled, with real vLLM: pass rates measured before a run, and a run that draws by them."""
+"""What is sampled, with real vLLM: pass rates measured before a run, and a run that draws by them and replays."""
 
 from __future__ import annotations
 
@@ -92,9 +92,14 @@ BY_RATES = (
     "data.sampling=pass_rate",
     "data.pass_rate.path=checked",
     "data.pass_rate.floor=0.01",
-    "rollout.refill.max_extra=0.5",
+    "rollout.group_size=2",
+    "rollout.refill.max_extra=0.25",
+    "rollout.replay={size: 8, max_age: 2}",
+    "rollout.logprobs=true",
+    "loss.correction.mode=token_truncate",
     "trainer.steps=5",
 )
+"""Groups of two are flat half of the time: some are replaced by further prompts, some by groups of earlier steps."""
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +112,7 @@ def test_a_run_draws_what_is_neither_always_nor_never_solved_and_remembers_what_
 ) -> None:
     before = {row["prompt_index"]: row["pass_rate"] for row in rates_of(checked[0])}
     drawn = [index for step in range(1, 6) for index in drawn_in(whole, step)]
-    assert len(drawn) == 5 * 4
+    assert len(drawn) == 5 * 8
     assert (
         sum(0 < before[index] < 1 for index in drawn)
         > 0.75 * len(drawn)
@@ -115,15 +120,31 @@ def test_a_run_draws_what_is_neither_always_nor_never_solved_and_remembers_what_
     )
     after, last = rates_of(whole), steps_of(whole)[-1]
     rates = [row["pass_rate"] for row in after]
-    written = sum(4 / record["rollout/kept_fraction"] for record in steps_of(whole))
-    assert [row["prompt_index"] for row in after] == [*before] and written > 5 * 4
-    assert sum(row["samples"] for row in after) == pytest.approx(24 * 6 + written * 4)  # replaced groups count, too
+    written = sum(8 / record["rollout/kept_fraction"] for record in steps_of(whole))
+    assert [row["prompt_index"] for row in after] == [*before] and written > 5 * 8
+    assert sum(row["samples"] for row in after) == pytest.approx(24 * 6 + written * 2)  # replaced groups count, too
     assert last["data/known_fraction"] == 1
     assert last["data/pass_rate_mean"] == pytest.approx(statistics.fmean(rates))
     assert last["data/always_solved_fraction"] == rates.count(1) / 24
     assert last["data/never_solved_fraction"] == rates.count(0) / 24
     weights = [max(0.01, 4 * rate * (1 - rate)) for rate in rates]
     assert last["data/effective_prompts"] == pytest.approx(sum(weights) ** 2 / sum(one**2 for one in weights))
+
+
+def test_groups_of_earlier_steps_fill_the_places_of_those_that_teach_nothing(whole: Path) -> None:
+    kept: dict[int, int] = {}
+    for record in steps_of(whole):
+        step, flat = record["step"], round(8 * record["group/zero_spread_fraction"])
+        there = sum(count for earlier, count in kept.items() if step - earlier <= 2)
+        assert record["rollout/replayed_fraction"] == min(flat, there) / 8
+        assert 1 <= record.get("rollout/replay_age", 1) <= min(2, step - 1) or not there
+        assert record["rollout/staleness"] == 0  # of what this step has written
+        kept[step] = 8 - flat
+        while sum(kept.values()) > 8:  # the oldest leave
+            oldest = next(iter(kept))
+            kept[oldest] = kept[oldest] - 1
+            kept = {key: count for key, count in kept.items() if count}
+    assert sum(record["rollout/replayed_fraction"] for record in steps_of(whole)) > 0
 
 
 def test_one_that_is_killed_and_resumed_draws_the_same_to_the_last_bit(workspace: Path, whole: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.numpy import load_file
 from samples import as_group
 from tiny import small_llama
 
@@ -297,7 +298,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in (1, 2):
         trainer.train_on(make_groups(step), contextlib.nullcontext)
         np.random.standard_normal()  # leaves a number of which the state must know
-        checkpoint.save(folder, step, trainer, {"sampler": {"position": 8 * step}}, keep_last=2)
+        own = {"tokens": np.arange(step, step + 9), "none": np.zeros((0, 2), np.float32)}
+        checkpoint.save(folder, step, trainer, {"sampler": {"position": 8 * step}}, 2, own)
     return folder
 
 
@@ -330,7 +332,16 @@ def damage(file: Path, kind: str, rng: random.Random) -> None:
         file.unlink()
 
 
-FILES = ["manifest.json", "state.json", "random_00000.json", "trainer_00000.safetensors"]
+FILES = ["manifest.json", "state.json", "random_00000.json", "trainer_00000.safetensors", "loop_00000.safetensors"]
+
+
+def test_what_the_loop_wants_back_on_a_rank_is_in_a_file_of_its_own(saved: Path, tmp_path: Path) -> None:
+    (file,) = checkpoint.loop_files(saved / "step_000002")
+    found = load_file(file)
+    assert found["tokens"].tolist() == [*range(2, 11)] and found["none"].shape == (0, 2)
+    trainer = PolicyTrainer(make_policy(), None, make_config(), Accelerator(cpu=True))
+    checkpoint.save(tmp_path, 1, trainer, {}, keep_last=1)
+    assert checkpoint.loop_files(tmp_path / "step_000001") == []
 
 
 @pytest.mark.parametrize("kind", ["flip", "zero", "swap", "cut", "append", "delete"])
@@ -368,7 +379,7 @@ def test_files_of_different_steps_and_files_left_over_are_refused(saved: Path, t
     renamed = shutil.copytree(saved / "step_000001", tmp_path / "step_000002")
     with pytest.raises(UserError, match=r"/manifest\.json' cannot be used: it is of step 1, not of the one in"):
         resumed_from(renamed)
-    for name in ("trainer_00001.safetensors", "random_00001.json"):
+    for name in ("trainer_00001.safetensors", "random_00001.json", "loop_00001.safetensors"):
         more = shutil.copytree(saved / "step_000002", tmp_path / f"with {name}" / "step_000002")
         (more / name).write_bytes(b"of another run")
         with pytest.raises(UserError, match=rf"/{name}' cannot be used: it is none of the files that were written"):

@@ -44,6 +44,18 @@ def made(*keys: str) -> Config:
         (["data.pass_rate.path=gone"], r"data\.pass_rate\.path: 'gone' has an unknown ending; valid: \.jsonl"),
         (["data.pass_rate.path=gone.parquet"], r"data\.pass_rate\.path: there is no file 'gone\.parquet'"),
         (["data.pass_rate.path=/tmp"], r"data\.pass_rate\.path: there is no file '/tmp/pass_rates\.parquet'"),
+        (["rollout.replay.size=-1"], r"rollout\.replay\.size: is -1; must be at least 0"),
+        (["rollout.replay.size=8", "rollout.replay.max_age=0"], r"rollout\.replay\.max_age: is 0; must be at least 1"),
+        (["rollout.replay.size=8"], r"rollout\.replay\.size: is 8: only rollout\.logprobs=true keeps how likely"),
+        (
+            ["rollout.replay.size=8", "rollout.logprobs=true"],
+            r"rollout\.replay\.size: is 8: with loss\.old_logps=recompute and loss\.correction\.mode=none earlier "
+            r"groups would pass for this step's; set loss\.correction\.mode=token_truncate, or loss\.old_logps=rollout",
+        ),
+        (
+            ["rollout.replay.size=8", "rollout.logprobs=true", "loss.correction.mode=sequence_mask"],
+            r"loss\.correction\.mode=sequence_mask earlier groups would pass for this step's",
+        ),
         (["data.check.prompts=0"], r"data\.check\.prompts: is 0; must be at least 1"),
         (["data.check.samples=0"], r"data\.check\.samples: is 0; must be at least 1"),
         (["check=data", "resume=runs/x"], r"check: 'data' measures a model, not a run: .*model\.path=RUN/final"),
@@ -60,3 +72,8 @@ def test_a_folder_of_pass_rates_and_what_a_resume_has_in_its_checkpoint_are_let_
     (tmp_path / "pass_rates.parquet").touch()
     check(made(f"data.pass_rate.path={tmp_path}", "data.sampling=pass_rate", "data.pass_rate.reward=right/further"))
     check(made("data.pass_rate.path=gone.parquet", "resume=runs/x"))
+
+
+@pytest.mark.parametrize("how", ["loss.old_logps=rollout", "loss.correction.mode=token_mask"])
+def test_earlier_groups_are_let_pass_where_their_own_log_probabilities_count(how: str) -> None:
+    check(made("rollout.replay.size=8", "rollout.logprobs=true", how))
