@@ -71,9 +71,11 @@ def write_refilled(
 def kept(groups: Sequence[Group], count: int, keeps: Callable[[Group], bool]) -> list[Group]:
     """Return `count` of the groups: the first of those that stay, then, where these are too few, of the others.
 
-    Those without samples come last.
+    Those without samples are the last to be taken. The order stays as it is: sorted, the last of several mini-batches
+    would get most groups that teach nothing.
     """
-    return sorted(groups, key=lambda group: (not keeps(group), not group.samples))[:count]
+    ranked = sorted(range(len(groups)), key=lambda place: (not keeps(groups[place]), not groups[place].samples))
+    return [groups[place] for place in sorted(ranked[:count])]
 
 
 def _joined(results: Sequence[tuple[float, RolloutResult]]) -> RolloutResult:

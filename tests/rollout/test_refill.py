@@ -77,10 +77,10 @@ def test_as_many_are_replaced_as_teach_nothing_whatever_is_ready_first(
     assert result.usage.until[1] == 0 and result.usage.whole == result.usage.until[0] >= 1
 
 
-def test_those_that_stay_come_first_and_others_fill_the_batch() -> None:
+def test_those_that_stay_are_taken_first_others_fill_the_batch_and_the_order_stays() -> None:
     late = Late([1, 4, 5], 0)
     groups = late.refilled(range(4), range(4, 6)).groups
-    assert [group.prompt.index for group in kept(groups, 4, late.keeps)] == [1, 4, 5, 0]
+    assert [group.prompt.index for group in kept(groups, 4, late.keeps)] == [0, 1, 4, 5]
     assert [group.prompt.index for group in kept(groups, 2, late.keeps)] == [1, 4]
 
 
