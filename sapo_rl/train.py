@@ -78,10 +78,10 @@ def train(parts: Parts) -> bool:
                 parts.evaluator.run(step)
             if due(step, config.checkpoint.every):
                 parts.checkpoints.save(step, state_of(parts), batches.replay_state())
-                telemetry.keep_pass_rates(batches.pass_rates())
+                telemetry.keep_pass_rates(batches.pass_rates)
     complete = batches.step == config.trainer.steps
     parts.checkpoints.finish(batches.step, state_of(parts), batches.replay_state(), complete)
-    telemetry.keep_pass_rates(batches.pass_rates())
+    telemetry.keep_pass_rates(batches.pass_rates)
     telemetry.finish(complete=complete, before=parts.evaluator.before)
     return complete
 

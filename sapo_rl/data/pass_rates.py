@@ -12,7 +12,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from sapo_rl.config.data import BY_PASS_RATE, DataConfig, PassRateConfig
-from sapo_rl.data.tables import read_file
+from sapo_rl.data.tables import read_file, write_table
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.errors.files import expand, is_folder
 from sapo_rl.run_folder import PASS_RATES
@@ -127,7 +127,9 @@ class PassRates:
         With `data.sampling=pass_rate` it is what the prompt is worth, else 1; where the filter holds it back, 0; and
         never less than `data.pass_rate.floor`.
         """
-        rates, samples = self.at(step)
+        return self._weighed(*self.at(step))
+
+    def _weighed(self, rates: Array, samples: Array) -> Array:
         settings = self._cfg.pass_rate
         found = worth(rates, settings.target) if self._cfg.sampling == BY_PASS_RATE else np.ones(len(rates))
         return np.maximum(np.where(skipped(rates, samples, settings), 0.0, found), settings.floor)
@@ -138,7 +140,7 @@ class PassRates:
         With weights w the effective number of prompts is (sum w)^2 / sum w^2: all of them where w is the same.
         """
         rates, samples = self.at()
-        known, weights = rates[samples > 0], self.weights()
+        known, weights = rates[samples > 0], self._weighed(rates, samples)
         found = {
             "data/effective_prompts": float(weights.sum() ** 2 / (weights**2).sum()),
             "data/known_fraction": len(known) / len(rates),
@@ -182,11 +184,8 @@ def fingerprint(content: str | Messages) -> str:
 def write_pass_rates(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
     """Write columns of equal length as a Parquet file; whole or not at all."""
     import pyarrow
-    import pyarrow.parquet
 
-    part = path.with_name(f".{path.name}.part")
-    pyarrow.parquet.write_table(pyarrow.table(dict(columns)), part, compression="zstd")
-    part.replace(path)
+    write_table(path, pyarrow.table(dict(columns)))
 
 
 def located(path: str) -> str:

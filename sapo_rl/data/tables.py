@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sapo_rl.errors import UserError, first_line
 from sapo_rl.errors.files import expand, is_file, parse_json, text_in
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SUFFIXES = (".jsonl", ".parquet")
 
@@ -101,3 +104,12 @@ def _one_by_one(name: str, column: Any, file: Path) -> list[Any]:
     except Exception as error:
         raise UserError(f"{file}: column '{name}', row {len(values)}: {type(error).__name__}: {error}") from error
     return values
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file so that a reader sees the old one or the whole new one, never a part."""
+    import pyarrow.parquet as pq
+
+    part = path.with_name(f".{path.name}.part")
+    pq.write_table(table, part, compression="zstd")
+    part.replace(path)

@@ -13,12 +13,17 @@ from sapo_rl.policy import checkpoint
 from sapo_rl.policy.model import Policy, load_policy
 
 
-def make_policy(config: ModelConfig, empty: bool = False) -> Policy:
-    """Load the model, with adapters where the config asks for them; the arguments are those of `load_policy`.
+def trainable_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Return the shapes of the weights that a checkpoint of the model holds, by name; reads no weights.
 
     Raises:
         UserError: as `load_policy` does.
     """
+    return {name: weight.shape for name, weight in _policy(config, empty=True).trainable_weights()}
+
+
+def _policy(config: ModelConfig, empty: bool) -> Policy:
+    """The model, with adapters where the config asks for them."""
     policy = load_policy(config, empty=empty)
     if not config.lora.rank:
         return policy
@@ -34,7 +39,7 @@ def saved_policy(config: ModelConfig, folder: Path | None) -> Policy:
     Raises:
         UserError: it cannot be loaded, or the checkpoint is of another model.
     """
-    policy = make_policy(config)
+    policy = _policy(config, empty=False)
     if folder is not None:
         weights = dict(checkpoint.read_weights(folder))
         for name, parameter in policy.trainable_weights():

@@ -22,7 +22,7 @@ from sapo_rl.evaluation.measure import Answers, answers, check_judge
 from sapo_rl.evaluation.sets import EvalSet, check_set, comparison_warnings, default_set, named_sets, set_warnings
 from sapo_rl.policy import checkpoint
 from sapo_rl.policy.model import check_shapes, load_tokenizer, stop_tokens
-from sapo_rl.policy.saved import make_policy, saved_weights
+from sapo_rl.policy.saved import saved_weights, trainable_shapes
 from sapo_rl.run import subjects
 from sapo_rl.run.eval_results import Result, save, tables
 from sapo_rl.run.subjects import Subject, model_of
@@ -93,7 +93,7 @@ def _check(one: Candidate, rank: Rank) -> None:
     """Refuse a damaged checkpoint or model before any engine starts."""
     check_shapes(one.model)
     if one.subject.checkpoint is not None:
-        shapes = {name: weight.shape for name, weight in make_policy(one.model, empty=True).trainable_weights()}
+        shapes = trainable_shapes(one.model)
         try:
             checkpoint.check(Path(one.subject.checkpoint), shapes, rank.accelerator)
         except SharedError as error:

@@ -13,10 +13,9 @@ from typing import Any, NoReturn
 import yaml
 
 from sapo_rl import run_folder
-from sapo_rl.config import LoraConfig, ModelConfig
 from sapo_rl.errors import UserError, described
 from sapo_rl.errors.files import expand
-from sapo_rl.run.subjects import Subject, damaged, subject_at
+from sapo_rl.run.subjects import Subject, damaged, model_of, subject_at
 from sapo_rl.run_folder import record
 
 DESCRIPTION = """Write a run's final model, or a checkpoint (sharded or with adapters, which are merged in), as a
@@ -66,19 +65,17 @@ def export(subject: Subject, folder: Path) -> Path:
         raise UserError(f"model: '{subject.path}' is no run and no checkpoint")
     from sapo_rl.policy import checkpoint
     from sapo_rl.policy.model import load_tokenizer
-    from sapo_rl.policy.saved import make_policy, saved_policy
+    from sapo_rl.policy.saved import saved_policy, trainable_shapes
 
-    keys: dict[str, Any] = subject.model | {"lora": LoraConfig(**subject.model.get("lora", {}))}
-    config = ModelConfig(**keys)
+    config = model_of(subject)
     source = Path(subject.checkpoint) if subject.checkpoint else None
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         if source is None:
             shutil.copytree(subject.path, partial)
         else:
-            shapes = {name: weight.shape for name, weight in make_policy(config, empty=True).trainable_weights()}
             try:
-                checkpoint.check_files(source, shapes)
+                checkpoint.check_files(source, trainable_shapes(config))
             except UserError as error:
                 raise damaged(error) from error
             partial.parent.mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,7 @@ from sapo_rl.policy import checkpoint
 from sapo_rl.policy.checkpointer import Checkpointer
 from sapo_rl.policy.model import DTYPES, Policy, load_policy
 from sapo_rl.policy.parallel import loads_weights
+from sapo_rl.policy.saved import trainable_shapes
 from sapo_rl.policy.trainer import PolicyTrainer, Reference
 from sapo_rl.processes import streams
 from sapo_rl.rewards import isolation_warning
@@ -168,8 +169,7 @@ def build(rank: Rank, stack: contextlib.ExitStack, stops: Stops) -> Parts:
 def _last_checkpoint(config: Config, folder: Path, accelerator: Accelerator) -> Path:
     """Find what to go on from, and look it through before anything is started."""
     found = run_folder.latest_checkpoint(folder / run_folder.CHECKPOINTS)
-    policy, _ = _models(config, empty=True)
-    checkpoint.check(found, {name: weight.shape for name, weight in policy.trainable_weights()}, accelerator)
+    checkpoint.check(found, trainable_shapes(config.model), accelerator)
     return found
 
 

@@ -149,6 +149,6 @@ def loads(text: str) -> list[Subject]:
 
 
 def model_of(subject: Subject) -> ModelConfig:
-    """Return the section `model` of a subject that was read by `loads`."""
-    keys: dict[str, Any] = subject.model | {"lora": LoraConfig(**subject.model["lora"])}
+    """Return the section `model` of a subject; keys that it does not have are as by default."""
+    keys: dict[str, Any] = subject.model | {"lora": LoraConfig(**subject.model.get("lora", {}))}
     return ModelConfig(**keys)

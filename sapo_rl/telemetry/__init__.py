@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, SupportsFloat, TypeAlias
@@ -109,10 +109,10 @@ class Telemetry:
         self._record(step, metrics)
         self._display.evaluated(self._progress)
 
-    def keep_pass_rates(self, columns: Mapping[str, Sequence[Any]]) -> None:
-        """Write how often each prompt is solved, with its columns, to `pass_rates.parquet` of the run folder."""
+    def keep_pass_rates(self, columns: Callable[[], Mapping[str, Sequence[Any]]]) -> None:
+        """Write how often each prompt is solved to `pass_rates.parquet` of the run folder; `columns` looks it up."""
         if self._open:
-            write_pass_rates(self._folder / PASS_RATES, columns)
+            write_pass_rates(self._folder / PASS_RATES, columns())
 
     def warn(self, text: str) -> None:
         """Show a warning, and keep it as a record `{"step", "time", "warning"}`."""

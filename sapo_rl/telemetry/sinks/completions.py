@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from sapo_rl.data.tables import write_table
 from sapo_rl.run_folder import COMPLETIONS
 from sapo_rl.types import Group, Messages
 
@@ -120,9 +120,7 @@ def write_rows(path: Path, found: list[Row], columns: dict[str, pa.DataType]) ->
     numbers = dict.fromkeys(name for row in found for name in row if name not in columns)
     schema = pa.schema({**columns, **{name: pa.float64() for name in numbers}})
     path.parent.mkdir(exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    pq.write_table(pa.Table.from_pylist(found, schema), part, compression="zstd")
-    part.replace(path)
+    write_table(path, pa.Table.from_pylist(found, schema))
     return path
 
 
