@@ -1,13 +1,11 @@
 #!/usr/bin/env bash
-# From a bare machine to a trained model: environment, SmolLM2-135M-Instruct, then `sapo-train config=quickstart`.
+# From a bare machine to a trained model: environment, then `sapo-train config=quickstart`, which gets its model by itself.
 #
 #   bash scripts/quickstart.sh [OVERRIDE ...]      e.g. trainer.steps=40 loss.name=grpo
 #
-# A second call reuses the environment and the model.
+# A second call reuses both.
 set -euo pipefail
 # shellcheck source=scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" quickstart
-say "model"
-.venv/bin/python scripts/fetch_model.py
 say "training: sapo-train config=quickstart $*"
 exec .venv/bin/sapo-train config=quickstart "$@"

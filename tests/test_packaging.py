@@ -10,6 +10,7 @@ import tomllib
 import zipfile
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 from packaging.requirements import Requirement
@@ -67,6 +68,27 @@ def test_unpacked_wheel_composes_a_recipe_outside_the_checkout(wheel: Path, tmp_
     assert result.returncode == 0, result.stderr
     assert str(site) in result.stderr
     assert "SmolLM2-135M" in result.stdout
+
+
+@pytest.mark.e2e
+def test_an_installed_program_makes_the_model_of_quickstart_once_in_the_cache_of_the_user(
+    wheel: Path, tmp_path: Path
+) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "sapo_rl", "config=quickstart", "check=chat"]
+    both = [
+        subprocess.Popen(command, cwd=elsewhere, env=environment, stdout=PIPE, stderr=PIPE, text=True) for _ in range(2)
+    ]
+    ends = [(*one.communicate(timeout=300), one.returncode) for one in both]
+    assert [code for _, _, code in ends] == [0, 0], ends
+    assert "".join(told for _, told, _ in ends).count("sapo-train: making SmolLM2-135M-Instruct out of") == 1
+    assert all("a conversation of three turns" in shown for shown, _, _ in ends)
+    models = tmp_path / "cache/sapo-train/models"
+    assert {path.name for path in models.iterdir()} == {"SmolLM2-135M-Instruct", ".SmolLM2-135M-Instruct.lock"}
+    assert not any(elsewhere.iterdir())
 
 
 def test_every_dependency_is_pinned_where_there_is_no_gpu_at_a_version_that_is_allowed() -> None:

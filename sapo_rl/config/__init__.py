@@ -42,7 +42,7 @@ class ModelConfig:
     """The policy: which model, and in which precision it computes."""
 
     path: str = MISSING
-    """A Hugging Face model folder, or a name on the hub."""
+    """A Hugging Face model folder, or a name on the hub; `smollm2-135m` is made at its first use, out of a package."""
     revision: Optional[str] = None
     """Branch, tag or commit, where `path` is a name on the hub."""
     dtype: str = choice("bfloat16", "bfloat16", "float32")

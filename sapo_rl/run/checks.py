@@ -17,6 +17,7 @@ from sapo_rl.config.loss import CHOSEN_KEYS, unread
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.errors.files import reading
 from sapo_rl.policy import model_folder
+from sapo_rl.run import packaged
 from sapo_rl.run.config_error import ConfigError, under
 from sapo_rl.run.eval_checks import check_evaluation
 from sapo_rl.run.sampling_checks import check_checks, check_replay, check_sampling
@@ -323,12 +324,10 @@ def _check_lora(config: Config) -> None:
 def _check_model(config: Config) -> None:
     path = config.model.path
     try:
-        folder = model_folder.local_folder(path)
+        folder = None if packaged.missing(path) else model_folder.local_folder(path)
         shape = model_folder.look(folder) if folder else {}
     except UserError as error:
-        fetched = path.startswith(".cache/models/SmolLM2") and not os.path.exists(path)
-        hint = " (python scripts/fetch_model.py makes it)" if fetched else ""
-        raise ConfigError("model.path", f"{error}{hint}") from error
+        raise ConfigError("model.path", str(error)) from error
     limit = shape.get("max_position_embeddings") or LARGEST
     for name, (prompt, follows) in config.lengths.items():
         longest = prompt + follows

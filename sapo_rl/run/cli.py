@@ -23,7 +23,7 @@ from sapo_rl.config import Config
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.errors.files import expand, is_folder
 from sapo_rl.processes import streams
-from sapo_rl.run import compose, explain, keys, launch, resume, sweep
+from sapo_rl.run import compose, explain, keys, launch, packaged, resume, sweep
 from sapo_rl.run.start import Start, refuse_launcher, run, run_rank
 
 USAGE = """\
@@ -252,6 +252,7 @@ def _attempt(
 
             preview(config, frozen, resumed)
             return
+        packaged.require(config.model.path)
         if config.check == "chat":
             from sapo_rl.run.check_chat import check_chat
 

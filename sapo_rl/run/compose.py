@@ -25,7 +25,7 @@ from sapo_rl.config.nested import leaves
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.errors.files import expand, is_file
 from sapo_rl.paths import CONFIGS
-from sapo_rl.run import earlier, eval_sets, references, user_file
+from sapo_rl.run import earlier, eval_sets, packaged, references, user_file
 from sapo_rl.run.checks import ConfigError, check
 from sapo_rl.run_folder import CONFIG
 from sapo_rl.run_folder.secrets import is_secret, worth_hiding
@@ -304,6 +304,8 @@ def _settle_paths(frozen: dict[str, Any]) -> None:
     model = frozen["model"]
     if os.path.isfile(expand(model["path"]) / "config.json"):
         model["path"] = _real(model["path"])
+    elif folder := packaged.folder_of(model["path"]):
+        model["path"] = str(folder)
     for data in (frozen["data"], *(one["data"] for one in frozen["eval"]["sets"].values())):
         if data["source"] in ("file", "huggingface", None):
             data |= {key: _real(data[key]) for key in ("path", "eval_path") if data.get(key) is not None}

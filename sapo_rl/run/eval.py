@@ -17,7 +17,7 @@ from sapo_rl import run_folder
 from sapo_rl.config import Config
 from sapo_rl.errors import PROGRAM, UserError
 from sapo_rl.processes import streams
-from sapo_rl.run import compose, eval_sets, explain, launch, subjects
+from sapo_rl.run import compose, eval_sets, explain, launch, packaged, subjects
 from sapo_rl.run.rehearsal import WHOLE
 from sapo_rl.run.start import Start, run
 from sapo_rl.run.subjects import Subject
@@ -84,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             preview_evaluation(found.config, found.frozen, [one.path for one in found.models])
             return
+        for one in found.models:
+            packaged.require(one.path)
         streams.outlive()
         run(found.config, found.frozen, Start(found.name, arguments, found.files, models=found.whole))
     except UserError as error:

@@ -14,7 +14,7 @@ from rich.tree import Tree
 
 from sapo_rl.config import Config
 from sapo_rl.policy import model_folder
-from sapo_rl.run import rehearsal
+from sapo_rl.run import packaged, rehearsal
 from sapo_rl.run.resume import Plan
 from sapo_rl.sizing import GIB, buffer_bytes, element_size, trainer_memory
 
@@ -32,11 +32,13 @@ def preview(config: Config, frozen: str, resumed: Plan | None = None) -> None:
     console.print(_table("batch", batch_arithmetic(config)))
     trial = rehearsal.rehearse(config)
     console.print(_table("data", trial.data))
-    rows = memory_rows(config)
+    rows = {} if (plan := packaged.plan_of(config.model.path)) else memory_rows(config)
     rows |= rehearsal.cpu_cache(config) if rows else {}
     told = {name: f"{value / GIB:.2f}" for name, value in rows.items()} | {"sum": f"{sum(rows.values()) / GIB:.2f}"}
-    unknown = {"weights and optimiser": "? (the weights are no local safetensors)"}
+    unknown = {"weights and optimiser": f"? (the weights are {'not there yet' if plan else 'no local safetensors'})"}
     console.print(_table("memory (GiB, a process that shards nothing)", told if rows else unknown))
+    if plan:
+        console.print(_table("made at the start of the run", {"model": plan}))
     for warning in [*trial.warnings, rehearsal.memory_warning(config, rows)]:
         if warning is not None:
             print(f"sapo-train: warning: {warning}", file=sys.stderr)

@@ -28,7 +28,7 @@ from sapo_rl.engines.process import require_vllm
 from sapo_rl.engines.vllm.child import llm_arguments
 from sapo_rl.errors import UserError
 from sapo_rl.processes import scratch
-from sapo_rl.run import compose, explain
+from sapo_rl.run import compose, explain, packaged
 
 DESCRIPTION = """Serve rollouts to sapo-train config=... rollout.servers=[HOST:PORT,...]. Give the recipe and overrides
 that the training gets; model, precision, lengths and limits are taken from it, those of launch are left out."""
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             own = [one for one in ready.argv if not one.startswith(("launch=", "launch."))]
             overrides = [*own, f"rollout.servers=[127.0.0.1:{options.port}]"]
             config, _ = compose.accept(hydra.compose("train", overrides=overrides), ready, overrides)
+        packaged.require(config.model.path)
         settings = engine_settings(config, options)
         environment = server_environment(os.environ, settings.device != "cpu") | {VARIABLE: make_key()}
     except (UserError, HydraException, OmegaConfBaseException) as error:

@@ -23,7 +23,7 @@ from sapo_rl.config import Config, LaunchConfig
 from sapo_rl.errors import UserError, program
 from sapo_rl.errors.files import expand
 from sapo_rl.processes import PARENT, killed_by, scratch, stopping_signals, streams
-from sapo_rl.run import launch, resume
+from sapo_rl.run import launch, packaged, resume
 from sapo_rl.run.checks import ConfigError
 from sapo_rl.run.earlier import recipe_of, telling
 from sapo_rl.run.names import run_name
@@ -68,9 +68,10 @@ def run(config: Config, frozen: str, start: Start) -> None:
         start: what else is known of the run.
 
     Raises:
-        UserError: the run folder cannot be made, or is not free.
+        UserError: the run folder cannot be made, or is not free; or a model that is made at its first use cannot be.
         subprocess.CalledProcessError: the training ended with another exit code than 0.
     """
+    packaged.require(config.model.path)
     if config.launch.machine_rank > 0 and "RANK" not in os.environ:  # machine 0 makes the folder
         _spawn(config.launch, start)
         return

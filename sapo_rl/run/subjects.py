@@ -16,10 +16,9 @@ from sapo_rl import run_folder
 from sapo_rl.config import LoraConfig, ModelConfig
 from sapo_rl.config.nested import leaves
 from sapo_rl.errors import UserError
-from sapo_rl.errors.files import expand, is_file
-from sapo_rl.paths import CONFIGS
+from sapo_rl.errors.files import expand
 from sapo_rl.policy import manifest, model_folder
-from sapo_rl.run import compose
+from sapo_rl.run import compose, packaged
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,11 @@ def subject_at(named: str) -> Subject:
     Raises:
         UserError: nothing is there, or it is damaged.
     """
-    shipped = CONFIGS / "model" / f"{named}.yaml"
-    if re.fullmatch(r"[\w-]+", named) and is_file(shipped) and not expand(named).exists():
-        return subject_at(str(yaml.safe_load(shipped.read_text(encoding="utf-8"))["path"]))
+    if packaged.missing(named):
+        return Subject(named, model={"path": named})
     folder = expand(named)
+    if not folder.exists() and (made := packaged.folder_of(named)):
+        return subject_at(str(made))
     if (folder / manifest.MANIFEST).is_file():
         return _of_checkpoint(folder)
     if (folder / model_folder.CONFIG).is_file():

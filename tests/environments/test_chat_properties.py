@@ -100,7 +100,7 @@ def test_a_stable_template_gives_one_row_that_is_the_whole_transcript(
     assert talk.forks == 0 and len(talk.rows()) == 1
 
 
-@pytest.mark.skipif(not SMOLLM.exists(), reason="needs SmolLM2, of scripts/fetch_model.py")
+@pytest.mark.skipif(not SMOLLM.exists(), reason="needs SmolLM2: sapo-train config=quickstart makes it")
 @settings(max_examples=25, deadline=None)
 @given(script=turns)
 def test_smollm2_gives_one_row_that_is_the_whole_transcript(script: list[Any]) -> None:

@@ -16,7 +16,7 @@ from sapo_rl.config import LoraConfig, ModelConfig
 from sapo_rl.errors import UserError
 from sapo_rl.policy import manifest
 from sapo_rl.run import eval as command
-from sapo_rl.run import subjects
+from sapo_rl.run import packaged, subjects
 from sapo_rl.run.subjects import Subject, labels, model_of, subject_at, subjects_of
 
 SECTION = {"path": "/models/base", "dtype": "float32", "revision": None, "lora": {"rank": 4, "target_modules": ["q"]}}
@@ -79,9 +79,16 @@ def test_several_are_named_by_commas_and_names_of_the_hub_are_left_alone(here: P
     assert labels(found[:2]) == [tiny_model.name, "name"]
 
 
-def test_a_shipped_model_goes_by_its_name(here: Path) -> None:
-    with pytest.raises(UserError, match=r"model: '\.cache/models/SmolLM2-135M-Instruct' is no run, no checkpoint"):
-        subject_at("smollm2-135m")
+def test_a_model_that_is_made_at_its_first_use_goes_by_its_name(
+    here: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packaged, "cache", lambda: here / "cache")
+    made = here / "cache/models/SmolLM2-135M-Instruct"
+    assert subject_at("smollm2-135m").path == str(made) and not made.exists()
+    shutil.copytree(tiny_model, made)
+    assert subject_at("smollm2-135m").model == {"path": str(made)}
+    shutil.copytree(tiny_model, here / "smollm2-135m")
+    assert subject_at("smollm2-135m").path == "smollm2-135m"
 
 
 @pytest.mark.parametrize("named", ["./nowhere", "runs/tiny/gone/checkpoints/step_1", "nowhere*"])
