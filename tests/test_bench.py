@@ -15,6 +15,7 @@ import pytest
 BENCH = Path(__file__).resolve().parents[1] / "scripts/bench"
 sys.path.insert(0, str(BENCH))
 
+import judge  # noqa: E402
 import recipe  # noqa: E402
 import report  # noqa: E402
 import sandbox  # noqa: E402
@@ -437,3 +438,15 @@ def test_the_bench_of_the_sandbox_finds_nothing_left() -> None:
     found = sandbox.measure("reads and prints", 18)  # a group, and one that is not whole
     assert (found["runs"], found["processes"], found["descriptors"]) == (18, 0, 0)
     assert sandbox.row(found)[:2] == ["reads and prints", "18"]
+
+
+def test_the_bench_of_the_judge_counts_calls_against_the_ideal() -> None:
+    found = judge.measure("1 process, with a cache", 64, 2)
+    assert len(found["seconds"]) == 2 and all(seconds > 0.1 for seconds in found["seconds"])
+    shown = dict(zip(judge.COLUMNS, judge.row(found | {"ideal": 0.5, "seconds": [1.0, 2.0, 1.5]}), strict=True))
+    assert (shown["calls"], shown["at once"], shown["seconds"], shown["times the ideal"]) == (
+        "64",
+        "256",
+        "1.50",
+        "3.00",
+    )

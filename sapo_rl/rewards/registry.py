@@ -36,7 +36,6 @@ VOTER = "votes of "
 """Begins the name under which a voter is called like a reward function."""
 
 PACKAGES = {
-    "judge": ("openai", "openai"),
     "math_verify": ("math_verify", "math-verify"),
     "reasoning_gym": ("reasoning_gym", "reasoning-gym"),
 }

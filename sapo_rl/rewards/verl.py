@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
@@ -10,6 +9,7 @@ from typing import Any
 
 from sapo_rl.rewards.registry import Completion, RewardFunction, is_coroutine
 from sapo_rl.rewards.text import text_of
+from sapo_rl.rewards.waiting import all_of
 
 GIVEN = ("data_source", "solution_str", "ground_truth", "extra_info")
 """What every call is given beside the function's settings."""
@@ -19,7 +19,7 @@ def with_lists(function: RewardFunction, settings: Mapping[str, Any]) -> RewardF
     """Return a reward function that calls one of verl's once for each sample.
 
     It takes the columns `data_source` and `extra_info`, as verl's data has them, where they are there. Coroutines are
-    awaited side by side.
+    awaited side by side; where one raises the others are cancelled.
 
     Args:
         function: returns a number, or a dictionary with one under `score` and further ones beside it.
@@ -33,7 +33,7 @@ def with_lists(function: RewardFunction, settings: Mapping[str, Any]) -> RewardF
     """
 
     async def awaited(*args: Any, **columns: Any) -> list[Any]:
-        return await asyncio.gather(*(function(**one) for one in _calls(settings, *args, **columns)))
+        return await all_of([function(**one) for one in _calls(settings, *args, **columns)])
 
     def called(*args: Any, **columns: Any) -> list[Any]:
         return [function(**one) for one in _calls(settings, *args, **columns)]

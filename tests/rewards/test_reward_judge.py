@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +21,7 @@ from rewards.groups import group, rewards
 from sapo_rl.config import RewardConfig, RewardFunctionConfig
 from sapo_rl.errors import UserError
 from sapo_rl.rewards import RewardPool, check_function, judge
+from sapo_rl.rewards.tournament import games
 
 Answer = Callable[[dict[str, Any], int], "str | int"]
 """What a server says to a request and its number: a text, or a status."""
@@ -75,7 +79,7 @@ def serving(answer: Answer) -> Iterator[Server]:
         yield server
 
 
-def judged(server: Server, completions: list[Any], **more: Any) -> list[float | None]:
+def judged(server: Server, completions: list[Any], **more: Any) -> list[Any]:
     more.setdefault("prompts", ["Q?"] * len(completions))
     return asyncio.run(judge(completions, url=server.url, model="m", **more))
 
@@ -150,6 +154,71 @@ def test_replies_are_compared_by_one_question() -> None:
     assert "Reply 1:\na\n\nReply 2:\nb\n\nReply 3:\nc" in body["messages"][0]["content"]
 
 
+def longer(body: dict[str, Any], number: int) -> str:
+    """The verdict of a judge that likes long replies."""
+    first, second = (part.split("\n\n")[0] for part in re.split("Reply [AB]:\n", body["messages"][0]["content"])[1:])
+    return "It is longer.\n" + ("[[C]]" if len(first) == len(second) else "[[A]]" if first > second else "[[B]]")
+
+
+def test_replies_are_compared_by_twos_in_both_orders() -> None:
+    with serving(longer) as server:
+        found = judged(server, ["a", "aaa", "a", "aa"], pairs=99)
+    assert [one["score"] for one in found] == pytest.approx([1 / 6, 1, 1 / 6, 2 / 3])
+    assert [one["consistency"] for one in found] == [1, 1, 1, 1]
+    assert len(server.asked) == 2 * 6
+
+
+def test_a_judge_that_likes_the_first_place_pays_nobody_for_it() -> None:
+    with serving(lambda body, number: "[[A]]") as server:
+        assert judged(server, ["a", "b", "c"], pairs=99) == [{"score": 0.5, "consistency": 0.0}] * 3
+
+
+def test_pairs_bounds_what_is_asked_and_each_reply_is_compared() -> None:
+    with serving(longer) as server:
+        found = judged(server, ["a" * size for size in range(1, 6)], pairs=1)
+    assert len(server.asked) == 2 * 3
+    assert found[0]["score"] == 0 and found[4]["score"] == 1
+
+
+def test_a_pair_that_cannot_be_read_in_both_orders_is_left_out() -> None:
+    def unsure(hates: str) -> Answer:
+        return lambda body, number: "hm" if hates in body["messages"][0]["content"] else longer(body, number)
+
+    with serving(unsure("A:\naa\n\nReply B:\naaa\n")) as server:
+        found = judged(server, ["aa", "a", "aaa"], pairs=99)
+    assert [one["score"] for one in found] == [1, 0, 1]  # the two longer ones have met the short one alone
+    with serving(unsure("B:\na\n")) as server, pytest.raises(ValueError, match=r"holds none of \[\[A\]\]"):
+        judged(server, ["aa", "a", "aaa"], pairs=99)
+
+
+def test_a_reply_that_is_alone_is_not_compared() -> None:
+    with serving(longer) as server:
+        assert judged(server, ["a"], pairs=4) == [None]
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_a_tournament_is_fair(count: int) -> None:
+    everyone = list(itertools.combinations(range(count), 2))
+    assert sorted(tuple(sorted(pair)) for pair in games(count, 99)) == everyone
+    for most in range(1, len(everyone) + 1):
+        pairs = games(count, most)
+        met = Counter(one for pair in pairs for one in pair)
+        assert len(pairs) == max(most, (count + 1) // 2) and len(met) == count
+        assert max(met.values()) - min(met.values()) <= 2
+
+
+def test_where_a_request_fails_the_others_of_the_group_are_not_sent() -> None:
+    async def fail(server: Server) -> None:
+        with pytest.raises(Exception, match=r"the server answered 400: .*choices"):
+            await judge(["A."] * 8, ["Q?"] * 8, url=server.url, model="m", at_once=1)
+        await asyncio.sleep(0.3)
+
+    with serving(lambda body, number: 400) as server:
+        asyncio.run(fail(server))
+    assert len(server.asked) == 1
+
+
 def test_votes_are_averaged_over_those_that_can_be_read() -> None:
     with serving(lambda body, number: {1: "4", 2: "?", 3: "8"}[number]) as server:
         (found,) = judged(server, ["A."], votes=3, at_once=1)
@@ -163,7 +232,7 @@ def test_a_busy_server_is_asked_again_and_a_broken_one_given_up() -> None:
     with serving(lambda body, number: 500) as server, pytest.raises(Exception, match="500"):
         judged(server, ["A."], retries=1)
     assert len(server.asked) == 2
-    with pytest.raises(Exception, match="Connection error"):
+    with pytest.raises(Exception, match="no connection to the server"):
         judged(server, ["A."], retries=0)  # it is gone
 
 
@@ -248,6 +317,11 @@ def test_the_key_comes_from_the_environment_alone(monkeypatch: pytest.MonkeyPatc
         ({"extra": 3}, "extra is 3, must be entries of a request"),
         ({"key": "sk-123"}, "key must be the name of an environment variable"),
         ({"modle": "m"}, "model"),
+        ({"pairs": 0}, "pairs is 0, must be at least 1"),
+        ({"pairs": 4}, r"reward\.functions\.quality\.scope: is sample, but with pairs=4 it must be group"),
+        ({"pairs": 4, "together": True}, "only one of together and pairs"),
+        ({"pairs": 4, "template": "{first}"}, r"template does not hold \{second\}"),
+        ({"pairs": 4, "choices": {"A": 1, "B": -1}}, "with pairs choices must pay the first reply from 0 to 1"),
     ],
 )
 def test_settings_are_checked_before_anything_runs(args: dict[str, Any], said: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ from sapo_rl.config import DataConfig, RewardConfig, RewardFunctionConfig
 from sapo_rl.data import build_prompts, load_rows
 from sapo_rl.errors import UserError
 from sapo_rl.rewards import RewardPool, check_function
+from sapo_rl.rewards.verl import with_lists
 
 # After verl's utils/reward_score: one function that picks by the data's source, and one that returns a dictionary.
 MODULE = """
@@ -90,6 +92,26 @@ def test_further_numbers_of_a_dictionary_are_recorded_under_the_functions_name()
     ]
     assert stats.errors == {"by_name": 0, "asks": 1}
     assert "which lacks the key 'score'" in stats.failures["asks"]
+
+
+def test_where_one_sample_of_a_coroutine_function_fails_the_calls_for_the_others_end() -> None:
+    ended: list[str] = []
+
+    async def compute_score(
+        data_source: None, solution_str: str, ground_truth: str, extra_info: dict[str, int]
+    ) -> float:
+        try:
+            await asyncio.sleep(0.01 if solution_str == "bad" else 600)
+        finally:
+            ended.append(solution_str)
+        raise ValueError("no score")
+
+    async def score() -> None:
+        with pytest.raises(ValueError, match="no score"):
+            await with_lists(compute_score, {})(["a", "bad", "b"], ["7", "7", "7"])
+        assert sorted(ended) == ["a", "b", "bad"]
+
+    asyncio.run(score())
 
 
 def test_what_cannot_be_called_so_is_refused() -> None:
