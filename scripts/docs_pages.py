@@ -5,6 +5,7 @@ A hook of mkdocs, named in .mkdocs.yml.
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Iterator, Mapping
 from itertools import groupby
@@ -18,10 +19,10 @@ from mkdocs.structure.pages import Page
 from sapo_rl.run import cli, eval, keys, other_names
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+(?!docs/)[^)]*\)")
-"""A link to a file that is no page: code, say."""
-DATA = re.compile(r"\[([^\]]+)\]\((?:bench|runs)/[^)]*\)")
-"""A link to what was measured, which is in the repository alone."""
+LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^):#\s]+)[^)]*\)")
+"""A link with its text and, without a fragment, its target."""
+ELSEWHERE = ("../", "bench/", "runs/")
+"""Beginnings, seen from docs/, of what is in the repository alone: code, and what was measured."""
 PYTHON = """\
 # Python
 
@@ -63,7 +64,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     for marker, names in (("<!-- names: trl -->", other_names.TRL), ("<!-- names: verl -->", other_names.VERL)):
         if marker in markdown:
             markdown = markdown.replace(marker, names_table(names))
-    return DATA.sub(r"\1", OUTSIDE.sub(r"\1", markdown))
+    folder = posixpath.dirname(page.file.src_uri)
+
+    def within(link: re.Match[str]) -> str:
+        return link[1] if posixpath.normpath(posixpath.join(folder, link[2])).startswith(ELSEWHERE) else link[0]
+
+    return LINK.sub(within, markdown)
 
 
 def command_line_page() -> str:

@@ -127,6 +127,10 @@ def test_the_site_is_built_without_a_broken_link(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     keys = (tmp_path / "reference/keys/index.html").read_text(encoding="utf-8")
     assert "<code>loss.tau_pos</code>" in keys and "<code>rollout.refill.max_extra</code>" in keys
+    tutorial = (tmp_path / "tutorials/tool_agent/index.html").read_text(encoding="utf-8")
+    assert 'href="../../environments/#measured"' in tutorial
+    example = (tmp_path / "examples/tool_agent/index.html").read_text(encoding="utf-8")
+    assert 'href="my_tools.py"' in example and (tmp_path / "examples/tool_agent/my_tools.py").is_file()
     names = (tmp_path / "howto/from_verl/index.html").read_text(encoding="utf-8")
     assert "<code>train_batch_size</code>" in names and "names: verl" not in names
     assert 'id="sapo_rl.run.api.train"' in (tmp_path / "reference/python/index.html").read_text(encoding="utf-8")
