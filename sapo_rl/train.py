@@ -68,7 +68,7 @@ def train(parts: Parts) -> bool:
             if not problem:
                 parts.weights.publish(step)
                 stats |= batches.metrics()
-            log.log(step, batch, stats, parts.weights.restarts, trainer.take_peak_memory())
+            log.log(step, batch, stats, parts.weights.restarts, trainer.take_peak_memory(), trainer.tokens)
             if problem:
                 raise SharedError(problem)
             if due(step, config.rollout.verify_every):

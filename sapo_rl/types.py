@@ -9,7 +9,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Messages: TypeAlias = list[dict[str, str]]
 """A chat: dictionaries with the keys `role` and `content`."""
@@ -139,6 +142,35 @@ class Group:
 
     prompt: Prompt
     samples: list[Sample]
+
+
+class Place(NamedTuple):
+    """Where a sample stands in a step, on all ranks together."""
+
+    rank: int
+    """Whose batch it came in; another one may train on it."""
+    group: int
+    """Among those of the batch."""
+    sample: int
+    """In the group."""
+
+
+class TokenValues(NamedTuple):
+    """What the last update on a sample in a step made of its tokens.
+
+    Example:
+        >>> row = Row([1], [5, 6], loss_mask=[(1, 2)])
+        >>> TokenValues(Place(0, 0, 0), [row], advantage=1.0, weight=0.5, columns={"ratio": np.array([1.25])})
+    """
+
+    place: Place
+    rows: Sequence[Row]
+    """The first, and the others of which a token is trained on."""
+    advantage: float
+    weight: float
+    """Of each trained token in the loss, as the aggregation has it."""
+    columns: dict[str, NDArray[Any]]
+    """(T,) float32 by name: of the trained tokens of all rows, one row after the other."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from samples import one_row
 
-from sapo_rl.telemetry.sinks.completions import Row, eval_rows, rows, write_completions, write_eval_completions
-from sapo_rl.types import Group, Prompt, Sample, Stop, Turn
+from sapo_rl.telemetry import Row as Told
+from sapo_rl.telemetry.sinks.completions import eval_rows, rows, write_completions, write_eval_completions
+from sapo_rl.telemetry.sinks.tokens import Placed, write_tokens
+from sapo_rl.types import Group, Place, Prompt, Row, Sample, Stop, TokenValues, Turn
 
 EVIL = "</script><script>window.pwned = 1</script><img src=x onerror='window.pwned = 1'><!-- {{script}}"
 """What a page must show as it is."""
@@ -60,7 +63,7 @@ def write_whole_run(folder: Path, seed: int, tau: float) -> Path:
     return folder
 
 
-def step_rows(step: int) -> list[Row]:
+def step_rows(step: int) -> list[Told]:
     """Rewards 0, 0.5 and 1 for each prompt; the completion of the first has so many tokens as the step's number."""
     samples = [
         one_row(
@@ -72,6 +75,22 @@ def step_rows(step: int) -> list[Row]:
     plain = Prompt(2 * step, [1], f"What is {step} + 1? {EVIL}", {"answer": str(step + 1), "level": "hard"})
     played = Prompt(2 * step + 1, [1], [{"role": "user", "content": "Play."}], {"answer": None})
     return [*rows(step, Group(plain, samples)), *rows(step, Group(played, [episode(step, one) for one in samples]))]
+
+
+def write_some_tokens(folder: Path, step: int) -> None:
+    """Of the first prompt's completions two are trained on, of the second's the first, in two rows."""
+    texts = {1: "wrong ", 2: EVIL, 3: "\n", 4: "", 5: "é", 6: "sees"}
+
+    def values(sample: int, rows: list[Row], **columns: list[float]) -> Placed:
+        arrays = {name: np.array(column, np.float32) for name, column in columns.items()}
+        return sample, TokenValues(Place(0, 0, sample), rows, 1.0, 0.1, arrays)
+
+    found = [
+        values(0, [Row([9], [1, 2, 3])], logps=[-0.1, -2, -8], ratio=[0.5, 1, 2], gradient_weight=[0.25, 1, 1]),
+        values(2, [Row([9], [4, 5])], logps=[-1, -1], ratio=[1, 1], gradient_weight=[1, 1]),
+        values(3, [Row([9], [1, 6, 1], [(0, 1)]), Row([9], [5])], logps=[-3, -4], ratio=[1, 4], gradient_weight=[1, 1]),
+    ]
+    write_tokens(folder, step, found, lambda ids: [texts[one] for one in ids])
 
 
 def episode(step: int, sample: Sample) -> Sample:
@@ -97,9 +116,9 @@ def episode(step: int, sample: Sample) -> Sample:
     )
 
 
-def held_out(step: int) -> list[Row]:
+def held_out(step: int) -> list[Told]:
     """Prompt 0 is right from step 10 on, prompt 1 never; each is greedy once, and sampled twice at the end."""
-    found: list[Row] = []
+    found: list[Told] = []
     for number, right in enumerate((step >= 10, False)):
         prompt = Prompt(number, [1], f"Held out {number}", {"answer": str(number)})
         one = one_row([7], text=f"{number} at {step}", rewards={"correct": float(right)})

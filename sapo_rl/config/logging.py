@@ -36,3 +36,6 @@ class LoggingConfig:
     """Tags, for W&B and MLflow."""
     completions: int = number(8, least=0)
     """Completions in each table of a tracker; all of them are in the run folder."""
+    tokens: bool = False
+    """Keep of every token that is trained on its log-probabilities, ratio and gradient weight, for `sapo-report` to
+    colour completions by: `completions/tokens_<step>.parquet` in the run folder."""

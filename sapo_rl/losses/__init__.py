@@ -15,7 +15,7 @@ from sapo_rl.losses.gates import GATES, by_sign, gate_rise, gate_value, gate_wei
 from sapo_rl.losses.gmpo import GMPOPolicyLossFn, gmpo_token_losses
 from sapo_rl.losses.grpo import GRPOPolicyLossFn, clipped_token_losses
 from sapo_rl.losses.gspo import GSPOPolicyLossFn
-from sapo_rl.losses.metrics import Reduction, inert_temperature_warning, policy_metrics
+from sapo_rl.losses.metrics import Reduction, inert_temperature_warning, policy_metrics, token_ratio
 from sapo_rl.losses.ratio import bounded_ratio, log_ratio
 from sapo_rl.losses.reinforce import ReinforcePolicyLossFn, reinforce_token_losses
 from sapo_rl.losses.sapo import SAPOPolicyLossFn, one_sided_token_losses, sapo_token_losses
@@ -67,6 +67,7 @@ __all__ = [
     "sapo_token_losses",
     "sequence_mean",
     "stale_negative_mask",
+    "token_ratio",
     "token_weights",
     "vespo_token_losses",
 ]

@@ -99,7 +99,7 @@ def policy_metrics(
     num_tokens = logps.numel() if num_tokens is None else num_tokens
     if not num_tokens:
         return {}
-    ratio, _ = bounded_ratio(logps - old_logps, RATIO_BOUND)
+    ratio = token_ratio(logps, old_logps)
     variance = _variance_inside_sequences(logps - old_logps, sequence_ids, num_sequences)
     tau = by_sign(sequence_mean(advantages, sequence_ids, num_sequences), tau_pos, tau_neg)
     tokens, sequences = _count(len(ratio), ratio), _count(num_sequences, ratio)
@@ -122,6 +122,11 @@ def policy_metrics(
     lowest = {"policy/ratio_min": ratio}
     p99 = {"policy/ratio_p99": _percentile_99(ratio, num_tokens, across)}
     return _mean(means, across) | _extreme(highest, 1, across) | _extreme(lowest, -1, across) | p99
+
+
+def token_ratio(logps: Tensor, old_logps: Tensor) -> Tensor:
+    """Return the ratio r of each token `(T,)` that the metrics speak of, whichever one the loss has of its sequence."""
+    return bounded_ratio(logps - old_logps, RATIO_BOUND)[0]
 
 
 def _sum(values: Tensor) -> Tensor:

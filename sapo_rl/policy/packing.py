@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sapo_rl.types import Row
+from sapo_rl.types import Place, Row
 
 Array: TypeAlias = NDArray[Any]
 _NOTHING = np.arange(0)
@@ -40,6 +40,8 @@ class Item:
     """Shared by all trained tokens."""
     weight: float
     """Aggregation weight of each of them (`sapo_rl.losses.token_weights`)."""
+    place: Place | None = None
+    """Where its sample stands in the step; only what is told of its tokens asks."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,7 +95,8 @@ def pack(groups: Iterable[Sequence[Item]], budget: int) -> list[PackedBatch]:
 
     A group stays whole where it fits; one that does not is cut, and its prompt computed once in each part. It is cut,
     too, where an episode's prompt is not that of the one before: an environment may add to it what it likes. An episode
-    is never cut: one that is longer than the budget, all its rows together, makes a micro-batch of its own.
+    is never cut: one that is longer than the budget, all its rows together, makes a micro-batch of its own. Sequences
+    are the episodes in their order, from the first micro-batch to the last.
     """
     units = [unit for group in groups for unit in _cut(group, budget)]
     costs = [stream_tokens(unit) for unit in units]

@@ -6,16 +6,20 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from sapo_rl.config.loss import LossConfig
-from sapo_rl.losses import LossOutputs, Reduction, policy_metrics
-from sapo_rl.policy.packing import PackedBatch
+from sapo_rl.losses import LossOutputs, Reduction, policy_metrics, token_ratio
+from sapo_rl.policy.packing import Item, PackedBatch
+from sapo_rl.types import TokenValues
 
 _MEANS = {"policy/entropy": "entropy", "policy/kl_ref": "kl", "mismatch/correction_mean": "correction"}
 """Metrics that are the mean of a column of the traces."""
+_BY_TOKEN = ("logps", "old_logps", "rollout_logps", "gradient_weight", "entropy", "kl", "correction")
+"""Columns that are kept token by token, beside the ratio."""
 
 
 class Trace(NamedTuple):
@@ -88,6 +92,29 @@ def step_metrics(
         )
     values = torch.stack([value.double() for value in found.values()]).tolist()
     return dict(zip(found, values, strict=True))
+
+
+def token_values(items: Sequence[Sequence[Item]], traces: Sequence[Trace]) -> list[TokenValues]:
+    """Return what one pass over a rank's share of a mini-batch made of each token.
+
+    Args:
+        items: the share, in the order in which it was packed.
+        traces: of its micro-batches, in their order.
+    """
+    if not traces:
+        return []
+    whole = {name: torch.cat([one.columns[name] for one in traces]) for name in traces[0].columns}
+    kept = {name: whole[name] for name in _BY_TOKEN if name in whole}
+    kept["ratio"] = token_ratio(whole["logps"].double(), whole["old_logps"].double())
+    flat = [item for group in items for item in group]
+    ends = list(accumulate(sum(row.num_trained for row in item.rows) for item in flat))
+    assert ends[-1] == len(whole["logps"])
+    parts = {name: np.split(column.float().cpu().numpy(), ends[:-1]) for name, column in kept.items()}
+    return [
+        TokenValues(item.place, item.rows, item.advantage, item.weight, {name: parts[name][at] for name in parts})
+        for at, item in enumerate(flat)
+        if item.place is not None
+    ]
 
 
 def _extent(traces: Sequence[Trace]) -> tuple[list[str], int]:

@@ -22,8 +22,8 @@ from sapo_rl.policy.model import Policy
 from sapo_rl.policy.packing import Item, PackedBatch, empty_batch, join, pack, spread, stream_tokens
 from sapo_rl.policy.parallel import parallel
 from sapo_rl.policy.schedule import make_schedule
-from sapo_rl.policy.trace import Trace, step_metrics, trace
-from sapo_rl.types import Group, Row, Sample, Stop
+from sapo_rl.policy.trace import Trace, step_metrics, token_values, trace
+from sapo_rl.types import Group, Place, Row, Sample, Stop, TokenValues
 
 
 @dataclass(slots=True)
@@ -97,6 +97,8 @@ class PolicyTrainer:
         self.parallel = parallel(policy, settings, accelerator, fused=not config.reproducible)
         self._module = self.parallel.module
         self._reference = self.parallel.reference(reference).eval() if isinstance(reference, Policy) else reference
+        self.tokens: list[TokenValues] = []
+        """What the last step made of each token that this rank trained on, with `logging.tokens`."""
         self.go_on(step=0, updates=0)
 
     def go_on(self, step: int, updates: int) -> None:
@@ -120,20 +122,24 @@ class PolicyTrainer:
         settings = self.config.trainer
         num_parts = settings.mini_batches or settings.updates_per_rollout
         size = len(groups) // num_parts
-        shares = [self._share(groups[i * size : (i + 1) * size]) for i in range(num_parts)]
+        shares = [self._share(groups[first : first + size], first) for first in range(0, num_parts * size, size)]
         parts = [self._micro_batches(items) for items, _ in shares]
         with timer("old_logps"), self.parallel.passes():
             self._remember_logps(parts)
-        traces: list[Trace] = []
+        traces: list[list[Trace]] = []
         losses: list[Tensor] = []
         norms: list[Tensor] = []
         with timer("update"):
             for update in range(settings.updates_per_rollout):
-                loss, norm = self._update(parts[update % num_parts], traces)
+                traces.append([])
+                loss, norm = self._update(parts[update % num_parts], traces[-1])
                 losses.append(loss)
                 norms.append(norm)
-            across = Reduction(self._sum, self._joined)
-            metrics = step_metrics(traces, losses, norms, self.config.loss, self.accelerator.device, across)
+            across, everything = Reduction(self._sum, self._joined), [one for left in traces for one in left]
+            metrics = step_metrics(everything, losses, norms, self.config.loss, self.accelerator.device, across)
+        if self.config.logging.tokens:
+            last = zip((items for items, _ in shares), traces[-num_parts:], strict=True)
+            self.tokens = [one for items, left in last for one in token_values(items, left)]
         rate = {"policy/learning_rate": float(self.schedule.get_last_lr()[0])}
         return metrics | rate | self._imbalance([loads for _, loads in shares])
 
@@ -158,12 +164,12 @@ class PolicyTrainer:
         torch.cuda.reset_peak_memory_stats(self.accelerator.device)
         return peak / 2**30
 
-    def _share(self, groups: Sequence[Group]) -> tuple[list[list[Item]], list[int]]:
-        """Return this rank's share of one mini-batch, and how many tokens each rank has in its own.
+    def _share(self, groups: Sequence[Group], first: int = 0) -> tuple[list[list[Item]], list[int]]:
+        """Return this rank's share of a mini-batch, groups `first` on of its batch, and how many tokens each rank has.
 
         Groups change ranks: what is left of a rank's own, after those that teach nothing, may be much or little.
         """
-        items = self._items(groups)
+        items = self._items(groups, first)
         costs: list[list[int]] = gather_object([[stream_tokens(group) for group in items]])
         owners, loads = spread(costs)
         rank = self.accelerator.process_index
@@ -171,14 +177,10 @@ class PolicyTrainer:
         moved: list[tuple[int, list[Item]]] = gather_object([one for one in placed if one[0] != rank])
         return [group for owner, group in [*placed, *moved] if owner == rank], loads
 
-    def _items(self, groups: Sequence[Group]) -> list[list[Item]]:
+    def _items(self, groups: Sequence[Group], first: int) -> list[list[Item]]:
         """Return what this rank's groups give to train on, weighted as parts of all ranks' mini-batch."""
-        masked, skipping = self.config.advantage.mask_truncated, self.config.advantage.skip_zero_spread
-        kept = [
-            [one for one in group.samples if one.num_trained and not (masked and one.stop is Stop.LENGTH)]
-            for group in groups
-        ]
-        lengths = [sample.num_trained for samples in kept for sample in samples]
+        kept = _kept(groups, self.config.advantage.mask_truncated, first, self.accelerator.process_index)
+        lengths = [sample.num_trained for samples in kept for _, sample in samples]
         counts = torch.tensor([sum(len(group.samples) for group in groups), sum(lengths)], dtype=torch.float64)
         num_sequences, num_tokens = (int(x) for x in self._sum(counts).tolist())
         weights = token_weights(
@@ -189,10 +191,11 @@ class PolicyTrainer:
             normalizer=self.config.loss.loss_agg_norm or self.config.max_episode_tokens,
         )
         weight_of = dict(zip(lengths, weights.tolist(), strict=True))
+        whole = self._reference is not None or not self.config.advantage.skip_zero_spread
         return [
-            [_item(sample, weight_of[sample.num_trained]) for sample in samples]
+            [_item(sample, weight_of[sample.num_trained], place) for place, sample in samples]
             for samples in kept
-            if samples and (self._reference is not None or not skipping or any(sample.advantage for sample in samples))
+            if samples and (whole or any(one.advantage for _, one in samples))
         ]
 
     def _micro_batches(self, items: Sequence[Sequence[Item]]) -> list[_MicroBatch]:
@@ -291,6 +294,18 @@ def divergence(step: int, stats: Mapping[str, float], settings: TrainerConfig) -
     return None
 
 
-def _item(sample: Sample, weight: float) -> Item:
+def _kept(groups: Sequence[Group], masked: bool, first: int, rank: int) -> list[list[tuple[Place, Sample]]]:
+    """Return the samples that have something to train on, each with its place; `first` is the first group's number."""
+    return [
+        [
+            (Place(rank, number, place), one)
+            for place, one in enumerate(group.samples)
+            if one.num_trained and not (masked and one.stop is Stop.LENGTH)
+        ]
+        for number, group in enumerate(groups, start=first)
+    ]
+
+
+def _item(sample: Sample, weight: float, place: Place) -> Item:
     first, *others = sample.rows
-    return Item([first, *(row for row in others if row.trained_until)], sample.advantage, weight)
+    return Item([first, *(row for row in others if row.trained_until)], sample.advantage, weight, place)

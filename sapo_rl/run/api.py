@@ -105,6 +105,16 @@ class Run:
         """
         return self._completions("step", step)
 
+    def tokens(self, step: int) -> pd.DataFrame:
+        """Return a row for each row of a completion that was trained on, with lists of its tokens' numbers.
+
+        `sample` is the place of the completion in `completions(step)`.
+
+        Raises:
+            UserError: the run has not made that step, or not with `logging.tokens`.
+        """
+        return self._completions("tokens", step)
+
     def eval_completions(self, step: int) -> pd.DataFrame:
         """Return a row for each completion of the held-out prompts after a step; 0 is before the first.
 
@@ -120,8 +130,8 @@ class Run:
 
         path = completions_path(self.folder, step, kind)
         if not path.is_file():
-            of = "step" if kind == "step" else "an evaluation after step"
-            raise UserError(f"{self.folder} has no completions of {of} {step}")
+            what = {"step": "completions of", "eval": "completions of an evaluation after", "tokens": "tokens of"}[kind]
+            raise UserError(f"{self.folder} has no {what} step {step}{' (logging.tokens)' * (kind == 'tokens')}")
         return pd.read_parquet(path)
 
     @property

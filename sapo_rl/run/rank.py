@@ -52,6 +52,7 @@ from sapo_rl.run.check_data import check_data
 from sapo_rl.run.evaluating import evaluate
 from sapo_rl.run.writing import Rank, meet, read_prompts, read_sets, start_writing, wait_for
 from sapo_rl.telemetry import Telemetry, Timers
+from sapo_rl.telemetry.sinks.pieces import Pieces
 from sapo_rl.train import Parts, train
 
 OUT_OF_MEMORY = (
@@ -133,7 +134,9 @@ def build(rank: Rank, stack: contextlib.ExitStack, stops: Stops) -> Parts:
         rates.load_state_dict(state["sampler"]["pass_rates"])
     elif config.data.pass_rate.path:
         rates.begin_with(read_pass_rates(config.data.pass_rate.path, [prompt.content for prompt in prompts]))
-    telemetry = Telemetry(config, folder, accelerator.is_main_process, step if resumed else None, rank.header)
+    pieces = Pieces(rank.tokenizer) if config.logging.tokens else None
+    is_main = accelerator.is_main_process
+    telemetry = Telemetry(config, folder, is_main, step if resumed else None, rank.header, pieces)
     stack.enter_context(telemetry)
     for text in _warnings(config, dropped, repetition_warning(len(prompts), per_step), told):
         telemetry.warn(text)

@@ -17,6 +17,7 @@ from sapo_rl.telemetry.metrics import MetricsLog, Record, read_metrics, sample_m
 from sapo_rl.telemetry.progress import Progress
 from sapo_rl.telemetry.sinks.completions import Row, rows, write_completions, write_eval_completions
 from sapo_rl.telemetry.sinks.console import Display, open_display
+from sapo_rl.telemetry.sinks.tokens import Placed, tokens_path, write_tokens
 from sapo_rl.telemetry.summary import summary
 from sapo_rl.telemetry.timers import Timers
 from sapo_rl.telemetry.trackers import Trackers
@@ -39,6 +40,7 @@ class Telemetry:
         resume_step: the last step of the checkpoint that is resumed; records of later steps are dropped. None starts
             anew, without any records.
         header: what the terminal says about the run besides model and loss, e.g. the device.
+        pieces: cuts the text of token ids into one for each; needed where a step has values of tokens.
     """
 
     def __init__(
@@ -48,11 +50,12 @@ class Telemetry:
         is_main: bool = True,
         resume_step: int | None = None,
         header: Mapping[str, object] | None = None,
+        pieces: Callable[[list[int]], list[str]] | None = None,
     ) -> None:
         self._open = is_main
         if not is_main:
             return
-        self._folder = folder
+        self._folder, self._pieces = folder, pieces
         about = {"model": Path(config.model.path).name, "loss": config.loss.name, **(header or {})}
         self._progress = Progress(folder, config.trainer.steps, {key: str(value) for key, value in about.items()})
         self._progress.resumed_after = resume_step or 0
@@ -74,18 +77,22 @@ class Telemetry:
         if self._open:
             self._record(step, metrics)
 
-    def log_step(self, step: int, metrics: Metrics, groups: list[list[Row]]) -> None:
+    def log_step(self, step: int, metrics: Metrics, groups: list[list[Row]], tokens: Sequence[Placed] = ()) -> None:
         """Record a step.
 
         Args:
             step: its number, from 1.
             metrics: numbers by name: `sample_metrics(groups)`, the updates' statistics, `Timers.take()`.
             groups: the step's samples of all ranks, by prompt; all are written to the run folder.
+            tokens: values of their tokens, which are written there as well.
         """
         if not self._open:
             return
         samples = [row for group in groups for row in group]
         write_completions(self._folder, step, samples)
+        tokens_path(self._folder, step).unlink(missing_ok=True)  # of the step before a resume
+        if self._pieces and tokens:
+            write_tokens(self._folder, step, tokens, self._pieces)
         self._progress.sample = samples[-1] if samples else None
         self._record(step, metrics, samples)
         self._display.step(self._progress)

@@ -13,8 +13,9 @@ from sapo_rl.telemetry import Telemetry
 from sapo_rl.telemetry.episodes import EpisodeFacts, episode_metrics, facts_of
 from sapo_rl.telemetry.metrics import sample_metrics
 from sapo_rl.telemetry.sinks.completions import Row, rows
+from sapo_rl.telemetry.sinks.tokens import Placed
 from sapo_rl.telemetry.timers import Timers
-from sapo_rl.types import Batch, RewardStats, Usage
+from sapo_rl.types import Batch, RewardStats, TokenValues, Usage
 
 
 class RankReport(NamedTuple):
@@ -33,8 +34,10 @@ class RankReport(NamedTuple):
     """What failed in each episode that its environment has lost."""
     written: int
     """Groups, those included that others have replaced."""
-    ages: list[int]
-    """Of the groups of earlier steps that were trained on."""
+    ages: dict[int, int]
+    """Of the groups of earlier steps that were trained on, by the place of that which made way."""
+    values: Sequence[TokenValues]
+    """What the updates made of each token, with `logging.tokens`; of groups that came to other ranks, too."""
 
 
 class StepLog:
@@ -57,7 +60,15 @@ class StepLog:
         self._warned_inapplicable: set[str] = set()
         self._warned_no_signal = False
 
-    def log(self, step: int, batch: Batch, stats: Mapping[str, float], restarts: int, peak: float) -> None:
+    def log(
+        self,
+        step: int,
+        batch: Batch,
+        stats: Mapping[str, float],
+        restarts: int,
+        peak: float,
+        values: Sequence[TokenValues] = (),
+    ) -> None:
         """Write the step's numbers and completions; every rank calls it.
 
         Args:
@@ -66,12 +77,13 @@ class StepLog:
             stats: what the updates say, the same on all ranks.
             restarts: of this rank's engines, so far.
             peak: the most GPU memory that this rank's trainer took, in GiB.
+            values: of each token that this rank trained on, with `logging.tokens`.
         """
         own_groups = [rows(step, group) for group in batch.groups]
         facts = [facts_of(one) for group in batch.groups for one in group.samples] if self._episodes else []
-        ages = [one.age for one in batch.replayed.values()]
+        ages = {place: one.age for place, one in batch.replayed.items()}
         own_report = RankReport(
-            own_groups, batch.scoring, batch.usage, restarts, peak, facts, batch.dropped, batch.written, ages
+            own_groups, batch.scoring, batch.usage, restarts, peak, facts, batch.dropped, batch.written, ages, values
         )
         everyone: list[RankReport] = gather_object([own_report])
         groups = [group for rank in everyone for group in rank.groups]
@@ -94,10 +106,10 @@ class StepLog:
         if not self._in_flight:
             own["rollout/idle_fraction"] = idle_fraction([rank.usage for rank in everyone])
         if self._replay:
-            own |= replay_metrics([age for rank in everyone for age in rank.ages], len(groups))
+            own |= replay_metrics([age for rank in everyone for age in rank.ages.values()], len(groups))
         if self._refill:
             own["rollout/kept_fraction"] = len(groups) / sum(rank.written for rank in everyone)
-        self._telemetry.log_step(step, {**metrics, **own, **stats, **phases}, groups)
+        self._telemetry.log_step(step, {**metrics, **own, **stats, **phases}, groups, placed(everyone))
 
     def _warn(self, step: int, scoring: RewardStats, dropped: Sequence[str], metrics: Mapping[str, float]) -> None:
         for text in dropped[:1]:
@@ -111,6 +123,26 @@ class StepLog:
         if metrics["group/zero_spread_fraction"] == 1 and not self._warned_no_signal:
             self._warned_no_signal = True
             self._telemetry.warn(f"step {step} teaches nothing: the samples of each group all have the same reward")
+
+
+def placed(everyone: Sequence[RankReport]) -> list[Placed]:
+    """Return the values of all ranks' tokens, with the place of each sample among all ranks' completions."""
+    if not any(report.values for report in everyone):
+        return []
+    numbers = {
+        (rank, group, sample): number
+        for number, (rank, group, sample) in enumerate(
+            (rank, group, sample)
+            for rank, report in enumerate(everyone)
+            for group, rows in enumerate(report.groups)
+            for sample in range(len(rows))
+        )
+    }
+    return [
+        (None if one.place.group in everyone[one.place.rank].ages else numbers[one.place], one)
+        for report in everyone
+        for one in report.values
+    ]
 
 
 def replay_metrics(ages: Sequence[int], count: int) -> dict[str, float]:

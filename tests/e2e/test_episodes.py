@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from pathlib import Path
 
@@ -33,20 +34,27 @@ async def run(client, row):
 """
 
 
+ODD = """
+def odd(completions, **columns):
+    return [sum(ord(c) % 2 for one in messages for c in one["content"]) / 100 for messages in completions]
+"""
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     folder = make_workspace(
         tmp_path_factory.mktemp("workspace"),
         tiny_model,
         data={"source": "sapo_rl.environments.guess.tasks", "eval_split": "held out", "max_prompt_tokens": 256},
-        reward={"functions": {"said": {"function": "my_games.said"}}},
+        reward={"functions": {"said": {"function": "my_games.said"}, "odd": {"function": "my_games.odd"}}},
         environment={"name": "guess", "max_turns": 3, "max_tokens": 200, "workers": 1},
         rollout={"verify_every": 1},
         trainer={"steps": 2},
         eval={"every": 1, "prompts": 4},
         checkpoint={"every": 1},
+        logging={"tokens": True},
     )
-    (folder / "my_games.py").write_text(MODULE)
+    (folder / "my_games.py").write_text(MODULE + ODD)
     return folder
 
 
@@ -72,6 +80,26 @@ def test_a_game_is_trained_on_by_one_command(guessing: Path) -> None:
     assert set(table["turns"]) == {3} and set(table["stop"]) == {"turns"}
     assert all(text.startswith("assistant: ") and "\n\nuser: " in text for text in table["completion"])
     assert (guessing / "logs/environments_rank0.log").is_file()
+
+
+def test_every_token_has_its_numbers_and_those_of_the_environment_have_none(guessing: Path) -> None:
+    for record in steps_of(guessing):
+        name = f"{record['step']:05d}.parquet"
+        told = pq.read_table(guessing / f"completions/step_{name}").to_pylist()
+        tokens = pq.read_table(guessing / f"completions/tokens_{name}").to_pylist()
+        assert tokens
+        for row in tokens:
+            one = told[row["sample"]]
+            assert one["advantage"] == row["advantage"] != 0
+            assert sum(row["trained"]) == one["tokens"] < len(row["texts"]) <= one["length"]
+            pairs = list(zip(row["texts"], row["trained"], strict=True))
+            masked = "".join(text for text, trained in pairs if not trained)
+            for message in json.loads(one["messages"])[:-1]:  # what answers the last reply comes too late
+                assert message["role"] == "assistant" or message["content"] in masked
+            for column in ("logps", "ratio", "gradient_weight"):
+                assert [value is not None for value in row[column]] == row["trained"]
+        last = [value for row in tokens for value in row["ratio"] if value is not None]
+        assert (1 + statistics.fmean(last)) / 2 == pytest.approx(record["policy/ratio_mean"], rel=1e-6)  # two updates
 
 
 def test_the_same_run_twice_and_a_resumed_one_play_the_same_episodes(guessing: Path, workspace: Path) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors.torch import save_model
 from samples import as_group
 from tiny import small_llama
@@ -33,7 +34,7 @@ from sapo_rl.policy.model import DTYPES, Policy, load_policy
 from sapo_rl.policy.parallel import loads_weights
 from sapo_rl.policy.trainer import PolicyTrainer
 from sapo_rl.run_folder import latest_checkpoint
-from sapo_rl.types import Group, Prompt
+from sapo_rl.types import Group, Prompt, TokenValues
 
 VOCABULARY = 41
 ENVIRONMENTS = {
@@ -114,6 +115,7 @@ def make_trainer(accelerator: Accelerator, way: str, kind: str = "whole") -> Pol
     rollout = RolloutConfig(batch_size=32, group_size=4, max_completion_tokens=7)
     with launched(way):
         config = Config(model=ModelConfig(path="none"), rollout=rollout, trainer=settings)
+        config.logging.tokens = kind == "often"
         single, half = ModelConfig(dtype="float32"), ModelConfig(dtype="bfloat16")
         if kind == "lora":
             adapters = LoraConfig(rank=3)
@@ -136,6 +138,12 @@ def train(trainer: PolicyTrainer, seed: int) -> dict[str, float]:
     return metrics
 
 
+def told(accelerator: Accelerator, one: TokenValues) -> dict[str, Any]:
+    """What an update has made of a sample's tokens, by the place of its group among those of all ranks."""
+    group = one.place.rank * (8 // accelerator.num_processes) + one.place.group
+    return {"place": [group, one.place.sample], "ids": one.rows[0].token_ids, "ratio": one.columns["ratio"].tolist()}
+
+
 def weights_of(trainer: PolicyTrainer) -> dict[str, list[float]]:
     return {name: weight.flatten().tolist() for name, weight in trainer.policy.named_weights()}
 
@@ -149,7 +157,9 @@ def run(accelerator: Accelerator, way: str, folder: Path) -> dict[str, Any]:
     trainer.policy.export(folder / "final", accelerator.is_main_process)
     found["weights"] = weights_of(trainer)
     found["updates"] += [train(trainer, 2), train(trainer, 3)]
-    found["often"] = train(make_trainer(accelerator, way, "often"), 0)
+    often = make_trainer(accelerator, way, "often")
+    found["often"] = train(often, 0)
+    found["tokens"] = gather_object([told(accelerator, one) for one in often.tokens])
     found["half"] = train(make_trainer(accelerator, way, "half"), 0)
     adapted = make_trainer(accelerator, way, "lora")
     found["lora"] = train(adapted, 0)

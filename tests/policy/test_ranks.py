@@ -71,6 +71,21 @@ def test_metrics_are_those_of_all_ranks_tokens_together(
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("ranks", RANKS)
+def test_the_values_of_each_sample_are_told_by_one_rank(
+    ranks: int, way: str, found: dict[int, Found], alone: Found
+) -> None:
+    def ordered(tokens: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return sorted(tokens, key=lambda one: one["place"])
+
+    expected = ordered(alone["tokens"])
+    assert [one["place"] for one in expected] == [[group, sample] for group in (5, 6, 7) for sample in range(4)]
+    for one, other in zip(ordered(found[ranks][way]["tokens"]), expected, strict=True):
+        assert (one["place"], one["ids"]) == (other["place"], other["ids"])
+        assert one["ratio"] == pytest.approx(other["ratio"], rel=1e-3)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("ranks", RANKS)
 def test_weights_for_vllm_and_the_export_are_the_whole_model(
     ranks: int, way: str, found: dict[int, Found], folder: Path
 ) -> None:

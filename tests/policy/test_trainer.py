@@ -24,9 +24,10 @@ from tiny import small_llama
 from sapo_rl.config import Config, ModelConfig, RolloutConfig, TrainerConfig
 from sapo_rl.config.loss import AdvantageConfig, CorrectionConfig, KLConfig, LossConfig
 from sapo_rl.errors import UserError
+from sapo_rl.losses import LossInputs
 from sapo_rl.policy import checkpoint
 from sapo_rl.policy.model import Policy
-from sapo_rl.policy.trainer import PolicyTrainer
+from sapo_rl.policy.trainer import PolicyTrainer, objective
 from sapo_rl.run_folder import latest_checkpoint
 from sapo_rl.types import Group, Prompt, Row, Sample, Stop
 
@@ -120,14 +121,17 @@ def test_masked_completions_count_as_having_no_tokens(mode: str, masked: str) ->
 def ends_alone(sample: Sample) -> Sample:
     """The sample with all but its first and its last token masked."""
     (row,), last = sample.rows, len(sample.token_ids) - 1
-    return replace(sample, rows=[replace(row, loss_mask=[(0, 1), (last, last + 1)])])
+    logps = row.rollout_logps and [row.rollout_logps[0], row.rollout_logps[last]]
+    return replace(sample, rows=[replace(row, loss_mask=[(0, 1), (last, last + 1)], rollout_logps=logps)])
 
 
 def in_three_rows(sample: Sample) -> Sample:
     """The same with the first token, the masked ones and the last one in a row each, after all that came before."""
     ids, last, rows = sample.token_ids, len(sample.token_ids) - 1, []
+    logps = sample.rows[0].rollout_logps
     for start, end, mask in ((0, 1, None), (1, last, []), (last, last + 1, None)):
-        rows.append(Row([*sample.rows[0].prompt_ids, *ids[:start]], ids[start:end], mask))
+        own = logps and (logps[start:end] if mask is None else [])
+        rows.append(Row([*sample.rows[0].prompt_ids, *ids[:start]], ids[start:end], mask, own))
     return replace(sample, rows=rows)
 
 
@@ -145,6 +149,77 @@ def test_an_episode_of_several_rows_is_one_sequence_of_its_trained_tokens(mode: 
     for name, value in told.items():
         assert metrics[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
     assert not torch.allclose(weights_after(config, groups)[0], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["sapo", "grpo", "gspo"])
+def test_the_values_of_tokens_are_those_that_the_metrics_are_of(name: str) -> None:
+    """Each sample that is trained on has them once, whatever micro-batch and mini-batch it came in."""
+    config = make_config(updates_per_rollout=4, tokens_per_micro_batch=30)
+    config.loss.name, config.logging.tokens, config.advantage.mask_truncated = name, True, True
+    if name == "gspo":
+        config.loss.clip_low = config.loss.clip_high = 0.02
+    groups = make_groups(11, zero_spread=3, least=3)
+    rng = random.Random(5)
+    for number, group in enumerate(groups):
+        logged = [replace(one, rows=[with_logps(row, rng) for row in one.rows]) for one in group.samples]
+        group.samples[:] = [[ends_alone, in_three_rows, lambda one: one][number % 3](one) for one in logged]
+    groups[0].samples[1] = replace(groups[0].samples[1], stop=Stop.LENGTH)
+    trainer = PolicyTrainer(make_policy(), None, config, Accelerator(cpu=True))
+    metrics = trainer.train_on(groups, contextlib.nullcontext)
+    places = [tuple(one.place) for one in trainer.tokens]
+    assert sorted(places) == [(0, g, s) for g in range(5) for s in range(4) if (g, s) != (0, 1)]
+    for one in trainer.tokens:
+        sample = groups[one.place.group].samples[one.place.sample]
+        assert [row.token_ids for row in one.rows] == [row.token_ids for row in sample.rows if row.num_trained]
+        assert one.advantage == sample.advantage
+        assert {len(column) for column in one.columns.values()} == {sample.num_trained}
+        told = [logp for row in one.rows for logp in row.rollout_logps or ()]
+        np.testing.assert_allclose(one.columns["rollout_logps"], told, rtol=1e-6)
+    whole = {key: np.concatenate([one.columns[key] for one in trainer.tokens]) for key in trainer.tokens[0].columns}
+    lengths = [len(one.columns["ratio"]) for one in trainer.tokens]
+    advantages = np.repeat([one.advantage for one in trainer.tokens], lengths)
+    ratio, weight, expected = whole["ratio"].astype(float), whole["gradient_weight"], metrics
+    assert ratio.std() > 1e-3
+    for key, value in {
+        "ratio_mean": ratio.mean(),
+        "ratio_max": ratio.max(),
+        "weight_mean_pos": weight[advantages > 0].mean(),
+        "weight_mean_neg": weight[advantages < 0].mean(),
+        "weighted_ratio_max": (weight * ratio).max(),
+        "entropy": whole["entropy"].mean(),
+        "kl_old_k1": (whole["old_logps"] - whole["logps"]).mean(),
+    }.items():
+        assert value == pytest.approx(expected[f"policy/{key}"], rel=1e-5, abs=1e-7), key
+    ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    loss = objective(config.loss)(
+        LossInputs(
+            logps=torch.tensor(whole["logps"]),
+            old_logps=torch.tensor(whole["old_logps"]),
+            advantages=torch.tensor(advantages, dtype=torch.float32),
+            sequence_ids=ids,
+            num_sequences=len(lengths),
+            token_weights=torch.tensor([one.weight for one in trainer.tokens])[ids],
+        )
+    ).loss
+    assert loss.item() / 4 == pytest.approx(metrics["policy/loss"], rel=1e-5)  # of four updates, each on its part
+
+
+def with_logps(row: Row, rng: random.Random) -> Row:
+    return replace(row, rollout_logps=[-rng.random() for _ in row.token_ids])
+
+
+def test_the_values_of_tokens_are_those_of_the_last_update_on_them_and_only_kept_where_asked() -> None:
+    config = make_config(updates_per_rollout=2, mini_batches=1)
+    config.logging.tokens = True
+    once, twice = make_config(updates_per_rollout=1), PolicyTrainer(make_policy(), None, config, Accelerator(cpu=True))
+    metrics = twice.train_on(make_groups(4), contextlib.nullcontext)
+    ratio = np.concatenate([one.columns["ratio"] for one in twice.tokens]).astype(float)
+    assert (1 + ratio.mean()) / 2 == pytest.approx(metrics["policy/ratio_mean"], rel=1e-6)  # at the first it is 1
+    assert abs(ratio.mean() - 1) > 1e-4
+    assert len(twice.tokens) == 32
+    trainer = PolicyTrainer(make_policy(), None, once, Accelerator(cpu=True))
+    trainer.train_on(make_groups(4), contextlib.nullcontext)
+    assert trainer.tokens == []
 
 
 def test_batch_without_spread_moves_nothing_at_first() -> None:

@@ -17,6 +17,8 @@ from tiny import make_workspace
 from sapo_rl.config import Config
 from sapo_rl.errors import UserError
 from sapo_rl.run.api import Run, train
+from sapo_rl.telemetry.sinks.tokens import write_tokens
+from sapo_rl.types import Place, Row, TokenValues
 
 
 @pytest.fixture
@@ -148,6 +150,10 @@ def test_a_run_is_a_table_of_its_numbers_and_words(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no completions of step 2"):
         run.completions(2)
     assert run.eval_completions(0)["completion"].to_list() == ["b"]
+    with pytest.raises(UserError, match=r"no tokens of step 1 \(logging.tokens\)"):
+        run.tokens(1)
+    write_tokens(tmp_path, 1, [(0, TokenValues(Place(0, 0, 0), [Row([1], [5])], 1.0, 0.5, {}))], lambda ids: ["a"])
+    assert run.tokens(1)["texts"].map(list).to_list() == [["a"]]
     with pytest.raises(UserError, match="no completions of an evaluation after step 1"):
         run.eval_completions(1)
     with pytest.raises(UserError, match="no file"):

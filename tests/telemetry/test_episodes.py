@@ -81,7 +81,7 @@ def test_what_another_rank_has_dropped_and_could_not_score_is_told(monkeypatch: 
         def warn(self, text: str) -> None:
             told.append(text)
 
-        def log_step(self, step: int, metrics: dict[str, float], groups: Any) -> None:
+        def log_step(self, step: int, metrics: dict[str, float], groups: Any, tokens: Any) -> None:
             logged.update(metrics)
 
     def with_another_rank(own: list[RankReport]) -> list[RankReport]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from report_made import EVIL, HALF, STEPS, write_whole_run
+from report_made import EVIL, HALF, STEPS, write_some_tokens, write_whole_run
 
 from sapo_rl.telemetry.report import page
 from sapo_rl.telemetry.report.cli import main
@@ -29,6 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_whole_run(folder / name, seed, tau)
     page.write([load(folder / name) for name in ("a0", "a1", "b0")], folder / "all.html")
     page.write([load(folder / "a0")], folder / "one.html")
+    write_some_tokens(write_whole_run(folder / "t0", 0, 1.0), 3)
+    page.write([load(folder / "t0")], folder / "tokens.html")
     return folder
 
 
@@ -217,6 +219,58 @@ def test_an_episode_is_a_chat_in_which_what_is_not_trained_on_is_grey(open_page)
     card.get_by_text("thinking").click()
     expect(card.get_by_text("where?")).to_be_visible()
     assert "moves" in (card.locator("details").last.text_content() or "")
+
+
+def shades(tab: playwright.Page, card: int) -> list[list[str]]:
+    """What each token of a card says, on which side of the colours it is, and how strong."""
+    found = tab.locator(".completion").nth(card).locator(".token")
+    return found.evaluate_all(
+        "all => all.map((one) => [one.textContent, one.classList[1], one.style.getPropertyValue('--at')])"
+    )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_completion_is_coloured_by_what_the_update_made_of_its_tokens(open_page, scheme: str) -> None:
+    tab = open_page("tokens.html", "tab=completions&from=3&to=3", color_scheme=scheme)
+    expect(tab.locator(".completion pre.own").first).to_have_text(f"wrong {EVIL}")
+    words, full = ["wrong ", EVIL, "\n"], "60.0%"
+    tab.get_by_role("button", name="ratio").click()
+    expect(tab.locator(".legend")).to_contain_text("≤ 0.51≥ 2not trained on")
+    assert shades(tab, 0) == [[words[0], "low", full], [words[1], "high", "0.0%"], [words[2], "high", full]]
+    first = tab.locator(".completion").first.locator(".token")
+    drawn = first.evaluate_all("all => all.map((one) => getComputedStyle(one).backgroundColor)")
+    assert len(set(drawn)) == 3
+    assert (first.nth(0).get_attribute("title") or "").splitlines() == [
+        'token 1: "wrong "',
+        *("log-prob -0.1", "ratio 0.5", "gate weight 0.25"),
+    ]
+    expect(tab.locator(".completion").nth(1)).to_contain_text("not trained on in this step")
+    expect(tab.locator(".completion").nth(1).locator("pre.own")).to_have_text("half of step 3")
+    assert shades(tab, 2) == [["", "high", "0.0%"], ["é", "high", "0.0%"]]
+    tab.get_by_role("button", name="gate weight").click()
+    expect(tab.locator(".legend")).to_contain_text("≤ 0.251not trained on")
+    assert [one[1:] for one in shades(tab, 0)] == [["low", full], ["high", "0.0%"], ["high", "0.0%"]]
+    tab.get_by_role("button", name="log-prob").click()
+    expect(tab.locator(".legend")).to_contain_text("≤ -80not trained on")
+    assert [one[1:] for one in shades(tab, 0)] == [["low", "0.8%"], ["low", "15.0%"], ["low", full]]
+    tab.get_by_role("button", name="text").click()
+    expect(tab.locator(".token")).to_have_count(0)
+    tab.goto(f"{tab.url.partition('#')[0]}#tab=completions&from=4&to=4&colour=ratio")
+    tab.reload()
+    expect(tab.locator(".completion").first).to_contain_text("the page holds no tokens of this step")
+
+
+def test_what_an_environment_wrote_is_grey_among_the_tokens_of_an_episode_of_several_rows(open_page) -> None:
+    tab = open_page("tokens.html", "tab=completions&prompt=%237&colour=ratio")
+    expect(tab.locator("h2")).to_have_text("step 3, prompt #7")
+    assert shades(tab, 0) == [
+        *(["wrong ", "high", "0.0%"], ["sees", "masked", ""], ["wrong ", "masked", ""]),
+        ["é", "high", "60.0%"],
+    ]
+    assert tab.locator(".completion").first.locator(".role").all_inner_texts() == ["row 1", "row 2"]
+    tab = open_page("one.html", "tab=completions&colour=ratio")
+    expect(tab.locator(".completion").first).to_be_visible()
+    expect(tab.get_by_role("button", name="ratio")).to_have_count(0)
 
 
 def test_the_same_held_out_prompt_is_shown_over_the_evaluations(open_page) -> None:

@@ -17,11 +17,11 @@ def packed(value: Any) -> str:
     return base64.b64encode(gzip.compress(plain(value).encode(), LEVEL, mtime=0)).decode()
 
 
-def rounded(value: Any) -> Any:
-    """Return a float with six digits, null where it is not finite; anything else as it is."""
+def rounded(value: Any, digits: int = 6) -> Any:
+    """Return a float with so many digits, null where it is not finite; anything else as it is."""
     if not isinstance(value, float):
         return value
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
 def plain(value: Any) -> str:

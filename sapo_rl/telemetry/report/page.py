@@ -19,10 +19,10 @@ from sapo_rl.errors import UserError
 from sapo_rl.telemetry.progress import Progress
 from sapo_rl.telemetry.report.curves import about, curves
 from sapo_rl.telemetry.report.packing import LEVEL, packed, plain
-from sapo_rl.telemetry.report.samples import Index, files_of, read, thinned
+from sapo_rl.telemetry.report.samples import Index, files_of, read, read_tokens, thinned
 
 WEB = Path(__file__).parent / "web"
-SCRIPTS = ("base.js", "plots.js", "curves.js", "time.js", "chat.js", "samples.js", "heldout.js", "main.js")
+SCRIPTS = ("base.js", "plots.js", "curves.js", "time.js", "chat.js", "tokens.js", "samples.js", "heldout.js", "main.js")
 """The page's own, in the order in which they are read."""
 MEGABYTES = 100.0
 """Of compressed completions in a page; of a run that has more, steps are left out."""
@@ -103,17 +103,22 @@ def _pieces(runs: Sequence[Progress], megabytes: float, live: float | None) -> I
 
 
 def _completions(name: str, run: Progress, megabytes: float) -> Iterator[str]:
-    files = files_of(run)
-    for kind in ("step", "eval"):
-        own = [file for file in files if file.kind == kind]
-        share = sum(file.size for file in own) / (sum(file.size for file in files) or 1)
+    by_kind = {kind: [file for file in files_of(run) if file.kind == kind] for kind in ("step", "eval", "tokens")}
+    tokens, budget = by_kind.pop("tokens"), megabytes * 2**20 / EXPANSION
+    shown: set[int] = set()
+    sizes = {kind: sum(file.size for file in own) for kind, own in by_kind.items()}
+    for kind, own in by_kind.items():
         index = Index()
-        for file in thinned(own, share * megabytes * 2**20 / EXPANSION):
+        for file in thinned(own, budget * sizes[kind] / (sum(sizes.values()) or 1)):
             words = read(file)
+            shown |= {file.step} if kind == "step" else set()
             index.add(file.step, words)
             yield _chunk(f"{name}/{kind}/{file.step}", words.chunk)
         if own:
             yield _chunk(f"{name}/{kind}", packed(index.told() | {"files": len(own)}))
+    tokens = [file for file in tokens if file.step in shown]
+    for file in thinned(tokens, max(0.0, budget - sum(sizes.values()))):  # what the words leave
+        yield _chunk(f"{name}/tokens/{file.step}", read_tokens(file))
 
 
 def _chunk(name: str, text: str) -> str:

@@ -23,7 +23,11 @@ PROMPT = ("prompt_index", "prompt", "prompt_messages", "columns")
 """Columns that the completions of a prompt share."""
 INDEXED = ("prompt_index", "reward", "advantage", "tokens", "turns", "stop", "set", "greedy")
 """Columns by which completions are filtered without reading any of them."""
-_NAME = re.compile(r"(step|eval)_(\d+)\.parquet")
+_NAME = re.compile(r"(step|eval|tokens)_(\d+)\.parquet")
+_OF_SAMPLE = ("step", "sample", "row", "advantage", "weight", "token_ids", "trained")
+"""Columns of `tokens_*.parquet` that the page has already, or does not show."""
+DIGITS = 4
+"""Of a token's numbers."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class File:
 
     path: Path
     kind: str
-    """`step` or `eval`."""
+    """`step`, `eval` or `tokens`."""
     step: int
     size: int
     changed: int
@@ -41,9 +45,8 @@ class File:
 
 def files_of(run: Progress) -> list[File]:
     """Return the files of the run's steps and evaluations, in their order; others are left from before a resume."""
-    known = {
-        kind: {record["step"] for record in records} for kind, records in (("step", run.steps), ("eval", run.evals))
-    }
+    steps, evals = ({record["step"] for record in records} for records in (run.steps, run.evals))
+    known = {"step": steps, "eval": evals, "tokens": steps}
     found = []
     for path in (run.folder / COMPLETIONS).glob("*.parquet"):
         match = _NAME.fullmatch(path.name)
@@ -101,6 +104,22 @@ def read(file: File) -> Words:
     index = {name: [rounded(value) for value in columns[name]] for name in INDEXED if name in columns}
     shown = {number: one_line(text or "", SHOWN) for number, text, *_ in prompts}
     return Words(table.num_rows, index, shown, packed({"prompts": told, "rows": rows}))
+
+
+@cache
+def read_tokens(file: File) -> str:
+    """Return the tokens of a step, packed: by the place of a completion among those of the step, a list of its rows.
+
+    Each row has the lists of the file, `texts` and the numbers, null where a token is not trained on.
+    """
+    table = pq.read_table(file.path)
+    found: dict[int, list[dict[str, Any]]] = {}
+    for row in table.drop_columns([name for name in _OF_SAMPLE if name != "sample"]).to_pylist():
+        sample = row.pop("sample")
+        if sample is not None:
+            lists = {name: [rounded(value, DIGITS) for value in values] for name, values in row.items()}
+            found.setdefault(sample, []).append(lists)
+    return packed(found)
 
 
 @dataclass

@@ -56,7 +56,8 @@ function completionCard(title, facts, row, more) {
       facts.turns > 1 && el("span", null, `${facts.turns} turns`),
       el("span", { class: `stop ${facts.stop}` }, facts.stop)),
     rewards.length > 0 && el("div", { class: "parts" }, rewards.map(([name, value]) => el("span", null, `${name} ${short(value)}`))),
-    row.messages ? chat(row.messages) : el("pre", { class: "own" }, row.completion ?? ""),
+    more?.tokens ?? (row.messages ? chat(row.messages) : el("pre", { class: "own" }, row.completion ?? "")),
+    more?.note && el("small", null, more.note),
     told && el("details", null, el("summary", null, "what the environment told"), el("pre", null, JSON.stringify(row.info, null, 1))));
 }
 

@@ -147,7 +147,7 @@ async function searched(run, index, rows, asked, tell, ended) {
 }
 
 /** The group of a completion, side by side. */
-async function groupView(run, index, row) {
+async function groupView(run, index, row, redraw) {
   const file = index.file[row];
   const chunk = await chunkOf(run, "step", index, row);
   const own = chunk.rows[row - index.starts[file]];
@@ -156,12 +156,21 @@ async function groupView(run, index, row) {
   const rewards = rows.map((one) => index.reward[one]).filter((value) => value !== null);
   const flat = Math.max(...rewards) - Math.min(...rewards) < 1e-9;
   const step = index.steps[file];
+  const column = COLOURS[state.colour] && state.colour;
+  const values = column && (await load(`${run}/tokens/${step}`));
+  const scale = values && scaleOf(column, rows.flatMap((one) => values[one - index.starts[file]] ?? []));
+  const coloured = (one) => {
+    const own = values?.[one - index.starts[file]];
+    if (own) return { tokens: tokenView(column, scale, own) };
+    return column ? { note: values ? "not trained on in this step" : "the page holds no tokens of this step" } : {};
+  };
   return [
+    el("div", { class: "bar" }, colourSwitch(run, redraw), scale && legend(column, scale)),
     el("div", { class: "bar" },
       el("h2", null, `step ${step}, prompt #${index.prompt_index[row]}`),
       el("span", { class: "quiet" }, `${rows.length} completions, mean reward ${short(mean(rewards))}${flat && rewards.length > 1 ? ": all the same, nothing to learn" : ""}`)),
     promptView(chunk.prompts[own.prompt]),
-    el("div", { class: "group" }, ordered.map((one) => completionCard(`${one - rows[0] + 1}`, facts(index, one), chunk.rows[one - index.starts[file]], { chosen: one === row }))),
+    el("div", { class: "group" }, ordered.map((one) => completionCard(`${one - rows[0] + 1}`, facts(index, one), chunk.rows[one - index.starts[file]], { chosen: one === row, ...coloured(one) }))),
   ];
 }
 
@@ -179,7 +188,8 @@ async function showCompletions(view) {
   const choose = async (row) => {
     go({ row });
     for (const node of list.querySelectorAll(".row")) node.classList.toggle("chosen", node.dataset.row === String(row));
-    detail.replaceChildren(...(await groupView(run, index, row)));
+    const redraw = async () => detail.replaceChildren(...(await groupView(run, index, row, redraw)));
+    await redraw();
     detail.scrollTop = 0;
   };
   const again = async () => {
