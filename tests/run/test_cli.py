@@ -446,6 +446,21 @@ def test_dry_run_shows_config_batches_and_memory_and_leaves_nothing(tmp_path: Pa
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_recipe_of_a_judge_asks_for_its_address_and_its_name(tmp_path: Path, model: Path) -> None:
+    given = [f"reward.functions.quality.args.{name}" for name in ("url=http://127.0.0.1:1/v1", "model=mine")]
+    command = ("config=judge", f"model.path={model}", "dry_run=true")
+    for count, absent in enumerate(("url", "model")):
+        result = sapo_train(*command, *given[:count], cwd=tmp_path)
+        assert result.returncode == 2 and "Traceback" not in result.stderr
+        assert (
+            result.stderr.startswith(f"sapo-train: reward.functions.quality.args.{absent} (")
+            and "must be given" in result.stderr
+        )
+    result = sapo_train(*command, *given, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "prompt, thing, listener" in result.stdout and "{thing}" in result.stdout
+
+
 @pytest.mark.parametrize("command", [["dry_run=true"], []])
 def test_a_model_whose_files_are_not_those_of_a_model_is_refused_at_once(
     tmp_path: Path, model: Path, command: list[str]
