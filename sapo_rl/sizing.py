@@ -1,12 +1,14 @@
-"""Estimates of the memory that a run takes, from its config and the shape of its model."""
+"""Estimates of the memory that a run takes, from its config and the shape of its model; and what a CPU computes in."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from sapo_rl.config import Config
 
 GIB = 2**30
+NO_BFLOAT16 = "this CPU has no instructions for bfloat16: model.dtype=float32 is several times faster here"
 
 
 def element_size(config: Config) -> int:
@@ -54,3 +56,9 @@ def buffer_bytes(config: Config, count: int) -> int:
         return 0
     whole = count * element_size(config)
     return min(whole, int(config.rollout.sync_buffer_gb * GIB) or whole)
+
+
+def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU computes in bfloat16; also where the system does not tell."""
+    words = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
+    return not words or bool(words & {"avx512_bf16", "amx_bf16", "bf16"})

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -17,11 +18,12 @@ from typing import NamedTuple
 
 import psutil
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sapo_rl.sizing import GIB
+from sapo_rl.sizing import GIB, NO_BFLOAT16, has_bfloat16
 
 OK, NOTE, FAIL = "ok", "note", "fails"
 STYLES = {OK: "green", NOTE: "yellow", FAIL: "red"}
@@ -78,6 +80,8 @@ def findings() -> Iterator[Finding]:
     yield Finding("GPU", OK if cards else NOTE, "; ".join(cards) or "none: runs are on the CPU, for small models")
     if driver:
         yield Finding("driver", OK, driver)
+    if not cards and not has_bfloat16():
+        yield Finding("CPU", NOTE, NO_BFLOAT16)
     yield from versions()
     yield from imports(bool(cards))
     memory = psutil.virtual_memory()
@@ -122,13 +126,18 @@ def versions() -> Iterator[Finding]:
         asked = [
             one for one in wanted if one.name == name and (one.marker is None or one.marker.evaluate({"extra": ""}))
         ]
-        unfit = [str(one.specifier) for one in asked if have and not one.specifier.contains(have, prereleases=True)]
+        unfit = [str(one.specifier) for one in asked if have and not _fits(have, one)]
         if have is None:
             yield Finding(name, FAIL, "not installed")
         elif unfit:
             yield Finding(name, FAIL, f"{have}, but {engine} {_version(engine)} asks for {', '.join(unfit)}")
         else:
             yield Finding(name, OK, have)
+
+
+def _fits(have: str, asked: Requirement) -> bool:
+    """Whether a version is one that is asked for; a build's label such as +cpu, which PyPI has none of, does not count."""
+    return SpecifierSet(re.sub(r"\+[\w.]+", "", str(asked.specifier))).contains(have, prereleases=True)
 
 
 def imports(has_gpu: bool) -> Iterator[Finding]:

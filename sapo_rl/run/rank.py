@@ -51,6 +51,7 @@ from sapo_rl.run import ranks, resume
 from sapo_rl.run.check_data import check_data
 from sapo_rl.run.evaluating import evaluate
 from sapo_rl.run.writing import Rank, meet, read_prompts, read_sets, start_writing, wait_for
+from sapo_rl.sizing import NO_BFLOAT16, has_bfloat16
 from sapo_rl.telemetry import Telemetry, Timers
 from sapo_rl.telemetry.sinks.pieces import Pieces
 from sapo_rl.train import Parts, train
@@ -205,7 +206,9 @@ def _warnings(config: Config, dropped: int, repetition: str | None, of_sets: lis
     left_out = f"{dropped} prompts are longer than data.max_prompt_tokens: they are left out" if dropped else None
     filtered = filter_warning(config.rollout, config.loss.correction.by_token)
     isolated = isolation_warning(config.reward.functions | further_functions(config))
-    found = (left_out, repetition, *of_sets, filtered, isolated, *comparison_warnings(config))
+    on_cpu = config.model.dtype == "bfloat16" and not torch.cuda.is_available()
+    slow = NO_BFLOAT16 if on_cpu and not has_bfloat16() else None
+    found = (left_out, repetition, *of_sets, filtered, isolated, slow, *comparison_warnings(config))
     return [text for text in found if text]
 
 

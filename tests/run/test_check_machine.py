@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from command import sapo_train
 
+from sapo_rl import sizing
 from sapo_rl.run import check_machine
 from sapo_rl.run.check_machine import FAIL, NOTE, OK
 
@@ -46,9 +47,25 @@ def test_versions_that_do_not_fit_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["vLLM"][1:] == (OK, "vllm 0.25.1")
     assert found["torch"][1:] == (FAIL, "2.11.0+cu130, but vllm 0.25.1 asks for ==2.10.0")
     assert found["transformers"][1:] == (OK, "5.19.0")
+    asked[0] = "torch==2.11.0+cpu"  # of another build
+    assert {one.what: one for one in check_machine.versions()}["torch"][1:] == (OK, "2.11.0+cu130")
     installed.clear()
     (none,) = check_machine.versions()
     assert none.state == FAIL and "sapo-train[cpu]" in none.text
+
+
+def test_a_cpu_without_bfloat16_is_told_of_where_there_is_no_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for flags, told in (("avx512f avx512_vnni", False), ("avx512f avx512_bf16", True), ("asimd bf16", True)):
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : fpu {flags}\n")
+        assert sizing.has_bfloat16(tmp_path / "cpuinfo") is told
+    assert sizing.has_bfloat16(tmp_path / "nowhere")
+    monkeypatch.setattr(check_machine, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(check_machine, "imports", lambda has_gpu: [])
+    for cards, told in (([], [(NOTE, sizing.NO_BFLOAT16)]), (["NVIDIA H100"], [])):
+        monkeypatch.setattr(check_machine, "gpus", lambda cards=cards: (cards, ""))
+        assert [one[1:] for one in check_machine.findings() if one.what == "CPU"] == told
 
 
 def test_what_does_not_import_fails_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
