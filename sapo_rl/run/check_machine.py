@@ -136,7 +136,7 @@ def versions() -> Iterator[Finding]:
 
 
 def _fits(have: str, asked: Requirement) -> bool:
-    """Whether a version is one that is asked for; a build's label such as +cpu, which PyPI has none of, does not count."""
+    """Whether a version is one that is asked for; labels of builds such as +cpu do not count."""
     return SpecifierSet(re.sub(r"\+[\w.]+", "", str(asked.specifier))).contains(have, prereleases=True)
 
 
