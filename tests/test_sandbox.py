@@ -213,7 +213,7 @@ def test_many_runs_leave_no_descriptor() -> None:
 
 
 def test_a_machine_without_bubblewrap_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    check.cache_clear()
+    sandbox._isolation.cache_clear()
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(SandboxMissing, match="needs bubblewrap to isolate programs: apt-get install bubblewrap"):
         check("bubblewrap")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sapo_rl.environments.registry import ENVIRONMENTS
-from sapo_rl.processes.sandbox import Isolation, Job, Limits, check, run
+from sapo_rl.processes.sandbox import Job, Limits, Sandbox, Service, check, reach, run
 
 
 @ENVIRONMENTS.register_module("python")
@@ -14,10 +16,10 @@ class Python:
         cpu_seconds: computing time of a program.
         memory_mb: its memory, in units of 2^20 bytes.
         most: characters of what it printed that the model is shown, from the end.
-        sandbox: `bubblewrap`, or `none` for limits alone.
+        sandbox: `bubblewrap`, `none` for limits alone, or `{url: ...}` of a service, as `code` takes it.
 
     Raises:
-        ValueError: unusable settings, or a machine without bubblewrap.
+        ValueError: unusable settings, a machine without bubblewrap, or a service that runs no program.
 
     Example:
         >>> asyncio.run(Python().python("print(6 * 7)"))
@@ -25,12 +27,18 @@ class Python:
     """
 
     def __init__(
-        self, cpu_seconds: int = 5, memory_mb: int = 512, most: int = 2000, sandbox: str = "bubblewrap"
+        self,
+        cpu_seconds: int = 5,
+        memory_mb: int = 512,
+        most: int = 2000,
+        sandbox: str | dict[str, Any] = "bubblewrap",
     ) -> None:
         if most < 1:
             raise ValueError(f"most is {most}, must be at least 1")
         self._limits, self._most = Limits.of(cpu_seconds, memory_mb), most
-        self._isolation: Isolation = check(sandbox)
+        self._sandbox: Sandbox = check(sandbox)
+        if isinstance(self._sandbox, Service):
+            reach(self._sandbox)
 
     def reset(self) -> None:
         """Keep nothing: each program begins anew."""
@@ -44,7 +52,7 @@ class Python:
         Returns:
             What it printed.
         """
-        result = await run(Job(code), self._limits, self._isolation)
+        result = await run(Job(code), self._limits, self._sandbox)
         printed = result.stdout + result.stderr
         if result.stopped == "output":
             printed += "\n(stopped: it printed too much)"

@@ -11,29 +11,19 @@ import contextlib
 import hashlib
 import json
 import os
-import random
 import sqlite3
 import time
-import urllib.request
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
 
 from sapo_rl.errors import UserError
-from sapo_rl.errors.own_code import shorten
+from sapo_rl.processes.posting import ServerError, client, excerpt, post
 
 if TYPE_CHECKING:
     import aiohttp  # takes a quarter of a second
 
 _MINUTE = 60.0
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0  # seconds before a request is sent again
-_BUSY = (408, 409, 429)  # these and all from 500 on: ask again later
-_SHOWN = 300  # characters of what a server answers to a request that it refuses
-
-
-class ServerError(Exception):
-    """The server gave no answer; the message says what it did."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +77,7 @@ class ChatServer:
 
     def __init__(self, asking: Asking, session: aiohttp.ClientSession) -> None:
         self._asking, self._session = asking, session
+        self._url = f"{asking.url.rstrip('/')}/chat/completions"
         self._room = asyncio.Semaphore(asking.limits.at_once)
         self._requests = _Pace(asking.limits.requests_per_minute)
         self._tokens = _Pace(asking.limits.tokens_per_minute)
@@ -105,8 +96,8 @@ class ChatServer:
             with contextlib.suppress(ValueError):  # it was read with other settings
                 return read(known)
         async with self._room:
-            answer = await self._answer(body)
-        said = _said(answer)
+            retries = self._asking.limits.retries
+            said = await post(self._session, self._url, body, self._counted, retries, self._turn)
         found = read(said)
         if self._cache is not None:
             self._cache.put(name, said)
@@ -117,57 +108,23 @@ class ChatServer:
         if self._cache is not None:
             self._cache.close()
 
-    async def _answer(self, body: bytes) -> Any:
-        """Send a request until it is answered, or as often as it may be sent."""
-        import aiohttp
+    async def _turn(self) -> None:
+        """Wait until a request may be sent."""
+        await self._requests.take(1)
+        await self._tokens.take(0)
 
-        problem = ""
-        for retries in range(self._asking.limits.retries + 1):
-            await self._requests.take(1)
-            await self._tokens.take(0)
-            pause = random.uniform(0.5, 1) * min(_FIRST_PAUSE * 2**retries, _LONGEST_PAUSE)
-            try:
-                async with self._session.post("chat/completions", data=body) as response:
-                    said = (await response.read()).decode(errors="replace")
-                    if response.ok:
-                        return self._counted(said)
-                    problem = f"the server answered {response.status}: {shorten(said.strip(), _SHOWN)}"
-                    if response.status not in _BUSY and response.status < 500:
-                        break
-                    pause = _asked_for(response.headers.get("Retry-After"), pause)
-            except TimeoutError:
-                problem = f"the server gave no answer in {self._asking.limits.answer_timeout:g} s"
-            except aiohttp.ClientError as error:
-                cause = getattr(error, "os_error", error)
-                problem = f"no connection to the server: {str(cause) or type(error).__name__}"
-            if retries < self._asking.limits.retries:
-                await asyncio.sleep(pause)
-        raise ServerError(f"{problem} ({self._asking.url})")
-
-    def _counted(self, said: str) -> Any:
+    def _counted(self, said: str) -> str:
+        """What an answer says; its tokens are counted."""
         try:
             answer = json.loads(said)
             self._tokens.note((answer.get("usage") or {}).get("total_tokens") or 0)
-        except (ValueError, AttributeError, TypeError) as error:
-            raise ServerError(f"the server's answer is no JSON of OpenAI's: {shorten(said, _SHOWN)}") from error
-        return answer
-
-
-def _said(answer: Any) -> str:
-    if not answer.get("choices"):
-        raise ValueError("the judge's server answered without choices")
-    try:
-        return answer["choices"][0]["message"]["content"] or ""
-    except (LookupError, TypeError) as error:
-        raise ServerError(f"the server's answer has no message: {shorten(json.dumps(answer), _SHOWN)}") from error
-
-
-def _asked_for(seconds: str | None, otherwise: float) -> float:
-    """The pause that a busy server asks for, bounded."""
-    try:
-        return min(max(float(seconds or ""), 0.0), _LONGEST_PAUSE)
-    except ValueError:  # none, or a date
-        return otherwise
+            choices = answer.get("choices") or []
+            content = choices[0]["message"]["content"] or "" if choices else None
+        except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+            raise ServerError(f"the server's answer is none of OpenAI's: {excerpt(said)}") from error
+        if content is None:
+            raise ValueError("the judge's server answered without choices")
+        return content
 
 
 class _Pace:
@@ -240,21 +197,9 @@ async def chat_server(asking: Asking) -> ChatServer:
 
 async def _lasting(asking: Asking) -> AsyncGenerator[ChatServer]:
     """Give a server; the event loop closes this generator at its end, and with it the connections."""
-    import aiohttp
-
-    url = urlsplit(asking.url)
-    key = {"Authorization": f"Bearer {os.environ[asking.key]}"} if asking.key else {}
-    # Not `trust_env`, which also looks for a key of its own in ~/.netrc, for every request.
-    proxy = None if urllib.request.proxy_bypass(url.netloc) else urllib.request.getproxies().get(url.scheme)
-    session = aiohttp.ClientSession(
-        asking.url.rstrip("/") + "/",
-        connector=aiohttp.TCPConnector(limit=0),  # `at_once` bounds it
-        headers={"Content-Type": "application/json", **key},
-        timeout=aiohttp.ClientTimeout(asking.limits.answer_timeout),
-        proxy=proxy,
-    )
+    secret = os.environ[asking.key] if asking.key else None
     try:
-        async with session:
+        async with client(asking.url, secret, asking.limits.answer_timeout) as session:
             server = ChatServer(asking, session)
             yield server
             server.close()

@@ -15,9 +15,10 @@ from typing import Any
 from sapo_rl.config import RewardFunctionConfig
 from sapo_rl.config.reward import key_of
 from sapo_rl.errors import UserError
-from sapo_rl.processes.sandbox import Isolation, Job, Limits, Result, check, run
-from sapo_rl.rewards.registry import CHECKS, REWARD_FUNCTIONS, Completion
+from sapo_rl.processes.sandbox import Job, Limits, Result, Sandbox, Service, check, reach, run
+from sapo_rl.rewards.registry import CHECKS, PREPARATIONS, REWARD_FUNCTIONS, Completion
 from sapo_rl.rewards.text import text_of
+from sapo_rl.rewards.waiting import all_of
 
 _BLOCK = re.compile(r"^[ \t]*+```[ \t]*+(\w*+)[^\n]*+\n(.*?)^[ \t]*+```", re.DOTALL | re.MULTILINE)
 _PYTHON = ("python", "python3", "py")
@@ -35,7 +36,7 @@ def code(
     partial: bool = False,
     cpu_seconds: int = _CPU_SECONDS,
     memory_mb: int = 512,
-    sandbox: str = "bubblewrap",
+    sandbox: str | dict[str, Any] = "bubblewrap",
     **columns: list[Any],
 ) -> list[float | None]:
     r"""1 where the reply's Python program passes all tests of its row; None where the row has none.
@@ -59,12 +60,14 @@ def code(
         cpu_seconds: computing time of a program, for all statements or calls, or for one input; three times that on
             the clock for all of these together, the start of Python left out. What it has not passed by then it fails.
         memory_mb: memory of a program, in units of 2^20 bytes.
-        sandbox: `bubblewrap`, or `none` for limits alone.
+        sandbox: `bubblewrap`, `none` for limits alone, or `{url: ...}` of a service that speaks as SandboxFusion does
+            (`Service`).
         columns: of the data.
 
     Raises:
         ValueError: tests of another shape.
         UserError: unusable settings, or a machine without bubblewrap.
+        OSError: the sandbox, or its service, did not run a program.
 
     Example:
         >>> code(["```python\ndef double(x):\n    return 2 * x\n```"], [["assert double(2) == 4"]])
@@ -153,16 +156,17 @@ def tests_of(program: str, tests: Any, setup: str | None = None, entry_point: st
 
 
 class _Judge:
-    """Runs the tests of some programs, as many at a time as there are processors."""
+    """Runs the tests of some programs, as many at a time as there are processors; by a service all at once."""
 
-    def __init__(self, limits: Limits, isolation: Isolation, partial: bool) -> None:
+    def __init__(self, limits: Limits, sandbox: Sandbox, partial: bool) -> None:
         self._limits, self._partial = limits, partial
-        self._isolation: Isolation = isolation
-        self._room = asyncio.Semaphore(len(os.sched_getaffinity(0)))
+        self._sandbox: Sandbox = sandbox
+        elsewhere = isinstance(sandbox, Service)
+        self._room = contextlib.nullcontext() if elsewhere else asyncio.Semaphore(len(os.sched_getaffinity(0)))
 
     async def scores(self, programs: Sequence[list[Test] | None]) -> list[float | None]:
         """Return what each program earns; None for one without tests."""
-        return await asyncio.gather(*map(self._score, programs))
+        return await all_of(map(self._score, programs))
 
     async def _score(self, tests: list[Test] | None) -> float | None:
         if tests is None:
@@ -171,7 +175,7 @@ class _Judge:
         for test in tests:
             longest = max(self._limits.output_bytes, test.longest)
             async with self._room:
-                result = await run(test.job, replace(self._limits, seconds=left, output_bytes=longest), self._isolation)
+                result = await run(test.job, replace(self._limits, seconds=left, output_bytes=longest), self._sandbox)
             passed += (found := test.passed(result))
             left -= result.seconds
             if (found < test.count and not self._partial) or left <= 0:
@@ -240,4 +244,14 @@ def _check_timeout(name: str, cfg: RewardFunctionConfig) -> None:
         )
 
 
+def _prepare(sandbox: str | dict[str, Any] = "bubblewrap", **settings: Any) -> None:
+    """Have a service run a program, or raise UserError."""
+    try:
+        if isinstance(found := check(sandbox), Service):
+            reach(found)
+    except ValueError as error:
+        raise UserError(f"code: {error}") from error
+
+
 CHECKS["code"] = _check_timeout
+PREPARATIONS["code"] = _prepare

@@ -21,116 +21,39 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, Literal, TypeAlias, get_args
 
 from sapo_rl.processes.sandbox import inside
 from sapo_rl.processes.sandbox.calls import MACHINES, numbers
+from sapo_rl.processes.sandbox.job import MEGABYTE, Job, Limits, Result, SandboxMissing, by_key, task_of
+from sapo_rl.processes.sandbox.service import Service as Service
+from sapo_rl.processes.sandbox.service import reach as reach
 
 Isolation = Literal["bubblewrap", "none"]
 """`none`: limits and the filter of system calls alone; the program sees the user's files."""
+Sandbox: TypeAlias = Isolation | Service
+"""A service's programs run elsewhere."""
 INSTALL = "apt-get install bubblewrap (dnf install bubblewrap)"
 
 _PYTHON = os.path.realpath(sys.executable)  # what a virtual environment's leads to
-_FILES = 64  # open at once
-_MEGABYTE = 1 << 20
 _CHUNK = 1 << 14  # bytes read at once
 _LONGEST_REPORT = 1 << 22  # bytes of all reports of a run
 _START_SECONDS = 20.0  # until the program begins
 
 
-class SandboxMissing(ValueError):
-    """Programs cannot be isolated in this way, or not on this machine; the message says why, and what helps."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds on one run of a program.
-
-    Example:
-        >>> Limits(cpu_seconds=2).memory_mb
-        512
-    """
-
-    cpu_seconds: int = 5
-    """Of computing; then it is killed."""
-    seconds: float = 10.0
-    """Of wall-clock time, from its first line on; then it is killed."""
-    memory_mb: int = 512
-    """Of its address space, in units of 2^20 bytes."""
-    output_bytes: int = 1 << 16
-    """Of stdout and stderr each; a program that prints more is killed."""
-    disk_mb: int = 16
-    """Of files that it writes, in units of 2^20 bytes."""
-
-    @classmethod
-    def of(cls, cpu_seconds: int, memory_mb: int) -> Limits:
-        """Return limits with three seconds on the clock for each of computing, as programs wait for each other.
-
-        Raises:
-            ValueError: numbers with which no program runs.
-        """
-        if cpu_seconds < 1 or memory_mb < 64:
-            raise ValueError(f"needs cpu_seconds >= 1 and memory_mb >= 64, got {cpu_seconds} and {memory_mb}")
-        return cls(cpu_seconds, 3.0 * cpu_seconds, memory_mb)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A program, and what is asked of it once it has run.
-
-    Example:
-        >>> Job("def double(x): return 2 * x", checks=["assert double(2) == 4"])
-        >>> Job("print(int(input()) + 1)", stdin="41")
-        >>> Job("def double(x): return 2 * x", function="double", calls=[[2], [3]])
-    """
-
-    program: str
-    """Python's source."""
-    setup: str = ""
-    """What runs before it; a program that does not compile alone, as a function's body, goes on where this ends."""
-    stdin: str = ""
-    """What it reads."""
-    checks: Sequence[str] = ()
-    """Statements that run in its names; one that raises has failed."""
-    function: str = ""
-    """A function of it, or a method of its class `Solution`, for `calls`."""
-    calls: Sequence[list[Any]] = ()
-    """Arguments of each call, as JSON knows them."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run has ended."""
-
-    exit_code: int
-    """The program's, or 128 and the number of the signal that ended it, as shells have it."""
-    stdout: str
-    """What it printed, at most `Limits.output_bytes`."""
-    stderr: str
-    """Likewise, with the traceback of an error."""
-    stopped: Literal["", "seconds", "output"] = ""
-    """The limit for which it was killed from outside; empty where it ended by itself, or by the kernel."""
-    reports: list[dict[str, Any]] = field(default_factory=list)
-    """One for each check (`passed`, `error`) or call (`value`, or `error`), as far as it came.
-
-    They come from the program's process: one that looks for what it is asked can make up its own.
-    """
-    seconds: float = field(default=0.0, compare=False)
-    """On the clock, from the program's first line to its end."""
-
-
-async def run(job: Job, limits: Limits, isolation: Isolation = "bubblewrap") -> Result:
+async def run(job: Job, limits: Limits, sandbox: Sandbox = "bubblewrap") -> Result:
     """Run a program by itself and return how it ended, whatever it does.
 
     Raises:
         SandboxMissing: as `check`.
-        OSError: the machine did not start it, which is no fault of the program.
+        OSError: the machine, or the service, did not start it, which is no fault of the program.
     """
-    check(isolation)
+    if isinstance(sandbox, Service):
+        return await sandbox.run(job, limits)
+    isolation = _isolation(sandbox)
     key = secrets.token_hex(16)  # lines that a program writes without having looked for it are no reports
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb") as reports, _folder(isolation) as folder:
@@ -152,7 +75,7 @@ async def run(job: Job, limits: Limits, isolation: Isolation = "bubblewrap") -> 
             run.kill()
             code = await process.wait()
     stdout, stderr = (text.decode(errors="replace") for text in (run.stdout, run.stderr))
-    found = _by_key(run.reports, key)
+    found = by_key(bytes(run.reports).splitlines(), key)
     if not found:
         raise OSError(
             "the sandbox did not start a program: "
@@ -161,15 +84,21 @@ async def run(job: Job, limits: Limits, isolation: Isolation = "bubblewrap") -> 
     return Result(code if code >= 0 else 128 - code, stdout, stderr, run.stopped, found[1:], run.seconds)
 
 
-@cache
-def check(isolation: str) -> Isolation:
-    """Return `isolation` where programs can be run with it on this machine.
+def check(sandbox: str | Mapping[str, Any]) -> Sandbox:
+    """Return where programs are run, `bubblewrap`, `none` or the settings of a service, which `reach` asks.
 
     Raises:
-        SandboxMissing: another word; no bubblewrap, or none that this user may use here; an unknown kind of processor.
+        SandboxMissing: another word; no bubblewrap, or none that this user may use here; an unknown kind of processor;
+            settings that cannot be.
     """
+    return Service.of(sandbox) if isinstance(sandbox, Mapping) else _isolation(sandbox)
+
+
+@cache
+def _isolation(isolation: str) -> Isolation:
+    """The word, where it can be used on this machine."""
     if isolation not in get_args(Isolation):
-        raise SandboxMissing(f"sandbox is '{isolation}'; valid: {', '.join(get_args(Isolation))}")
+        raise SandboxMissing(f"sandbox is '{isolation}'; valid: {', '.join(get_args(Isolation))}, or {{url: ...}}")
     if sys.platform != "linux" or platform.machine() not in MACHINES:
         known = ", ".join(MACHINES)
         raise SandboxMissing(
@@ -267,21 +196,7 @@ async def _stream(pipe: BinaryIO) -> asyncio.StreamReader:
 
 
 def _task(job: Job, limits: Limits, key: str) -> bytes:
-    """What `inside.py` is told."""
-    bounds = {
-        "memory": limits.memory_mb * _MEGABYTE,
-        "seconds": limits.cpu_seconds,
-        "file": limits.disk_mb * _MEGABYTE,
-        "files": _FILES,
-    }
-    rest = {
-        "setup": job.setup,
-        "program": job.program,
-        "checks": [*job.checks],
-        "function": job.function,
-        "calls": [*job.calls],
-    }
-    return json.dumps({"key": key, "limits": bounds, "system": numbers(platform.machine()), **rest}).encode()
+    return json.dumps({**task_of(job, limits, key), "system": numbers(platform.machine())}).encode()
 
 
 def _command(limits: Limits, isolation: Isolation, task: int, report: int) -> list[str]:
@@ -304,7 +219,7 @@ def _bubblewrap(limits: Limits) -> list[str]:
     if not Path(prefix).is_relative_to("/usr"):
         command += ["--ro-bind", prefix, prefix]
     command += ["--dev", "/dev", "--remount-ro", "/dev"]  # /dev/shm too: what lies there counts as nobody's memory
-    command += ["--size", str(limits.disk_mb * _MEGABYTE), "--tmpfs", "/tmp", "--chdir", "/tmp"]
+    command += ["--size", str(limits.disk_mb * MEGABYTE), "--tmpfs", "/tmp", "--chdir", "/tmp"]
     return [*command, "--remount-ro", "/"]
 
 
@@ -330,14 +245,3 @@ def _folder(isolation: Isolation) -> Iterator[str | None]:
         return
     with tempfile.TemporaryDirectory(prefix="sapo-program-", ignore_cleanup_errors=True) as folder:
         yield folder
-
-
-def _by_key(reports: bytearray, key: str) -> list[dict[str, Any]]:
-    """Read what `inside.py` has told, which knows the key."""
-    found = []
-    for line in reports.splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            told = json.loads(line)
-            if isinstance(told, dict) and told.pop("key", None) == key:
-                found.append(told)
-    return found

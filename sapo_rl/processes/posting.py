@@ -1,0 +1,113 @@
+"""Posting JSON to a server that may be busy, slow or gone for a while."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import urllib.request
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    import aiohttp  # takes a quarter of a second
+
+T = TypeVar("T")
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0  # seconds before a request is sent again
+_BUSY = (408, 409, 429)  # these and all from 500 on: ask again later
+_SHOWN = 300  # characters of what a server answers
+
+
+class ServerError(OSError):
+    """A server gave no answer; the message says what it did."""
+
+
+class TryAgain(Exception):
+    """An answer by which a server says that it has failed; the message says how."""
+
+
+def client(url: str, key: str | None, seconds: float) -> aiohttp.ClientSession:
+    """Return what posts to a server; a context manager.
+
+    Args:
+        url: of the server; a proxy of the environment is used.
+        key: sent as a bearer token.
+        seconds: for each answer.
+    """
+    import aiohttp
+
+    parts = urlsplit(url)
+    # Not `trust_env`, which also looks for a key of its own in ~/.netrc, for every request.
+    proxy = None if urllib.request.proxy_bypass(parts.netloc) else urllib.request.getproxies().get(parts.scheme)
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        headers={"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})},
+        timeout=aiohttp.ClientTimeout(seconds),
+        proxy=proxy,
+    )
+
+
+async def post(
+    session: aiohttp.ClientSession,
+    url: str,
+    body: bytes,
+    read: Callable[[str], T],
+    retries: int,
+    turn: Callable[[], Awaitable[Any]] | None = None,
+) -> T:
+    """Return what `read` makes of a server's answer.
+
+    A request that is not answered, or by 408, 409, 429 or 5xx, is sent again after a pause that doubles from half a
+    second to a minute, or after that which the server asks for.
+
+    Args:
+        session: of `client`.
+        url: where to.
+        body: JSON.
+        read: makes something of the text; may raise TryAgain, or what is not to be repeated.
+        retries: how often it is sent again.
+        turn: waits until it may be sent.
+
+    Raises:
+        ServerError: there is no answer, or one that says so.
+    """
+    import aiohttp
+
+    problem = ""
+    for retry in range(retries + 1):
+        if turn is not None:
+            await turn()
+        pause = random.uniform(0.5, 1) * min(_FIRST_PAUSE * 2**retry, _LONGEST_PAUSE)
+        try:
+            async with session.post(url, data=body) as response:
+                said = (await response.read()).decode(errors="replace")
+            if response.ok:
+                return read(said)
+            problem = f"the server answered {response.status}: {excerpt(said)}"
+            if response.status not in _BUSY and response.status < 500:
+                break
+            pause = _asked_for(response.headers.get("Retry-After"), pause)
+        except TryAgain as error:
+            problem = str(error)
+        except TimeoutError:
+            problem = f"the server gave no answer in {session.timeout.total:g} s"
+        except aiohttp.ClientError as error:
+            cause = getattr(error, "os_error", error)
+            problem = f"no connection to the server: {str(cause) or type(error).__name__}"
+        if retry < retries:
+            await asyncio.sleep(pause)
+    raise ServerError(f"{problem} ({url})")
+
+
+def excerpt(said: str) -> str:
+    """Return as much of an answer as is shown."""
+    return said.strip()[:_SHOWN]
+
+
+def _asked_for(seconds: str | None, otherwise: float) -> float:
+    """The pause that a busy server asks for, bounded."""
+    try:
+        return min(max(float(seconds or ""), 0.0), _LONGEST_PAUSE)
+    except ValueError:  # none, or a date
+        return otherwise
