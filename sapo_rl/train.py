@@ -53,7 +53,7 @@ def train(parts: Parts) -> bool:
     log = StepLog(telemetry, parts.timers, config)
     if batches.step == 0:
         verify(parts, 0)
-        parts.evaluator.run(0)
+        parts.checkpoints.is_best(0, parts.evaluator.run(0))
     loss, updates = config.loss, config.trainer.updates_per_rollout
     text = inert_temperature_warning(updates, loss.tau_pos, loss.tau_neg)
     if loss.name == "sapo" and loss.gradient == "paper" and text:
@@ -73,10 +73,11 @@ def train(parts: Parts) -> bool:
                 raise SharedError(problem)
             if due(step, config.rollout.verify_every):
                 verify(parts, step)
+            best = False
             if due(step, config.eval.every) or step == config.trainer.steps:
                 batches.wait()
-                parts.evaluator.run(step)
-            if due(step, config.checkpoint.every):
+                best = parts.checkpoints.is_best(step, parts.evaluator.run(step))
+            if best or due(step, config.checkpoint.every):
                 parts.checkpoints.save(step, state_of(parts), batches.replay_state())
                 telemetry.keep_pass_rates(batches.pass_rates)
     complete = batches.step == config.trainer.steps

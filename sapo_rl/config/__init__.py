@@ -197,6 +197,9 @@ class CheckpointConfig:
     """Steps between two checkpoints; 0 keeps none."""
     keep_last: int = number(2, least=1)
     """Older checkpoints are deleted once a newer one is complete."""
+    keep_best: Optional[str] = None
+    """A metric of evaluations, e.g. `eval/reward`: the checkpoint of the evaluation where it was highest stays too, and
+    `checkpoints/best` leads to it. It is written there and then, whatever `every` is."""
     save_final: bool = True
     """Write the trained model as a Hugging Face folder `final/` at the end."""
 

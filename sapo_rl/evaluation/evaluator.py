@@ -51,14 +51,14 @@ class Evaluator:
         self._rollouts, self._rewards = rollouts, rewards
         self._telemetry, self._timers, self._config = telemetry, timers, config
 
-    def run(self, step: int) -> None:
-        """Measure all sets; every rank calls it.
+    def run(self, step: int) -> dict[str, float]:
+        """Measure all sets; every rank calls it, and gets the numbers by the names that they are recorded under.
 
         Raises:
             SharedError: no function returns the number of which a set's reward is the mean.
         """
         if not self._sets:
-            return
+            return {}
         with self._timers("eval"):
             answered = [
                 (one, answers(one, self._share.of(one.prompts), step, self._rollouts, self._rewards))
@@ -75,6 +75,7 @@ class Evaluator:
             examples = examples or _examples(found)
         self.before = self.before or examples
         self._telemetry.log_eval(step, numbers, examples, rows)
+        return numbers
 
 
 def rows_of(of: EvalSet, found: Answers, step: int) -> list[Row]:

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from sapo_rl.config import Config, RewardFunctionConfig
+from sapo_rl.config import ENVIRONMENT, Config, RewardFunctionConfig
 from sapo_rl.config.evaluation import EvalDataConfig, EvalSampling
 from sapo_rl.data import build_prompts, load_set
 from sapo_rl.engines.base import Sampling
 from sapo_rl.environments import environment_for
 from sapo_rl.environments.runner.pool import EnvironmentPool
 from sapo_rl.errors import UserError
+from sapo_rl.evaluation.scores import ks_of
 from sapo_rl.rewards import RewardPool
 from sapo_rl.rewards.registry import voter_of
 from sapo_rl.rollout.collector import sampling_of
@@ -77,6 +78,21 @@ def key_of(name: str) -> str:
 def prefix_of(name: str) -> str:
     """Return what the names of a set's metrics begin with."""
     return "eval/" if name == DEFAULT_SET else f"eval/{name}/"
+
+
+def goals(config: Config) -> list[str]:
+    """Return the metrics of evaluations of which more is better; what functions return beside is not known before."""
+    found: list[str] = []
+    for name, settings in settings_of(config).items():
+        members, k = jury(config, name), settings.samples
+        own = ["reward"] if settings.greedy else []
+        own += [f"avg@{k}", *(f"pass@{n}" for n in ks_of(k))] if k else []
+        own += [f"maj@{k}"] if members.voter else []
+        own += [f"environment/{one}" for one in config.environments]
+        functions = [*members.functions.values(), *([ENVIRONMENT] if ENVIRONMENT in config.rewards else [])]
+        own += [f"rewards/{one}" for one in functions] if len(functions) > 1 else []
+        found += [f"{prefix_of(name)}{one}" for one in own]
+    return found
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from sapo_rl.policy import manifest
 from sapo_rl.policy.manifest import Entry, reading
 from sapo_rl.policy.tensor_file import DATA_START, write_tensors
 from sapo_rl.policy.trainer import PolicyTrainer
-from sapo_rl.run_folder import checkpoints_in
+from sapo_rl.run_folder import BEST, checkpoints_in, link_to, step_of
 
 PATTERN = "step_{:06d}"
 
@@ -46,6 +46,7 @@ def save(
     state: dict[str, Any],
     keep_last: int,
     own: Mapping[str, NDArray[Any]] | None = None,
+    best: int | None = None,
 ) -> None:
     """Write `folder/step_<step>`; called on every rank.
 
@@ -56,6 +57,7 @@ def save(
         state: what the loop wants back; JSON.
         keep_last: that many checkpoints stay, older ones go.
         own: what the loop wants back on this rank alone, if anything.
+        best: the step of a checkpoint that stays however old it is; the link `best` leads to it.
 
     Raises:
         SharedError: it cannot be written, as on a full disk; nothing of it is left, and older ones are as they were.
@@ -79,8 +81,11 @@ def save(
         _sync(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
+        if best is not None:
+            link_to(folder / PATTERN.format(best), BEST)
         for old in checkpoints_in(folder)[:-keep_last]:
-            shutil.rmtree(old)
+            if step_of(old) != best:
+                shutil.rmtree(old)
         return {}
 
     _together(accelerator, partial, begin if accelerator.is_main_process else dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sapo_rl import run_folder
 from sapo_rl.config import CheckpointConfig
+from sapo_rl.errors import SharedError, did_you_mean
 from sapo_rl.policy import checkpoint
 from sapo_rl.policy.trainer import PolicyTrainer
 
@@ -23,22 +25,55 @@ class Checkpointer:
         folder: the run folder.
         trainer: its weights and optimiser are saved.
         tokenizer: goes with the trained model.
-        config: how often, and how many stay.
+        config: how often, and which ones stay.
+        state: of the checkpoint that is resumed.
     """
 
     def __init__(
-        self, folder: Path, trainer: PolicyTrainer, tokenizer: PreTrainedTokenizerBase, config: CheckpointConfig
+        self,
+        folder: Path,
+        trainer: PolicyTrainer,
+        tokenizer: PreTrainedTokenizerBase,
+        config: CheckpointConfig,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         self._folder, self._trainer, self._tokenizer, self._config = folder, trainer, tokenizer, config
+        self._saved = 0
+        self._best: dict[str, Any] | None = None
+        best = (state or {}).get("best")
+        if best and best["metric"] == config.keep_best:
+            kept = (folder / run_folder.CHECKPOINTS / checkpoint.PATTERN.format(best["step"])).is_dir()
+            self._best = best if kept else None  # a fork has one checkpoint alone
+
+    def is_best(self, step: int, numbers: Mapping[str, float]) -> bool:
+        """Return whether an evaluation after a step is the best so far, so that its checkpoint is to be saved and kept.
+
+        It is compared by `checkpoint.keep_best`; of equal ones the first is the best. Before training nothing is.
+
+        Raises:
+            SharedError: no evaluation has had that number, nor has this one.
+        """
+        metric = self._config.keep_best
+        if metric is None:
+            return False
+        if metric not in numbers and self._best is None:
+            raise SharedError(f"checkpoint.keep_best: no evaluation has '{metric}'; {did_you_mean(metric, numbers)}")
+        value = float(numbers.get(metric, math.nan))
+        if not step or not math.isfinite(value) or (self._best is not None and value <= self._best["value"]):
+            return False
+        self._best = {"metric": metric, "step": step, "value": value}
+        return True
 
     def save(self, step: int, state: dict[str, Any], own: Mapping[str, NDArray[Any]]) -> None:
         """Write a checkpoint from which `resume=` continues as if nothing had happened; as `checkpoint.save`."""
         folder = self._folder / run_folder.CHECKPOINTS
-        checkpoint.save(folder, step, self._trainer, state, self._config.keep_last, own)
+        best = None if self._best is None else self._best["step"]
+        checkpoint.save(folder, step, self._trainer, state | {"best": self._best}, self._config.keep_last, own, best)
+        self._saved = step
 
     def finish(self, step: int, state: dict[str, Any], own: Mapping[str, NDArray[Any]], complete: bool) -> None:
         """Leave the trained model, or, where the run was stopped before its end, the checkpoint to resume from."""
-        if self._config.every and step % self._config.every:
+        if self._config.every and step % self._config.every and step != self._saved:
             self.save(step, state, own)
         if complete and self._config.save_final:
             self._export(self._folder / run_folder.FINAL, self._trainer.accelerator.is_main_process)

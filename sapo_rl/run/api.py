@@ -135,6 +135,12 @@ class Run:
         return pd.read_parquet(path)
 
     @property
+    def best(self) -> Path | None:
+        """Return the checkpoint with the best evaluation; None where the run keeps none, `checkpoint.keep_best`."""
+        link = self.folder / run_folder.CHECKPOINTS / run_folder.BEST
+        return link.parent / link.readlink() if link.is_symlink() else None
+
+    @property
     def final(self) -> Path | None:
         """Return the folder of the trained model; None where the run is not complete, or saves none."""
         folder = self.folder / run_folder.FINAL

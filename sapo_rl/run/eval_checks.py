@@ -29,6 +29,22 @@ def check_evaluation(config: Config) -> None:
             raise ConfigError(f"{key}.reward", f"unknown reward '{judge}'; {did_you_mean(judge, known)}")
     for name, one in config.eval.sets.items():
         _check_set(config, name, one)
+    _check_best(config)
+
+
+def _check_best(config: Config) -> None:
+    from sapo_rl.evaluation.sets import goals, jury, prefix_of, settings_of
+
+    metric, known = config.checkpoint.keep_best, goals(config)
+    if metric is None or metric in known:
+        return
+    if not known:
+        raise ConfigError("checkpoint.keep_best", f"is {metric}, and nothing is evaluated: eval.prompts is 0")
+    functions = [
+        (prefix_of(name), one) for name in settings_of(config) for one in jury(config, name).functions.values()
+    ]
+    if not metric.startswith(tuple(f"{prefix}rewards/{one}/" for prefix, one in functions)):  # what it returns beside
+        raise ConfigError("checkpoint.keep_best", f"unknown metric '{metric}'; {did_you_mean(metric, known)}")
 
 
 def _check_set(config: Config, name: str, one: EvalSetConfig) -> None:

@@ -81,6 +81,7 @@ TRL: dict[str, tuple[str, str]] = {
     "save_steps": ("checkpoint.every", ""),
     "save_strategy": ("checkpoint.every", "in steps"),
     "save_total_limit": ("checkpoint.keep_last", ""),
+    "metric_for_best_model": ("checkpoint.keep_best", "e.g. eval/reward"),
     "eval_steps": ("eval.every", ""),
     "eval_strategy": ("eval.every", "in steps"),
     "resume_from_checkpoint": ("resume", "a run folder"),

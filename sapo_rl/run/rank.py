@@ -157,7 +157,7 @@ def build(rank: Rank, stack: contextlib.ExitStack, stops: Stops) -> Parts:
         trainer=trainer,
         weights=publisher,
         evaluator=Evaluator(sets, share, writer, rewards, telemetry, timers, config, state.get("before", [])),
-        checkpoints=Checkpointer(folder, trainer, rank.tokenizer, config.checkpoint),
+        checkpoints=Checkpointer(folder, trainer, rank.tokenizer, config.checkpoint, state),
         telemetry=telemetry,
         timers=timers,
     )

@@ -62,7 +62,7 @@ def _subjects_at(named: str) -> list[Subject]:
         found = sorted(glob.glob(str(expand(named))), key=_by_number)
         if not found:
             raise UserError(f"model: nothing is called '{named}'")
-        return [subject_at(one) for one in found]
+        return list({one.path: one for one in map(subject_at, found)}.values())  # a link and what it leads to are one
     checkpoints = run_folder.checkpoints_in(expand(named)) if expand(named).is_dir() else []
     return [subject_at(str(one)) for one in checkpoints] or [subject_at(named)]
 
@@ -81,6 +81,8 @@ def subject_at(named: str) -> Subject:
     if packaged.missing(named):
         return Subject(named, model={"path": named})
     folder = expand(named)
+    if folder.name == run_folder.BEST and folder.is_symlink():
+        folder = folder.parent / folder.readlink()
     if not folder.exists() and (made := packaged.folder_of(named)):
         return subject_at(str(made))
     if (folder / manifest.MANIFEST).is_file():

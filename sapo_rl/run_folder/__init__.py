@@ -37,6 +37,8 @@ PASS_RATES = "pass_rates.parquet"
 """A row a prompt: how often it was solved."""
 CHECKPOINTS = "checkpoints"
 """Folder of checkpoints to resume from."""
+BEST = "best"
+"""Link among the checkpoints to the one with the best evaluation, with `checkpoint.keep_best`."""
 FINAL = "final"
 """The trained model as a Hugging Face folder."""
 MODELS = "models.json"
@@ -283,9 +285,14 @@ def _write_overrides(folder: Path, overrides: list[str]) -> None:
 
 
 def _link_latest(folder: Path) -> None:
-    link = folder.parent / LATEST
-    part = folder.parent / f".{LATEST}.{os.getpid()}"
-    if folder.name == LATEST or (link.exists() and not link.is_symlink()):
+    if folder.name != LATEST:
+        link_to(folder, LATEST)
+
+
+def link_to(folder: Path, name: str) -> None:
+    """Have the link `name` beside a folder lead to it; what has that name and is no link is left alone."""
+    link, part = folder.with_name(name), folder.with_name(f".{name}.{os.getpid()}")
+    if link.exists() and not link.is_symlink():
         return
     with suppress(OSError):  # a file system without links
         part.symlink_to(folder.name)

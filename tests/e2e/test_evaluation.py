@@ -12,6 +12,8 @@ import pytest
 from command import new_run, records, run
 from tiny import make_workspace
 
+from sapo_rl.run.subjects import subject_at
+
 pytestmark = pytest.mark.e2e
 
 ROWS = [{"ask": f"How many are {n} and {n}?", "answer": str(2 * n)} for n in range(6)]
@@ -38,7 +40,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pat
         REWARDS,
         trainer={"steps": 2},
         eval={"every": 1, "prompts": 6, "samples": 2, "sets": {"own": SET}},
-        checkpoint={"every": 1},
+        checkpoint={"every": 1, "keep_best": "eval/own/avg@4"},
         logging={"wandb": "off"},
     )
     (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -86,6 +88,12 @@ def test_a_run_measures_every_set_at_every_evaluation(whole: Path) -> None:
         assert one["eval/own/pass@2"] == pytest.approx(1 - sum(none) / 5)
         assert greedy.tokens.max() <= 14 and rows[rows.set == "default"].tokens.max() <= 8
         assert sampled.groupby("prompt_index").completion.nunique().max() > 1
+
+
+def test_the_checkpoint_of_the_best_evaluation_has_a_link(whole: Path) -> None:
+    _, first, second = (one["eval/own/avg@4"] for one in evaluations(whole))
+    step = 1 if first >= second else 2
+    assert subject_at(str(whole / "checkpoints/best")) == subject_at(str(whole / f"checkpoints/step_{step:06d}"))
 
 
 def test_checkpoints_and_models_measured_afterwards_give_the_numbers_of_the_run(

@@ -341,6 +341,13 @@ BAD = {
     "eval set of an unknown key": (["eval.sets.gsm8k.data.pth=x"], ["eval.sets.gsm8k.data.pth", "'path'"]),
     "eval set of an unknown kind": (["eval.sets.gsm8k.samples=x"], ["eval.sets.gsm8k.samples", "Integer"]),
     "eval set of a name that is taken": (["eval.sets.rewards.data.path=a/b"], ["eval.sets.rewards", "is taken"]),
+    "best by an unknown metric": (["checkpoint.keep_best=eval/rewart"], ["keep_best", "did you mean 'eval/reward'"]),
+    "best by a metric of another set": (
+        ["eval.sets=[gsm8k]", "eval.sets.gsm8k.samples=4", "checkpoint.keep_best=eval/math500/avg@4"],
+        ["keep_best", "unknown metric 'eval/math500/avg@4'", "'eval/gsm8k/avg@4'"],
+    ),
+    "best by a length": (["checkpoint.keep_best=eval/mean_length"], ["keep_best", "valid: eval/reward"]),
+    "best without evaluations": (["checkpoint.keep_best=eval/reward", "eval.prompts=0"], ["keep_best", "eval.prompts"]),
     "eval set of an unknown reward": (["eval.sets.gsm8k.reward=x"], ["eval.sets.gsm8k.reward", "valid: correct"]),
     "eval set of an unknown function": (
         ["eval.sets.gsm8k.functions.correct.function=numric_answer"],
