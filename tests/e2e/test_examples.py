@@ -59,7 +59,7 @@ class Server:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return folder / "run"
@@ -115,7 +115,7 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path: Path, monke
     first.source = f"overrides = {[*small, f'model.path={model}']}"
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    NotebookClient(book, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
+    NotebookClient(book, timeout=900, resources={"metadata": {"path": tmp_path}}).execute()
     outputs = [output for cell in book.cells for output in cell.get("outputs", [])]
     said = "".join(output.text for output in outputs if output.output_type == "stream")
     assert "step 0: 0.00\nstep 2: 0.00\n" in said
