@@ -435,9 +435,16 @@ def test_a_server_that_ends_is_told_with_its_last_words(tmp_path: Path, monkeypa
 
 @pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
 def test_the_bench_of_the_sandbox_finds_nothing_left() -> None:
-    found = sandbox.measure("reads and prints", 18)  # a group, and one that is not whole
-    assert (found["runs"], found["processes"], found["descriptors"]) == (18, 0, 0)
-    assert sandbox.row(found)[:2] == ["reads and prints", "18"]
+    for name, runs in (
+        ("reads and prints", 18),
+        ("sleeps for ever, ended after 1 s", 3),
+    ):  # and a group that is not whole
+        found = sandbox.measure(name, runs)
+        assert found["runs"] == runs
+        assert {key: found["left"][key] for key in ("processes", "descriptors", "mounts")} == dict.fromkeys(
+            ("processes", "descriptors", "mounts"), 0
+        )
+        assert dict(zip(sandbox.COLUMNS, sandbox.row(found), strict=True))["runs"] == str(runs)
 
 
 def test_the_bench_of_the_judge_counts_calls_against_the_ideal() -> None:
