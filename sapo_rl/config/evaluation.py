@@ -64,7 +64,7 @@ class EvalSampling:
     """How the prompts of a set are answered, and what counts."""
 
     greedy: bool = True
-    """Measure the likeliest completion of each prompt."""
+    """Measure the likeliest completion of each prompt; `rollout.repetition_penalty` applies to it too."""
     samples: int = number(0, least=0, most=MOST_SAMPLES)
     """Also sample so many completions of each prompt: their mean reward `avg@k`, `pass@k`, and `maj@k` where replies
     can be compared."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import os
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from sapo_rl.environments.registry import ENVIRONMENTS
 from sapo_rl.processes.sandbox import Job, Limits, Sandbox, Service, check, reach, run
@@ -16,6 +20,9 @@ class Python:
         cpu_seconds: computing time of a program.
         memory_mb: its memory, in units of 2^20 bytes.
         most: characters of what it printed that the model is shown, from the end.
+        at_once: programs that run at the same time in each of `environment.workers` processes; others wait, and that
+            counts for `environment.turn_timeout` too. None takes as many as there are processors; a service bounds
+            them by itself.
         sandbox: `bubblewrap`, `none` for limits alone, or `{url: ...}` of a service, as `code` takes it.
 
     Raises:
@@ -32,13 +39,15 @@ class Python:
         memory_mb: int = 512,
         most: int = 2000,
         sandbox: str | dict[str, Any] = "bubblewrap",
+        at_once: int | None = None,
     ) -> None:
-        if most < 1:
-            raise ValueError(f"most is {most}, must be at least 1")
+        if most < 1 or (at_once is not None and at_once < 1):
+            raise ValueError(f"most is {most} and at_once is {at_once}, must be at least 1")
         self._limits, self._most = Limits.of(cpu_seconds, memory_mb), most
         self._sandbox: Sandbox = check(sandbox)
         if isinstance(self._sandbox, Service):
             reach(self._sandbox)
+        self._at_once = at_once or len(os.sched_getaffinity(0))
 
     def reset(self) -> None:
         """Keep nothing: each program begins anew."""
@@ -52,10 +61,19 @@ class Python:
         Returns:
             What it printed.
         """
-        result = await run(Job(code), self._limits, self._sandbox)
+        async with _room(self._at_once) if not isinstance(self._sandbox, Service) else contextlib.nullcontext():
+            result = await run(Job(code), self._limits, self._sandbox)
         printed = result.stdout + result.stderr
         if result.stopped == "output":
             printed += "\n(stopped: it printed too much)"
         elif result.exit_code > 128:
             printed += f"\n(stopped: it took longer than {self._limits.cpu_seconds} seconds, or crashed)"
         return printed[-self._most :] or "(it printed nothing)"
+
+
+_ROOMS: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
+
+
+def _room(at_once: int) -> asyncio.Semaphore:
+    """The places that all episodes of this process share."""
+    return _ROOMS.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(at_once))

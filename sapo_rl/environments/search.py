@@ -6,11 +6,12 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sapo_rl.environments.registry import ENVIRONMENTS
+from sapo_rl.environments.registry import ENVIRONMENTS, ROW_CHECKS
 from sapo_rl.errors import did_you_mean
+from sapo_rl.errors.own_code import is_list
 
 SHOWN = 300
 """Characters of a document that a search shows."""
@@ -124,3 +125,16 @@ def _document(place: int, given: dict[str, Any]) -> tuple[str, str]:
     except (TypeError, KeyError, AttributeError):
         raise ValueError(f"documents[{place}] must have a title, and a text or sentences, as text") from None
     return given["title"], text.strip()
+
+
+def _check_row(row: Mapping[str, Any]) -> None:
+    """Raise ValueError where its documents are none."""
+    documents = row["documents"]
+    if not is_list(documents):
+        kind = type(documents).__name__
+        raise ValueError(f"documents is a {kind}, must be a list of {{title, text}} or {{title, sentences}}")
+    for place, given in enumerate(documents):
+        _document(place, given)
+
+
+ROW_CHECKS["search"] = _check_row

@@ -45,7 +45,8 @@ def check_rewards(config: Config) -> None:
     functions print is shown.
 
     Raises:
-        UserError: naming the row: no completion, no prompt, no such row of the data; or as a run would.
+        UserError: naming the row: no completion, no prompt, no such row of the data; a function that asks for
+            `environments`; or as a run would.
     """
     given = read_given(config)
     tokenizer = load_tokenizer(config.model)
@@ -56,6 +57,11 @@ def check_rewards(config: Config) -> None:
     ]
     with RewardPool(config.reward) as pool:
         pool.check_columns(given[0].prompt.columns, f"'{config.data.check.completions}'")
+        for name in pool.asking_for_environments:
+            raise UserError(
+                f"reward function '{name}' ({config.reward.functions[name].function}) asks for 'environments', and "
+                f"given completions have none: leave it out, '~reward.functions.{name}', or take check=data"
+            )
         scores = pool.score(groups)
     console = Console()
     console.print(_table(scores, list(config.reward.functions)))

@@ -132,7 +132,8 @@ def start_writing(rank: Rank, stack: contextlib.ExitStack, part: str = "") -> Wr
 def read_prompts(rank: Rank, writing: Writing) -> tuple[list[Prompt], list[Prompt], int]:
     """Return the prompts to train on, the held-out ones, and how many were too long.
 
-    Reward functions and environments are asked whether the columns suffice.
+    Reward functions and environments are asked whether the columns of the first suffice; those of the others are left
+    to `read_sets`.
 
     Raises:
         UserError: rows that cannot be worded, or columns that reward functions or environments lack.
@@ -141,12 +142,10 @@ def read_prompts(rank: Rank, writing: Writing) -> tuple[list[Prompt], list[Promp
     rows, held_out_rows = load_rows(config.data, config.eval.prompts)
     prompts, dropped = build_prompts(rows, config.data, tokenizer)
     held_out, also_dropped = build_prompts(held_out_rows, config.data, tokenizer) if held_out_rows else ([], 0)
-    for prompt in (*prompts, *held_out):
+    for prompt in prompts:
         environment_for(config, prompt.columns, prompt.index)
-    for some, source in ((prompts[:1], "the data"), (held_out[:1], "the held-out data")):
-        for prompt in some:  # all have the same columns
-            for user in (rank.rewards, *writing.pools.values()):
-                user.check_columns(prompt.columns, source)
+    for user in (rank.rewards, *writing.pools.values()):
+        user.check_columns(prompts[0].columns, "the data")  # all have the same columns
     return prompts, held_out, dropped + also_dropped
 
 

@@ -139,9 +139,41 @@ def test_an_environment_without_any_reward_is_refused(here: Path) -> None:
 
 def test_columns_that_reset_cannot_do_without_are_refused(here: Path) -> None:
     async def work(pool: EnvironmentPool) -> None:
-        pool.check_columns(["word", "answer"], "the data")
+        pool.check_columns({"word": "a", "answer": ""}, "the data")
         with pytest.raises(UserError, match=r"'my_games\.Shelf' needs 'word', which is no column of the data"):
-            pool.check_columns(["answer"], "the data")
+            pool.check_columns({"answer": ""}, "the data")
+
+    run(config("my_games.Shelf"), work)
+
+
+@pytest.mark.parametrize(
+    ("documents", "told"),
+    [
+        ("a text", r"documents is a str, must be a list of \{title, text\} or \{title, sentences\}"),
+        ([{"title": "A", "text": "a"}, {"title": "B"}], r"documents\[1\] must have a title, and a text or sentences"),
+    ],
+)
+def test_a_row_with_which_a_built_in_cannot_begin_is_refused_at_the_start(
+    here: Path, documents: Any, told: str
+) -> None:
+    async def work(pool: EnvironmentPool) -> None:
+        pool.check_columns({"documents": [{"title": "A", "sentences": ["a"]}]}, "the data")
+        pool.check_columns({"documents": None}, "the data")  # of another environment
+        with pytest.raises(UserError, match=rf"'search' cannot begin with the first row of the data: {told}"):
+            pool.check_columns({"documents": documents}, "the data")
+
+    run(config("search"), work)
+
+
+def test_a_row_that_is_too_long_fails_its_episode_alone(here: Path) -> None:
+    async def work(pool: EnvironmentPool) -> None:
+        async with await pool.seat() as one:
+            with pytest.raises(
+                EnvironmentFailed, match=r"reset: its row has 1\d,\d{3},\d{3} bytes, more than 16,777,216"
+            ):
+                await one.reset({"word": "a" * (1 << 24)}, 0)
+        async with await pool.seat() as other:
+            await other.reset({"word": "a"}, 0)
 
     run(config("my_games.Shelf"), work)
 

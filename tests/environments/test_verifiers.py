@@ -103,7 +103,7 @@ def test_what_is_no_taskset_and_a_row_without_a_task_are_told() -> None:
         pool = EnvironmentPool(cfg)
         try:
             await pool.open()
-            pool.check_columns(["answer"], "the data")
+            pool.check_columns({"answer": ""}, "the data")
         finally:
             await pool.close()
 

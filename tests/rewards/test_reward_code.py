@@ -15,6 +15,7 @@ from sapo_rl.config import RewardConfig, RewardFunctionConfig
 from sapo_rl.data.programs import humaneval, mbpp
 from sapo_rl.environments import Python
 from sapo_rl.errors import UserError
+from sapo_rl.processes.sandbox import run
 from sapo_rl.rewards import RewardPool, check_function, code, isolation_warning
 from sapo_rl.rewards.code import program_of
 from sapo_rl.rewards.runner.blame import Blame, Call
@@ -173,6 +174,26 @@ def test_the_tool_python_shows_what_was_printed() -> None:
     assert asyncio.run(tool.python("1 / 0")).endswith("ZeroDivisionError: division by zero\n")
     assert asyncio.run(tool.python("while True: pass")) == "\n(stopped: it took longer than 1 seconds, or crashed)"
     assert asyncio.run(tool.python("while True: print(7)")).endswith("(stopped: it printed too much)")
+
+
+def test_no_more_programs_of_the_tool_run_at_the_same_time_than_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    under_way: list[int] = []
+
+    async def counted(*given: Any) -> Any:
+        under_way.append(1 + (under_way[-1] if under_way else 0))
+        found = await run(*given)
+        under_way.append(under_way[-1] - 1)
+        return found
+
+    monkeypatch.setattr("sapo_rl.environments.python.run", counted)
+
+    async def use() -> list[str]:
+        return await asyncio.gather(*(Python(at_once=2).python(f"print({number})") for number in range(6)))
+
+    assert asyncio.run(use()) == [f"{number}\n" for number in range(6)]
+    assert max(under_way) == 2
+    with pytest.raises(ValueError, match="at_once is 0, must be at least 1"):
+        Python(at_once=0)
 
 
 def test_tasks_of_mbpp(tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ def picky(completions, answer, **columns):
     if "no" in completions:
         raise ValueError("not that one")
     return [None if text == known else 0.5 for text, known in zip(completions, answer)]
+
+def seen(completions, environments, **columns):
+    return [float(one.reward) for one in environments]
 """
 FUNCTIONS = {
     "right": {"function": "numeric_answer"},
@@ -129,3 +132,12 @@ def test_episodes_are_given_as_messages(here: Path) -> None:
 def test_what_needs_no_run_asks_for_nothing_that_a_run_would(here: Path) -> None:
     code, _, told = check("data.check.completions=x.jsonl", "check=data", "rollout.servers=[127.0.0.1:1]")
     assert code == 2 and "rollout.servers (command line): check=data has engines of its own" in told
+
+
+def test_a_function_that_asks_for_environments_is_told_and_can_be_left_out(here: Path) -> None:
+    write(here / "given.jsonl", ROWS)
+    given = ("data.check.completions=given.jsonl", "+reward.functions.seen={function: my_rewards.seen}", *ONLY_RIGHT)
+    code, _, told = check(*given)
+    assert code == 2
+    assert "reward function 'seen' (my_rewards.seen) asks for 'environments', and given completions have none" in told
+    assert "leave it out, '~reward.functions.seen'" in told and len(told.splitlines()) == 1

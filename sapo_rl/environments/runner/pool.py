@@ -11,11 +11,12 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sapo_rl.config import Config
+from sapo_rl.environments.registry import ROW_CHECKS
 from sapo_rl.environments.runner.process import EnvironmentFailed, EnvironmentWorker
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.errors.files import touch_log
@@ -91,13 +92,26 @@ class EnvironmentPool:
         if not hello["rewards"] and not self._functions:
             raise UserError(f"{self.named} gives no reward; name one, e.g. with reward=numeric")
 
-    def check_columns(self, columns: Collection[str], source: str) -> None:
-        """Refuse columns with which no episode can begin. Raises UserError; `source` says whose they are."""
+    def check_columns(self, row: Mapping[str, Any], source: str) -> None:
+        """Refuse a row with which no episode can begin; all have its columns.
+
+        Args:
+            row: by column; what is None belongs to another environment.
+            source: whose it is, for the message.
+
+        Raises:
+            UserError: a column is missing, or a built-in environment cannot use what is in it.
+        """
         for column in self._needs:
-            if column not in columns:
+            if column not in row:
                 raise UserError(
-                    f"{self.named} needs '{column}', which is no column of {source}; {did_you_mean(column, columns)}"
+                    f"{self.named} needs '{column}', which is no column of {source}; {did_you_mean(column, row)}"
                 )
+        if self.cfg.name in ROW_CHECKS and all(row[column] is not None for column in self._needs):
+            try:
+                ROW_CHECKS[self.cfg.name](row)
+            except ValueError as error:
+                raise UserError(f"{self.named} cannot begin with the first row of {source}: {error}") from error
 
     async def seat(self) -> Seat:
         """Return a place for one episode."""

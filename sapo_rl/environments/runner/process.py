@@ -87,7 +87,7 @@ class EnvironmentWorker:
         """
         reader, self._writer = await asyncio.open_connection(sock=self._process.socket, limit=LONGEST_LINE)
         name = self._cfg.name
-        self._send({"environment": name, "args": self._cfg.args, "tools": self._tools, "key": self._key})
+        self._writer.write(_line({"environment": name, "args": self._cfg.args, "tools": self._tools, "key": self._key}))
         what = f"environment '{name}'" if name else "tools"
         try:
             hello = _parsed(await asyncio.wait_for(reader.readline(), _START_SECONDS))
@@ -104,7 +104,7 @@ class EnvironmentWorker:
         """Return what the environment of an episode answers.
 
         Raises:
-            EnvironmentFailed: its code raised, or answered what cannot be.
+            EnvironmentFailed: its code raised, or answered what cannot be, or what it is given is too long.
             WorkerLost: the process died, or was killed because a call was late.
         """
         return await self._begin(episode, does, **given)
@@ -126,8 +126,12 @@ class EnvironmentWorker:
             raise WorkerLost(self.lost, suspect=False, blamed=self._blamed)
         self._process.bound_log()
         number, answer = next(self._numbers), asyncio.get_running_loop().create_future()
+        line = _line({"call": number, "episode": episode, "do": does, **given})
+        if len(line) > LONGEST_LINE:
+            given_to = "row" if "row" in given else "call"
+            raise EnvironmentFailed(f"{does}: its {given_to} has {len(line):,} bytes, more than {LONGEST_LINE:,}")
         self._asked[number] = _Asked(episode, answer, time.monotonic())
-        self._send({"call": number, "episode": episode, "do": does, **given})
+        self._writer.write(line)
         return answer
 
     async def close(self) -> None:
@@ -140,9 +144,6 @@ class EnvironmentWorker:
         with contextlib.suppress(AttributeError):  # it has never started
             self._writer.close()
         await asyncio.to_thread(self._process.kill)
-
-    def _send(self, call: dict[str, Any]) -> None:
-        self._writer.write(json.dumps(call, default=str).encode() + b"\n")
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         while True:
@@ -204,6 +205,10 @@ class EnvironmentWorker:
             if not asked.answer.done():
                 asked.answer.set_exception(WorkerLost(cause, asked in suspects, self._blamed))
         self._asked.clear()
+
+
+def _line(call: dict[str, Any]) -> bytes:
+    return json.dumps(call, default=str).encode() + b"\n"
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

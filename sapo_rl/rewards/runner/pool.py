@@ -100,13 +100,18 @@ class RewardPool:
                         f"no column of {source} and not in {key_of(name)}.args; {did_you_mean(column, columns)}"
                     )
 
+    @property
+    def asking_for_environments(self) -> list[str]:
+        """The functions that ask for the environments that were played; known once the pool has been entered."""
+        return [name for name, needs in self._needs.items() if ENVIRONMENTS in needs]
+
     def sees_environments(self, has_environment: bool) -> bool:
         """Return whether a function asks for the environments that were played; the pool has been entered.
 
         Raises:
             UserError: one does, and there are none.
         """
-        asking = [name for name, needs in self._needs.items() if ENVIRONMENTS in needs]
+        asking = self.asking_for_environments
         if asking and not has_environment:
             raise UserError(
                 f"reward function '{asking[0]}' ({self._cfg.functions[asking[0]].function}) asks for 'environments', "
