@@ -12,7 +12,7 @@ from report_made import STEPS, step_rows, write_records, write_run, write_whole_
 from sapo_rl import run_folder
 from sapo_rl.telemetry.report import page
 from sapo_rl.telemetry.report.cli import main
-from sapo_rl.telemetry.report.runs import differences, experiments, labels, load, mean_phases
+from sapo_rl.telemetry.report.runs import differences, experiments, labels, load, load_all, mean_phases
 from sapo_rl.telemetry.report.samples import files_of, thinned
 from sapo_rl.telemetry.sinks.completions import write_completions
 
@@ -62,6 +62,24 @@ def test_a_page_of_other_runs_is_not_overwritten(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "report.html").read_text() == "somebody's own"
     assert main(["a", "b", "--out", "report.html"]) == 0  # who names it means it
     assert "doctype" in (tmp_path / "report.html").read_text()
+
+
+def test_the_runs_of_a_sweep_stand_together_in_their_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [tmp_path / name for name in ("s/10", "alone", "s/2", "t/1", "s/9")]
+    for folder in folders:
+        write_run(folder, [0.1])
+        tau = float(folder.name) if folder.name.isdigit() else 0.0
+        (folder / "config.yaml").write_text(json.dumps({"loss": {"tau_neg": tau}}))
+        if folder.name != "alone":
+            sweep = f"sweep {folder.parent.name}"
+            (folder / "environment.json").write_text(json.dumps({"sweep": sweep}))
+    assert main([*map(str, folders), "--out", str(tmp_path / "r.html")]) == 0
+    title, sweeps, taus, *_ = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert title == ["2", "9", "10", "alone", "1"]
+    assert sweeps == ["sweep", "s", "s", "s", "-", "t"]
+    assert taus == ["loss.tau_neg", "2.0", "9.0", "10.0", "0.0", "1.0"]
+    (folders[1] / "environment.json").write_text("broken")
+    assert [run.folder.name for run in load_all(folders, print)] == ["2", "9", "10", "alone", "1"]
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_experiment(tmp_path: Path) -> None:

@@ -149,6 +149,23 @@ def test_what_happened_and_what_differs_are_told(open_page) -> None:
     ]
 
 
+def test_the_runs_of_a_sweep_have_its_name_above_them(open_page, folder: Path) -> None:
+    for name in ("s0", "s1", "u0"):
+        write_whole_run(folder / name, 0, float(name[1]) + 1)
+        if name[0] == "s":
+            (folder / name / "environment.json").write_text('{"sweep": "sweep 2026-01-02"}')
+    page.write(load_all([folder / "s0", folder / "u0", folder / "s1"], print), folder / "sweep.html")
+    tab = open_page("sweep.html", "tab=settings")
+    above = tab.locator("#results .sweeps th")
+    assert above.evaluate_all("all => all.map((one) => [one.textContent, one.colSpan])") == [
+        ["", 1],
+        ["sweep 2026-01-02", 2],
+        ["", 1],
+    ]
+    assert tab.locator("#results thead tr").last.inner_text().split() == ["s0", "s1", "u0"]
+    expect(tab.locator("#runs > small")).to_have_text(["sweep 2026-01-02"])
+
+
 def test_completions_are_filtered_and_searched(open_page) -> None:
     tab = open_page("one.html", "tab=completions")
     count, rows = tab.locator("#count"), tab.locator(".list .row")

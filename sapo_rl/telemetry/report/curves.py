@@ -13,7 +13,7 @@ from sapo_rl.run_folder.record import ENVIRONMENT
 from sapo_rl.telemetry.metrics import read_metrics
 from sapo_rl.telemetry.progress import Progress, Record, beside, one_line, phases
 from sapo_rl.telemetry.report.packing import rounded
-from sapo_rl.telemetry.report.runs import SEED, differences, experiments, labels, settings
+from sapo_rl.telemetry.report.runs import SEED, differences, experiments, labels, settings, sweep_of
 from sapo_rl.telemetry.report.table import CELL, results
 
 FILES = (run_folder.CONFIG, run_folder.OVERRIDES, ENVIRONMENT)
@@ -39,6 +39,7 @@ def about(runs: Sequence[Progress]) -> dict[str, Any]:
                 "name": name,
                 "folder": str(run.folder),
                 "experiment": alike[place],
+                "sweep": sweep_of(run),
                 "what": ", ".join(f"{key.rpartition('.')[2]}={cell}" for key, cell in own.items() if key != SEED),
                 "seed": config.get(SEED),
                 "recipe": config.get("description"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import yaml
 
 from sapo_rl.config.nested import leaves
 from sapo_rl.errors import UserError
-from sapo_rl.run_folder import CONFIG, METRICS
+from sapo_rl.run_folder import CONFIG, METRICS, record
 from sapo_rl.telemetry.metrics import read_metrics
 from sapo_rl.telemetry.progress import Progress, Record, one_line, phases
 
@@ -29,7 +31,7 @@ def unlinked(folders: Iterable[Path]) -> list[Path]:
 
 
 def load_all(folders: Sequence[Path], tell: Callable[[str], object]) -> list[Progress]:
-    """Load the runs; of several, those without numbers are told of and left out.
+    """Load the runs, those of a sweep beside each other; of several, those without numbers are told of and left out.
 
     Raises:
         UserError: as `load`, where no run is left.
@@ -42,7 +44,29 @@ def load_all(folders: Sequence[Path], tell: Callable[[str], object]) -> list[Pro
             if folder == folders[-1] and not runs:
                 raise
             tell(f"left out: {error}")
-    return runs
+    return _together(runs)
+
+
+def sweep_of(run: Progress) -> str:
+    """Return the name of the sweep that a run is one of; empty where it is none."""
+    with suppress(UserError):  # what cannot be read says nothing
+        found = record.read(run.folder)
+        return str(found.get(record.SWEEP) or "") if isinstance(found, dict) else ""
+    return ""
+
+
+def _together(runs: Sequence[Progress]) -> list[Progress]:
+    """The runs of a sweep where the first of them is, in the order of their numbers; all others as they are."""
+    sweeps = [sweep_of(run) for run in runs]
+    first = {sweep: place for place, sweep in reversed([*enumerate(sweeps)]) if sweep}
+
+    def order(place: int) -> tuple[int, list[tuple[int, str]]]:
+        if not sweeps[place]:
+            return place, []
+        parts = re.findall(r"(\d+)|(\D+)", str(runs[place].folder))
+        return first[sweeps[place]], [(int(number or -1), text) for number, text in parts]
+
+    return [runs[place] for place in sorted(range(len(runs)), key=order)]
 
 
 def load(folder: Path) -> Progress:
@@ -52,9 +76,9 @@ def load(folder: Path) -> Progress:
         UserError: the folder has no metrics, or they hold no step and no evaluation.
     """
     records = read_metrics(folder / METRICS)
-    run = Progress(folder, total=max((record["step"] for record in records), default=0), steps=deque())
-    for record in records:
-        run.add(record)
+    run = Progress(folder, total=max((one["step"] for one in records), default=0), steps=deque())
+    for one in records:
+        run.add(one)
     if not run.steps and not run.evals:
         raise UserError(f"{folder / METRICS} holds no step and no evaluation yet")
     return run
@@ -106,7 +130,7 @@ def experiments(differ: dict[str, list[str]], count: int) -> list[int]:
 def mean_phases(run: Progress, of: Callable[[Record], dict[str, float]] = phases) -> dict[str, float]:
     """Return the mean seconds of each phase over the run's steps."""
     sums: dict[str, float] = {}
-    for record in run.steps:
-        for phase, seconds in of(record).items():
+    for one in run.steps:
+        for phase, seconds in of(one).items():
             sums[phase] = sums.get(phase, 0.0) + seconds
     return {phase: total / len(run.steps) for phase, total in sums.items()}

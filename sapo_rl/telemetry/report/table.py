@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sapo_rl.telemetry.progress import Progress, beside, duration, numbers, one_line, short, step_seconds
-from sapo_rl.telemetry.report.runs import labels, mean_phases
+from sapo_rl.telemetry.report.runs import labels, mean_phases, sweep_of
 
 WIDE = 200
 """Columns of a table that is not printed to a terminal."""
@@ -42,6 +42,8 @@ def results(runs: Sequence[Progress]) -> dict[str, list[str]]:
 def table(runs: Sequence[Progress], differ: dict[str, list[str]]) -> Table:
     """Return what differs between the runs (see `runs.differences`) and their `results`, a column a run."""
     found = Table("", *labels(runs), box=None, padding=(0, 2, 0, 0))
+    if any(sweeps := [sweep_of(run) for run in runs]):
+        found.add_row("sweep", *(escape(sweep.removeprefix("sweep ") or "-") for sweep in sweeps))
     for key, cells in differ.items():
         found.add_row(key, *(escape(one_line(cell, CELL)) for cell in cells))
     for title, cells in results(runs).items():

@@ -6,7 +6,7 @@ async function showSettings(view) {
   const datas = await Promise.all(numbers);
   const names = head.runs.map((run) => run.name);
   const grid = (titles, rows) => el("div", { class: "scroll" }, el("table", null,
-    el("thead", null, el("tr", null, titles.map((title) => el("th", null, title)))),
+    el("thead", null, sweepRow(), el("tr", null, titles.map((title) => el("th", null, title)))),
     el("tbody", null, Object.entries(rows).map(([key, cells]) => el("tr", null, el("th", { scope: "row" }, key), cells.map((cell) => el("td", null, cell)))))));
   view.replaceChildren(
     head.runs.length > 1 && Object.keys(head.differ).length ? el("section", { id: "differ" }, el("h2", null, "What differs"), grid(["", ...names], head.differ)) : "",
@@ -16,10 +16,20 @@ async function showSettings(view) {
   );
 }
 
+/** The sweeps that the runs are of, above their names: those of one stand beside each other. */
+function sweepRow() {
+  const spans = [];
+  for (const { sweep } of head.runs) {
+    if (sweep && spans.at(-1)?.sweep === sweep) spans.at(-1).count += 1;
+    else spans.push({ sweep, count: 1 });
+  }
+  return spans.some(({ sweep }) => sweep) && el("tr", { class: "sweeps" }, el("th"), spans.map(({ sweep, count }) => el("th", { colspan: count }, sweep)));
+}
+
 function chips() {
   const away = hidden();
   if (head.runs.length === 1) return [];
-  return head.runs.map((run, number) => el("button", {
+  return head.runs.map((run, number) => [run.sweep && run.sweep !== head.runs[number - 1]?.sweep && el("small", null, run.sweep), el("button", {
     class: "chip", "aria-pressed": String(!away.has(number)), title: `${run.folder}\n${run.what}\nclick: show or hide; double click: this one alone`,
     onclick: () => {
       if (away.has(number)) away.delete(number);
@@ -31,7 +41,7 @@ function chips() {
       go({ hide: head.runs.map((_, other) => other).filter((other) => other !== number).join(".") });
       render();
     },
-  }, el("i", { style: `background:${colour(number)}` }), run.name, run.what && el("small", null, run.what), run.status !== "complete" && el("small", { class: "status" }, run.status)));
+  }, el("i", { style: `background:${colour(number)}` }), run.name, run.what && el("small", null, run.what), run.status !== "complete" && el("small", { class: "status" }, run.status))]).flat().filter(Boolean);
 }
 
 function theme(chosen) {
