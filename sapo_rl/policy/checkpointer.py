@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Checkpointer:
         tokenizer: goes with the trained model.
         config: how often, and which ones stay.
         state: of the checkpoint that is resumed.
+        card: returns the trained model's card, by the step of its weights.
     """
 
     def __init__(
@@ -36,7 +37,9 @@ class Checkpointer:
         tokenizer: PreTrainedTokenizerBase,
         config: CheckpointConfig,
         state: Mapping[str, Any] | None = None,
+        card: Callable[[int], str] | None = None,
     ) -> None:
+        self._card = card
         self._folder, self._trainer, self._tokenizer, self._config = folder, trainer, tokenizer, config
         self._saved = 0
         self._best: dict[str, Any] | None = None
@@ -76,15 +79,17 @@ class Checkpointer:
         if self._config.every and step % self._config.every and step != self._saved:
             self.save(step, state, own)
         if complete and self._config.save_final:
-            self._export(self._folder / run_folder.FINAL, self._trainer.accelerator.is_main_process)
+            self._export(self._folder / run_folder.FINAL, step, self._trainer.accelerator.is_main_process)
 
-    def _export(self, folder: Path, is_main: bool) -> None:
+    def _export(self, folder: Path, step: int, is_main: bool) -> None:
         """Write the model as a Hugging Face folder, whole or not at all; one from before a resume is replaced."""
         partial = folder.with_name(f".{folder.name}.partial")
         try:
             self._trainer.policy.export(partial, is_main)
             if is_main:
                 self._tokenizer.save_pretrained(partial)
+                if self._card:
+                    (partial / "README.md").write_text(self._card(step), encoding="utf-8")
                 run_folder.open_up(partial)
                 shutil.rmtree(folder, ignore_errors=True)
                 partial.rename(folder)

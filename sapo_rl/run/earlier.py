@@ -100,6 +100,15 @@ def _is_unfinished(folder: Path) -> bool:
     return bool(saved) and (run_folder.step_of(saved[-1]) < config["trainer"]["steps"] or not exported)
 
 
+def ended_early(folder: Path) -> bool:
+    """Return whether a folder holds a run that has ended before its first checkpoint: nothing is left to go on with."""
+    if not is_file(folder / run_folder.CONFIG) or (folder / run_folder.MODELS).exists():
+        return False
+    saves = yaml.safe_load((folder / run_folder.CONFIG).read_text(encoding="utf-8"))["checkpoint"]
+    left = (folder / run_folder.FINAL).exists() or run_folder.checkpoints_in(folder / run_folder.CHECKPOINTS)
+    return bool(saves["every"] or saves["save_final"]) and not left and not run_folder.is_going_on(folder)
+
+
 def _last(argv: Iterable[str], key: str) -> str | None:
     """The value of the last argument `key=value`, as Hydra takes it."""
     return next((one.partition("=")[2] for one in reversed([*argv]) if one.startswith(f"{key}=")), None)

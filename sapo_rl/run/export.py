@@ -127,6 +127,11 @@ def card(subject: Subject) -> str:
     return "\n".join(lines) + "\n"
 
 
+def final_card(run: Path, step: int) -> str:
+    """Return the card of the model that a run leaves after its last step."""
+    return card(Subject(str(run / run_folder.FINAL), step, model={"path": str(run)}, run=str(run)))
+
+
 def _curve(run: Path, step: int) -> list[str]:
     """The evaluations up to a step, as a table."""
     file = run / run_folder.METRICS

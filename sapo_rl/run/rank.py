@@ -50,6 +50,7 @@ from sapo_rl.rollout.queue import BatchQueue
 from sapo_rl.run import ranks, resume
 from sapo_rl.run.check_data import check_data
 from sapo_rl.run.evaluating import evaluate
+from sapo_rl.run.export import final_card
 from sapo_rl.run.writing import Rank, meet, read_prompts, read_sets, start_writing, wait_for
 from sapo_rl.sizing import NO_BFLOAT16, has_bfloat16
 from sapo_rl.telemetry import Telemetry, Timers
@@ -157,7 +158,9 @@ def build(rank: Rank, stack: contextlib.ExitStack, stops: Stops) -> Parts:
         trainer=trainer,
         weights=publisher,
         evaluator=Evaluator(sets, share, writer, rewards, telemetry, timers, config, state.get("before", [])),
-        checkpoints=Checkpointer(folder, trainer, rank.tokenizer, config.checkpoint, state),
+        checkpoints=Checkpointer(
+            folder, trainer, rank.tokenizer, config.checkpoint, state, partial(final_card, folder)
+        ),
         telemetry=telemetry,
         timers=timers,
     )

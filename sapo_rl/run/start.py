@@ -25,7 +25,7 @@ from sapo_rl.errors.files import expand
 from sapo_rl.processes import PARENT, killed_by, scratch, stopping_signals, streams
 from sapo_rl.run import launch, packaged, resume
 from sapo_rl.run.checks import ConfigError
-from sapo_rl.run.earlier import recipe_of, telling
+from sapo_rl.run.earlier import AUTO, ended_early, recipe_of, telling
 from sapo_rl.run.names import run_name
 from sapo_rl.run.sweep import Job
 from sapo_rl.run_folder import record
@@ -141,6 +141,14 @@ def _new_folder(config: Config, start: Start) -> Path:
         return run_folder.unused(parent / start.recipe / time.strftime("%Y-%m-%d_%H-%M-%S"))
     folder = expand(config.run_dir) / (str(start.job.number) if start.job else "")
     folder.mkdir(parents=True, exist_ok=True)
+    if f"resume={AUTO}" in start.typed and ended_early(folder):
+        aside = run_folder.unused(folder.with_name(f"{folder.name}-ended"))
+        folder.replace(aside)
+        folder.mkdir()
+        print(
+            f"{program()}: resume=auto: the run there ended before its first checkpoint; it is {aside} now",
+            file=sys.stderr,
+        )
     if any(folder.iterdir()):
         goes_on = (folder / run_folder.CONFIG).is_file() and not start.models
         way = f"; {shlex.quote(f'resume={folder}')} goes on with it" if goes_on else ""

@@ -90,6 +90,11 @@ def test_a_run_measures_every_set_at_every_evaluation(whole: Path) -> None:
         assert sampled.groupby("prompt_index").completion.nunique().max() > 1
 
 
+def test_the_trained_model_has_a_card_with_its_evaluations(whole: Path) -> None:
+    card = (whole / "final/README.md").read_text()
+    assert f"| 2 | {evaluations(whole)[2]['eval/reward']:.4g} |" in card and f"# {whole.name}" in card
+
+
 def test_the_checkpoint_of_the_best_evaluation_has_a_link(whole: Path) -> None:
     _, first, second = (one["eval/own/avg@4"] for one in evaluations(whole))
     step = 1 if first >= second else 2

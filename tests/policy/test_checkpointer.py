@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import small_llama
+from tiny import make_tokenizer, small_llama
 
 from sapo_rl.config import CheckpointConfig, Config
 from sapo_rl.errors import SharedError
@@ -89,6 +89,17 @@ def test_without_regular_checkpoints_the_best_alone_is_kept(tmp_path: Path, trai
             checkpoints.save(step, {}, {})
     checkpoints.finish(3, {}, {}, complete=True)
     assert kept(tmp_path) == ["best", "step_000002"]
+
+
+def test_the_trained_model_has_its_card_and_anybody_may_read_it(tmp_path: Path, trainer: PolicyTrainer) -> None:
+    settings = CheckpointConfig(every=0)
+    checkpoints = Checkpointer(tmp_path, trainer, make_tokenizer(), settings, card=lambda step: f"# after {step}\n")
+    checkpoints.finish(7, {}, {}, complete=False)
+    assert not (tmp_path / "final").exists()
+    checkpoints.finish(7, {}, {}, complete=True)
+    assert (tmp_path / "final/README.md").read_text() == "# after 7\n"
+    (tmp_path / "new").touch()
+    assert {path.stat().st_mode for path in (tmp_path / "final").iterdir()} == {(tmp_path / "new").stat().st_mode}
 
 
 def test_a_step_is_saved_once_at_the_end_of_a_run(tmp_path: Path, trainer: PolicyTrainer) -> None:

@@ -117,6 +117,25 @@ def test_auto_goes_on_in_the_folder_that_is_asked_for(here: Path) -> None:
     assert not (here / "runs").exists()
 
 
+def test_auto_begins_anew_in_the_place_of_a_run_that_ended_before_its_first_checkpoint(here: Path) -> None:
+    again = ("config=mine.yaml", "resume=auto", "run_dir=out/first")
+    for number in ("", "-2"):
+        sapo_train(here, *again, steps=0)
+        told = sapo_train(here, *again, "dry_run=true")
+        assert NOTHING in told and not (here / f"out/first-ended{number}").exists()
+        told = sapo_train(here, *again, steps=0)
+        assert f"ended before its first checkpoint; it is out/first-ended{number} now" in told
+        assert (here / f"out/first-ended{number}/config.yaml").is_file()
+        shutil.rmtree(here / "out/first")
+    sapo_train(here, *again)
+    assert FIRST in sapo_train(here, *again)  # now there is one
+    kept = "'out/first' is not empty; name a new folder; resume=out/first goes on with it"
+    assert kept in sapo_train(here, "config=mine.yaml", "run_dir=out/first", code=2)
+    with run_folder.locked(here / "out/first"):
+        shutil.rmtree(here / "out/first/checkpoints")
+        assert kept in sapo_train(here, *again, code=2)
+
+
 def test_auto_says_in_a_dry_run_what_it_would_do(here: Path) -> None:
     dry = ("config=mine.yaml", "resume=auto", "dry_run=true")
     assert NOTHING in sapo_train(here, *dry)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
+from peft import PeftModel
+from tiny import logps_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sapo_rl.config import Config, LoraConfig, ModelConfig
+from sapo_rl.policy import checkpoint as checkpoints
 from sapo_rl.policy import manifest
+from sapo_rl.policy.lora import LoraPolicy
+from sapo_rl.policy.model import load_policy
 from sapo_rl.policy.tensor_file import write_tensors
+from sapo_rl.policy.trainer import PolicyTrainer
 from sapo_rl.run import export
 
 
@@ -53,6 +62,33 @@ def test_a_sharded_checkpoint_becomes_a_model_that_others_can_read(checkpoint: P
     card = (out / "README.md").read_text()
     assert "| step | eval/reward |" in card and "| 2 | 0.5 |" in card and "| 4 |" not in card
     assert "source: arithmetic" in card and yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
+
+
+def test_a_checkpoint_of_adapters_becomes_the_whole_model_with_the_adapters_beside_it(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    adapters = LoraConfig(rank=3, target_modules=["q_proj", "o_proj"])
+    model = ModelConfig(path=str(tiny_model), dtype="float32", lora=adapters)
+    policy = LoraPolicy(load_policy(model), model.lora, seed=0, base=str(tiny_model))
+    for name, parameter in policy.trainable_weights():
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) / 8
+    trainer = PolicyTrainer(policy, None, Config(model=model), Accelerator(cpu=True))
+    config = yaml.safe_dump({"model": asdict(model), "loss": {"name": "sapo"}})
+    (tmp_path / "run").mkdir()
+    checkpoints.save(tmp_path / "run/checkpoints", 3, trainer, {"config": config}, keep_last=1, best=3)
+    export.main([str(tmp_path / "run/checkpoints/best"), "--out", str(tmp_path / "out")])
+    ids = [5, 9, 33, 7]
+    expected = trainer.score(ids)
+    plain, merged = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (tiny_model, tmp_path / "out")
+    )
+    assert logps_of(plain, ids) != pytest.approx(expected, abs=1e-2)
+    assert logps_of(merged, ids) == pytest.approx(expected, abs=1e-4)
+    adapted: Any = PeftModel.from_pretrained(plain, str(tmp_path / "out/adapter"))
+    assert logps_of(adapted, ids) == pytest.approx(expected, abs=1e-4)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
+    assert "| step | 3 |" in (tmp_path / "out/README.md").read_text()
 
 
 def test_a_damaged_checkpoint_or_a_folder_that_is_taken_is_refused(
