@@ -448,9 +448,10 @@ def test_the_bench_of_the_sandbox_finds_nothing_left() -> None:
 
 
 def test_the_bench_of_the_judge_counts_calls_against_the_ideal() -> None:
-    found = judge.measure("1 process, with a cache", 64, 2)
+    found = judge.measure(1, 256, True, 64, 2)
     assert len(found["seconds"]) == 2 and all(seconds > 0.1 for seconds in found["seconds"])
     shown = dict(zip(judge.COLUMNS, judge.row(found | {"ideal": 0.5, "seconds": [1.0, 2.0, 1.5]}), strict=True))
+    assert found["processor_seconds_a_call"] > 0 and shown["asked by"] == "1 process, with a cache"
     assert (shown["calls"], shown["at once"], shown["seconds"], shown["times the ideal"]) == (
         "64",
         "256",

@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
 import report
 
 sys.path.insert(0, str(report.ROOT))
@@ -31,11 +32,10 @@ from sapo_rl.rewards import RewardPool
 from sapo_rl.types import Group, Prompt, Row, Sample, Stop
 
 SECONDS = 0.1
-AT_ONCE = 256
 GROUP = 8
-WAYS = {"1 process": (1, False), "2 processes": (2, False), "1 process, with a cache": (1, True)}
-"""Workers, which have `AT_ONCE` requests under way together, and whether answers are kept on disk."""
-COLUMNS = ["asked by", "calls", "at once", "seconds", "ideal", "times the ideal"]
+WAYS = [(1, 64, False), (1, 256, False), (2, 256, False), (1, 256, True)]
+"""Workers, requests that they have under way together, and whether answers are kept on disk."""
+COLUMNS = ["asked by", "calls", "at once", "seconds", "ideal", "times the ideal", "processor ms a call"]
 
 
 class _Answers(asyncio.Protocol):
@@ -93,16 +93,16 @@ def groups(calls: int, first: int) -> list[Group]:
     return made
 
 
-def measure(name: str, calls: int, repeats: int) -> dict[str, Any]:
+def measure(workers: int, at_once: int, cached: bool, calls: int, repeats: int) -> dict[str, Any]:
     """Have replies judged; the connections are open before the clock starts."""
-    workers, cached = WAYS[name]
+    name = f"{workers} process{'es' if workers > 1 else ''}{', with a cache' if cached else ''}"
     with serving() as url, tempfile.TemporaryDirectory() as folder:
-        args: dict[str, Any] = {"url": url, "model": "judge", "at_once": AT_ONCE // workers}
+        args: dict[str, Any] = {"url": url, "model": "judge", "at_once": at_once // workers}
         args |= {"cache": f"{folder}/judge.sqlite"} if cached else {}
         function = RewardFunctionConfig("judge", args=args, timeout=600)
         with RewardPool(RewardConfig(functions={"quality": function}, workers=workers)) as pool:
-            pool.score(groups(2 * AT_ONCE, 0))
-            seconds = []
+            pool.score(groups(2 * at_once, 0))
+            seconds, busy = [], _busy()
             for repeat in range(1, repeats + 1):
                 given = groups(calls, repeat * 1_000_000)
                 begun = time.perf_counter()
@@ -110,26 +110,38 @@ def measure(name: str, calls: int, repeats: int) -> dict[str, Any]:
                 seconds.append(time.perf_counter() - begun)
                 if {sample.rewards["quality"] for group in scored for sample in group.samples} != {0.8}:
                     raise RuntimeError(f"{name}: not all replies earned 0.8")
-    return {"name": name, "calls": calls, "at_once": AT_ONCE, "seconds": seconds, "ideal": calls / AT_ONCE * SECONDS}
+            processor = (_busy() - busy) / (repeats * calls)
+    measured = {"seconds": seconds, "processor_seconds_a_call": processor, "ideal": calls / at_once * SECONDS}
+    return {"name": name, "calls": calls, "at_once": at_once, **measured}
+
+
+def _busy() -> float:
+    """Seconds that workers have computed so far."""
+    workers = [
+        one
+        for one in psutil.Process().children(recursive=True)
+        if any("runner.worker" in word for word in one.cmdline())
+    ]
+    return sum(times.user + times.system for times in (one.cpu_times() for one in workers))
 
 
 def row(found: dict[str, Any]) -> list[str]:
     """Word a measurement, by the median of its repeats."""
     seconds, ideal = statistics.median(found["seconds"]), found["ideal"]
     numbers = [f"{found['calls']:,}", str(found["at_once"]), f"{seconds:.2f}", f"{ideal:.2f}", f"{seconds / ideal:.2f}"]
-    return [found["name"], *numbers]
+    return [found["name"], *numbers, f"{1000 * found['processor_seconds_a_call']:.2f}"]
 
 
 def main() -> None:
     """Measure each way and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calls", type=int, default=5120)
+    parser.add_argument("--calls", type=int, default=2560)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     load, found = os.getloadavg()[0], []
-    for name in WAYS:
-        found.append(measure(name, args.calls, args.repeats))
+    for way in WAYS:
+        found.append(measure(*way, args.calls, args.repeats))
         print(*row(found[-1]), sep=" | ", file=sys.stderr)
     note = f"Medians of {args.repeats}, {SECONDS:g} s an answer; load before it began: {load:.1f}."
     table = {"columns": COLUMNS, "rows": [row(one) for one in found], "note": note}
