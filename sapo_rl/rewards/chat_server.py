@@ -1,7 +1,7 @@
 """A server with OpenAI's chat interface, asked many things at once: no faster than it may be, again where it is busy.
 
-aiohttp asks, which takes half a millisecond of a processor for each answer; httpx and OpenAI's own client, which is
-built on it, take thirty times that with a few hundred requests under way.
+aiohttp asks, which takes less than a millisecond of a processor for each answer (scripts/bench/judge.py); httpx, and
+OpenAI's own client, which is built on it, take many times that with a few hundred requests under way.
 """
 
 from __future__ import annotations
