@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from sapo_rl.processes import sandbox
-from sapo_rl.processes.sandbox import Job, Limits, Result, SandboxMissing, check, run
+from sapo_rl.processes.sandbox import Job, Limits, Result, SandboxMissing, check, room, run
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
 TIGHT = Limits(cpu_seconds=1, seconds=2, memory_mb=128, output_bytes=10_000, disk_mb=2)
@@ -35,6 +35,25 @@ def result(program: str, limits: Limits = TIGHT, **job: object) -> Result:
 def test_a_program_reads_computes_and_prints() -> None:
     found = result("import math, sys\nprint(math.comb(int(input()), 2))\nprint('note', file=sys.stderr)", stdin="5\n")
     assert found == Result(0, "10\n", "note\n")
+
+
+def test_no_more_programs_run_at_once_than_there_are_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "processors", lambda: 2)
+    seen = []
+
+    async def one() -> Result:
+        async with room("bubblewrap"):
+            return await run(Job("import time\ntime.sleep(0.2)\nprint(6)"), TIGHT)
+
+    async def watched() -> list[Result]:
+        runs = asyncio.gather(*[one() for _ in range(6)])
+        while not runs.done():
+            seen.append(len(psutil.Process().children()))
+            await asyncio.sleep(0.01)
+        return await runs
+
+    assert [one.stdout for one in asyncio.run(watched())] == ["6\n"] * 6
+    assert max(seen) == 2
 
 
 def test_an_error_is_told_as_python_tells_it() -> None:

@@ -45,8 +45,8 @@ class RewardFunctionConfig:
     """How often a failed call is made again before it counts, after pauses of 1, 2, 4 ... seconds, 60 at most: for
     what asks a server."""
     concurrency: Optional[int] = number(None, least=1)
-    """Calls of it that a worker has under way at once; null takes 64 for an `async def`, 1 for any other function,
-    which cannot have more."""
+    """Calls of it that a worker has under way at once; null takes 64 for an `async def`, as many as there are
+    processors for `code`, and 1 for any other function, which cannot have more."""
 
 
 @dataclass

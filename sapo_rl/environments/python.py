@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import os
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from sapo_rl.environments.registry import ENVIRONMENTS
-from sapo_rl.processes.sandbox import Job, Limits, Sandbox, Service, check, reach, run
+from sapo_rl.processes.sandbox import Job, Limits, Sandbox, Service, check, reach, room, run
 
 
 @ENVIRONMENTS.register_module("python")
@@ -47,7 +43,7 @@ class Python:
         self._sandbox: Sandbox = check(sandbox)
         if isinstance(self._sandbox, Service):
             reach(self._sandbox)
-        self._at_once = at_once or len(os.sched_getaffinity(0))
+        self._at_once = at_once
 
     def reset(self) -> None:
         """Keep nothing: each program begins anew."""
@@ -61,7 +57,7 @@ class Python:
         Returns:
             What it printed.
         """
-        async with _room(self._at_once) if not isinstance(self._sandbox, Service) else contextlib.nullcontext():
+        async with room(self._sandbox, self._at_once):
             result = await run(Job(code), self._limits, self._sandbox)
         printed = result.stdout + result.stderr
         if result.stopped == "output":
@@ -69,11 +65,3 @@ class Python:
         elif result.exit_code > 128:
             printed += f"\n(stopped: it took longer than {self._limits.cpu_seconds} seconds, or crashed)"
         return printed[-self._most :] or "(it printed nothing)"
-
-
-_ROOMS: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
-
-
-def _room(at_once: int) -> asyncio.Semaphore:
-    """The places that all episodes of this process share."""
-    return _ROOMS.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(at_once))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +13,8 @@ from typing import Any
 from sapo_rl.config import RewardFunctionConfig
 from sapo_rl.config.reward import key_of
 from sapo_rl.errors import UserError
-from sapo_rl.processes.sandbox import Job, Limits, Result, Sandbox, Service, check, reach, run
-from sapo_rl.rewards.registry import CHECKS, PREPARATIONS, REWARD_FUNCTIONS, Completion
+from sapo_rl.processes.sandbox import Job, Limits, Result, Sandbox, Service, check, processors, reach, room, run
+from sapo_rl.rewards.registry import AT_ONCE, CHECKS, PREPARATIONS, REWARD_FUNCTIONS, USUALLY_AT_ONCE, Completion
 from sapo_rl.rewards.text import text_of
 from sapo_rl.rewards.waiting import all_of
 
@@ -27,7 +25,7 @@ _CLOSE = 1e-6  # relative difference of numbers that counts as none
 
 
 @REWARD_FUNCTIONS.register_module("code")
-def code(
+async def code(
     completions: list[Completion],
     answer: list[Any],
     setup: list[Any] | None = None,
@@ -70,7 +68,7 @@ def code(
         OSError: the sandbox, or its service, did not run a program.
 
     Example:
-        >>> code(["```python\ndef double(x):\n    return 2 * x\n```"], [["assert double(2) == 4"]])
+        >>> asyncio.run(code(["```python\ndef double(x):\n    return 2 * x\n```"], [["assert double(2) == 4"]]))
         [1.0]
     """
     try:
@@ -82,7 +80,7 @@ def code(
     nothing = [None] * len(completions)
     programs = [program_of(text_of(completion)) for completion in completions]
     rows = zip(programs, answer, setup or nothing, entry_point or nothing, strict=True)
-    return asyncio.run(judge.scores([None if row[1] is None else tests_of(*row) for row in rows]))
+    return await judge.scores([None if row[1] is None else tests_of(*row) for row in rows])
 
 
 def isolation_warning(functions: Mapping[str, RewardFunctionConfig]) -> str | None:
@@ -156,13 +154,11 @@ def tests_of(program: str, tests: Any, setup: str | None = None, entry_point: st
 
 
 class _Judge:
-    """Runs the tests of some programs, as many at a time as there are processors; by a service all at once."""
+    """Runs the tests of some programs."""
 
     def __init__(self, limits: Limits, sandbox: Sandbox, partial: bool) -> None:
         self._limits, self._partial = limits, partial
         self._sandbox: Sandbox = sandbox
-        elsewhere = isinstance(sandbox, Service)
-        self._room = contextlib.nullcontext() if elsewhere else asyncio.Semaphore(len(os.sched_getaffinity(0)))
 
     async def scores(self, programs: Sequence[list[Test] | None]) -> list[float | None]:
         """Return what each program earns; None for one without tests."""
@@ -174,7 +170,7 @@ class _Judge:
         passed, left = 0, self._limits.seconds
         for test in tests:
             longest = max(self._limits.output_bytes, test.longest)
-            async with self._room:
+            async with room(self._sandbox):
                 result = await run(test.job, replace(self._limits, seconds=left, output_bytes=longest), self._sandbox)
             passed += (found := test.passed(result))
             left -= result.seconds
@@ -253,5 +249,11 @@ def _prepare(sandbox: str | dict[str, Any] = "bubblewrap", **settings: Any) -> N
         raise UserError(f"code: {error}") from error
 
 
+def _at_once(sandbox: str | dict[str, Any] = "bubblewrap", **settings: Any) -> int:
+    """More would wait for processors while the clock of their `timeout` runs; a service has its own."""
+    return USUALLY_AT_ONCE if isinstance(sandbox, Mapping) else processors()
+
+
 CHECKS["code"] = _check_timeout
+AT_ONCE["code"] = _at_once
 PREPARATIONS["code"] = _prepare

@@ -56,6 +56,19 @@ CHECKS: dict[str, Callable[[str, RewardFunctionConfig], None]] = {}
 `reward.functions` and the config, whose `args` are right by themselves."""
 
 
+AT_ONCE: dict[str, Callable[..., int]] = {}
+"""How many calls of a built-in coroutine may be under way at once, by its name, where it is not `USUALLY_AT_ONCE`:
+called with the settings."""
+
+USUALLY_AT_ONCE = 64
+"""Calls of a coroutine function that a worker has under way at once, where the config does not say."""
+
+
+def calls_at_once(cfg: RewardFunctionConfig) -> int:
+    """Return how many calls of a coroutine function a worker may have under way."""
+    return cfg.concurrency or AT_ONCE.get(cfg.function, lambda **_: USUALLY_AT_ONCE)(**cfg.args)
+
+
 def is_coroutine(function: RewardFunction) -> bool:
     """Return whether calls of `function` are coroutines, so that many can be under way at once."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)

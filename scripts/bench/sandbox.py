@@ -88,7 +88,7 @@ def _repeat(step: Callable[[int], None], runs: int, some: int) -> dict[str, Any]
 def _score(name: str, count: int) -> None:
     program, tests, expected = PROGRAMS[name]
     completions: list[Completion] = [f"```python\n{program}\n```"] * count
-    if (found := code(completions, [tests] * count, cpu_seconds=1)) != [expected] * count:
+    if (found := asyncio.run(code(completions, [tests] * count, cpu_seconds=1))) != [expected] * count:
         raise RuntimeError(f"{name}: earned {found}, not {expected}")
 
 

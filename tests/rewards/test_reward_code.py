@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from sapo_rl.config import RewardConfig, RewardFunctionConfig
 from sapo_rl.data.programs import humaneval, mbpp
 from sapo_rl.environments import Python
 from sapo_rl.errors import UserError
-from sapo_rl.processes.sandbox import run
+from sapo_rl.processes.sandbox import processors, run
 from sapo_rl.rewards import RewardPool, check_function, code, isolation_warning
 from sapo_rl.rewards.code import program_of
+from sapo_rl.rewards.registry import calls_at_once
 from sapo_rl.rewards.runner.blame import Blame, Call
 from sapo_rl.rewards.runner.sheet import Sheet
 
@@ -28,8 +30,12 @@ SOLUTION = "class Solution:\n    def double(self, x):\n        return (2 * x, 0.
 ECHO = "print(2 * int(input()), end=' \\n\\n')"
 
 
+def scores(*args: Any, **more: Any) -> list[float | None]:
+    return asyncio.run(code(*args, **more))
+
+
 def score(program: str, tests: Any, **more: Any) -> float | None:
-    return code([program], [tests], **more)[0]
+    return scores([program], [tests], **more)[0]
 
 
 @pytest.mark.parametrize(
@@ -80,9 +86,13 @@ def test_setup_runs_before_and_a_body_goes_on_where_it_ends() -> None:
     setup = "import math\ndef root(x):\n    '''The square root.'''\n"
     check = "def check(candidate):\n    assert candidate(4) == 2.0\n    assert root is candidate"
     bodies: list[Any] = ["    return math.sqrt(x)\n", "def root(x): return math.sqrt(x)", "    return x\n"]
-    assert code(bodies, [check] * 3, [setup] * 3, ["root"] * 3) == [1, 1, 0]
-    assert code(bodies, [[check]] * 3, [setup] * 3, ["root"] * 3) == [1, 1, 0]
-    assert code(bodies, ["assert root(4) == 2.0"] * 3, [setup] * 3, ["root"] * 3) == [1, 1, 0]  # it calls the function
+    assert scores(bodies, [check] * 3, [setup] * 3, ["root"] * 3) == [1, 1, 0]
+    assert scores(bodies, [[check]] * 3, [setup] * 3, ["root"] * 3) == [1, 1, 0]
+    assert scores(bodies, ["assert root(4) == 2.0"] * 3, [setup] * 3, ["root"] * 3) == [
+        1,
+        1,
+        0,
+    ]  # it calls the function
 
 
 @pytest.mark.parametrize("told", ["{'passed': 1000}", "{'passed': 'x'}", "{}", "{'passed': True}, " * 9])
@@ -161,6 +171,29 @@ def test_a_pool_scores_programs_and_a_hostile_one_harms_none(tmp_path: Path) -> 
         assert rewards(pool.score(groups).groups, "passed") == [[1, 0, 0]]
 
 
+@pytest.mark.skipif(processors() < 2, reason="needs two processors")
+def test_groups_are_judged_side_by_side(tmp_path: Path) -> None:
+    wait = "import os, time\nwhile not os.path.exists(there): time.sleep(0.01)"
+    meets = f"here, there = {{}}\nopen(here, 'w').close()\n{wait}"
+    files = [str(tmp_path / name) for name in ("a", "b")]
+    programs = [meets.format(files), meets.format(files[::-1])]  # each ends when the other has begun
+    groups = [group(index, [program], answer=["pass"]) for index, program in enumerate(programs)]
+    config = RewardConfig(functions={"passed": RewardFunctionConfig("code", args={"sandbox": "none"})})
+    with RewardPool(config, tmp_path / "log") as pool:
+        assert rewards(pool.score(groups).groups, "passed") == [[1], [1]]
+
+
+def test_a_rank_judges_as_many_groups_at_once_as_it_has_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
+    assert calls_at_once(RewardFunctionConfig("code")) == 32
+    assert calls_at_once(RewardFunctionConfig("code", args={"sandbox": {"url": "http://127.0.0.1:1"}})) == 64
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert calls_at_once(RewardFunctionConfig("code")) == 4
+    assert calls_at_once(RewardFunctionConfig("code", concurrency=6)) == 6
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert calls_at_once(RewardFunctionConfig("code")) == 1
+
+
 def test_only_a_config_without_a_sandbox_is_warned_of() -> None:
     assert isolation_warning({"passed": RewardFunctionConfig("code")}) is None
     bare = {"passed": RewardFunctionConfig("code", args={"sandbox": "none"})}
@@ -224,7 +257,7 @@ def test_functions_of_humaneval_are_completed_or_written_anew(tmp_path: Path) ->
     body = "```python\n    return [2 * x for x in xs]\n```"
     wrong = "```python\ndef double(xs):\n    return xs\n```"
     columns = {"answer": [task["tests"]] * 3, "setup": [task["setup"]] * 3, "entry_point": ["double"] * 3}
-    assert code([whole, body, wrong], **columns) == [1.0, 1.0, 0.0]
+    assert scores([whole, body, wrong], **columns) == [1.0, 1.0, 0.0]
     file.write_text(json.dumps(row | {"test": None}) + "\n")
     with pytest.raises(UserError, match=r"^row 0 of .* is no task of HumanEval, which has prompt, test"):
         list(humaneval(str(file)))

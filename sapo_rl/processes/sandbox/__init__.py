@@ -21,11 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias, get_args
+from weakref import WeakKeyDictionary
 
+from sapo_rl.processes.guardian import kill_descendants
 from sapo_rl.processes.sandbox import inside
 from sapo_rl.processes.sandbox.calls import MACHINES, numbers
 from sapo_rl.processes.sandbox.job import MEGABYTE, Job, Limits, Result, SandboxMissing, by_key, task_of
@@ -42,6 +45,7 @@ _PYTHON = os.path.realpath(sys.executable)  # what a virtual environment's leads
 _CHUNK = 1 << 14  # bytes read at once
 _LONGEST_REPORT = 1 << 22  # bytes of all reports of a run
 _START_SECONDS = 20.0  # until the program begins
+_ROOMS: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
 
 
 async def run(job: Job, limits: Limits, sandbox: Sandbox = "bubblewrap") -> Result:
@@ -58,7 +62,7 @@ async def run(job: Job, limits: Limits, sandbox: Sandbox = "bubblewrap") -> Resu
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb") as reports, _folder(isolation) as folder:
         with os.fdopen(writing, "wb"), _memory_file(_task(job, limits, key)) as task:
-            process = await asyncio.create_subprocess_exec(
+            starting = asyncio.create_subprocess_exec(
                 *_command(limits, isolation, task, writing),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -68,6 +72,7 @@ async def run(job: Job, limits: Limits, sandbox: Sandbox = "bubblewrap") -> Resu
                 cwd=folder,
                 start_new_session=True,
             )
+            process = await _started(starting)
         run = _Run(process, limits)
         try:
             await run.follow(job.stdin.encode(errors="replace"), await _stream(reports))
@@ -82,6 +87,45 @@ async def run(job: Job, limits: Limits, sandbox: Sandbox = "bubblewrap") -> Resu
             f"{stderr.strip()[-300:] or (f'not in {_START_SECONDS:g} s' if run.stopped else f'exit code {code}')}"
         )
     return Result(code if code >= 0 else 128 - code, stdout, stderr, run.stopped, found[1:], run.seconds)
+
+
+def processors() -> int:
+    """Return how many processors of the machine are this rank's to use, where its ranks share them evenly."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def room(sandbox: Sandbox, at_once: int | None = None) -> AbstractAsyncContextManager[None]:
+    """Return what to enter before `run` where many programs are run: they wait while others have the machine.
+
+    Args:
+        sandbox: where they are run; a service bounds them by itself.
+        at_once: programs of this event loop that run at the same time, the first call's; None takes `processors`.
+    """
+    if isinstance(sandbox, Service):
+        return contextlib.nullcontext()
+    return _ROOMS.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(at_once or processors()))
+
+
+async def _started(starting: Coroutine[Any, Any, asyncio.subprocess.Process]) -> asyncio.subprocess.Process:
+    """Start a process whole, and end it where this is cancelled meanwhile: asyncio ends its first process alone."""
+    task = asyncio.ensure_future(starting)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        process = await task
+        _kill(process.pid)
+        await process.wait()
+        raise
+
+
+def _kill(pid: int) -> None:
+    """End bubblewrap and what it has started. It is stopped before, or could start the program meanwhile."""
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        os.kill(pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    kill_descendants(pid)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def check(sandbox: str | Mapping[str, Any]) -> Sandbox:
@@ -149,8 +193,7 @@ class _Run:
     def kill(self) -> None:
         """End it, where it has not ended."""
         if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            _kill(self._process.pid)
 
     def _allow(self, seconds: float) -> None:
         """Have it stopped so many seconds from now, not before."""

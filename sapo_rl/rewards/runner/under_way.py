@@ -10,11 +10,9 @@ from typing import Any
 
 from sapo_rl.config import RewardFunctionConfig
 from sapo_rl.errors.own_code import readable
-from sapo_rl.rewards.registry import Score
+from sapo_rl.rewards.registry import Score, calls_at_once
 from sapo_rl.rewards.runner.blame import Call, Outcome
 from sapo_rl.types import LARGEST_REWARD
-
-_MOST = 64  # calls of a coroutine function at once, where the config does not say
 
 
 @dataclass(slots=True)
@@ -66,7 +64,7 @@ class UnderWay:
         alone = any(call.alone for call in self.calls) or not counts.keys() <= self.coroutines
         if alone or self._unacknowledged is not None:
             return ()
-        return {name for name in self.coroutines if counts[name] < (self._functions[name].concurrency or _MOST)}
+        return {name for name in self.coroutines if counts[name] < calls_at_once(self._functions[name])}
 
     def add(self, task: Task) -> int:
         """Add a call and return its number, which is 1 or more."""
