@@ -26,7 +26,13 @@ Span: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt of the dataset, tokenised once."""
+    """One prompt of the dataset, tokenised once.
+
+    Example:
+        >>> prompt = Prompt(index=7, token_ids=[1, 52, 28], content="2 + 2 =", columns={"answer": "4"})
+        >>> prompt.columns["answer"]
+        '4'
+    """
 
     index: int
     """Position in the dataset: stable over epochs, resumes and ranks."""
@@ -52,7 +58,14 @@ class Stop(StrEnum):
 
 
 class Turn(NamedTuple):
-    """Where the model wrote at one of its turns: `sample.rows[row].token_ids[start:end]`."""
+    """Where the model wrote at one of its turns: `sample.rows[row].token_ids[start:end]`.
+
+    Example:
+        >>> tokens = [5, 6, 0, 9, 9, 7, 0]  # an environment wrote the two 9
+        >>> turn = Turn(start=5, end=7)
+        >>> tokens[turn.start : turn.end]
+        [7, 0]
+    """
 
     start: int
     end: int
@@ -99,7 +112,8 @@ class Sample:
     it goes on in a further row. Its rows have one advantage, and count as one sequence in a mean over sequences.
 
     Example:
-        >>> Sample([Row([1, 2], [5, 6, 0])], Stop.STOP, versions=(3, 3), text="seven")
+        >>> Sample([Row([1, 2], [5, 6, 0])], Stop.STOP, versions=(3, 3), text="seven").num_trained
+        3
     """
 
     rows: list[Row]
@@ -138,7 +152,15 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A prompt and its G samples: the unit in which advantages are normalised, never split over ranks."""
+    """A prompt and its G samples: the unit in which advantages are normalised, never split over ranks.
+
+    Example:
+        >>> prompt = Prompt(0, [1, 2], "2 + 2 =", {"answer": "4"})
+        >>> right = Sample([Row([1, 2], [5, 0])], Stop.STOP, versions=(0, 0), text="4")
+        >>> wrong = Sample([Row([1, 2], [6, 0])], Stop.STOP, versions=(0, 0), text="5")
+        >>> len(Group(prompt, [right, wrong]).samples)
+        2
+    """
 
     prompt: Prompt
     samples: list[Sample]
@@ -159,8 +181,11 @@ class TokenValues(NamedTuple):
     """What the last update on a sample in a step made of its tokens.
 
     Example:
+        >>> import numpy as np
         >>> row = Row([1], [5, 6], loss_mask=[(1, 2)])
-        >>> TokenValues(Place(0, 0, 0), [row], advantage=1.0, weight=0.5, columns={"ratio": np.array([1.25])})
+        >>> ratio = np.array([1.25], np.float32)
+        >>> len(TokenValues(Place(0, 0, 0), [row], advantage=1.0, weight=0.5, columns={"ratio": ratio}).columns["ratio"])
+        1
     """
 
     place: Place
@@ -175,7 +200,14 @@ class TokenValues(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RewardStats:
-    """What happened while one batch was scored; dictionaries by the function's name in the config."""
+    """What happened while one batch was scored; dictionaries by the function's name in the config.
+
+    Example:
+        >>> one = RewardStats(errors={"judge": 1}, not_applicable={}, failures={"judge": "HTTP 503"})
+        >>> two = RewardStats(errors={"judge": 2}, not_applicable={"code": 4}, failures={"judge": "no answer"})
+        >>> RewardStats.together([one, two])
+        RewardStats(errors={'judge': 3}, not_applicable={'code': 4}, failures={'judge': 'HTTP 503'})
+    """
 
     errors: dict[str, int]
     """Samples on which the function failed, and that were scored 0 or have left their group."""
@@ -196,7 +228,12 @@ class RewardStats:
 
 
 class Scores(NamedTuple):
-    """A batch after the reward functions."""
+    """A batch after the reward functions.
+
+    Example:
+        >>> Scores(groups=[], stats=RewardStats({}, {}, {})).stats.errors
+        {}
+    """
 
     groups: list[Group]
     """Those that were scored, each sample with its `rewards`."""
@@ -209,7 +246,9 @@ class Usage:
     """How long the engines of a rank worked on one batch, in seconds from its start.
 
     Example:
-        >>> Usage(until=[4.0, 2.0], whole=4.0)  # the second engine had nothing to do for the last two seconds
+        >>> usage = Usage(until=[4.0, 2.0], whole=4.0)
+        >>> [usage.whole - until for until in usage.until]  # the second engine had nothing to do for two seconds
+        [0.0, 2.0]
     """
 
     until: list[float]
@@ -219,7 +258,12 @@ class Usage:
 
 
 class PassRate(NamedTuple):
-    """How often one group solved its prompt."""
+    """How often one group solved its prompt.
+
+    Example:
+        >>> PassRate(position=7, rate=0.25, samples=8)  # two of its eight samples were right
+        PassRate(position=7, rate=0.25, samples=8)
+    """
 
     position: int
     """The place of the prompt among those to train on."""

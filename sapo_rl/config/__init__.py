@@ -27,7 +27,12 @@ several environments."""
 
 @dataclass
 class LoraConfig:
-    """Adapters that are trained in place of the model's own weights; docs/lora.md."""
+    """Adapters that are trained in place of the model's own weights; docs/lora.md.
+
+    Example:
+        >>> LoraConfig(rank=32, alpha=64).rank
+        32
+    """
 
     rank: int = number(0, least=0)
     """Rank of the adapters; 0 trains the whole model. With adapters take about ten times the learning rate."""
@@ -39,7 +44,12 @@ class LoraConfig:
 
 @dataclass
 class ModelConfig:
-    """The policy: which model, and in which precision it computes."""
+    """The policy: which model, and in which precision it computes.
+
+    Example:
+        >>> ModelConfig(path="Qwen/Qwen2.5-0.5B-Instruct").dtype
+        'bfloat16'
+    """
 
     path: str = MISSING
     """A Hugging Face model folder, or a name on the hub; `smollm2-135m` is made at its first use, out of a package."""
@@ -54,7 +64,12 @@ class ModelConfig:
 
 @dataclass
 class EnvironmentConfig:
-    """What answers the model, so that an episode has several turns; docs/environments.md."""
+    """What answers the model, so that an episode has several turns; docs/environments.md.
+
+    Example:
+        >>> EnvironmentConfig(name="guess", max_turns=6).max_tokens
+        2048
+    """
 
     name: Optional[str] = None
     """A built-in (`guess`, `wordle`, `calculator`, `search`, `python`, `endpoint`, `textarena`, `openenv`,
@@ -78,7 +93,13 @@ class EnvironmentConfig:
 
 @dataclass
 class RolloutConfig:
-    """How vLLM writes completions."""
+    """How vLLM writes completions.
+
+    Example:
+        >>> rollout = RolloutConfig(batch_size=512, group_size=8)
+        >>> rollout.batch_size // rollout.group_size  # prompts a step
+        64
+    """
 
     batch_size: int = number(64, least=2)
     """Completions in one step, all ranks together; a multiple of `group_size`."""
@@ -158,7 +179,12 @@ class RolloutConfig:
 
 @dataclass
 class TrainerConfig:
-    """How the policy is updated."""
+    """How the policy is updated.
+
+    Example:
+        >>> TrainerConfig(steps=60, updates_per_rollout=2, learning_rate=2e-6).updates_per_rollout
+        2
+    """
 
     steps: int = number(100, least=1)
     """Rollout batches to train on."""
@@ -191,7 +217,12 @@ class TrainerConfig:
 
 @dataclass
 class CheckpointConfig:
-    """What is kept for a resume, and at the end."""
+    """What is kept for a resume, and at the end.
+
+    Example:
+        >>> CheckpointConfig(every=20, keep_last=3).save_final
+        True
+    """
 
     every: int = number(50, least=0)
     """Steps between two checkpoints; 0 keeps none."""
@@ -206,7 +237,12 @@ class CheckpointConfig:
 
 @dataclass
 class LaunchConfig:
-    """On how many processes and machines the run is spread, and how. See docs/scaling.md."""
+    """On how many processes and machines the run is spread, and how. See docs/scaling.md.
+
+    Example:
+        >>> LaunchConfig(profile="fsdp2", num_processes=8).num_machines
+        1
+    """
 
     profile: str = "single"
     """`single` is one process. Else settings of Accelerate: `ddp`, `fsdp2`, `zero2`, `zero3`, `multinode`, or the path
@@ -227,7 +263,12 @@ class LaunchConfig:
 
 @dataclass
 class Config:
-    """A whole run."""
+    """A whole run.
+
+    Example:
+        >>> Config(seed=1, rollout=RolloutConfig(batch_size=512)).rollout.batch_size
+        512
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

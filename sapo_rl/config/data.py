@@ -50,7 +50,12 @@ class DataCheckConfig:
 
 @dataclass
 class DataConfig:
-    """Where prompts come from and how they are worded."""
+    """Where prompts come from and how they are worded.
+
+    Example:
+        >>> DataConfig(source="file", path="questions.jsonl", prompt_column="question").answer_column
+        'answer'
+    """
 
     source: str = choice(MISSING, "arithmetic", "reasoning_gym", "huggingface", "file", own="data source")
     """`arithmetic` and `reasoning_gym` generate prompts; `huggingface` and `file` (JSONL, Parquet) read them. Or the

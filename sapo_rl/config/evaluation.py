@@ -85,7 +85,12 @@ class EvalSampling:
 
 @dataclass
 class EvalSetConfig(EvalSampling):
-    """A set of held-out prompts; with the name of one that is shipped, what is not given here is as there."""
+    """A set of held-out prompts; with the name of one that is shipped, what is not given here is as there.
+
+    Example:
+        >>> EvalSetConfig(data=EvalDataConfig(path="questions.jsonl"), samples=4).greedy
+        True
+    """
 
     data: EvalDataConfig = field(default_factory=EvalDataConfig)
     prompts: Optional[int] = number(None, least=1)
@@ -96,7 +101,12 @@ class EvalSetConfig(EvalSampling):
 
 @dataclass
 class EvalConfig(EvalSampling):
-    """Measurement on held-out prompts: those of the training's data, and further sets."""
+    """Measurement on held-out prompts: those of the training's data, and further sets.
+
+    Example:
+        >>> EvalConfig(every=20, prompts=256, samples=8).samples
+        8
+    """
 
     every: int = number(10, least=0)
     """Steps between two evaluations; 0 evaluates before the first step and at the end only."""

@@ -13,7 +13,12 @@ TRACKERS = ("mlflow", "tensorboard", "trackio", "wandb")
 
 @dataclass
 class LoggingConfig:
-    """What is shown and where."""
+    """What is shown and where.
+
+    Example:
+        >>> LoggingConfig(trackers=["wandb", "tensorboard"], project="sums").trackers
+        ['wandb', 'tensorboard']
+    """
 
     console: str = choice("auto", "auto", "live", "plain", "none")
     """A live panel on a terminal, else one line a step (`auto`); or one of them always."""

@@ -34,7 +34,12 @@ class AdvantageConfig:
 
 @dataclass
 class KLConfig:
-    """Penalty on the distance to the model that training started from."""
+    """Penalty on the distance to the model that training started from.
+
+    Example:
+        >>> KLConfig(coef=0.02).kind
+        'k3'
+    """
 
     coef: float = number(0.0, least=0)
     """Weight of the penalty; 0 keeps no reference model."""
@@ -44,7 +49,12 @@ class KLConfig:
 
 @dataclass
 class CorrectionConfig:
-    """Correction of the mismatch between vLLM's and the trainer's log-probabilities; needs `rollout.logprobs`."""
+    """Correction of the mismatch between vLLM's and the trainer's log-probabilities; needs `rollout.logprobs`.
+
+    Example:
+        >>> CorrectionConfig(mode="token_truncate", high=2.0).low
+        0.5
+    """
 
     mode: str = choice("none", "none", "token_truncate", "token_mask", "sequence_mask")
     """Truncated importance sampling by token, or tokens (IcePop) or sequences masked outside the range."""
@@ -69,7 +79,12 @@ LEVELLED = ("sapo", "grpo", "cispo", "reinforce")
 
 @dataclass
 class LossConfig:
-    """The objective of an update."""
+    """The objective of an update.
+
+    Example:
+        >>> LossConfig(name="sapo", tau_pos=4.0, tau_neg=4.2).sides
+        'both'
+    """
 
     name: str = choice(
         "sapo", "sapo", "grpo", "gspo", "gmpo", "cispo", "reinforce", "dppo", "dppo_kl", "vespo", own="policy loss"

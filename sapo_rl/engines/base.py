@@ -12,7 +12,12 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt and how many completions of it."""
+    """One prompt and how many completions of it.
+
+    Example:
+        >>> Request([1, 52, 28], n=8).seed is None
+        True
+    """
 
     token_ids: list[int]
     """The prompt."""
@@ -24,7 +29,13 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One completion of a request."""
+    """One completion of a request.
+
+    Example:
+        >>> completion = Completion([34, 2], truncated=False, logps=[-0.25, -0.01])
+        >>> sum(completion.logps)
+        -0.26
+    """
 
     token_ids: list[int]
     """Completion tokens, the end-of-sequence token included where one was produced."""
@@ -38,7 +49,14 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the completions of one call are drawn."""
+    """How the completions of one call are drawn.
+
+    Example:
+        >>> Sampling(
+        ...     temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, max_tokens=512, logprobs=False
+        ... ).max_tokens
+        512
+    """
 
     temperature: float
     """0 is greedy."""

@@ -36,7 +36,13 @@ USABLE = 0.92
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What memory depends on, known before the model is loaded."""
+    """What memory depends on, known before the model is loaded.
+
+    Example:
+        >>> facts = ModelFacts(parameters=134_515_008, cache_elements=30 * 2 * 3 * 64, shape={"hidden_size": 576})
+        >>> facts.cache_elements * 2  # bytes of the cache for one token in bfloat16
+        23040
+    """
 
     parameters: int
     """Elements of all weights, a tied one counted once."""
@@ -50,7 +56,12 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Device:
-    """Where a rank computes."""
+    """Where a rank computes.
+
+    Example:
+        >>> Device("cuda:0", 80 * 2**30)
+        Device(name='cuda:0', memory=85899345920, index=0)
+    """
 
     name: str
     """`cpu`, or `cuda:<index>` among the devices that this process sees."""

@@ -37,6 +37,12 @@ class CISPOPolicyLossFn(PolicyLossFn):
 
     Raises:
         ValueError: a negative clip width.
+
+    Example:
+        >>> import torch
+        >>> log_ratios = torch.tensor([0.5, 1.0, 1.5]).log()  # of three tokens with advantage 1
+        >>> CISPOPolicyLossFn().token_losses(log_ratios, log_ratios, torch.ones(3)).gradient_weight
+        tensor([1.6000, 1.0000, 0.8000])
     """
 
     name: ClassVar[str] = "cispo"

@@ -66,6 +66,12 @@ class MismatchCorrection:
 
     Raises:
         ValueError: an unknown mode, or a range that is empty.
+
+    Example:
+        >>> old, rollout, ids = torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -2.0]), torch.tensor([0, 0])
+        >>> correction = MismatchCorrection("token_truncate", high=2.0)  # the ratios are 1 and e
+        >>> correction.tokens(old, old, torch.ones(2), rollout, ids, 1)
+        tensor([1., 2.])
     """
 
     mode: str = "none"

@@ -43,6 +43,11 @@ class KLPenalty:
 
     Raises:
         ValueError: a negative coefficient, or an unknown kind.
+
+    Example:
+        >>> import torch
+        >>> KLPenalty(coef=0.02).tokens(torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -1.0]))
+        tensor([0.0000, 0.7183])
     """
 
     coef: float = 0.0

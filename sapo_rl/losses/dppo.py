@@ -74,6 +74,11 @@ class DPPOPolicyLossFn(PolicyLossFn):
 
     Raises:
         ValueError: a negative bound.
+
+    Example:
+        >>> log_ratios = torch.tensor([0.5, 1.0, 1.5]).log()  # of three tokens with advantage 1
+        >>> DPPOPolicyLossFn().token_losses(log_ratios, log_ratios, torch.ones(3)).gradient_weight
+        tensor([1., 1., 0.])
     """
 
     name: ClassVar[str] = "dppo"
@@ -106,7 +111,13 @@ class DPPOPolicyLossFn(PolicyLossFn):
 @POLICY_LOSS_FN.register_module("dppo_kl")
 @dataclass
 class DPPOKLPolicyLossFn(DPPOPolicyLossFn):
-    """DPPO with the KL divergence of the sampled token, whose bounds are smaller: 0.05 is usual."""
+    """DPPO with the KL divergence of the sampled token, whose bounds are smaller: 0.05 is usual.
+
+    Example:
+        >>> log_ratios = torch.tensor([0.5, 1.0, 1.5]).log()  # of three tokens with advantage 1
+        >>> DPPOKLPolicyLossFn().token_losses(log_ratios, log_ratios, torch.ones(3)).gradient_weight
+        tensor([1., 1., 1.])
+    """
 
     divergence: ClassVar[str] = "kl"
     _: KW_ONLY

@@ -17,7 +17,13 @@ from torch.nn.functional import logsigmoid
 
 
 class Gate(NamedTuple):
-    """One gate's shape, as functions of `u = tau (r - 1)`."""
+    """One gate's shape, as functions of `u = tau (r - 1)`.
+
+    Example:
+        >>> gate, u = GATES["sigmoid"], torch.tensor([0.0, 1.0])  # the ratio is 1, and 2 at tau 1
+        >>> gate.mass(u), gate.slope(u)
+        (tensor([2.0000, 2.9242]), tensor([1.0000, 0.7864]))
+    """
 
     mass: Callable[[Tensor], Tensor]
     """tau f, differentiable; 2 at u = 0."""

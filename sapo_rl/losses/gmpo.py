@@ -54,6 +54,12 @@ class GMPOPolicyLossFn(PolicyLossFn):
 
     Raises:
         ValueError: a negative bound.
+
+    Example:
+        >>> log_ratios = torch.tensor([0.5, 1.0, 1.5]).log()  # of one completion with advantage 1
+        >>> old, advantages, sequence_ids = torch.zeros(3), torch.ones(3), torch.tensor([0, 0, 0])
+        >>> GMPOPolicyLossFn().packed(log_ratios, old, advantages, sequence_ids, 1).gradient_weight
+        tensor([0.9982, 0.9982, 0.0000])
     """
 
     name: ClassVar[str] = "gmpo"

@@ -51,6 +51,11 @@ class GRPOPolicyLossFn(PolicyLossFn):
 
     Raises:
         ValueError: a negative clip width, or a dual clip that is not above 1.
+
+    Example:
+        >>> log_ratios = torch.tensor([0.5, 1.0, 1.5]).log()  # of three tokens with advantage 1
+        >>> GRPOPolicyLossFn().token_losses(log_ratios, log_ratios, torch.ones(3)).gradient_weight
+        tensor([1., 1., 0.])
     """
 
     name: ClassVar[str] = "grpo"

@@ -15,6 +15,13 @@ class GSPOPolicyLossFn(GRPOPolicyLossFn):
     """GRPO with s = exp(mean_t log r_t) for the ratio of every token of a sequence.
 
     s stays far closer to 1 than a token's ratio: the SAPO paper's runs clip it at `clip_low=3e-4, clip_high=4e-4`.
+
+    Example:
+        >>> import torch
+        >>> log_ratios = torch.tensor([0.5, 1.0, 1.5]).log()  # of one completion with advantage 1
+        >>> old, advantages, sequence_ids = torch.zeros(3), torch.ones(3), torch.tensor([0, 0, 0])
+        >>> GSPOPolicyLossFn().packed(log_ratios, old, advantages, sequence_ids, 1).gradient_weight
+        tensor([1., 1., 1.])
     """
 
     name: ClassVar[str] = "gspo"

@@ -22,7 +22,14 @@ def reinforce_token_losses(
 @POLICY_LOSS_FN.register_module("reinforce")
 @dataclass
 class ReinforcePolicyLossFn(PolicyLossFn):
-    """REINFORCE; right for one update on fresh rollouts, biased for more."""
+    """REINFORCE; right for one update on fresh rollouts, biased for more.
+
+    Example:
+        >>> import torch
+        >>> log_ratios = torch.tensor([0.5, 1.0, 1.5]).log()  # of three tokens with advantage 1
+        >>> ReinforcePolicyLossFn().token_losses(log_ratios, log_ratios, torch.ones(3)).gradient_weight
+        tensor([2.0000, 1.0000, 0.6667])
+    """
 
     name: ClassVar[str] = "reinforce"
 

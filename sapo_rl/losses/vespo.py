@@ -55,6 +55,13 @@ class VESPOPolicyLossFn(PolicyLossFn):
 
     Raises:
         ValueError: a k or lambda that is not above 0.
+
+    Example:
+        >>> import torch
+        >>> log_ratios = torch.tensor([0.5, 1.0, 1.5]).log()  # of one completion with advantage 1
+        >>> old, advantages, sequence_ids = torch.zeros(3), torch.ones(3), torch.tensor([0, 0, 0])
+        >>> VESPOPolicyLossFn().packed(log_ratios, old, advantages, sequence_ids, 1).gradient_weight
+        tensor([2.3816, 1.1908, 0.7939])
     """
 
     name: ClassVar[str] = "vespo"

@@ -20,7 +20,14 @@ RETRY_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The completions of a request, and where they come from."""
+    """The completions of a request, and where they come from.
+
+    Example:
+        >>> completions = [Completion([34, 2], truncated=False)]
+        >>> answer = Answer(completions, oldest_version=3, newest_version=4, engine=0, at=12.5)
+        >>> answer.newest_version - answer.oldest_version  # new weights came while it was written
+        1
+    """
 
     completions: list[Completion]
     oldest_version: int
