@@ -129,6 +129,9 @@ class Sample:
     """What was said after the prompt, by whom, in OpenAI's shape; None for one turn."""
     opening: list[dict[str, Any]] | None = None
     """The messages before that: the prompt's, with what an environment's `reset` added; None for one turn."""
+    conversations: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]] = field(default_factory=list[Any])
+    """Of an agent that had several: the prompt of each, and what was said after it; the last is in `opening` and
+    `messages` as well. Empty where there was one."""
     info: dict[str, Any] = field(default_factory=dict[str, Any])
     """What an environment tells of it."""
     rewards: dict[str, float | None] = field(default_factory=dict[str, "float | None"])

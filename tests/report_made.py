@@ -102,12 +102,15 @@ def episode(step: int, sample: Sample) -> Sample:
     ]
     opening = [{"role": "system", "content": "You have eyes."}, {"role": "user", "content": "Play."}]
     info = {"told": {"moves": 3}}
+    other = [{"role": "user", "content": f"Anybody? {EVIL}"}], [{"role": "assistant", "content": f"Nobody in {step}."}]
+    conversations = [other, (opening, said)] if sample.reward == 1 else []
     row = sample.rows[0]
     return one_row(
         row.token_ids,
         turns=[Turn(0, 1), Turn(1, len(row.token_ids))],
         messages=said,
         opening=opening,
+        conversations=conversations,
         info=info,
         text=sample.text,
         reward=sample.reward,

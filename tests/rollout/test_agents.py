@@ -233,7 +233,7 @@ def test_a_loop_with_a_tool_is_one_row_of_the_tokens_that_were_sampled(here: Pat
         assert row.rollout_logps[:2] == [-0.5, -1.5] and row.rollout_logps[-1] == -0.5 - len("6")
         assert sample.stop is Stop.ENVIRONMENT and sample.rewards == {"environment": 21.0}
         assert [message["role"] for message in sample.messages or []] == ["assistant", "tool"] * 2 + ["assistant"]
-        assert (sample.info["tool_calls"], sample.info["tool_failures"]) == (2, 0)
+        assert (sample.info["tool_calls"], sample.info["tool_failures"]) == (2, 0) and sample.conversations == []
         assert [turn.row for turn in sample.turns] == [0, 0, 0]
     sent = sorted({tuple(request.token_ids) for request, _ in engine.requests}, key=len)
     assert len(engine.requests) == 6 and len(sent) == 3
@@ -248,6 +248,9 @@ def test_requests_beside_each_other_are_rows_of_their_own(here: Path, name: str,
     assert sorted(whole(row).split("\n")[1] for row in sample.rows) == ["left<|im_end|>", "right<|im_end|>"]
     for turn in sample.turns:
         assert TOKENIZER.decode(sample.rows[turn.row].token_ids[turn.start : turn.end]).endswith("?<|im_end|>")
+    assert sorted(opening[0]["content"] for opening, _ in sample.conversations) == ["left", "right"]
+    assert sample.conversations[-1] == (sample.opening, sample.messages)
+    assert all(said[0]["role"] == "assistant" for _, said in sample.conversations)
     assert sum(row.num_trained for row in sample.rows) == sum(turn.end - turn.start for turn in sample.turns)
 
 

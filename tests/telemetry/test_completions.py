@@ -37,6 +37,7 @@ def test_every_sample_is_a_row(tmp_path: Path, make_group) -> None:
         "prompt_messages": None,
         "messages": None,
         "info": None,
+        "conversations": None,
         "rewards/match": None,
     }
     assert [path.name for path in path.parent.iterdir()] == ["step_00012.parquet"]

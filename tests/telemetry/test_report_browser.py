@@ -216,6 +216,20 @@ def test_a_group_is_side_by_side_with_its_answer(open_page) -> None:
     expect(cards.nth(0).locator("b").first).to_have_text("3")
 
 
+def test_all_conversations_of_an_agent_are_shown_and_searched(open_page) -> None:
+    tab = open_page("one.html", "tab=completions&prompt=%237")
+    expect(tab.locator("h2")).to_have_text("step 3, prompt #7")
+    card = tab.locator(".completion").nth(2)
+    assert card.locator(".conversation > .role").all_inner_texts() == ["conversation 1", "conversation 2"]
+    first, second = (card.locator(".conversation").nth(number).locator(".message pre") for number in (0, 1))
+    assert first.all_inner_texts() == [f"Anybody? {EVIL}", "Nobody in 3."]
+    assert second.all_inner_texts()[:2] == ["You have eyes.", "Play."] and second.last.inner_text() == "right"
+    expect(tab.locator(".completion").first.locator(".conversation")).to_have_count(0)
+    tab.get_by_role("button", name="clear").click()
+    tab.get_by_placeholder("words of the completion").fill("nobody in 7")
+    expect(tab.locator("#count")).to_have_text("1 of 120 completions")
+
+
 def test_an_episode_is_a_chat_in_which_what_is_not_trained_on_is_grey(open_page) -> None:
     tab = open_page("one.html", "tab=completions&prompt=%237")
     expect(tab.locator("h2")).to_have_text("step 3, prompt #7")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 from sapo_rl.engines.base import Completion, Sampling
@@ -56,7 +57,8 @@ class AgentEpisode(Episode):
         stop = talk.limit or (Stop.LENGTH if cut else Stop.ENVIRONMENT)
         course.rewards = [reward]
         text = "\n\n---\n\n".join(transcript(messages) for _, messages in conversations)
-        return self._made(rows, turns, *conversations[-1], text, stop, reward, seat.seconds)
+        made = self._made(rows, turns, *conversations[-1], text, stop, reward, seat.seconds)
+        return replace(made, conversations=conversations) if len(conversations) > 1 else made
 
     async def _run(self, seat: Seat, talk: Talk, key: str) -> float:
         row: dict[str, Any] = self._prompt.columns | {"prompt": self._prompt.content}

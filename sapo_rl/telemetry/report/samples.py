@@ -75,7 +75,7 @@ class Words:
     """The beginning of each prompt, by its number in the data."""
     chunk: str
     """All of them, packed: `prompts` (`text`, `messages`, `columns`) and `rows` (`prompt` among these, `group`,
-    `completion`, `messages`, `info`, `rewards`)."""
+    `completion`, `messages`, `info`, `conversations`, `rewards`)."""
 
 
 @cache
@@ -89,7 +89,9 @@ def read(file: File) -> Words:
     told = [{"text": text, "messages": _parsed(said), "columns": _parsed(row)} for _, text, said, row in prompts]
     rewards = {name.removeprefix("rewards/"): columns[name] for name in columns if name.startswith("rewards/")}
     groups = accumulate(int(one[0] != before[0]) for before, one in pairwise([asked[0], *asked])) if asked else ()
-    said = zip(*(columns.get(name, nothing) for name in ("completion", "messages", "info")), strict=True)
+    said = zip(
+        *(columns.get(name, nothing) for name in ("completion", "messages", "info", "conversations")), strict=True
+    )
     rows = [
         {
             "prompt": prompts[one],
@@ -97,9 +99,12 @@ def read(file: File) -> Words:
             "completion": completion,
             "messages": _parsed(messages),
             "info": _parsed(info),
+            "conversations": _parsed(conversations),
             "rewards": {name: rounded(values[place]) for name, values in rewards.items()},
         }
-        for place, (one, group, (completion, messages, info)) in enumerate(zip(asked, groups, said, strict=True))
+        for place, (one, group, (completion, messages, info, conversations)) in enumerate(
+            zip(asked, groups, said, strict=True)
+        )
     ]
     index = {name: [rounded(value) for value in columns[name]] for name in INDEXED if name in columns}
     shown = {number: one_line(text or "", SHOWN) for number, text, *_ in prompts}

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from sapo_rl.data.tables import write_table
 from sapo_rl.run_folder import COMPLETIONS
-from sapo_rl.types import Group, Messages
+from sapo_rl.types import Group, Messages, Sample
 
 COLUMNS = {
     "step": pa.int64(),
@@ -31,15 +31,16 @@ COLUMNS = {
     "prompt_messages": pa.string(),
     "messages": pa.string(),
     "info": pa.string(),
+    "conversations": pa.string(),
 }
 """Columns of `step_*.parquet`; each reward function adds `rewards/<name>`.
 
 `tokens` counts those trained on, `length` all that follow a prompt; `stop` is a value of `sapo_rl.types.Stop`. The last
-four are JSON: the data's other columns, such as the answer; the messages of the prompt, with what an environment's
-`reset` added, null where it is a text; the messages after it, calls of tools included, null for one turn; and what an
-environment tells of the episode.
+five are JSON: the data's other columns, such as the answer; the messages of the prompt, with what an environment's
+`reset` added, null where it is a text; the messages after it, calls of tools included, null for one turn; what an
+environment tells of the episode; and all conversations of an agent that had several, `prompt` and `messages` of each.
 """
-JSON_COLUMNS = ("columns", "prompt_messages", "messages", "info")
+JSON_COLUMNS = ("columns", "prompt_messages", "messages", "info", "conversations")
 EVAL_COLUMNS = {**COLUMNS, "set": pa.string(), "greedy": pa.bool_()}
 """Columns of `eval_*.parquet`: `set` names the held-out prompts, `reward` is what `eval/reward` is the mean of."""
 
@@ -77,6 +78,7 @@ def rows(step: int, group: Group) -> list[Row]:
             "prompt_messages": chat if sample.opening is None else _json(sample.opening),
             "messages": None if sample.messages is None else _json(sample.messages),
             "info": _json(sample.info) if sample.info else None,
+            "conversations": _conversations(sample),
             **{f"rewards/{name}": value for name, value in sample.rewards.items()},
         }
         for sample in group.samples
@@ -122,6 +124,11 @@ def write_rows(path: Path, found: list[Row], columns: dict[str, pa.DataType]) ->
     path.parent.mkdir(exist_ok=True)
     write_table(path, pa.Table.from_pylist(found, schema))
     return path
+
+
+def _conversations(sample: Sample) -> str | None:
+    told = [{"prompt": prompt, "messages": messages} for prompt, messages in sample.conversations]
+    return _json(told) if told else None
 
 
 def _json(value: Any) -> str:

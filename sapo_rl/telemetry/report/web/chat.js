@@ -29,6 +29,11 @@ function chat(messages) {
   return el("div", { class: "chat" }, messages.map(message));
 }
 
+/** One of the conversations of an agent that had several. */
+function conversation({ prompt, messages }, number) {
+  return el("section", { class: "conversation" }, el("span", { class: "role" }, `conversation ${number + 1}`), chat([...prompt, ...messages]));
+}
+
 /** The prompt of a group, with the answer and the other columns of its row. */
 function promptView(prompt) {
   const columns = Object.entries(prompt.columns ?? {}).sort(([a], [b]) => (b === "answer") - (a === "answer"));
@@ -56,7 +61,7 @@ function completionCard(title, facts, row, more) {
       facts.turns > 1 && el("span", null, `${facts.turns} turns`),
       el("span", { class: `stop ${facts.stop}` }, facts.stop)),
     rewards.length > 0 && el("div", { class: "parts" }, rewards.map(([name, value]) => el("span", null, `${name} ${short(value)}`))),
-    more?.tokens ?? (row.messages ? chat(row.messages) : el("pre", { class: "own" }, row.completion ?? "")),
+    more?.tokens ?? row.conversations?.map(conversation) ?? (row.messages ? chat(row.messages) : el("pre", { class: "own" }, row.completion ?? "")),
     more?.note && el("small", null, more.note),
     told && el("details", null, el("summary", null, "what the environment told"), el("pre", null, JSON.stringify(row.info, null, 1))));
 }

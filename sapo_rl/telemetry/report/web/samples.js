@@ -136,7 +136,8 @@ async function searched(run, index, rows, asked, tell, ended) {
     if (ended()) return null;
     for (const row of some) {
       const one = chunk.rows[row - index.starts[file]];
-      const text = one.messages ? one.messages.map((said) => words(said.content)).join("\n") : one.completion ?? "";
+      const spoken = one.conversations?.flatMap(({ messages }) => messages) ?? one.messages;
+      const text = spoken ? spoken.map((said) => words(said.content)).join("\n") : one.completion ?? "";
       if (text.toLowerCase().includes(asked)) found.push(row);
     }
     done += some.length;
