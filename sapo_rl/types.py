@@ -63,8 +63,8 @@ class Turn(NamedTuple):
     Example:
         >>> tokens = [5, 6, 0, 9, 9, 7, 0]  # an environment wrote the two 9
         >>> turn = Turn(start=5, end=7)
-        >>> tokens[turn.start : turn.end]
-        [7, 0]
+        >>> tokens[turn.start : turn.end] == [7, 0]
+        True
     """
 
     start: int
@@ -187,7 +187,8 @@ class TokenValues(NamedTuple):
         >>> import numpy as np
         >>> row = Row([1], [5, 6], loss_mask=[(1, 2)])
         >>> ratio = np.array([1.25], np.float32)
-        >>> len(TokenValues(Place(0, 0, 0), [row], advantage=1.0, weight=0.5, columns={"ratio": ratio}).columns["ratio"])
+        >>> values = TokenValues(Place(0, 0, 0), [row], advantage=1.0, weight=0.5, columns={"ratio": ratio})
+        >>> len(values.columns["ratio"])
         1
     """
 
