@@ -145,7 +145,16 @@ def test_a_recipes_table_has_a_row_for_each_evaluation_and_the_curve_every_step(
     assert told["rows"] == [["0", "0", "0.000", "2.00", ""], ["2", "21", "0.667", "2.00", ""]]
     several = [one | {"eval/rewards/f1": 0.5, "eval/rewards/exact": 0.25} for one in evaluations]
     assert recipe.table(several, [], "")["rows"][1] == ["2", "21", "0.250", "0.500"]
+    assert recipe.table(several, [], "", ["eval/reward"])["rows"][1] == ["2", "21", "0.667"]
     assert recipe.curve(records, ["tools/call_frequency"]) == steps
+
+
+def test_what_sapo_eval_has_found_is_a_row_for_each_model_and_set() -> None:
+    estimates = {"reward": {"value": 0.25, "low": 0.125, "high": 0.5, "prompts": 8}}
+    found = {"estimates": estimates, "metrics": {"eval/sums/mean_length": 12.4, "eval/sums/clipped_ratio": 0.125}}
+    told = recipe.measured({"models": [{"model": "tiny", "sets": {"sums": found}}]}, "A note.")
+    assert told["rows"] == [["tiny", "sums", "8", "reward", "0.250 [0.125, 0.500]", "12", "0.125"]]
+    assert len(told["columns"]) == len(told["rows"][0])
 
 
 def test_report_fills_a_page_and_says_what_is_missing(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,11 @@ def curve(records: list[Record], columns: list[str]) -> list[Record]:
     return [{name: one[name] for name in names if name in one} for one in records if "reward/mean" in one]
 
 
-def table(records: list[Record], scores: list[str], columns: list[str], note: str) -> dict[str, Any]:
-    """Return the evaluations as a table of texts."""
+def table(records: list[Record], columns: list[str], note: str, chosen: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the evaluations as a table of texts, with the chosen numbers of them or the usual ones."""
     evaluations = [one for one in records if "eval/reward" in one]
     parts = sorted({name for one in evaluations for name in one if name.startswith("eval/rewards/")})
-    scores = scores or (parts if len(parts) > 1 else ["eval/reward"])
+    scores = chosen or (parts if len(parts) > 1 else ["eval/reward"])
     steps = {one["step"]: one for one in records if "reward/mean" in one}
     rows = []
     for one in evaluations:
@@ -86,7 +87,7 @@ def main() -> None:
         found = {**facts, **models, "table": measured(models, args.note)}
     else:
         records = read_metrics(args.run / "metrics.jsonl")
-        shown = table(records, args.scores, args.columns, args.note)
+        shown = table(records, args.columns, args.note, args.scores)
         found = {**facts, "curve": curve(records, args.columns), "table": shown}
     report.write(args.out, found)
     print(report.markdown(found["table"]))
