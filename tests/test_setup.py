@@ -1,7 +1,8 @@
-"""scripts/setup.sh where pip sees no CPU build of torch: what it then installs."""
+"""scripts/setup.sh where pip sees no CPU build of torch, and scripts/quickstart.sh where the CPU has no bfloat16."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -65,3 +66,28 @@ def test_with_pypi_alone_torch_comes_from_there_and_vllm_without_the_torch_that_
 def test_other_failures_end_it_with_their_reason(reason: str, told: str, tmp_path: Path) -> None:
     done, calls = setup(tmp_path, reason)
     assert done.returncode == 1 and f"error: {told}" in done.stderr and len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "given", "passed"),
+    [
+        (1, "trainer.steps=2", "config=quickstart model.dtype=float32 trainer.steps=2"),
+        (1, "model.dtype=bfloat16", "config=quickstart model.dtype=bfloat16"),
+        (0, "trainer.steps=2", "config=quickstart trainer.steps=2"),
+    ],
+)
+def test_the_quickstart_takes_float32_where_the_cpu_has_no_bfloat16(
+    status: int, given: str, passed: str, tmp_path: Path
+) -> None:
+    setup(tmp_path, MISSING)
+    shutil.copy(ROOT / "scripts/quickstart.sh", tmp_path / "scripts/quickstart.sh")
+    python, program, gpu = (tmp_path / ".venv/bin" / name for name in ("python", "sapo-train", "nvidia-smi"))
+    python.write_text(python.read_text().replace("exec", f'case "$*" in *has_bfloat16*) exit {status} ;; esac\nexec'))
+    program.write_text('#!/usr/bin/env bash\necho "trained: $*"\n')
+    gpu.write_text("#!/usr/bin/env bash\nexit 1\n")
+    for file in (program, gpu):
+        file.chmod(0o755)
+    command = ["bash", "scripts/quickstart.sh", given]
+    env = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert f"trained: {passed}\n" in done.stdout, done.stdout + done.stderr
