@@ -130,6 +130,7 @@ def test_a_class_of_trls_shape_a_game_an_agent_and_a_tool_train_beside_each_othe
         "tools=[my_games.double]",
         "rollout.mode=overlap",
         "reproducible=false",
+        "~reward.functions.odd",
     )
     for record in steps_of(done):
         shares = {name: record.get(f"environment/{name}/fraction", 0.0) for name in ("shelf", "guess", "agent")}
