@@ -156,6 +156,14 @@ def test_a_service_that_has_a_bad_moment_is_asked_again() -> None:
     assert found.stdout == "1\n" and len(server.asked) == 4
 
 
+def test_of_a_program_that_prints_without_end_no_more_is_read_than_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sapo_rl.processes.posting._LONGEST", 1 << 20)
+    ran = {"status": "Finished", "return_code": 0, "stdout": "x" * (1 << 22), "stderr": ""}
+    with serving(lambda *_: {"status": "Success", "run_result": ran}) as server:
+        found = result(server, "print('x' * (1 << 22))")
+    assert (found.exit_code, found.stopped, found.stdout, len(server.asked)) == (137, "output", "", 1)
+
+
 def test_a_service_that_is_too_slow_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
     monkeypatch.setattr("sapo_rl.processes.sandbox.service._WAIT_SECONDS", 0.1)
@@ -226,6 +234,8 @@ def test_the_key_comes_from_the_environment_alone(service: Any, monkeypatch: pyt
     [
         ({}, "code: sandbox.url is '', must begin with http"),
         ({"url": "localhost:8080"}, "code: sandbox.url is 'localhost:8080', must begin with http"),
+        ({"url": "http://[::1"}, r"code: sandbox.url is 'http://\[::1', which has no usable host and port"),
+        ({"url": "http://me:secret@a"}, "code: sandbox.url holds a user or password"),
         ({"url": "http://a", "keys": "A"}, "code: sandbox.keys: unknown; valid: url, key, retries"),
         ({"url": "http://a", "key": "sk-1"}, "code: sandbox.key must be the name of an environment variable"),
         ({"url": "http://a", "retries": -1}, "code: sandbox.retries is -1, must be a whole number of at least 0"),
@@ -233,8 +243,9 @@ def test_the_key_comes_from_the_environment_alone(service: Any, monkeypatch: pyt
     ],
 )
 def test_settings_of_a_service_are_checked_before_anything_runs(sandbox: Any, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=said) as found:
         check_function("passed", RewardFunctionConfig("code", args={"sandbox": sandbox}))
+    assert "secret" not in str(found.value)
     if isinstance(sandbox, dict) and "url" in sandbox:
         with pytest.raises(SandboxMissing):
             check(sandbox)

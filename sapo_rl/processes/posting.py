@@ -17,14 +17,34 @@ T = TypeVar("T")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0  # seconds before a request is sent again
 _BUSY = (408, 409, 429)  # these and all from 500 on: ask again later
 _SHOWN = 300  # characters of what a server answers
+_LONGEST = 1 << 26  # bytes of an answer
 
 
 class ServerError(OSError):
     """A server gave no answer; the message says what it did."""
 
 
+class AnswerTooLong(ServerError):
+    """A server's answer went on and on; no more of it was read."""
+
+
 class TryAgain(Exception):
     """An answer by which a server says that it has failed; the message says how."""
+
+
+def check_url(url: Any) -> None:
+    """Raise ValueError where nothing can be posted to an address, or where it holds a password."""
+    if not str(url).startswith(("http://", "https://")):
+        raise ValueError(f"url is '{url}', must begin with http:// or https://")
+    if "@" in url.split("/")[2]:
+        raise ValueError("url holds a user or password, which would stand in configs and logs; name a key's variable")
+    try:
+        parts = urlsplit(url)
+        usable = parts.hostname and parts.hostname.encode("idna") and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError(f"url is '{url}', which has no usable host and port")
 
 
 def client(url: str, key: str | None, seconds: float) -> aiohttp.ClientSession:
@@ -40,9 +60,11 @@ def client(url: str, key: str | None, seconds: float) -> aiohttp.ClientSession:
     parts = urlsplit(url)
     # Not `trust_env`, which also looks for a key of its own in ~/.netrc, for every request.
     proxy = None if urllib.request.proxy_bypass(parts.netloc) else urllib.request.getproxies().get(parts.scheme)
+    if proxy and "://" not in proxy:
+        proxy = f"http://{proxy}"
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0),
-        headers={"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})},
+        headers={"Content-Type": "application/json", **({"Authorization": f"Bearer {key.strip()}"} if key else {})},
         timeout=aiohttp.ClientTimeout(seconds),
         proxy=proxy,
     )
@@ -59,7 +81,8 @@ async def post(
     """Return what `read` makes of a server's answer.
 
     A request that is not answered, or by 408, 409, 429 or 5xx, is sent again after a pause that doubles from half a
-    second to a minute, or after that which the server asks for.
+    second to a minute, or after that which the server asks for. Nothing is sent to where a server leads on: the address
+    is the user's choice, and a POST would become a GET.
 
     Args:
         session: of `client`.
@@ -71,6 +94,7 @@ async def post(
 
     Raises:
         ServerError: there is no answer, or one that says so.
+        AnswerTooLong: it has more than 64 MiB.
     """
     import aiohttp
 
@@ -80,11 +104,11 @@ async def post(
             await turn()
         pause = random.uniform(0.5, 1) * min(_FIRST_PAUSE * 2**retry, _LONGEST_PAUSE)
         try:
-            async with session.post(url, data=body) as response:
-                said = (await response.read()).decode(errors="replace")
-            if response.ok:
+            async with session.post(url, data=body, allow_redirects=False) as response:
+                said = await _text(response)
+            if response.status < 300:
                 return read(said)
-            problem = f"the server answered {response.status}: {excerpt(said)}"
+            problem = f"the server answered {response.status}: {excerpt(response.headers.get('Location') or said)}"
             if response.status not in _BUSY and response.status < 500:
                 break
             pause = _asked_for(response.headers.get("Retry-After"), pause)
@@ -103,6 +127,15 @@ async def post(
 def excerpt(said: str) -> str:
     """Return as much of an answer as is shown."""
     return said.strip()[:_SHOWN]
+
+
+async def _text(response: aiohttp.ClientResponse) -> str:
+    said = bytearray()
+    async for chunk in response.content.iter_any():
+        said += chunk
+        if len(said) > _LONGEST:
+            raise AnswerTooLong(f"the server's answer has more than {_LONGEST:,} bytes ({response.url})")
+    return said.decode(errors="replace")
 
 
 def _asked_for(seconds: str | None, otherwise: float) -> float:

@@ -120,6 +120,8 @@ class ChatServer:
             self._tokens.note((answer.get("usage") or {}).get("total_tokens") or 0)
             choices = answer.get("choices") or []
             content = choices[0]["message"]["content"] or "" if choices else None
+            if not isinstance(content, str | None):
+                raise TypeError("content is no text")
         except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
             raise ServerError(f"the server's answer is none of OpenAI's: {excerpt(said)}") from error
         if content is None:
@@ -200,9 +202,8 @@ async def _lasting(asking: Asking) -> AsyncGenerator[ChatServer]:
     secret = os.environ[asking.key] if asking.key else None
     try:
         async with client(asking.url, secret, asking.limits.answer_timeout) as session:
-            server = ChatServer(asking, session)
-            yield server
-            server.close()
+            with contextlib.closing(ChatServer(asking, session)) as server:
+                yield server
     finally:
         _SERVERS.pop((asyncio.get_running_loop(), asking), None)
 

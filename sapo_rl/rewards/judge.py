@@ -37,6 +37,7 @@ from typing import Any
 from sapo_rl.config import RewardFunctionConfig
 from sapo_rl.config.reward import key_of
 from sapo_rl.errors import UserError
+from sapo_rl.processes.posting import check_url
 from sapo_rl.rewards.answers import Reading
 from sapo_rl.rewards.chat_server import Asking, Cache, ChatServer, Limits, chat_server, check_key
 from sapo_rl.rewards.registry import CHECKS, COLUMNS, PREPARATIONS, REWARD_FUNCTIONS, Completion, Score
@@ -224,8 +225,11 @@ def _check(reading: Reading, asking: Asking, template: str, votes: int, pairs: i
     absent = [name for name in needed if name not in _FIELD.findall(template)]
     ways = [reading.choices is not None, reading.field is not None, reading.together]
     rates = (limits.requests_per_minute, limits.tokens_per_minute, limits.answer_timeout)
+    try:
+        check_url(asking.url)
+    except ValueError as error:
+        raise UserError(f"judge: {error}") from error
     rules = (
-        (asking.url.startswith(("http://", "https://")), f"url is '{asking.url}', must begin with http:// or https://"),
         (reading.low < reading.high, f"low is {reading.low:g}, must be below high, {reading.high:g}"),
         (reading.choices != {}, "choices is empty; it has words and what they pay"),
         (

@@ -20,6 +20,7 @@ from rewards.groups import group, rewards
 
 from sapo_rl.config import RewardConfig, RewardFunctionConfig
 from sapo_rl.errors import UserError
+from sapo_rl.processes.posting import ServerError
 from sapo_rl.rewards import RewardPool, check_function, judge
 from sapo_rl.rewards.tournament import games
 
@@ -34,6 +35,7 @@ class Server:
         self.asked: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
         self.under_way = self.most = 0
+        self.location: str | None = None
         lock, outer = threading.Lock(), self
 
         class Handler(BaseHTTPRequestHandler):
@@ -55,6 +57,8 @@ class Server:
                 self.send_response(said if isinstance(said, int) else 200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Retry-After", "0.05")
+                if outer.location is not None:
+                    self.send_header("Location", outer.location)
                 self.end_headers()
                 self.wfile.write(json.dumps(reply | {"choices": choices if said else []}).encode())
 
@@ -236,6 +240,33 @@ def test_a_busy_server_is_asked_again_and_a_broken_one_given_up() -> None:
         judged(server, ["A."], retries=0)  # it is gone
 
 
+@pytest.mark.parametrize("status", [302, 307])
+def test_where_a_server_leads_elsewhere_nothing_is_sent_there(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "secret\n")  # as a file with a key ends
+    with serving(lambda body, number: "8") as other, serving(lambda body, number: status) as server:
+        server.location = f"{other.url}/chat/completions"
+        with pytest.raises(ServerError, match=f"answered {status}: {other.url}/chat/completions"):
+            judged(server, ["A."], key="JUDGE_KEY")
+    assert other.asked == [] and len(server.asked) == 1 and server.keys == {"Bearer secret"}
+
+
+def test_an_answer_that_is_no_text_is_the_servers_fault() -> None:
+    said: Any = [{"type": "text", "text": "8"}]
+    with (
+        serving(lambda body, number: said) as server,
+        pytest.raises(ServerError, match="the server's answer is none of OpenAI's"),
+    ):
+        judged(server, ["A."])
+
+
+def test_a_proxy_may_be_named_without_http(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(lambda body, number: "8") as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url.removeprefix("http://").removesuffix("/v1"))
+        monkeypatch.setenv("no_proxy", "")
+        found = asyncio.run(judge(["A."], ["Q?"], url="http://judge.invalid/v1", model="m", retries=0))
+    assert found == [0.8]
+
+
 def test_no_more_are_under_way_than_may_be() -> None:
     def slow(body: dict[str, Any], number: int) -> str:
         time.sleep(0.05)
@@ -304,6 +335,10 @@ def test_the_key_comes_from_the_environment_alone(monkeypatch: pytest.MonkeyPatc
     ("args", "said"),
     [
         ({"url": "localhost:8000"}, "url is 'localhost:8000', must begin with http"),
+        ({"url": "http:///v1"}, "url is 'http:///v1', which has no usable host and port"),
+        ({"url": "http://a:99999/v1"}, "url is 'http://a:99999/v1', which has no usable host and port"),
+        ({"url": "http://a..b/v1"}, "url is 'http://a..b/v1', which has no usable host and port"),
+        ({"url": "http://me:sk-123@a/v1"}, "url holds a user or password"),
         ({"low": 3, "high": 3}, "low is 3, must be below high, 3"),
         ({"choices": {}}, "choices is empty"),
         ({"choices": {"a": 1}, "field": "b"}, "only one of choices, field and together"),

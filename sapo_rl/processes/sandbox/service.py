@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sapo_rl.processes.posting import ServerError, TryAgain, client, excerpt, post
+from sapo_rl.processes.posting import AnswerTooLong, ServerError, TryAgain, check_url, client, excerpt, post
 from sapo_rl.processes.sandbox import inside
 from sapo_rl.processes.sandbox.job import Job, Limits, Result, SandboxMissing, by_key, task_of
 
@@ -56,8 +56,10 @@ class Service:
             if name not in names:
                 raise SandboxMissing(f"sandbox.{name}: unknown; valid: {', '.join(names)}")
         made = cls(**{"url": "", **settings})
-        if not str(made.url).startswith(("http://", "https://")):
-            raise SandboxMissing(f"sandbox.url is '{made.url}', must begin with http:// or https://")
+        try:
+            check_url(made.url)
+        except ValueError as error:
+            raise SandboxMissing(f"sandbox.{error}") from error
         if made.key is not None and not _VARIABLE.fullmatch(str(made.key)):
             raise SandboxMissing("sandbox.key must be the name of an environment variable")
         if type(made.retries) is not int or made.retries < 0:
@@ -85,7 +87,10 @@ class Service:
         secret = None if self.key is None else os.environ[self.key]
         url, read = f"{self.url.rstrip('/').removesuffix('/run_code')}/run_code", _Reading(limits, key)
         async with client(url, secret, limits.seconds + _WAIT_SECONDS) as session:
-            return await post(session, url, json.dumps(body).encode(), read.result, self.retries)
+            try:
+                return await post(session, url, json.dumps(body).encode(), read.result, self.retries)
+            except AnswerTooLong:  # nothing but what the program printed is that long
+                return Result(_KILLED, "", "", "output")
 
 
 @cache
