@@ -86,6 +86,8 @@ def save(
         for old in checkpoints_in(folder)[:-keep_last]:
             if step_of(old) != best:
                 shutil.rmtree(old)
+        if not (link := folder / BEST).exists():  # what it led to is none by the metric that counts now
+            link.unlink(missing_ok=True)
         return {}
 
     _together(accelerator, partial, begin if accelerator.is_main_process else dict)

@@ -35,7 +35,7 @@ def opened(folder: Path, trainer: PolicyTrainer, state: Any = None, **settings: 
 
 def go_on(checkpoints: Checkpointer, values: dict[int, float], until: int) -> None:
     """Make the steps up to one, as the loop does: an evaluation after those that have a value."""
-    for step in range(min(values), until + 1):
+    for step in range(min(values, default=until), until + 1):
         best = step in values and checkpoints.is_best(step, {METRIC: values[step], "eval/reward": -step})
         if best or step % 2 == 0:
             checkpoints.save(step, {"config": "model: {path: x}"}, {})
@@ -78,6 +78,8 @@ def test_a_resumed_run_knows_the_best_so_far_by_the_same_metric_alone(tmp_path: 
     assert kept(tmp_path) == ["best", "step_000001", "step_000006"]
     go_on(again, {7: 0.6}, until=8)
     assert kept(tmp_path) == ["best", "step_000007", "step_000008"]
+    go_on(opened(tmp_path, trainer, state, keep_best=None), {}, until=10)
+    assert kept(tmp_path) == ["step_000010"]  # with what was the best by then, the link to it has gone
     state["best"]["step"] = 5  # a fork has not taken it along
     assert opened(tmp_path, trainer, state).is_best(9, {METRIC: 0.1})
 

@@ -66,6 +66,24 @@ def test_a_character_of_several_tokens_is_the_last_ones_and_half_a_character_is_
     assert "".join(pieces(ids[1:4] * 2 + ids)) == tokenizer.decode(ids[1:4] * 2 + ids)
 
 
+@pytest.mark.parametrize("make", [byte_level, sentence_piece])
+def test_of_a_long_stream_of_half_characters_only_short_texts_are_decoded(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = make()
+    lengths: list[int] = []
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **kwargs: lengths.append(len(ids)) or decode(ids, **kwargs))
+    ids = tokenizer.encode("x🦥y", add_special_tokens=False)
+    sloth = ids[-5:-1]  # a token each byte
+    for half in (sloth[:1], sloth[:2], sloth[:3], sloth[1:2], sloth[2:]):
+        broken = half * 600
+        found = Pieces(tokenizer)([*broken, *ids])
+        assert len(found) == 600 * len(half) + len(ids)
+        assert "".join(found) == decode([*broken, *ids])
+    assert max(lengths) < 20
+
+
 def test_special_tokens_have_their_names() -> None:
     tokenizer = make_tokenizer()
     (end,) = tokenizer.encode("<|im_end|>", add_special_tokens=False)

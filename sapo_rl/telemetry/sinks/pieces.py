@@ -8,6 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer writes for bytes that are no whole character."""
+PENDING = 3
+"""Bytes of a character, of four at most, that may stand at the end of a text and wait for its last one."""
 
 
 class Pieces:
@@ -47,11 +49,18 @@ class Pieces:
         start = 0
         for end in range(1, len(ids) + 1):
             text = self._decode(ids[start:end])
-            if text.endswith(BROKEN) and end < len(ids):
-                found.append("")  # more bytes of its last character may follow
-            else:
+            if not text.endswith(BROKEN) or end == len(ids):
                 found.append(text)
                 start = end
+                continue
+            found.append("")  # more bytes of its last character may follow
+            done = end - PENDING
+            if (
+                done - start > PENDING
+                and (before := self._decode(ids[start:done])) + self._decode(ids[done:end]) == text
+            ):
+                found[done - 1] = before  # so that each text is short, however long a stream of half characters is
+                start = done
         return found
 
     def _decode(self, ids: Sequence[int]) -> str:
