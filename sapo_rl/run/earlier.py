@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -95,7 +96,8 @@ def _goes_on(folder: Path, wanted: list[str] | None) -> bool:
 
 def _is_unfinished(folder: Path) -> bool:
     saved = run_folder.checkpoints_in(folder / run_folder.CHECKPOINTS)
-    config = yaml.safe_load((folder / run_folder.CONFIG).read_text(encoding="utf-8"))
+    if not (config := _config_of(folder)):
+        return False
     exported = not config["checkpoint"]["save_final"] or (folder / run_folder.FINAL).exists()
     return bool(saved) and (run_folder.step_of(saved[-1]) < config["trainer"]["steps"] or not exported)
 
@@ -104,9 +106,20 @@ def ended_early(folder: Path) -> bool:
     """Return whether a folder holds a run that has ended before its first checkpoint: nothing is left to go on with."""
     if not is_file(folder / run_folder.CONFIG) or (folder / run_folder.MODELS).exists():
         return False
-    saves = yaml.safe_load((folder / run_folder.CONFIG).read_text(encoding="utf-8"))["checkpoint"]
+    if not (config := _config_of(folder)):
+        return False
+    saves = config["checkpoint"]
     left = (folder / run_folder.FINAL).exists() or run_folder.checkpoints_in(folder / run_folder.CHECKPOINTS)
     return bool(saves["every"] or saves["save_final"]) and not left and not run_folder.is_going_on(folder)
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """The config of a run; empty where the file is damaged, or that of another program."""
+    try:
+        found = yaml.safe_load((folder / run_folder.CONFIG).read_text(encoding="utf-8"))
+        return found if found["checkpoint"].keys() and found["trainer"].keys() else {}
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
 
 
 def _last(argv: Iterable[str], key: str) -> str | None:

@@ -141,7 +141,7 @@ def _new_folder(config: Config, start: Start) -> Path:
         return run_folder.unused(parent / start.recipe / time.strftime("%Y-%m-%d_%H-%M-%S"))
     folder = expand(config.run_dir) / (str(start.job.number) if start.job else "")
     folder.mkdir(parents=True, exist_ok=True)
-    if f"resume={AUTO}" in start.typed and ended_early(folder):
+    if f"resume={AUTO}" in start.typed and folder.name not in ("", "..") and ended_early(folder):
         aside = run_folder.unused(folder.with_name(f"{folder.name}-ended"))
         folder.replace(aside)
         folder.mkdir()

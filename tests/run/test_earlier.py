@@ -136,6 +136,16 @@ def test_auto_begins_anew_in_the_place_of_a_run_that_ended_before_its_first_chec
         assert kept in sapo_train(here, *again, code=2)
 
 
+def test_auto_leaves_alone_what_is_no_run_and_the_folder_that_it_is_started_in(here: Path) -> None:
+    again = ("config=mine.yaml", "resume=auto")
+    sapo_train(here, *again, "run_dir=out/first", steps=0)
+    shutil.copy(here / "out/first/config.yaml", here)
+    assert "'.' is not empty; name a new folder" in sapo_train(here, *again, "run_dir=.", code=2)
+    for text in ("a: 1", "a: [", "- 1", "checkpoint: 2", ""):
+        (here / "out/first/config.yaml").write_text(text)
+        assert "'out/first' is not empty" in sapo_train(here, *again, "run_dir=out/first", code=2)
+
+
 def test_auto_says_in_a_dry_run_what_it_would_do(here: Path) -> None:
     dry = ("config=mine.yaml", "resume=auto", "dry_run=true")
     assert NOTHING in sapo_train(here, *dry)
