@@ -47,6 +47,8 @@ class Checkpointer:
         if best and best["metric"] == config.keep_best:
             kept = (folder / run_folder.CHECKPOINTS / checkpoint.PATTERN.format(best["step"])).is_dir()
             self._best = best if kept else None  # a fork has one checkpoint alone
+        self._measured = self._best is not None
+        """Whether an evaluation has had the number that `checkpoint.keep_best` names."""
 
     def is_best(self, step: int, numbers: Mapping[str, float]) -> bool:
         """Return whether an evaluation after a step is the best so far, so that its checkpoint is to be saved and kept.
@@ -59,7 +61,8 @@ class Checkpointer:
         metric = self._config.keep_best
         if metric is None:
             return False
-        if metric not in numbers and self._best is None:
+        self._measured |= metric in numbers
+        if not self._measured:
             raise SharedError(f"checkpoint.keep_best: no evaluation has '{metric}'; {did_you_mean(metric, numbers)}")
         value = float(numbers.get(metric, math.nan))
         if not step or not math.isfinite(value) or (self._best is not None and value <= self._best["value"]):

@@ -120,6 +120,8 @@ def test_a_number_that_no_evaluation_has_is_refused_and_one_that_is_missing_now_
     checkpoints = opened(tmp_path, trainer)
     with pytest.raises(SharedError, match=r"keep_best: no evaluation has 'eval/hard/pass@4'.*eval/hard/pass@8"):
         checkpoints.is_best(0, {"eval/hard/pass@8": 0.5})
+    assert not checkpoints.is_best(0, {METRIC: 0.5})
+    assert not checkpoints.is_best(1, {"eval/hard/pass@8": 0.5})
     assert checkpoints.is_best(1, {METRIC: 0.0})
     assert not checkpoints.is_best(2, {"eval/hard/pass@8": 0.5})
     assert not opened(tmp_path, trainer, keep_best=None).is_best(1, {})
