@@ -200,6 +200,22 @@ def test_nothing_is_left_of_a_run_that_is_cancelled() -> None:
     assert psutil.Process().children(recursive=True) == []
 
 
+def test_a_run_that_is_cancelled_twice_while_it_starts_ends() -> None:
+    async def cancel(turns: int) -> None:
+        task = asyncio.create_task(run(Job("import time\ntime.sleep(1000)"), Limits(seconds=1000)))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        for _ in range(2):
+            task.cancel()
+            await asyncio.sleep(0)
+        assert await asyncio.wait([task], timeout=60) == ({task}, set())
+        assert task.cancelled()
+
+    for turns in range(12):
+        asyncio.run(cancel(turns))
+    assert psutil.Process().children(recursive=True) == []
+
+
 def test_nothing_is_left_where_this_process_is_killed(tmp_path: Path) -> None:
     program = "import time\\ntime.sleep(1000)"
     caller = subprocess.Popen(

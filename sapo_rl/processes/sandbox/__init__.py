@@ -108,14 +108,18 @@ def room(sandbox: Sandbox, at_once: int | None = None) -> AbstractAsyncContextMa
 
 async def _started(starting: Coroutine[Any, Any, asyncio.subprocess.Process]) -> asyncio.subprocess.Process:
     """Start a process whole, and end it where this is cancelled meanwhile: asyncio ends its first process alone."""
-    task = asyncio.ensure_future(starting)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        process = await task
-        _kill(process.pid)
-        await process.wait()
-        raise
+    task, cancelled = asyncio.ensure_future(starting), None
+    while not task.done():  # it may be cancelled again, as at the end of an event loop
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is None:
+        return task.result()
+    if task.exception() is None:
+        _kill(task.result().pid)
+        await task.result().wait()
+    raise cancelled
 
 
 def _kill(pid: int) -> None:
