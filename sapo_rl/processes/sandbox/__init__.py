@@ -117,8 +117,11 @@ async def _started(starting: Coroutine[Any, Any, asyncio.subprocess.Process]) ->
     if cancelled is None:
         return task.result()
     if task.exception() is None:
-        _kill(task.result().pid)
-        await task.result().wait()
+        process = task.result()
+        _kill(process.pid)
+        if process.stdin is not None:  # or the pipe would last until the garbage is collected
+            process.stdin.close()
+        await process.wait()
     raise cancelled
 
 
