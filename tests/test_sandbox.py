@@ -200,7 +200,6 @@ def test_nothing_is_left_of_a_run_that_is_cancelled() -> None:
     assert psutil.Process().children(recursive=True) == []
 
 
-@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_a_run_that_is_cancelled_twice_while_it_starts_ends() -> None:
     async def cancel(turns: int) -> None:
         task = asyncio.create_task(run(Job("import time\ntime.sleep(1000)"), Limits(seconds=1000)))
