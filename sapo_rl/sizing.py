@@ -60,5 +60,5 @@ def buffer_bytes(config: Config, count: int) -> int:
 
 def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether the CPU computes in bfloat16; also where the system does not tell."""
-    words = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
+    words = set(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.is_file() else set()
     return not words or bool(words & {"avx512_bf16", "amx_bf16", "bf16"})

@@ -121,8 +121,8 @@ class PolicyTrainer:
         """
         settings = self.config.trainer
         num_parts = settings.mini_batches or settings.updates_per_rollout
-        size = len(groups) // num_parts
-        shares = [self._share(groups[first : first + size], first) for first in range(0, num_parts * size, size)]
+        size = len(groups) // num_parts  # 0 on a rank whose engine another one leads
+        shares = [self._share(groups[part * size : (part + 1) * size], part * size) for part in range(num_parts)]
         parts = [self._micro_batches(items) for items, _ in shares]
         with timer("old_logps"), self.parallel.passes():
             self._remember_logps(parts)

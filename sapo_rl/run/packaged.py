@@ -91,7 +91,7 @@ def require(path: str) -> None:
     folder = Path(path)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        with (folder.parent / f".{folder.name}.lock").open("wb") as lock:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if (model := missing(path)) is not None:  # nobody has made it meanwhile

@@ -51,7 +51,7 @@ _SUBREAPER = 36  # of prctl: orphans of this process become its children
 def left() -> dict[str, float]:
     """Return what this process holds of LEFT; files are those in its folder for temporary ones."""
     own = psutil.Process()
-    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
     files = len(os.listdir(tempfile.gettempdir()))
     alive = [one for one in own.children(recursive=True) if _lives(one)]
     held = (len(alive), own.num_fds(), len(mounts), files, own.memory_info().rss / 2**20)
