@@ -8,7 +8,7 @@ set -euo pipefail
 # shellcheck source=scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" quickstart
 has_bfloat16='import sys; from sapo_rl.sizing import has_bfloat16; sys.exit(not has_bfloat16())'
-if ! nvidia-smi -L >/dev/null 2>&1 && [[ "$*" != *model.dtype=* ]] && ! .venv/bin/python -c "$has_bfloat16"; then
+if grep -qw cpu "$stamp" && [[ "$*" != *model.dtype=* ]] && ! .venv/bin/python -c "$has_bfloat16"; then
     say "this processor has no instructions for bfloat16: it computes in float32, which is faster here"
     set -- model.dtype=float32 "$@"
 fi

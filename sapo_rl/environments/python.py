@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sapo_rl.environments.registry import ENVIRONMENTS
-from sapo_rl.processes.sandbox import Job, Limits, Sandbox, Service, check, reach, room, run
+from sapo_rl.processes.sandbox import Job, Limits, Sandbox, check, reach, room, run
 
 
 @ENVIRONMENTS.register_module("python")
@@ -41,8 +41,7 @@ class Python:
             raise ValueError(f"most is {most} and at_once is {at_once}, must be at least 1")
         self._limits, self._most = Limits.of(cpu_seconds, memory_mb), most
         self._sandbox: Sandbox = check(sandbox)
-        if isinstance(self._sandbox, Service):
-            reach(self._sandbox)
+        reach(self._sandbox)
         self._at_once = at_once
 
     def reset(self) -> None:

@@ -80,6 +80,11 @@ def prefix_of(name: str) -> str:
     return "eval/" if name == DEFAULT_SET else f"eval/{name}/"
 
 
+def judges_of(config: Config, members: Jury) -> list[str]:
+    """Return the names under which a set is scored: its functions, and the environment where that gives rewards."""
+    return [*members.functions.values(), *([ENVIRONMENT] if ENVIRONMENT in config.rewards else [])]
+
+
 def goals(config: Config) -> list[str]:
     """Return the metrics of evaluations of which more is better; what functions return beside is not known before."""
     found: list[str] = []
@@ -89,8 +94,8 @@ def goals(config: Config) -> list[str]:
         own += [f"avg@{k}", *(f"pass@{n}" for n in ks_of(k))] if k else []
         own += [f"maj@{k}"] if members.voter else []
         own += [f"environment/{one}" for one in config.environments]
-        functions = [*members.functions.values(), *([ENVIRONMENT] if ENVIRONMENT in config.rewards else [])]
-        own += [f"rewards/{one}" for one in functions] if len(functions) > 1 else []
+        judges = judges_of(config, members)
+        own += [f"rewards/{one}" for one in judges] if len(judges) > 1 else []
         found += [f"{prefix_of(name)}{one}" for one in own]
     return found
 

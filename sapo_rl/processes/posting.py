@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import re
 import urllib.request
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +18,7 @@ T = TypeVar("T")
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0  # seconds before a request is sent again
 _BUSY = (408, 409, 429)  # these and all from 500 on: ask again later
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SHOWN = 300  # characters of what a server answers
 _LONGEST = 1 << 26  # bytes of an answer
 
@@ -45,6 +48,22 @@ def check_url(url: Any) -> None:
         usable = False
     if not usable:
         raise ValueError(f"url is '{url}', which has no usable host and port")
+
+
+def is_variable(name: Any) -> bool:
+    """Whether an environment variable can be called so; None, for no key, too."""
+    return name is None or _VARIABLE.fullmatch(str(name)) is not None
+
+
+def key_in(variable: str | None) -> str | None:
+    """Return the key that an environment variable holds; None without one.
+
+    Raises:
+        ValueError: this process does not see the variable.
+    """
+    if variable is not None and variable not in os.environ:
+        raise ValueError(f"there is no environment variable '{variable}'; name it in reward.env too")
+    return None if variable is None else os.environ[variable]
 
 
 def client(url: str, key: str | None, seconds: float) -> aiohttp.ClientSession:

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import os
 import sqlite3
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sapo_rl.errors import UserError
-from sapo_rl.processes.posting import ServerError, client, excerpt, post
+from sapo_rl.processes.posting import ServerError, client, excerpt, key_in, post
 
 if TYPE_CHECKING:
     import aiohttp  # takes a quarter of a second
@@ -191,15 +190,13 @@ async def chat_server(asking: Asking) -> ChatServer:
     """
     place = (asyncio.get_running_loop(), asking)
     if place not in _SERVERS:
-        check_key(asking.key)
-        lasting = _lasting(asking)
+        lasting = _lasting(asking, key_of_judge(asking.key))
         _SERVERS[place] = (await anext(lasting), lasting)
     return _SERVERS[place][0]
 
 
-async def _lasting(asking: Asking) -> AsyncGenerator[ChatServer]:
+async def _lasting(asking: Asking, secret: str | None) -> AsyncGenerator[ChatServer]:
     """Give a server; the event loop closes this generator at its end, and with it the connections."""
-    secret = os.environ[asking.key] if asking.key else None
     try:
         async with client(asking.url, secret, asking.limits.answer_timeout) as session:
             with contextlib.closing(ChatServer(asking, session)) as server:
@@ -208,7 +205,9 @@ async def _lasting(asking: Asking) -> AsyncGenerator[ChatServer]:
         _SERVERS.pop((asyncio.get_running_loop(), asking), None)
 
 
-def check_key(key: str | None) -> None:
-    """Refuse a variable with the server's key that this process does not see, by a UserError."""
-    if key is not None and key not in os.environ:
-        raise UserError(f"judge: there is no environment variable '{key}'; name it in reward.env too")
+def key_of_judge(variable: str | None) -> str | None:
+    """Return the server's key, as `key_in`; raises UserError where this process does not see the variable."""
+    try:
+        return key_in(variable)
+    except ValueError as error:
+        raise UserError(f"judge: {error}") from error

@@ -13,7 +13,7 @@ from typing import Any
 from sapo_rl.config import RewardFunctionConfig
 from sapo_rl.config.reward import key_of
 from sapo_rl.errors import UserError
-from sapo_rl.processes.sandbox import Job, Limits, Result, Sandbox, Service, check, processors, reach, room, run
+from sapo_rl.processes.sandbox import Job, Limits, Result, Sandbox, check, processors, reach, room, run
 from sapo_rl.rewards.registry import AT_ONCE, CHECKS, PREPARATIONS, REWARD_FUNCTIONS, USUALLY_AT_ONCE, Completion
 from sapo_rl.rewards.text import text_of
 from sapo_rl.rewards.waiting import all_of
@@ -243,8 +243,7 @@ def _check_timeout(name: str, cfg: RewardFunctionConfig) -> None:
 def _prepare(sandbox: str | dict[str, Any] = "bubblewrap", **settings: Any) -> None:
     """Have a service run a program, or raise UserError."""
     try:
-        if isinstance(found := check(sandbox), Service):
-            reach(found)
+        reach(check(sandbox))
     except ValueError as error:
         raise UserError(f"code: {error}") from error
 

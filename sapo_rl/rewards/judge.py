@@ -37,9 +37,9 @@ from typing import Any
 from sapo_rl.config import RewardFunctionConfig
 from sapo_rl.config.reward import key_of
 from sapo_rl.errors import UserError
-from sapo_rl.processes.posting import check_url
+from sapo_rl.processes.posting import check_url, is_variable
 from sapo_rl.rewards.answers import Reading
-from sapo_rl.rewards.chat_server import Asking, Cache, ChatServer, Limits, chat_server, check_key
+from sapo_rl.rewards.chat_server import Asking, Cache, ChatServer, Limits, chat_server, key_of_judge
 from sapo_rl.rewards.registry import CHECKS, COLUMNS, PREPARATIONS, REWARD_FUNCTIONS, Completion, Score
 from sapo_rl.rewards.tournament import games, victories
 from sapo_rl.rewards.waiting import all_of
@@ -74,7 +74,6 @@ the last line."""
 VERDICTS = {"[[A]]": 1.0, "[[B]]": 0.0, "[[C]]": 0.5}
 """What an answer to PAIR pays the first reply."""
 _FIELD = re.compile(r"\{(\w+)\}")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 @REWARD_FUNCTIONS.register_module("judge")
@@ -251,7 +250,7 @@ def _check(reading: Reading, asking: Asking, template: str, votes: int, pairs: i
             all(one is None or one > 0 for one in rates),
             "requests_per_minute, tokens_per_minute and answer_timeout must be above 0",
         ),
-        (asking.key is None or _VARIABLE.fullmatch(asking.key), "key must be the name of an environment variable"),
+        (is_variable(asking.key), "key must be the name of an environment variable"),
     )
     for holds, problem in rules:
         if not holds:
@@ -269,7 +268,7 @@ def _shown(said: str | Sequence[Mapping[str, Any]]) -> str:
 
 def _prepare(key: str | None = None, cache: str | None = None, **settings: Any) -> None:
     importlib.import_module("aiohttp")
-    check_key(key)
+    key_of_judge(key)
     if cache is not None:
         Cache(cache).close()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from sapo_rl.config import ENVIRONMENT, Config
+from sapo_rl.config import Config
 from sapo_rl.config.evaluation import EvalSetConfig
 from sapo_rl.data import check_source
 from sapo_rl.errors import did_you_mean
@@ -16,14 +16,13 @@ RESERVED = ("default", "rewards", "environment")
 
 def check_evaluation(config: Config) -> None:
     """Refuse evaluations that cannot be made. Raises ConfigError."""
-    from sapo_rl.evaluation.sets import jury, key_of, settings_of
+    from sapo_rl.evaluation.sets import judges_of, jury, key_of, settings_of
 
     for name, settings in settings_of(config).items():
         key = key_of(name)
         if not settings.greedy and not settings.samples:
             raise ConfigError(f"{key}.samples", f"is 0, with {key}.greedy=false: nothing is measured; set one of them")
-        members = jury(config, name)
-        known = [*members.functions.values(), *([ENVIRONMENT] if ENVIRONMENT in config.rewards else [])]
+        known = judges_of(config, jury(config, name))
         judge = settings.reward
         if judge is not None and judge.partition("/")[0] not in known:
             raise ConfigError(f"{key}.reward", f"unknown reward '{judge}'; {did_you_mean(judge, known)}")

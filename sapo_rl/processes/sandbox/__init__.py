@@ -33,7 +33,7 @@ from sapo_rl.processes.sandbox import inside
 from sapo_rl.processes.sandbox.calls import MACHINES, numbers
 from sapo_rl.processes.sandbox.job import MEGABYTE, Job, Limits, Result, SandboxMissing, by_key, task_of
 from sapo_rl.processes.sandbox.service import Service as Service
-from sapo_rl.processes.sandbox.service import reach as reach
+from sapo_rl.processes.sandbox.service import run_a_probe
 
 Isolation = Literal["bubblewrap", "none"]
 """`none`: limits and the filter of system calls alone; the program sees the user's files."""
@@ -143,6 +143,16 @@ def check(sandbox: str | Mapping[str, Any]) -> Sandbox:
             settings that cannot be.
     """
     return Service.of(sandbox) if isinstance(sandbox, Mapping) else _isolation(sandbox)
+
+
+def reach(sandbox: Sandbox) -> None:
+    """Have a service run a small program, once in a process; on this machine `check` has seen to that.
+
+    Raises:
+        SandboxMissing: it does not; the message says why.
+    """
+    if isinstance(sandbox, Service):
+        run_a_probe(sandbox)
 
 
 @cache

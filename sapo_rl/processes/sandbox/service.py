@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import secrets
 import signal
@@ -19,12 +18,21 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sapo_rl.processes.posting import AnswerTooLong, ServerError, TryAgain, check_url, client, excerpt, post
+from sapo_rl.processes.posting import (
+    AnswerTooLong,
+    ServerError,
+    TryAgain,
+    check_url,
+    client,
+    excerpt,
+    is_variable,
+    key_in,
+    post,
+)
 from sapo_rl.processes.sandbox import inside
 from sapo_rl.processes.sandbox.job import Job, Limits, Result, SandboxMissing, by_key, task_of
 
 _WAIT_SECONDS = 60.0  # for a service that has others to serve first, beside the program's own time
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _KILLED = 128 + signal.SIGKILL
 
 
@@ -60,7 +68,7 @@ class Service:
             check_url(made.url)
         except ValueError as error:
             raise SandboxMissing(f"sandbox.{error}") from error
-        if made.key is not None and not _VARIABLE.fullmatch(str(made.key)):
+        if not is_variable(made.key):
             raise SandboxMissing("sandbox.key must be the name of an environment variable")
         if type(made.retries) is not int or made.retries < 0:
             raise SandboxMissing(f"sandbox.retries is {made.retries}, must be a whole number of at least 0")
@@ -73,8 +81,10 @@ class Service:
             SandboxMissing: this process does not see the key.
             ServerError: the service did not run it, which is no fault of the program.
         """
-        if self.key is not None and self.key not in os.environ:
-            raise SandboxMissing(f"there is no environment variable '{self.key}'; name it in reward.env too")
+        try:
+            secret = key_in(self.key)
+        except ValueError as error:
+            raise SandboxMissing(str(error)) from error
         key = secrets.token_hex(16)  # lines that a program writes without having looked for it are no reports
         body = {
             "language": "python",
@@ -84,7 +94,6 @@ class Service:
             "run_timeout": limits.seconds,
             "memory_limit_MB": limits.memory_mb,
         }
-        secret = None if self.key is None else os.environ[self.key]
         url, read = f"{self.url.rstrip('/').removesuffix('/run_code')}/run_code", _Reading(limits, key)
         async with client(url, secret, limits.seconds + _WAIT_SECONDS) as session:
             try:
@@ -94,7 +103,7 @@ class Service:
 
 
 @cache
-def reach(service: Service) -> None:
+def run_a_probe(service: Service) -> None:
     """Have a service run a small program, once in a process, whatever event loop is running.
 
     Raises:
