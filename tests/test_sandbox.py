@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import shutil
 import signal
@@ -200,7 +201,10 @@ def test_nothing_is_left_of_a_run_that_is_cancelled() -> None:
     assert psutil.Process().children(recursive=True) == []
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_a_run_that_is_cancelled_twice_while_it_starts_ends() -> None:
+    gc.collect()  # what other tests have left
+
     async def cancel(turns: int) -> None:
         task = asyncio.create_task(run(Job("import time\ntime.sleep(1000)"), Limits(seconds=1000)))
         for _ in range(turns):
@@ -213,6 +217,7 @@ def test_a_run_that_is_cancelled_twice_while_it_starts_ends() -> None:
 
     for turns in range(12):
         asyncio.run(cancel(turns))
+        gc.collect()  # complains of pipes that are open
     assert psutil.Process().children(recursive=True) == []
 
 

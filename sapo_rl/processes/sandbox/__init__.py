@@ -25,7 +25,7 @@ from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeAlias, get_args
+from typing import Any, BinaryIO, Literal, TypeAlias, TypeVar, get_args
 from weakref import WeakKeyDictionary
 
 from sapo_rl.processes.guardian import kill_descendants
@@ -41,6 +41,7 @@ Sandbox: TypeAlias = Isolation | Service
 """A service's programs run elsewhere."""
 INSTALL = "apt-get install bubblewrap (dnf install bubblewrap)"
 
+_T = TypeVar("_T")
 _PYTHON = os.path.realpath(sys.executable)  # what a virtual environment's leads to
 _CHUNK = 1 << 14  # bytes read at once
 _LONGEST_REPORT = 1 << 22  # bytes of all reports of a run
@@ -77,8 +78,7 @@ async def run(job: Job, limits: Limits, sandbox: Sandbox = "bubblewrap") -> Resu
         try:
             await run.follow(job.stdin.encode(errors="replace"), await _stream(reports))
         finally:
-            run.kill()
-            code = await process.wait()
+            code = await _ended(process)
     stdout, stderr = (text.decode(errors="replace") for text in (run.stdout, run.stderr))
     found = by_key(bytes(run.reports).splitlines(), key)
     if not found:
@@ -108,21 +108,34 @@ def room(sandbox: Sandbox, at_once: int | None = None) -> AbstractAsyncContextMa
 
 async def _started(starting: Coroutine[Any, Any, asyncio.subprocess.Process]) -> asyncio.subprocess.Process:
     """Start a process whole, and end it where this is cancelled meanwhile: asyncio ends its first process alone."""
-    task, cancelled = asyncio.ensure_future(starting), None
-    while not task.done():  # it may be cancelled again, as at the end of an event loop
+    task, cancelled = await _done(starting)
+    if cancelled is None:
+        return task.result()
+    if task.exception() is None:
+        await _ended(task.result())
+    raise cancelled
+
+
+async def _ended(process: asyncio.subprocess.Process) -> int:
+    """End a process, close its pipes, which the garbage collection would do else, and return its exit code."""
+    if process.returncode is None:
+        _kill(process.pid)
+    _, cancelled = await _done(process.communicate())
+    if cancelled is not None:
+        raise cancelled
+    assert process.returncode is not None
+    return process.returncode
+
+
+async def _done(work: Coroutine[Any, Any, _T]) -> tuple[asyncio.Task[_T], asyncio.CancelledError | None]:
+    """Do something to its end, however often this is cancelled, as at the end of an event loop; return the last."""
+    task, cancelled = asyncio.ensure_future(work), None
+    while not task.done():
         try:
             await asyncio.wait([task])
         except asyncio.CancelledError as error:
             cancelled = error
-    if cancelled is None:
-        return task.result()
-    if task.exception() is None:
-        process = task.result()
-        _kill(process.pid)
-        if process.stdin is not None:  # or the pipe would last until the garbage is collected
-            process.stdin.close()
-        await process.wait()
-    raise cancelled
+    return task, cancelled
 
 
 def _kill(pid: int) -> None:
@@ -207,11 +220,6 @@ class _Run:
             if self._timer is not None:
                 self._timer.cancel()
 
-    def kill(self) -> None:
-        """End it, where it has not ended."""
-        if self._process.returncode is None:
-            _kill(self._process.pid)
-
     def _allow(self, seconds: float) -> None:
         """Have it stopped so many seconds from now, not before."""
         if self._timer is not None:
@@ -220,7 +228,8 @@ class _Run:
 
     def _stop(self, why: Literal["seconds", "output"]) -> None:
         self.stopped = self.stopped or why
-        self.kill()
+        if self._process.returncode is None:
+            _kill(self._process.pid)
 
     async def _write(self, stdin: bytes) -> None:
         stream = self._process.stdin
