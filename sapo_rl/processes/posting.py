@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 import re
+import time
 import urllib.request
 from collections.abc import Awaitable, Callable
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -157,9 +160,13 @@ async def _text(response: aiohttp.ClientResponse) -> str:
     return said.decode(errors="replace")
 
 
-def _asked_for(seconds: str | None, otherwise: float) -> float:
-    """The pause that a busy server asks for, bounded."""
+def _asked_for(pause: str | None, otherwise: float) -> float:
+    """The pause that a busy server asks for, in seconds or until a date, bounded."""
     try:
-        return min(max(float(seconds or ""), 0.0), _LONGEST_PAUSE)
-    except ValueError:  # none, or a date
-        return otherwise
+        seconds = float(pause or "")
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(pause or "").timestamp() - time.time()
+        except (ValueError, OverflowError):  # neither
+            return otherwise
+    return min(max(seconds, 0.0), _LONGEST_PAUSE) if not math.isnan(seconds) else otherwise

@@ -156,6 +156,7 @@ class Cache:
     """
 
     def __init__(self, path: str) -> None:
+        self._path, self._full = path, False
         try:
             self._file = sqlite3.connect(path, timeout=_MINUTE, isolation_level=None)
             # A write-ahead log, so that no answer waits for the disk; a power cut may lose the last ones.
@@ -171,8 +172,13 @@ class Cache:
         return None if row is None else row[0]
 
     def put(self, name: str, text: str) -> None:
-        """Keep an answer."""
-        self._file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (name, text))
+        """Keep an answer; a full disk is told once, and costs no reward."""
+        try:
+            self._file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (name, text))
+        except sqlite3.Error as error:
+            if not self._full:
+                print(f"judge: the cache '{self._path}' cannot be written, answers are not kept: {error}", flush=True)
+            self._full = True
 
     def close(self) -> None:
         """Let go of the file."""

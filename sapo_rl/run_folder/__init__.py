@@ -234,18 +234,21 @@ def resume_command(folder: Path) -> str | None:
     """Return the command that continues a run, for the shell; None where it has no checkpoint."""
     if not checkpoints_in(folder / CHECKPOINTS):
         return None
-    return f"{python()} -m sapo_rl {shlex.quote(f'resume={folder}')}"
+    return f"{command('sapo-train', 'sapo_rl')} {shlex.quote(f'resume={folder}')}"
 
 
-def python() -> str:
-    """Return what calls this Python from the terminal, whether its environment is activated or not."""
-    if shutil.which("python") == sys.executable:
-        return "python"
-    try:
-        found = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
-    except FileNotFoundError:  # the current folder is gone
-        found = sys.executable
-    return shlex.quote(found)
+def command(script: str, module: str) -> str:
+    """Return what calls a program of this package from the terminal, whether its environment is activated or not."""
+    beside = Path(sys.executable).with_name(script)
+    return _called(beside) if beside.exists() else f"{_called(Path(sys.executable))} -m {module}"
+
+
+def _called(program: Path) -> str:
+    if shutil.which(program.name) == str(program):
+        return program.name
+    with suppress(OSError, ValueError):  # the current folder is gone, or another
+        program = program.relative_to(Path.cwd())
+    return shlex.quote(str(program))
 
 
 def step_of(checkpoint: Path) -> int:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from sapo_rl.config import Config
 from sapo_rl.data.pass_rates import write_pass_rates
-from sapo_rl.run_folder import METRICS, PASS_RATES, python, resume_command
+from sapo_rl.run_folder import METRICS, PASS_RATES, command, resume_command
 from sapo_rl.telemetry.metrics import MetricsLog, Record, read_metrics, sample_metrics
 from sapo_rl.telemetry.progress import Progress
 from sapo_rl.telemetry.sinks.completions import Row, rows, write_completions, write_eval_completions
@@ -142,10 +142,10 @@ class Telemetry:
         if not self._open:
             return
         tracked = self._trackers.where
-        report = f"{python()} -m sapo_rl.telemetry.report {shlex.quote(str(self._folder))}"
-        command = (not complete and resume_command(self._folder)) or report
+        report = f"{command('sapo-report', 'sapo_rl.telemetry.report')} {shlex.quote(str(self._folder))}"
+        following = (not complete and resume_command(self._folder)) or report
         self.close(failed=not complete)
-        self._display.show(summary(self._progress, before, self._examples, tracked, command))
+        self._display.show(summary(self._progress, before, self._examples, tracked, following))
 
     def close(self, failed: bool = False) -> None:
         """Give the terminal back and end the run in its trackers; harmless when called again."""

@@ -223,7 +223,7 @@ def unfinished(cells: Sequence[Cell], folder: Path, retry: bool) -> list[Cell]:
 
 
 def run_all(
-    cells: Sequence[Cell], folder: Path, parallel: int, limit: float, deadline: float, after: Callable[[], None]
+    cells: Sequence[Cell], folder: Path, parallel: int, limit: float, deadline: float, after: Callable[[], object]
 ) -> None:
     """Run the cells, `parallel` on each card, until all have ended or the deadline comes; `after` each that ends."""
     waiting = list(cells)
@@ -315,7 +315,7 @@ def main() -> None:
         return
     limit = grid.get("seconds", float("inf"))
     left = unfinished(cells, folder, args.retry)
-    run_all(left, folder, args.parallel, limit, deadline, lambda: collect(cells, folder, args.out, grid) and None)
+    run_all(left, folder, args.parallel, limit, deadline, lambda: collect(cells, folder, args.out, grid))
     result = collect(cells, folder, args.out, grid)
     print(report.markdown(result["table"]))
     for one in result["cells"]:

@@ -157,7 +157,7 @@ def test_a_run_killed_at_all_its_moments_equals_one_that_nobody_touched(workspac
     run.send("rank", signal.SIGKILL)
     code, _, err = run.end()
     assert code == 128 + signal.SIGKILL and "was killed by SIGKILL" in err and "Traceback" not in err
-    assert f"-m sapo_rl {again}" in err
+    assert f"sapo-train {again}" in err
 
     early = Attempt(workspace, again)
     early.until(lambda: early.part("rank"))

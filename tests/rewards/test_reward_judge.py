@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import re
+import resource
 import threading
 import time
 from collections import Counter
@@ -36,6 +37,7 @@ class Server:
         self.keys: set[str | None] = set()
         self.under_way = self.most = 0
         self.location: str | None = None
+        self.retry_after = "0.05"
         lock, outer = threading.Lock(), self
 
         class Handler(BaseHTTPRequestHandler):
@@ -56,7 +58,7 @@ class Server:
                 reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "usage": usage}
                 self.send_response(said if isinstance(said, int) else 200)
                 self.send_header("Content-Type", "application/json")
-                self.send_header("Retry-After", "0.05")
+                self.send_header("Retry-After", outer.retry_after)
                 if outer.location is not None:
                     self.send_header("Location", outer.location)
                 self.end_headers()
@@ -240,6 +242,15 @@ def test_a_busy_server_is_asked_again_and_a_broken_one_given_up() -> None:
         judged(server, ["A."], retries=0)  # it is gone
 
 
+@pytest.mark.parametrize(("asked", "least"), [("nan", 0.25), ("soon", 0.25), ("Thu, 01 Jan 2015 00:00:00 GMT", 0.0)])
+def test_a_server_may_ask_for_any_pause(asked: str, least: float) -> None:
+    with serving(lambda body, number: {1: 429}.get(number, "10")) as server:
+        server.retry_after = asked
+        start = time.monotonic()
+        assert judged(server, ["A."]) == [1]
+        assert time.monotonic() - start >= least
+
+
 @pytest.mark.parametrize("status", [302, 307])
 def test_where_a_server_leads_elsewhere_nothing_is_sent_there(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "secret\n")  # as a file with a key ends
@@ -294,6 +305,21 @@ def test_a_cache_asks_nothing_twice(tmp_path: Path) -> None:
         assert len(server.asked) == asked
         judged(server, ["b"], cache=cache, temperature=0.5)
         assert len(server.asked) == asked + 1
+
+
+def test_a_cache_on_a_full_disk_costs_no_reward(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    cache = str(tmp_path / "judge.sqlite")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with serving(lambda body, number: "x" * 100_000 + f" {number}") as server:
+        judged(server, [], cache=cache)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, limits[1]))
+        try:
+            assert judged(server, ["a", "b"], cache=cache, at_once=1) == [0.1, 0.2]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        told = f"judge: the cache '{cache}' cannot be written, answers are not kept: "
+        assert capfd.readouterr().out.count(told) == 1
+        assert judged(server, ["a"], cache=cache) == [0.3]
 
 
 def test_only_what_can_be_read_is_kept(tmp_path: Path) -> None:

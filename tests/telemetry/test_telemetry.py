@@ -75,8 +75,8 @@ def test_the_end_shows_before_and_after_and_what_was_saved(
         assert line.index(before) < line.index(after, line.index(before) + 1)
     assert f"  {tmp_path / METRICS}\n" in end
     assert str(tmp_path / "checkpoints") not in end
-    assert f"python -m sapo_rl.telemetry.report {tmp_path}\n" in end
-    program = re.search(r"next: (\S+) -m", end)
+    assert f"sapo-report {tmp_path}\n" in end
+    program = re.search(r"next: (\S+)", end)
     assert program and shutil.which(program[1])
 
 
@@ -91,8 +91,9 @@ def test_a_stopped_run_says_how_to_go_on(
             run_steps(telemetry, range(1, 3), make_group)
             telemetry.finish(complete=False, before=[])
         (told,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: ")]
-        words = shlex.split(told)[1:]  # as the shell will read it
-        assert words[2:] == (["sapo_rl", f"resume={folder}"] if saved else ["sapo_rl.telemetry.report", str(folder)])
+        _, program, argument = shlex.split(told)  # as the shell will read it
+        expected = ("sapo-train", f"resume={folder}") if saved else ("sapo-report", str(folder))
+        assert (Path(program).name, argument) == expected
 
 
 def test_resuming_leaves_no_step_twice(config: Config, tmp_path: Path, make_group) -> None:
