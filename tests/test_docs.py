@@ -160,7 +160,10 @@ def test_python_on_other_pages_runs(page: str) -> None:
     "name",
     [
         *("sapo_rl.losses.base", "sapo_rl.losses.build", "sapo_rl.losses.sapo"),
-        *(f"sapo_rl.losses.{name}" for name in ("cispo", "dppo", "gmpo", "grpo", "gspo", "reinforce", "vespo")),
+        *(
+            f"sapo_rl.losses.{name}"
+            for name in ("cispo", "cppo", "dppo", "gmpo", "grpo", "gspo", "m2po", "reinforce", "vespo")
+        ),
         *("sapo_rl.losses.correction", "sapo_rl.losses.divergence", "sapo_rl.losses.gates", "sapo_rl.types"),
         *(f"sapo_rl.config{name}" for name in ("", ".data", ".evaluation", ".logging", ".loss")),
         *("sapo_rl.engines.base", "sapo_rl.engines.build"),

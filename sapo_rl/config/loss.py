@@ -72,7 +72,7 @@ class CorrectionConfig:
 
 
 SAPO = ("sapo",)
-CLIPPED = ("grpo", "gspo", "gmpo", "cispo", "dppo", "dppo_kl")
+CLIPPED = ("grpo", "gspo", "gmpo", "cispo", "dppo", "dppo_kl", "cppo")
 LEVELLED = ("sapo", "grpo", "cispo", "reinforce")
 """Built-in losses that read a key; a key without `users` is read by all."""
 
@@ -87,7 +87,9 @@ class LossConfig:
     """
 
     name: str = choice(
-        "sapo", "sapo", "grpo", "gspo", "gmpo", "cispo", "reinforce", "dppo", "dppo_kl", "vespo", own="policy loss"
+        "sapo",
+        *("sapo", "grpo", "gspo", "gmpo", "cispo", "reinforce", "dppo", "dppo_kl", "cppo", "m2po", "vespo"),
+        own="policy loss",
     )
     """Policy loss, or the dotted path of a class of your own: `package.module.Name`; docs/sapo.md."""
     args: dict[str, Any] = field(default_factory=dict, metadata={"users": ("",)})
@@ -110,9 +112,15 @@ class LossConfig:
     """Bound on |log ratio| before it is exponentiated; float32 overflows at 88.7."""
     clip_low: float = number(0.2, least=0, users=CLIPPED)
     """Lower clip range of grpo, gspo and cispo; bound on -log ratio of gmpo (where 0.4 is usual), on the divergence of
-    dppo and dppo_kl (where 0.05 is)."""
+    dppo, dppo_kl (where 0.05 is) and cppo (0.15)."""
     clip_high: float = number(0.2, least=0, users=CLIPPED)
     """Upper clip range, or bound where the advantage is positive."""
+    prefix_budget: float = number(0.02, least=0, users=("cppo",))
+    """CPPO's bound on the mean divergence of the tokens before a token; above it the token's own bound shrinks."""
+    weight_floor: float = number(0.8, above=0, most=1, users=("cppo",))
+    """CPPO's weight of a completion's last token, which falls linearly from 1 at the first."""
+    m2_threshold: float = number(0.04, above=0, users=("m2po",))
+    """M2PO's bound on the mean of log^2 r over the tokens of an update that have moved with their advantage."""
     dual_clip: Optional[float] = field(default=None, metadata={"users": ("grpo", "gspo")})
     """Bound on the ratio of negative advantages in grpo and gspo, above 1; null is off."""
     loss_agg_mode: str = choice(

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from sapo_rl.losses.aggregation import check_mode
+from sapo_rl.losses.metrics import ALONE, Reduction
 from sapo_rl.losses.ratio import RATIO_LEVELS, log_ratio
 from sapo_rl.losses.trinity import padded_loss
 from sapo_rl.plugins import Registry
@@ -93,6 +94,27 @@ class PolicyLossFn(ABC):
     def token_metrics(self, ratio: Tensor, advantages: Tensor) -> dict[str, Tensor]:
         """Return further `(T,)` quantities whose means the padded call reports."""
         return {}
+
+
+@dataclass
+class BatchPolicyLossFn(PolicyLossFn):
+    """A policy loss whose tokens depend on all tokens of the optimiser batch, through one number, its limit.
+
+    The trainer asks for it with the log-probabilities of the whole batch before the first of its gradients, which costs
+    a forward pass; where every ratio is 1, at a first update on fresh log-probabilities, nothing.
+    """
+
+    @abstractmethod
+    def batch_limit(self, log_ratios: Tensor, advantages: Tensor, across: Reduction = ALONE) -> Tensor:
+        """Return the limit `()` from this rank's tokens of the optimiser batch, `(T,)`; `across` joins the ranks."""
+
+    @abstractmethod
+    def within(self, log_ratios: Tensor, advantages: Tensor, limit: Tensor) -> TokenLosses:
+        """Return the loss of each token of any part of that batch from packed `(T,)` tensors."""
+
+    def token_losses(self, logps: Tensor, log_ratios: Tensor, advantages: Tensor) -> TokenLosses:
+        """Return the loss of each token where these tokens are the whole batch."""
+        return self.within(log_ratios, advantages, self.batch_limit(log_ratios.detach(), advantages))
 
 
 POLICY_LOSS_FN: Registry[type[PolicyLossFn]] = Registry("policy loss")

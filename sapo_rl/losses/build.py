@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from sapo_rl.losses.base import POLICY_LOSS_FN, PolicyLossFn
+from sapo_rl.losses.base import POLICY_LOSS_FN, BatchPolicyLossFn, PolicyLossFn, TokenLosses
 from sapo_rl.losses.correction import MismatchCorrection
 from sapo_rl.losses.divergence import KLPenalty
+from sapo_rl.losses.ratio import log_ratio
 from sapo_rl.plugins import parameters_of
 
 
@@ -50,6 +50,8 @@ class LossInputs:
     """`(T,)` vLLM's log-probabilities, where a correction needs them."""
     ref_logps: Tensor | None = None
     """`(T,)` the reference model's log-probabilities, where there is one."""
+    limit: Tensor | None = None
+    """`()` what `BatchPolicyLossFn.batch_limit` found, for such a loss; None: this micro-batch is the whole batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +85,52 @@ class LossOutputs:
     """`(T,)` detached factor on the policy term, where a correction is set."""
 
 
-def build_loss(name: str | type[PolicyLossFn], **settings: Any) -> Callable[[LossInputs], LossOutputs]:
+@dataclass(frozen=True)
+class PackedLoss:
+    """A policy loss with its penalty and its correction: a pure function of a packed micro-batch.
+
+    Example:
+        >>> build_loss("grpo", kl={"coef": 0.02}).penalty
+        KLPenalty(coef=0.02, kind='k3')
+    """
+
+    policy: PolicyLossFn
+    penalty: KLPenalty
+    correction: MismatchCorrection
+
+    def __call__(self, inputs: LossInputs) -> LossOutputs:
+        """Return policy term times correction, plus KL penalty, summed with the batch's token weights."""
+        tokens = self._policy_term(inputs)
+        factor = self.correction.tokens(
+            inputs.logps,
+            inputs.old_logps,
+            inputs.advantages,
+            inputs.rollout_logps,
+            inputs.sequence_ids,
+            inputs.num_sequences,
+        )
+        kl = self.penalty.tokens(inputs.logps, inputs.ref_logps)
+        losses = tokens.losses if factor is None else tokens.losses * factor
+        if kl is not None and self.penalty.coef > 0:
+            losses = losses + self.penalty.coef * kl
+        return LossOutputs(
+            loss=(losses * inputs.token_weights.to(losses.dtype)).sum(),
+            gradient_weight=tokens.gradient_weight,
+            kl=None if kl is None else kl.detach(),
+            correction=factor,
+        )
+
+    def _policy_term(self, inputs: LossInputs) -> TokenLosses:
+        packed = (inputs.logps, inputs.old_logps, inputs.advantages, inputs.sequence_ids, inputs.num_sequences)
+        if inputs.limit is None or not isinstance(self.policy, BatchPolicyLossFn):
+            return self.policy.packed(*packed)
+        log_ratios = log_ratio(
+            inputs.logps, inputs.old_logps, inputs.sequence_ids, inputs.num_sequences, self.policy.ratio_level
+        )
+        return self.policy.within(log_ratios, inputs.advantages, inputs.limit)
+
+
+def build_loss(name: str | type[PolicyLossFn], **settings: Any) -> PackedLoss:
     """Return the loss called `name` as a pure function of a packed micro-batch.
 
     Args:
@@ -110,33 +157,8 @@ def build_loss(name: str | type[PolicyLossFn], **settings: Any) -> Callable[[Los
         valid = ", ".join(sorted(known | {"kl", "correction"}))
         raise ValueError(f"unknown loss setting '{unknown[0]}'; valid: {valid}")
     policy = loss_class(**{key: value for key, value in settings.items() if key in own} | args)
-    return lambda inputs: _evaluate(inputs, policy, penalty, correction)
+    return PackedLoss(policy, penalty, correction)
 
 
 def _settings_of(loss_class: type[PolicyLossFn]) -> set[str]:
     return set(parameters_of(loss_class))
-
-
-def _evaluate(
-    inputs: LossInputs, policy: PolicyLossFn, penalty: KLPenalty, correction: MismatchCorrection
-) -> LossOutputs:
-    """Return policy term times correction, plus KL penalty, summed with the batch's token weights."""
-    tokens = policy.packed(inputs.logps, inputs.old_logps, inputs.advantages, inputs.sequence_ids, inputs.num_sequences)
-    factor = correction.tokens(
-        inputs.logps,
-        inputs.old_logps,
-        inputs.advantages,
-        inputs.rollout_logps,
-        inputs.sequence_ids,
-        inputs.num_sequences,
-    )
-    kl = penalty.tokens(inputs.logps, inputs.ref_logps)
-    losses = tokens.losses if factor is None else tokens.losses * factor
-    if kl is not None and penalty.coef > 0:
-        losses = losses + penalty.coef * kl
-    return LossOutputs(
-        loss=(losses * inputs.token_weights.to(losses.dtype)).sum(),
-        gradient_weight=tokens.gradient_weight,
-        kl=None if kl is None else kl.detach(),
-        correction=factor,
-    )

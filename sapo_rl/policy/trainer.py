@@ -17,7 +17,7 @@ from sapo_rl import plugins
 from sapo_rl.config import Config, TrainerConfig
 from sapo_rl.config.loss import LossConfig
 from sapo_rl.errors import UserError
-from sapo_rl.losses import LossInputs, LossOutputs, PolicyLossFn, Reduction, build_loss, token_weights
+from sapo_rl.losses import BatchPolicyLossFn, LossInputs, PackedLoss, PolicyLossFn, Reduction, build_loss, token_weights
 from sapo_rl.policy.model import Policy
 from sapo_rl.policy.packing import Item, PackedBatch, empty_batch, join, pack, spread, stream_tokens
 from sapo_rl.policy.parallel import parallel
@@ -46,7 +46,7 @@ _AT_ONCE = 4
 """Micro-batches in a pass without gradients, which keeps one layer's activations where a pass with them keeps all."""
 
 
-def objective(config: LossConfig) -> Callable[[LossInputs], LossOutputs]:
+def objective(config: LossConfig) -> PackedLoss:
     """Return the loss that the config describes.
 
     Raises:
@@ -141,7 +141,7 @@ class PolicyTrainer:
             last = zip((items for items, _ in shares), traces[-num_parts:], strict=True)
             self.tokens = [one for items, left in last for one in token_values(items, left)]
         rate = {"policy/learning_rate": float(self.schedule.get_last_lr()[0])}
-        return metrics | rate | self._imbalance([loads for _, loads in shares])
+        return metrics | rate | _imbalance([loads for _, loads in shares], self.accelerator.num_processes)
 
     @torch.no_grad()
     def score(self, token_ids: Sequence[int]) -> list[float]:
@@ -205,48 +205,44 @@ class PolicyTrainer:
         micros = [_MicroBatch(batch.to(self.accelerator.device), filler=False) for batch in batches]
         return micros + [_MicroBatch(empty_batch().to(self.accelerator.device), filler=True) for _ in range(missing)]
 
-    def _imbalance(self, loads: Sequence[Sequence[int]]) -> dict[str, float]:
-        """Return the busiest rank's tokens over the mean, summed over the mini-batches (each waits for its busiest)."""
-        total = sum(map(sum, loads))
-        if self.accelerator.num_processes == 1 or not total:
-            return {}
-        return {"perf/rank_imbalance": sum(map(max, loads)) * self.accelerator.num_processes / total}
-
     @torch.no_grad()
     def _remember_logps(self, parts: Sequence[Sequence[_MicroBatch]]) -> None:
         """Fill in the old log-probabilities: vLLM's, or the trainer's, which at the first update are those of now."""
-        micros = [micro for part in parts for micro in part]
+        micros, heat = [micro for part in parts for micro in part], self.config.rollout.temperature
         if self._old_logps == "rollout":
             for micro in micros:
                 micro.old_logps = micro.batch.rollout_logps
         else:
             later = micros[len(parts[0]) :]
-            for micro, logps in zip(later, self._logps(self._module, later), strict=True):
+            for micro, logps in zip(later, _logps(self._module, later, heat), strict=True):
                 micro.old_logps = logps
         if self._reference is not None:
-            for micro, logps in zip(micros, self._logps(self._reference, micros), strict=True):
+            for micro, logps in zip(micros, _logps(self._reference, micros, heat), strict=True):
                 micro.ref_logps = logps
-
-    def _logps(self, model: Reference, micros: Sequence[_MicroBatch]) -> Iterator[Tensor]:
-        """Yield the log-probabilities of each micro-batch, from passes over several of them at once."""
-        for start in range(0, len(micros), _AT_ONCE):
-            batches = [micro.batch for micro in micros[start : start + _AT_ONCE]]
-            logps, _ = model(join(batches), self.config.rollout.temperature)
-            yield from logps.split([len(batch.targets) for batch in batches])
 
     def _update(self, part: Sequence[_MicroBatch], traces: list[Trace]) -> tuple[Tensor, Tensor]:
         """Accumulate the gradient of one mini-batch and step; returns loss (all ranks) and gradient norm, 0-d."""
         total = torch.zeros((), device=self.accelerator.device)
         with self.parallel.passes():
+            limit = self._limit(part)
             for number, micro in enumerate(part, start=1):
                 with self.parallel.micro_batch(last=number == len(part)):
-                    total += self._backward(micro, traces)
+                    total += self._backward(micro, limit, traces)
         norm = self.parallel.step()
         self.schedule.step()
         self.updates += 1
         return self._sum(total), norm
 
-    def _backward(self, micro: _MicroBatch, traces: list[Trace]) -> Tensor:
+    def _limit(self, part: Sequence[_MicroBatch]) -> Tensor | None:
+        """Return what the loss has to know of all ranks' mini-batch before its gradients, if anything."""
+        policy = self._loss.policy
+        if not isinstance(policy, BatchPolicyLossFn):
+            return None
+        log_ratios = _log_ratios(self._module, part, self.config.rollout.temperature)
+        advantages = torch.cat([micro.batch.advantages for micro in part])
+        return policy.batch_limit(log_ratios, advantages, Reduction(self._sum, self._joined))
+
+    def _backward(self, micro: _MicroBatch, limit: Tensor | None, traces: list[Trace]) -> Tensor:
         batch = micro.batch
         logps, entropy = self._module(batch, self.config.rollout.temperature)
         old_logps = logps.detach() if micro.old_logps is None else micro.old_logps
@@ -261,6 +257,7 @@ class PolicyTrainer:
                 token_weights=batch.token_weights,
                 rollout_logps=batch.rollout_logps,
                 ref_logps=micro.ref_logps,
+                limit=limit,
             )
         )
         self.parallel.backward(outputs.loss)
@@ -294,6 +291,23 @@ def divergence(step: int, stats: Mapping[str, float], settings: TrainerConfig) -
     return None
 
 
+def _logps(model: Reference, micros: Sequence[_MicroBatch], temperature: float) -> Iterator[Tensor]:
+    """Yield the log-probabilities of each micro-batch, from passes over several of them at once."""
+    for start in range(0, len(micros), _AT_ONCE):
+        batches = [micro.batch for micro in micros[start : start + _AT_ONCE]]
+        logps, _ = model(join(batches), temperature)
+        yield from logps.split([len(batch.targets) for batch in batches])
+
+
+@torch.no_grad()
+def _log_ratios(model: Reference, part: Sequence[_MicroBatch], temperature: float) -> Tensor:
+    """Return log r of each token of a rank's mini-batch, 0 where its first pass with gradients gives the old ones."""
+    if part[0].old_logps is None:  # then on all ranks
+        return torch.zeros(sum(len(micro.batch.targets) for micro in part), device=part[0].batch.targets.device)
+    found = zip(part, _logps(model, part, temperature), strict=True)
+    return torch.cat([logps - micro.old_logps for micro, logps in found if micro.old_logps is not None])
+
+
 def _kept(groups: Sequence[Group], masked: bool, first: int, rank: int) -> list[list[tuple[Place, Sample]]]:
     """Return the samples that have something to train on, each with its place; `first` is the first group's number."""
     return [
@@ -304,6 +318,12 @@ def _kept(groups: Sequence[Group], masked: bool, first: int, rank: int) -> list[
         ]
         for number, group in enumerate(groups, start=first)
     ]
+
+
+def _imbalance(loads: Sequence[Sequence[int]], ranks: int) -> dict[str, float]:
+    """Return the busiest rank's tokens over the mean, summed over the mini-batches (each waits for its busiest)."""
+    total = sum(map(sum, loads))
+    return {"perf/rank_imbalance": sum(map(max, loads)) * ranks / total} if ranks > 1 and total else {}
 
 
 def _item(sample: Sample, weight: float, place: Place) -> Item:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sapo_rl.losses import LossInputs, build_loss, token_weights
+from sapo_rl.losses import BatchPolicyLossFn, LossInputs, PackedLoss, Reduction, build_loss, token_weights
 
 Rows = list[int]
+ALONE = Reduction()
 SETTINGS: dict[str, dict[str, Any]] = {
     "sapo": {"gradient": "paper"},
     "sapo-detached": {"name": "sapo", "gradient": "detached"},
@@ -30,6 +31,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dppo": {"clip_low": 0.05, "clip_high": 0.08},
     "dppo_kl": {"clip_low": 0.01, "clip_high": 0.02},
     "vespo": {},
+    "m2po": {"m2_threshold": 0.02},
+    "cppo": {"clip_low": 0.05, "clip_high": 0.08, "prefix_budget": 0.01, "weight_floor": 0.5},
 }
 """Every loss of the family at least once."""
 
@@ -98,15 +101,24 @@ def inputs_of(batch: Batch, logps: Tensor, rows: Rows, mode: str, normalizer: fl
     )
 
 
+def limit_of(loss: PackedLoss, batch: Batch, rows: Rows, across: Reduction) -> Tensor | None:
+    """What the loss has to know of the whole batch, of which these are a rank's own rows; None for most."""
+    if not isinstance(loss.policy, BatchPolicyLossFn):
+        return None
+    tokens = batch.tokens_of(rows)
+    return loss.policy.batch_limit((batch.logps - batch.old_logps)[tokens], batch.advantages[tokens], across)
+
+
 def loss_and_gradient(
-    batch: Batch, micro_batches: list[Rows], mode: str, name: str, **settings: Any
+    batch: Batch, micro_batches: list[Rows], mode: str, name: str, across: Reduction = ALONE, **settings: Any
 ) -> tuple[Tensor, Tensor]:
-    """Summed loss `()` and gradient `(T,)` of the batch cut into `micro_batches`."""
+    """Summed loss `()` and gradient `(T,)` of the batch, or of a rank's rows of it, cut into `micro_batches`."""
     loss_fn = build_loss(**({"name": name} | SETTINGS[name] | settings))
     logps = batch.logps.clone().requires_grad_()
     total = torch.zeros((), dtype=torch.float64)
+    limit = limit_of(loss_fn, batch, [row for rows in micro_batches for row in rows], across)
     for rows in micro_batches:
-        loss = loss_fn(inputs_of(batch, logps, rows, mode)).loss
+        loss = loss_fn(replace(inputs_of(batch, logps, rows, mode), limit=limit)).loss
         loss.backward()
         total += loss.detach()
     assert logps.grad is not None

@@ -14,10 +14,21 @@ import torch
 import torch.distributed as dist
 from losses.batches import SETTINGS, loss_and_gradient, make_batch
 
-from sapo_rl.losses import AGGREGATION_MODES
+from sapo_rl.losses import AGGREGATION_MODES, Reduction
 
 LENGTHS = [3, 5, 1, 0, 6, 2, 4]
 SEED = 11
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    dist.all_reduce(values)
+    return values
+
+
+def joined(values: torch.Tensor) -> torch.Tensor:
+    everyone = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, values)
+    return torch.cat(everyone)
 
 
 def main() -> None:
@@ -32,7 +43,8 @@ def main() -> None:
     for name in SETTINGS:
         for mode in AGGREGATION_MODES:
             parts = [mine[:1], mine[1:]]
-            loss, gradient = loss_and_gradient(batch, parts, mode, name, kl={"coef": 0.1, "kind": "k3"})
+            across = Reduction(total, joined)
+            loss, gradient = loss_and_gradient(batch, parts, mode, name, across, kl={"coef": 0.1, "kind": "k3"})
             both = torch.cat([loss.reshape(1), gradient])
             dist.all_reduce(both)
             results[f"{name} {mode}"] = both.tolist()

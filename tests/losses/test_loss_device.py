@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from losses.batches import SETTINGS, Batch, inputs_of, make_batch
+from losses.batches import ALONE, SETTINGS, Batch, inputs_of, limit_of, make_batch
 
 from sapo_rl.losses import LossInputs, LossOutputs, build_loss, policy_metrics
 
@@ -43,7 +43,9 @@ def step(inputs: LossInputs, settings: dict[str, Any]) -> tuple[LossOutputs, tor
 def test_a_micro_batch_does_not_wait_for_the_device(name: str) -> None:
     batch: Batch = make_batch([300, 1, 70, 500], seed=2)
     settings = {"name": name} | SETTINGS[name]
-    inputs = inputs_of(batch, batch.logps, [0, 1, 2, 3], "token-mean")
+    rows = [0, 1, 2, 3]
+    limit = limit_of(build_loss(**settings), batch, rows, ALONE)
+    inputs = replace(inputs_of(batch, batch.logps, rows, "token-mean"), limit=limit)
     on_device = moved(inputs, "cuda")
     step(on_device, settings)  # first calls may wait while they load kernels
     torch.cuda.set_sync_debug_mode("error")

@@ -28,7 +28,7 @@ modes = st.sampled_from(AGGREGATION_MODES)
 taus = st.floats(0.05, 20)
 names = pytest.mark.parametrize("name", SETTINGS)
 gates = pytest.mark.parametrize("gate", GATES)
-NO_DERIVATIVE = ("sapo-detached", "cispo", "vespo", "dppo", "dppo_kl")
+NO_DERIVATIVE = ("sapo-detached", "cispo", "vespo", "dppo", "dppo_kl", "cppo", "m2po")
 """Losses with a factor that is held constant, or that jumps at a bound: their gradient is not that of their value."""
 WITH_KL = {"kl": {"coef": 0.1, "kind": "k3"}}
 

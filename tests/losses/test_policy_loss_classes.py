@@ -161,6 +161,10 @@ def test_masked_mean_leaves_out_what_is_masked() -> None:
         ("cispo", {"clip_high": -0.1}, "clip_high"),
         ("dppo", {"clip_low": -0.1}, "clip_low"),
         ("vespo", {"lambda_neg": 0.0}, "lambda_neg"),
+        ("m2po", {"m2_threshold": 0.0}, "m2_threshold"),
+        ("cppo", {"clip_high": -0.1}, "clip_high"),
+        ("cppo", {"prefix_budget": -0.1}, "prefix_budget"),
+        ("cppo", {"weight_floor": 1.5}, "weight_floor"),
     ],
 )
 def test_settings_out_of_range_are_refused(name: str, settings: dict[str, Any], words: str) -> None:

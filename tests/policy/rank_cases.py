@@ -28,6 +28,7 @@ from samples import as_group
 from tiny import small_llama
 
 from sapo_rl.config import Config, LoraConfig, ModelConfig, RolloutConfig, TrainerConfig
+from sapo_rl.config.loss import LossConfig
 from sapo_rl.policy import checkpoint
 from sapo_rl.policy.lora import LoraPolicy
 from sapo_rl.policy.model import DTYPES, Policy, load_policy
@@ -105,17 +106,20 @@ def launched(way: str) -> Iterator[None]:
 def make_trainer(accelerator: Accelerator, way: str, kind: str = "whole") -> PolicyTrainer:
     """In float32, the whole or adapters alone (`lora`), or in bfloat16 with recomputation and a reference (`half`).
 
-    `often` takes four updates on the same samples, so that ratios are not 1.
+    `often` takes four updates on the same samples, so that ratios are not 1, and so does `m2po`, whose loss has a mask
+    over the batch of all ranks.
     """
     settings = TrainerConfig(steps=4, learning_rate=1e-2, schedule="cosine", max_grad_norm=0.1)
     settings.adam_eps = 1e-5  # a gradient of nearly zero is the noise of its rounding
     settings.tokens_per_micro_batch, settings.updates_per_rollout = 20, 1
-    if kind == "often":
+    if kind in ("often", "m2po"):
         settings.updates_per_rollout, settings.mini_batches = 4, 1
     rollout = RolloutConfig(batch_size=32, group_size=4, max_completion_tokens=7)
     with launched(way):
         config = Config(model=ModelConfig(path="none"), rollout=rollout, trainer=settings)
         config.logging.tokens = kind == "often"
+        if kind == "m2po":
+            config.loss = LossConfig(name="m2po", m2_threshold=1e-3)
         single, half = ModelConfig(dtype="float32"), ModelConfig(dtype="bfloat16")
         if kind == "lora":
             adapters = LoraConfig(rank=3)
@@ -160,6 +164,7 @@ def run(accelerator: Accelerator, way: str, folder: Path) -> dict[str, Any]:
     often = make_trainer(accelerator, way, "often")
     found["often"] = train(often, 0)
     found["tokens"] = gather_object([told(accelerator, one) for one in often.tokens])
+    found["m2po"] = train(make_trainer(accelerator, way, "m2po"), 0)
     found["half"] = train(make_trainer(accelerator, way, "half"), 0)
     adapted = make_trainer(accelerator, way, "lora")
     found["lora"] = train(adapted, 0)

@@ -71,6 +71,18 @@ def test_metrics_are_those_of_all_ranks_tokens_together(
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("ranks", RANKS)
+def test_a_mask_over_the_batch_is_one_over_all_ranks(
+    ranks: int, way: str, found: dict[int, Found], alone: Found
+) -> None:
+    own, expected = found[ranks][way]["m2po"], alone["m2po"]
+    assert 0 < expected["policy/weight_below_half"] < 1
+    for name in ("policy/weight_below_half", "policy/weight_mean_with", "policy/loss", "policy/grad_norm"):
+        assert own[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
+    assert own["policy/weight_mean_against"] == 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("ranks", RANKS)
 def test_the_values_of_each_sample_are_told_by_one_rank(
     ranks: int, way: str, found: dict[int, Found], alone: Found
 ) -> None:

@@ -560,3 +560,23 @@ def test_updates_that_bfloat16_would_lose_add_up_in_the_float32_weights() -> Non
 
 def weights_of(trainer: PolicyTrainer) -> dict[str, torch.Tensor]:
     return {name: weight.clone() for name, weight in trainer.policy.named_weights()}
+
+
+@pytest.mark.parametrize("old_logps", ["recompute", "rollout"])
+@pytest.mark.parametrize("budget", [1000, 20])
+def test_m2po_masks_what_the_whole_mini_batch_has_drifted_too_far(old_logps: str, budget: int) -> None:
+    """At the third update on the same samples: the largest squares are out, until the mean of the rest is within."""
+    config = make_config(tokens_per_micro_batch=budget, updates_per_rollout=3, mini_batches=1)
+    config.loss = LossConfig(name="m2po", m2_threshold=0.02, old_logps=old_logps, loss_agg_mode="token-mean")
+    config.logging.tokens = True
+    trainer = PolicyTrainer(make_policy(), None, config, Accelerator(cpu=True))
+    metrics = trainer.train_on(with_rollout_logps(shift=0.05), contextlib.nullcontext)
+    told = {name: np.concatenate([one.columns[name] for one in trainer.tokens]) for name in trainer.tokens[0].columns}
+    moved = told["logps"].astype(float) - told["old_logps"]
+    advantages = np.concatenate([np.full(len(one.columns["logps"]), one.advantage) for one in trainer.tokens])
+    region, kept = moved * advantages > 0, told["gradient_weight"] == 1
+    left, out = np.sort(moved[region & kept] ** 2), np.sort(moved[region & ~kept] ** 2)
+    assert kept[~region].all() and len(left) and len(out)
+    assert left[-1] < out[0]
+    assert left.mean() <= 0.02 < np.append(left, out[0]).mean()
+    assert metrics["policy/weight_mean_against"] == 1

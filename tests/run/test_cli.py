@@ -293,6 +293,10 @@ BAD = {
         ["loss.name=vespo", "loss.clip_low=0.1"],
         ["loss.clip_low", "vespo does not use it; it has no settings of its own"],
     ),
+    "threshold of no width": (["loss=m2po", "loss.m2_threshold=0"], ["loss.m2_threshold", "above 0"]),
+    "negative budget": (["loss=cppo", "loss.prefix_budget=-1"], ["loss.prefix_budget", "at least 0"]),
+    "floor above the first weight": (["loss=cppo", "loss.weight_floor=2"], ["loss.weight_floor", "at most 1"]),
+    "budget of another loss": (["loss=m2po", "loss.prefix_budget=1"], ["loss.prefix_budget", "m2po does not use it"]),
     "args of a built-in loss": (["+loss.args.tau_pos=3"], ["loss.args", "sapo does not use it", "loss.tau_pos"]),
     "advantages of no module": (["advantage.name=absent.f"], ["advantage.name", "no module 'absent'"]),
     "args of built-in advantages": (["+advantage.args.eps=3"], ["advantage.args", "for a function of your own"]),
@@ -647,6 +651,8 @@ LOSS_GROUPS = {
     "dppo_kl": ("dppo_kl", 0.05, 0.05, "seq-mean-token-mean", "group"),
     "vespo": ("vespo", 0.2, 0.2, "seq-mean-token-mean", "group"),
     "gmpo": ("gmpo", 0.4, 0.4, "seq-mean-token-mean", "group"),
+    "m2po": ("m2po", 0.2, 0.2, "token-mean", "group"),
+    "cppo": ("cppo", 0.15, 0.15, "seq-mean-token-mean", "group"),
 }
 
 
