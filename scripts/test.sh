@@ -34,12 +34,28 @@ from_apt() { # PROGRAM PACKAGE WHAT: what is not tested without it
 }
 from_apt bwrap bubblewrap "the sandbox"
 from_apt chromium chromium "the page of sapo-report"
+openenv() { # a server's Python, over the packages of .venv: it wants other versions of some than vLLM
+    local own=.venv/openenv
+    export OPENENV_PYTHON=$PWD/$own/bin/python
+    if [ -f $own/ready ]; then return; fi
+    say "installing openenv's server"
+    if ! {
+        .venv/bin/python -m venv --clear --without-pip $own
+        .venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$(echo $own/lib/python*/site-packages)/over.pth"
+        $OPENENV_PYTHON -m pip install --no-input --no-compile --no-deps openenv==0.10.0 &&
+            $OPENENV_PYTHON -m pip install --no-input --no-compile 'fastmcp>=3,<4' && touch $own/ready
+    } >>.venv/setup.log 2>&1; then
+        say "there is none to be had: its tests are skipped"
+        unset OPENENV_PYTHON
+    fi
+}
 failed=""
 say "ruff"
 .venv/bin/ruff check --output-format concise || failed="$failed ruff"
 if [ "${1:-}" = --fast ]; then
     chosen=(-m "not (e2e or multi or gpu)" "${slow[@]/#/--ignore=}")
 else
+    openenv
     say "pyright"
     .venv/bin/pyright || failed="$failed pyright"
     chosen=(--durations=10)

@@ -20,7 +20,7 @@ from sapo_rl.errors import UserError
 from sapo_rl.types import Stop
 
 PYTHON = os.environ.get("OPENENV_PYTHON")
-"""The interpreter of a virtual environment with `pip install openenv`."""
+"""The interpreter of a virtual environment with `pip install openenv`; scripts/test.sh makes one."""
 needs_server = pytest.mark.skipif(PYTHON is None, reason="OPENENV_PYTHON names no interpreter with openenv")
 
 SERVER = """
