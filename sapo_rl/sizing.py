@@ -50,6 +50,16 @@ def adapter_parameters(config: Config, shape: dict[str, Any]) -> int:
     return config.model.lora.rank * chosen * shape.get("num_hidden_layers", 0)
 
 
+def engine_parameters(config: Config, count: int, shape: dict[str, Any]) -> int:
+    """Return the parameters that vLLM keeps: the model's, and those of adapters that come alone."""
+    return count + (adapter_parameters(config, shape) if config.model.lora.alone else 0)
+
+
+def sent_parameters(config: Config, count: int, shape: dict[str, Any]) -> int:
+    """Return the parameters that go to vLLM after a step, or an upper bound of them."""
+    return adapter_parameters(config, shape) if config.model.lora.alone else count
+
+
 def buffer_bytes(config: Config, count: int) -> int:
     """Return the GPU memory that the way of `count` parameters to vLLM takes, as far as the config tells."""
     if config.rollout.servers or config.rollout.transport == "file" or config.rollout.tensor_parallel > 1:

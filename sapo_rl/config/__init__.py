@@ -11,9 +11,11 @@ from typing import Any, Optional
 from sapo_rl.config.data import DataConfig
 from sapo_rl.config.engine import EngineConfig
 from sapo_rl.config.evaluation import EvalConfig
-from sapo_rl.config.fields import LONGEST_WAIT, MISSING, MOST_SAMPLES, choice, number
+from sapo_rl.config.fields import LONGEST_WAIT, MOST_SAMPLES, choice, number
 from sapo_rl.config.logging import LoggingConfig
 from sapo_rl.config.loss import AdvantageConfig, LossConfig
+from sapo_rl.config.model import LoraConfig as LoraConfig
+from sapo_rl.config.model import ModelConfig
 from sapo_rl.config.refill import RefillConfig, ReplayConfig
 from sapo_rl.config.reward import RewardConfig, RewardFunctionConfig
 
@@ -23,43 +25,6 @@ TOOL_PARSERS = ("hermes", "json", "llama3_json", "mistral", "openai", "pythonic"
 ENVIRONMENT = "environment"
 """The name of the environment's reward beside those of `reward.functions`, and of the column that chooses among
 several environments."""
-
-
-@dataclass
-class LoraConfig:
-    """Adapters that are trained in place of the model's own weights; docs/lora.md.
-
-    Example:
-        >>> LoraConfig(rank=32, alpha=64).rank
-        32
-    """
-
-    rank: int = number(0, least=0)
-    """Rank of the adapters; 0 trains the whole model. With adapters take about ten times the learning rate."""
-    alpha: float = number(32.0, above=0)
-    """What an adapter adds is multiplied by alpha / rank."""
-    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
-    """Linear modules that get an adapter, e.g. `[q_proj, v_proj]`; `all-linear` stands for all but the head."""
-
-
-@dataclass
-class ModelConfig:
-    """The policy: which model, and in which precision it computes.
-
-    Example:
-        >>> ModelConfig(path="Qwen/Qwen2.5-0.5B-Instruct").dtype
-        'bfloat16'
-    """
-
-    path: str = MISSING
-    """A Hugging Face model folder, or a name on the hub; `smollm2-135m` is made at its first use, out of a package."""
-    revision: Optional[str] = None
-    """Branch, tag or commit, where `path` is a name on the hub."""
-    dtype: str = choice("bfloat16", "bfloat16", "float32")
-    """Precision of forward and backward passes and of vLLM. The weights that are trained are always float32."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Leave off unless you have read that code."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass

@@ -104,6 +104,10 @@ class EngineSettings:
     """What `Engine.sleep` frees: 0 nothing, 1 the cache (the weights move to the host), 2 cache and weights."""
     core_process: bool = False
     """Whether vLLM's core gets a process of its own, beside the one that passes requests in and completions out."""
+    lora_rank: int = 0
+    """Of adapters that are loaded in place of weights; 0 where weights are."""
+    lora_modules: tuple[str, ...] = ()
+    """Last parts of the names of the modules that have adapters."""
 
 
 class Engine(Protocol):

@@ -18,7 +18,7 @@ from sapo_rl.engines.key import read_key
 from sapo_rl.engines.process import LocalEngine
 from sapo_rl.errors import UserError, described
 from sapo_rl.processes import at_once
-from sapo_rl.sizing import GIB, buffer_bytes, element_size, trainer_memory
+from sapo_rl.sizing import GIB, buffer_bytes, element_size, engine_parameters, sent_parameters, trainer_memory
 from sapo_rl.weights.base import WeightTransport
 from sapo_rl.weights.broadcast import NcclTransport
 from sapo_rl.weights.buckets import BucketTransport
@@ -52,6 +52,8 @@ class ModelFacts:
     """The text model's Hugging Face config."""
     largest: int = 0
     """Elements of the largest weight."""
+    adapted: tuple[str, ...] = ()
+    """Last parts of the names of the modules that get adapters."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ def cache_bytes(config: Config, facts: ModelFacts, memory: int, engines: int) ->
         (config.max_sequence_tokens + 16) * facts.cache_elements * size
     )  # the cache is dealt out by 16 tokens
     logits = 4 * 4 * rollout.max_num_seqs * facts.shape.get("vocab_size", 0)
-    left = rollout.gpu_memory_utilization * memory / engines - facts.parameters * size - OVERHEAD - logits
+    weights = engine_parameters(config, facts.parameters, facts.shape) * size
+    left = rollout.gpu_memory_utilization * memory / engines - weights - OVERHEAD - logits
     return int(min(left, rollout.max_num_seqs * per_sequence)) if left >= per_sequence else None
 
 
@@ -141,7 +144,8 @@ def sleep_level(config: Config, facts: ModelFacts, device: Device) -> int:
     if rollout.sleep != "auto":
         return int(rollout.sleep)
     trainer = sum(trainer_memory(config, facts.parameters, facts.shape).values())
-    if trainer + buffer_bytes(config, facts.parameters) <= (USABLE - rollout.gpu_memory_utilization) * device.memory:
+    buffer = buffer_bytes(config, sent_parameters(config, facts.parameters, facts.shape))
+    if trainer + buffer <= (USABLE - rollout.gpu_memory_utilization) * device.memory:
         return 0
     return 1 if config.model.lora.rank else 2  # the weights without adapters are never sent: they must not be lost
 
@@ -168,12 +172,13 @@ def build_transport(config: Config, facts: ModelFacts, device: Device, run: str,
         raise UserError("rollout.transport: ipc needs a GPU; set auto or file")
     if kind == "ipc" or (kind == "auto" and device.name != "cpu" and config.rollout.tensor_parallel == 1):
         return _gpu_transport(config, facts, dtype)
-    return FileTransport(weights_folder(facts.parameters * dtype.itemsize), dtype)
+    return FileTransport(weights_folder(sent_parameters(config, facts.parameters, facts.shape) * dtype.itemsize), dtype)
 
 
 def _gpu_transport(config: Config, facts: ModelFacts, dtype: torch.dtype) -> WeightTransport[Any]:
     """Return the transport through memory of the GPU: that holds all weights, or one bucket after the other."""
-    size, buffer = facts.parameters * dtype.itemsize, int(config.rollout.sync_buffer_gb * GIB)
+    size = sent_parameters(config, facts.parameters, facts.shape) * dtype.itemsize
+    buffer = int(config.rollout.sync_buffer_gb * GIB)
     on_several = config.rollout.tensor_parallel > 1  # engines on other GPUs map a copy of the whole
     if on_several or not 0 < buffer < size:
         return IpcTransport(dtype)
@@ -256,6 +261,8 @@ def engine_settings(
             kv_cache_bytes=cache_bytes(config, facts, device.memory, count) if on_gpu else None,
             sleep_level=sleep_level(config, facts, device),
             core_process=on_gpu and count == 1,  # several fill each other's pauses without, and start sooner
+            lora_rank=config.model.lora.rank if config.model.lora.alone else 0,
+            lora_modules=facts.adapted,
         )
         for index in range(count)
     ]

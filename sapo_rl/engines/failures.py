@@ -24,6 +24,8 @@ LACKS = {
 """What an error of the machine says, and what helps."""
 ERROR = re.compile(r"(\(.*?pid=\d+\) )?(?P<said>(?!.*Engine core initialization failed)[\w.]*(Error|Exception)\b.*)")
 """A line that ends a traceback, of the child or of vLLM's core process; the last one tells why vLLM did not start."""
+REFUSED = re.compile(r"(?P<said>model\.lora\.sync: .*)")
+"""What the worker says of a setting."""
 NO_ROOM_BESIDE = (
     "vLLM does not fit into the GPU's memory beside the trainer; lower rollout.gpu_memory_utilization, "
     "rollout.sync_buffer_gb or trainer.tokens_per_micro_batch, or spread the trainer (launch=fsdp2)"
@@ -31,8 +33,11 @@ NO_ROOM_BESIDE = (
 
 
 def refused_call(method: str, trace: str) -> EngineError | UserError:
-    """Return the error of a call that vLLM answered with a traceback; a UserError where memory ran out."""
-    if said := _out_of_memory(trace.splitlines()):
+    """Return the error of a call that vLLM answered with a traceback; a UserError for want of memory or of adapters."""
+    lines = trace.splitlines()
+    if found := REFUSED.search("".join(lines[-1:])):
+        return UserError(found["said"])
+    if said := _out_of_memory(lines):
         return UserError(f"{NO_ROOM_BESIDE}\nIt said, during {method}: {said}")
     return EngineError(f"vLLM refused the call:\n{trace}")
 

@@ -33,6 +33,7 @@ class LoraPolicy(Policy):
 
     def __init__(self, policy: Policy, settings: LoraConfig, seed: int, base: str) -> None:
         super().__init__(policy.model, policy.dtype)
+        self._alone = settings.alone
         self._description = peft.LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,  # type: ignore[arg-type]
@@ -49,6 +50,22 @@ class LoraPolicy(Policy):
             layer.lora_B.float()
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what `model.lora.sync` sends to vLLM, see `merged_weights` and `adapters`."""
+        return self.adapters() if self._alone else self.merged_weights()
+
+    @torch.no_grad()
+    def adapters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the adapters in float32, as `<module>.lora_A.weight` and `<module>.lora_B.weight`.
+
+        The second is multiplied by alpha / rank: what an adapter adds is their product.
+        """
+        layers = self._adapted()
+        for name, weight in self.trainable_weights():
+            path, _, kind = name.removesuffix(f".{ADAPTER}.weight").rpartition(".")
+            scale = layers[path].scaling[ADAPTER] if kind == "lora_B" else 1.0
+            yield f"{path}.{kind}.weight", self.gather(weight, weight.dtype) * scale
+
+    def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield what differs from the model's own folder under Hugging Face names: adapted weights, adapters merged in.
 
         The other weights beside an adapted one come with it: vLLM fuses some of them (query, key and value; gate and
@@ -69,7 +86,7 @@ class LoraPolicy(Policy):
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """See `Policy.state`; what has adapters comes first without, then with them merged in."""
         yield from ((_plain(name), tensor) for name, tensor in super().state() if not _is_adapter(name))
-        yield from self.named_weights()
+        yield from self.merged_weights()
 
     def export(self, folder: Path, is_main: bool = True) -> None:
         """Write the merged model as `Policy.export` does, and the adapters alone, as peft has them, into `adapter/`."""
@@ -126,13 +143,13 @@ def targets(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
     return sorted(linear if ALL in names else set(names))
 
 
-def check_targets(config: ModelConfig) -> None:
-    """Look for the modules to adapt before the weights are loaded.
+def check_targets(config: ModelConfig) -> list[str]:
+    """Return what `targets` does, before the weights are loaded.
 
     Raises:
         UserError: as `targets` does.
     """
-    targets(load_policy(config, empty=True).model, config.lora.target_modules)
+    return targets(load_policy(config, empty=True).model, config.lora.target_modules)
 
 
 def _is_adapter(name: str) -> bool:

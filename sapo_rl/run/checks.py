@@ -14,6 +14,7 @@ from sapo_rl.config.engine import VLLM
 from sapo_rl.config.fields import BOUNDS
 from sapo_rl.config.logging import TRACKERS
 from sapo_rl.config.loss import CHOSEN_KEYS, unread
+from sapo_rl.config.model import VLLM_RANKS
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.errors.files import reading
 from sapo_rl.policy import model_folder
@@ -321,6 +322,20 @@ def _check_lora(config: Config) -> None:
         )
 
 
+def _check_lora_sync(config: Config) -> None:
+    rollout, rank = config.rollout, config.model.lora.rank
+    if not config.model.lora.alone:
+        return
+    if rank > VLLM_RANKS[-1]:
+        raise ConfigError(
+            "model.lora.rank", f"is {rank}; vLLM takes up to {VLLM_RANKS[-1]} with model.lora.sync=adapter"
+        )
+    if rollout.servers:
+        raise ConfigError("model.lora.sync", "'adapter' does not reach rollout.servers; set merged")
+    if rollout.engine.name != VLLM:
+        raise ConfigError("model.lora.sync", f"'adapter' is for vLLM; '{rollout.engine.name}' gets weights: set merged")
+
+
 def _check_model(config: Config) -> None:
     path = config.model.path
     try:
@@ -372,8 +387,9 @@ RULES = {
     "check": check_checks,
     "eval": check_evaluation,
     "model.lora": _check_lora,
+    "model.lora.sync": _check_lora_sync,
     "model.path": _check_model,
 }
 """Rules that span fields, by the keys that they are about."""
-OF_TRAINING = (_check_batch, _check_advantage, _check_loss_settings, _check_loss, _check_filters)
+OF_TRAINING = (_check_batch, _check_advantage, _check_loss_settings, _check_loss, _check_filters, _check_lora_sync)
 """Those on how weights are updated."""

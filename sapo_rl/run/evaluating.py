@@ -103,7 +103,8 @@ def _check(one: Candidate, rank: Rank) -> None:
 def _measured(rank: Rank, alike: Sequence[Candidate], console: Console) -> Iterator[tuple[Candidate, Result]]:
     """Yield the models, all of one kind, with what they came to."""
     first = alike[0]
-    config = replace(rank.config, model=first.model)
+    whole = replace(first.model, lora=replace(first.model.lora, sync="merged"))  # the others may have no adapters
+    config = replace(rank.config, model=whole)
     own = replace(rank, config=config, tokenizer=first.tokenizer, facts=model_facts(first.model))
     with contextlib.ExitStack() as stack:
         transport = build_transport(config, own.facts, own.device, rank.token, rank.accelerator.is_main_process)

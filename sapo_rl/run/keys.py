@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from sapo_rl import config
-from sapo_rl.config.fields import BOUNDS
+from sapo_rl.config.fields import BOUNDS, MISSING
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _keys_of(schema: type, prefix: str) -> Iterator[Key]:
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         kind = re.sub(r"^Optional\[(.*)\]$", r"\1 or null", kind)
         entries: list[Any] = [one for one in get_args(hints[field.name])[1:] if dataclasses.is_dataclass(one)]
-        written = "" if default == config.MISSING else json.dumps(default)
+        written = "" if default == MISSING else json.dumps(default)
         yield Key(name, "a mapping" if entries else kind, written, _valid(field.metadata), meanings[field.name])
         for entry in entries:
             yield from _keys_of(entry, f"{name}.NAME.")

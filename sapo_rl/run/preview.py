@@ -16,7 +16,7 @@ from sapo_rl.config import Config
 from sapo_rl.policy import model_folder
 from sapo_rl.run import packaged, rehearsal
 from sapo_rl.run.resume import Plan
-from sapo_rl.sizing import GIB, buffer_bytes, element_size, trainer_memory
+from sapo_rl.sizing import GIB, buffer_bytes, element_size, engine_parameters, sent_parameters, trainer_memory
 
 
 def preview(config: Config, frozen: str, resumed: Plan | None = None) -> None:
@@ -103,8 +103,9 @@ def memory_rows(config: Config) -> dict[str, float]:
     if folder is None or count is None:
         return {}
     shape = model_folder.text_part(model_folder.read_json(folder / model_folder.CONFIG))
-    rows = trainer_memory(config, count, shape) | {"vLLM's weights": count * element_size(config)}
-    return rows | {"weights on their way to vLLM": buffer_bytes(config, count)}
+    kept = engine_parameters(config, count, shape) * element_size(config)
+    buffer = buffer_bytes(config, sent_parameters(config, count, shape))
+    return trainer_memory(config, count, shape) | {"vLLM's weights": kept, "weights on their way to vLLM": buffer}
 
 
 def _table(title: str, rows: dict[str, str]) -> Table:

@@ -168,7 +168,8 @@ def build(rank: Rank, stack: contextlib.ExitStack, stops: Stops) -> Parts:
         for line in _how_it_goes_on(resumed, trainer, resume.changes(state["config"], rank.frozen)):
             telemetry.note(line)
     wait_for(writing.engines, rank, telemetry.note)
-    if resumed or config.rollout.servers:  # which may still hold those of an earlier run
+    # Servers may still hold the weights of an earlier run; whether vLLM takes adapters shows when it gets some.
+    if resumed or config.rollout.servers or config.model.lora.alone:
         publisher.publish(step)
     return parts
 

@@ -7,7 +7,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -191,7 +191,7 @@ def _facts(config: ModelConfig) -> ModelFacts:
     if config.lora.rank:
         from sapo_rl.policy.lora import check_targets  # peft takes a second to import
 
-        check_targets(config)
+        return replace(facts, adapted=tuple(check_targets(config)))
     return facts
 
 

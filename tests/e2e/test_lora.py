@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pandas as pd
@@ -15,10 +16,11 @@ from tiny import engine_settings, generate, make_workspace
 from transformers import AutoModelForCausalLM
 
 from sapo_rl.config import LoraConfig, ModelConfig
-from sapo_rl.engines.base import Request, Sampling
+from sapo_rl.engines.base import Completion, Request, Sampling
 from sapo_rl.engines.parity import verify
 from sapo_rl.engines.process import LocalEngine
-from sapo_rl.policy.lora import LoraPolicy
+from sapo_rl.errors import UserError
+from sapo_rl.policy.lora import LoraPolicy, check_targets
 from sapo_rl.policy.model import load_policy
 from sapo_rl.policy.packing import pack
 from sapo_rl.weights.file import FileTransport, weights_folder
@@ -27,6 +29,7 @@ pytestmark = pytest.mark.e2e
 
 PARTS = ["q_proj", "up_proj"]
 """Of the weights that vLLM fuses, one each: the others must reach it, too."""
+LONG = Sampling(1.0, 1.0, 0, 0.0, 1.0, 200, True)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,25 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pat
 @pytest.fixture(scope="module")
 def whole(workspace: Path) -> Path:
     return new_run(workspace)
+
+
+@pytest.fixture(scope="module")
+def alone(workspace: Path) -> Path:
+    """The same run with adapters that vLLM gets alone, resumed after its second step."""
+    folder = new_run(workspace, "trainer.steps=2", "model.lora.sync=adapter")
+    code, out, err = run(workspace, f"resume={folder.relative_to(workspace)}", "trainer.steps=3")
+    assert code == 0, out + err
+    return folder
+
+
+def test_adapters_that_go_to_vllm_alone_train_as_merged_ones_do(alone: Path, whole: Path) -> None:
+    probes = [record["mismatch/probe_logp_diff"] for record in timeless(alone) if "mismatch/probe_logp_diff" in record]
+    assert len(probes) == 4 and max(probes) < 1e-5
+    ours, theirs = (load_file(f / "checkpoints/step_000003/trainer_00000.safetensors") for f in (alone, whole))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=1e-4, rtol=1e-3)
+    steps = zip(steps_of(alone), steps_of(whole), strict=True)
+    assert all(one["reward/mean"] == pytest.approx(other["reward/mean"]) for one, other in steps)
 
 
 def test_vllm_runs_the_adapted_model_at_every_step(whole: Path) -> None:
@@ -79,9 +101,9 @@ def test_final_model_is_the_trained_one_for_transformers_and_vllm(whole: Path, t
 
 
 def test_checkpoints_with_adapters_are_measured_as_the_merged_model_is(
-    workspace: Path, whole: Path, tiny_model: Path
+    workspace: Path, alone: Path, tiny_model: Path
 ) -> None:
-    models = f"model={whole}/checkpoints/step_000003,{whole}/final,{tiny_model}"
+    models = f"model={alone}/checkpoints/step_000003,{alone}/final,{tiny_model}"
     own = "eval.sets.own={data: {source: arithmetic}, prompts: 6}"
     code, out, err = run(workspace, models, own, "run_dir=measured", module=("-m", "sapo_rl.run.eval"))
     assert code == 0 and out.count("vLLM is ready") == 1, out + err
@@ -110,19 +132,77 @@ def test_engine_that_dies_comes_back_with_the_weights_of_a_partial_push(tiny_mod
         engine.start()
         engine.wait_ready()
         for version in (1, 2):
-            with torch.no_grad():
-                for _, weight in policy.trainable_weights():
-                    weight.add_(0.05 * torch.randn_like(weight))
+            change(policy)
             transport.push(policy.named_weights(), [engine], version)
             expected = score(policy, ids)
             assert verify(engine, ids, expected, "float32") < 1e-5
-        (child,) = [p for p in psutil.Process().children() if "sapo_rl.engines.vllm.child" in p.cmdline()]
-        child.kill()
+        child_of().kill()
         assert verify(engine, ids, expected, "float32") < 1e-5
         assert engine.restarts == 1
     finally:
         engine.close()
         transport.close()
+
+
+def test_adapters_are_replaced_under_running_completions(tiny_model: Path, tmp_path: Path) -> None:
+    config = ModelConfig(path=str(tiny_model), dtype="float32", lora=LoraConfig(rank=12, alpha=7, sync="adapter"))
+    policy = LoraPolicy(load_policy(config), config.lora, 0, config.path)
+    transport = FileTransport(weights_folder(1 << 20), torch.float32)
+    engine = LocalEngine(
+        engine_settings(
+            tiny_model, tmp_path / "engine.log", lora_rank=12, lora_modules=tuple(check_targets(config)),
+            max_model_len=512,
+        )
+    )  # fmt: skip
+    prompt, mixed = [4 + i % 200 for i in range(150)], False  # longer than a block of the cache of keys and values
+    try:
+        engine.start()
+        engine.wait_ready()
+        assert verify(engine, prompt, score(policy, prompt), "float32") < 1e-5  # none yet: they begin as zero
+        for version in range(1, 6):
+            (under_way,) = engine.submit([Request(prompt, 4)], LONG)
+            engine.score(prompt)  # now it has begun
+            begun_by = copy.deepcopy(policy.model.state_dict())
+            change(policy)
+            transport.push(policy.named_weights(), [engine], version)
+            assert verify(engine, prompt, score(policy, prompt), "float32") < 1e-5
+            for _ in range(2):  # the second time by what the cache has
+                ((one,),) = generate(engine, [Request(prompt, 1)], LONG)
+                assert furthest(policy, prompt, one) < 1e-4
+            now = copy.deepcopy(policy.model.state_dict())
+            policy.model.load_state_dict(begun_by)
+            for one in under_way.result(120):
+                assert furthest(policy, prompt, one, tokens=1) < 1e-4
+                mixed |= furthest(policy, prompt, one) > 0.01
+            policy.model.load_state_dict(now)
+        assert mixed  # some were ended by newer adapters than they were begun by
+        child_of().kill()
+        assert verify(engine, prompt, score(policy, prompt), "float32") < 1e-5
+        assert engine.restarts == 1
+        wrong = {f"model.layers.0.self_attn.x_proj.lora_{kind}.weight": torch.zeros(12, 12) for kind in "AB"}
+        with pytest.raises(UserError, match=r"lora\.sync: vLLM has no place for adapters of .*x_proj; set merged"):
+            FileTransport(weights_folder(1 << 20), torch.float32).push(wrong.items(), [engine], 6)
+    finally:
+        engine.close()
+        transport.close()
+
+
+def child_of() -> psutil.Process:
+    (child,) = [p for p in psutil.Process().children() if "sapo_rl.engines.vllm.child" in p.cmdline()]
+    return child
+
+
+@torch.no_grad()
+def change(policy: LoraPolicy) -> None:
+    for _, weight in policy.trainable_weights():
+        weight.add_(0.05 * torch.randn_like(weight))
+
+
+def furthest(policy: LoraPolicy, prompt: list[int], one: Completion, tokens: int | None = None) -> float:
+    """The largest difference of vLLM's log-probabilities of a completion, or of its first tokens, from the policy's."""
+    ids = one.token_ids[:tokens]
+    pairs = zip(one.logps or (), score(policy, prompt + ids)[len(prompt) - 1 :], strict=False)
+    return max(abs(ours - theirs) for ours, theirs in pairs)
 
 
 @torch.no_grad()

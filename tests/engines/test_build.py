@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from sapo_rl.engines.build import (
 from sapo_rl.engines.remote import RemoteEngine
 from sapo_rl.errors import UserError
 from sapo_rl.run.checks import ConfigError, check
+from sapo_rl.sizing import adapter_parameters
 from sapo_rl.weights.broadcast import NcclTransport
 from sapo_rl.weights.buckets import BucketTransport
 from sapo_rl.weights.file import FileTransport
@@ -121,6 +123,20 @@ def test_with_adapters_a_sleeping_engine_keeps_its_weights() -> None:
     made.model.lora.rank = 16
     assert sleep_level(made, facts(7e9), H200) == 0  # 14 GB of frozen weights where training all takes 112
     assert sleep_level(made, facts(60e9), H200) == 1
+
+
+def test_an_engine_makes_room_for_adapters_that_come_alone() -> None:
+    made, model = config(gpu_memory_utilization=0.5), replace(facts(7e9), adapted=("q_proj", "up_proj"))
+    model.shape.update(hidden_size=4096, intermediate_size=11008, num_attention_heads=32)
+    made.model.lora.rank = 48
+    (merged,) = engine_settings(made, model, H200, Path("logs"), [0], "rank/")
+    made.model.lora.sync, made.rollout.max_num_seqs = "adapter", 4096  # so that the cache takes all that is left
+    (alone,) = engine_settings(made, model, H200, Path("logs"), [0], "rank/")
+    made.model.lora.sync = "merged"
+    (same,) = engine_settings(made, model, H200, Path("logs"), [0], "rank/")
+    assert (merged.lora_rank, alone.lora_rank, alone.lora_modules) == (0, 48, ("q_proj", "up_proj"))
+    adapters = adapter_parameters(made, model.shape)
+    assert same.kv_cache_bytes - alone.kv_cache_bytes == pytest.approx(2 * adapters, abs=1) and adapters > 80_000_000
 
 
 def test_an_engine_cannot_sleep_and_write() -> None:

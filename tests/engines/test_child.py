@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +11,12 @@ from typing import Any
 
 import pytest
 from tiny import engine_settings
+from transformers import GPT2Config
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from sapo_rl.engines.base import Completion, EngineSettings, Request, Sampling
 from sapo_rl.engines.vllm import child
-from sapo_rl.engines.vllm.child import VllmProcess, capture_sizes, llm_arguments
+from sapo_rl.engines.vllm.child import VllmProcess, capture_sizes, llm_arguments, register
 
 
 def settings(device: str) -> EngineSettings:
@@ -56,6 +58,23 @@ def test_log_probabilities_are_those_of_the_sampling_distribution(device: str) -
     assert arguments["trust_remote_code"] is False
 
 
+def test_vllm_makes_room_for_adapters_of_the_next_rank_that_it_has() -> None:
+    assert "enable_lora" not in llm_arguments(settings("cpu"))
+    for rank, room in ((1, 1), (8, 8), (48, 64), (512, 512)):
+        found = llm_arguments(replace(settings("cuda:0"), lora_rank=rank, lora_modules=("q_proj",)))
+        assert (found["enable_lora"], found["max_lora_rank"], found["lora_target_modules"]) == (True, room, ["q_proj"])
+
+
+def test_adapters_for_a_model_that_vllm_runs_without_them_only_are_refused_before_it_loads(tmp_path: Path) -> None:
+    plain = GPT2Config()
+    plain.architectures = ["GPT2LMHeadModel"]
+    plain.save_pretrained(tmp_path)
+    given = engine_settings(tmp_path, tmp_path / "log")
+    register(given)
+    with pytest.raises(ValueError, match=r"lora\.sync: vLLM takes no adapters for GPT2LMHeadModel; set merged$"):
+        register(replace(given, lora_rank=8))
+
+
 def test_a_failure_in_the_midst_of_decoding_is_the_end_of_the_engine() -> None:
     class Failing:
         class llm_engine:
@@ -79,7 +98,7 @@ class Llm:
         self.under_way: list[str] = []
         self.llm_engine = self
 
-    def enqueue(self, prompts: list[dict[str, Any]], params: list[object], use_tqdm: bool) -> list[str]:
+    def enqueue(self, prompts: list[dict[str, Any]], params: list[object], **options: object) -> list[str]:
         (prompt,) = prompts
         if len(prompt["prompt_token_ids"]) > 4:
             raise ValueError("too long")

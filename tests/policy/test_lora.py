@@ -96,6 +96,19 @@ def test_pushed_weights_are_the_merged_ones(tiny_model: Path, targets: list[str]
     assert {name.split(".")[-2] for name in pushed} == linear and len(pushed) == 2 * 7
 
 
+def test_adapters_that_are_pushed_alone_add_what_merged_ones_do(tiny_model: Path) -> None:
+    config = make_config(tiny_model, LoraConfig(rank=4, alpha=6.0, sync="adapter"))
+    policy = trained(config)
+    pushed, merged = dict(policy.named_weights()), dict(policy.merged_weights())
+    original = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).state_dict()
+    assert len(pushed) == 2 * 14 and sum(weight.numel() for weight in pushed.values()) < 20_000
+    for name, weight in merged.items():
+        path = name.removesuffix(".weight")
+        added = pushed[f"{path}.lora_B.weight"] @ pushed[f"{path}.lora_A.weight"]
+        torch.testing.assert_close(weight, original[name] + added, atol=1e-6, rtol=0)
+    assert dict(policy.state()).keys() >= merged.keys()  # what is saved at the end is merged all the same
+
+
 def test_training_starts_at_the_whole_models_loss_and_moves_the_adapters_alone(tiny_model: Path) -> None:
     config = make_config(tiny_model, updates_per_rollout=1)
     policy = make_policy(config)
@@ -208,6 +221,23 @@ def test_settings_that_cannot_be_are_refused(tiny_model: Path) -> None:
     config.rollout.sleep = "auto"
     config.model.lora.target_modules = []
     with pytest.raises(ConfigError, match=r"model\.lora\.target_modules: is empty"):
+        check(config)
+
+
+def test_adapters_do_not_go_alone_where_vllm_cannot_take_them(tiny_model: Path) -> None:
+    config = make_config(tiny_model, LoraConfig(rank=512, sync="adapter"))
+    config.data = DataConfig(source="arithmetic", max_prompt_tokens=64)
+    config.reward = RewardConfig({"exact": RewardFunctionConfig("exact_match")})
+    check(config)
+    config.model.lora.rank = 513
+    with pytest.raises(ConfigError, match=r"model\.lora\.rank: is 513; vLLM takes up to 512 with model\.lora\.sync"):
+        check(config)
+    config.model.lora.rank, config.rollout.servers = 8, ["127.0.0.1:8000"]
+    with pytest.raises(ConfigError, match=r"model\.lora\.sync: 'adapter' does not reach rollout\.servers; set merged"):
+        check(config)
+    check(config, training=False)  # a model that is measured is a merged one
+    config.rollout.servers, config.rollout.engine.name = [], "sapo_rl.engines.process.LocalEngine"
+    with pytest.raises(ConfigError, match=r"model\.lora\.sync: 'adapter' is for vLLM; .*LocalEngine' gets weights"):
         check(config)
 
 

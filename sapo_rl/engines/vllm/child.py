@@ -20,13 +20,16 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sapo_rl.config.model import VLLM_RANKS
 from sapo_rl.engines.base import EngineSettings, Request, Sampling
 from sapo_rl.engines.rpc import Answer, Call
 from sapo_rl.engines.vllm.adapter import completions_of, sampling_params, scores_of, scoring_params
+from sapo_rl.engines.vllm.lora import ADAPTER_ID
 from sapo_rl.processes import die_with_parent, kill_group_on_hangup, streams
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
 
 def capture_sizes(max_num_seqs: int) -> list[int]:
@@ -56,6 +59,12 @@ def llm_arguments(settings: EngineSettings) -> dict[str, Any]:
         "disable_log_stats": True,
         "worker_extension_cls": "sapo_rl.engines.vllm.worker.WeightReceiver",
     }
+    if settings.lora_rank:
+        arguments |= {
+            "enable_lora": True,
+            "max_lora_rank": next(rank for rank in VLLM_RANKS if rank >= settings.lora_rank),
+            "lora_target_modules": list(settings.lora_modules),  # the others are computed as without adapters
+        }
     if settings.device == "cpu":
         memory = int(settings.cpu_kv_cache_gb * 2**30)
         # Of a prompt read in two parts vLLM would rewind the seeded generator, which none on the CPU can do.
@@ -82,7 +91,10 @@ def register(settings: EngineSettings) -> None:
     )
     for name in config.architectures or ():
         if known := ModelRegistry.models.get(name):
-            ModelRegistry.register_model(name, known.load_model_cls())
+            found = known.load_model_cls()
+            if settings.lora_rank and not getattr(found, "supports_lora", False):
+                raise ValueError(f"model.lora.sync: vLLM takes no adapters for {name}; set merged")
+            ModelRegistry.register_model(name, found)
 
 
 class Running(NamedTuple):
@@ -106,6 +118,8 @@ class VllmProcess:
         self.names: dict[int, str] = {}
         """vLLM's name of what is under way for a call."""
         self.loads = 0
+        self.adapter: LoRARequest | None = None
+        """What has requests written with the adapters last loaded."""
         self.asleep = False
         self.layout: str | None = None
         """Of the weights that are loaded, or were when the engine went to sleep."""
@@ -127,7 +141,7 @@ class VllmProcess:
             self.load_weights(self.layout)  # sleep may have discarded them
         # What the cache holds of a prompt belongs to the weights that wrote it.
         salted: Any = {"prompt_token_ids": token_ids, "cache_salt": str(self.loads)}
-        (name,) = self.llm.enqueue([salted], [params], use_tqdm=False)
+        (name,) = self.llm.enqueue([salted], [params], lora_request=self.adapter, use_tqdm=False)
         name = name.partition("-")[0]  # outputs do not carry the random part
         self.running[name], self.names[call] = Running(call, read), name
 
@@ -170,6 +184,10 @@ class VllmProcess:
             self.llm.wake_up(["kv_cache"])
             self.asleep = False
         self.loads += 1
+        if self.settings.lora_rank:
+            from vllm.lora.request import LoRARequest
+
+            self.adapter = LoRARequest("policy", ADAPTER_ID, "in memory")
 
     def sleep(self) -> None:
         """See `Engine.sleep`."""

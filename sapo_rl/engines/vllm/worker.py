@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sapo_rl.engines.vllm.lora import replace_adapter
 from sapo_rl.processes import die_with_parent
 from sapo_rl.weights.buckets import read_buckets
 from sapo_rl.weights.rendezvous import Group, Rendezvous, join, receive_tensors
@@ -74,8 +75,12 @@ class WeightReceiver:
 
         The general way is vLLM's loading of a checkpoint: its CPU build repacks weights after it, so that copying into
         the parameters is not enough there. Layers that get nothing stay as they are; one that fuses several weights
-        needs all of them.
+        needs all of them. A model with adapters gets these, and keeps its weights.
         """
+        if hasattr(self.model_runner, "lora_manager"):
+            replace_adapter(self.model_runner, tensors, self.device)
+            self._synchronize()
+            return
         model = self.model_runner.get_model()
         if self.device.type != "cpu" and keeps_checkpoint_format(model):
             model.load_weights(tensors)  # several times as fast as the general way
