@@ -111,6 +111,7 @@ def main() -> None:
 
     from sapo_rl.run import ranks
 
+    processes.imports_are_done()
     for name in quiet:
         del os.environ[name]
     ranks.register_rendezvous()

@@ -68,6 +68,7 @@ not force an immediate exit."""
 
 def main(folder: Path | None) -> None:
     """Run this rank to its end; `folder` is None on ranks that learn it from rank 0. A user's mistake exits with 2."""
+    processes.imports_are_done()
     stops = Stops()
     streams.outlive()
     os.environ.update(streams.UTF8)  # for the processes that this one starts

@@ -10,6 +10,7 @@ restart.
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import queue
@@ -25,7 +26,7 @@ from sapo_rl.engines.base import EngineSettings, Request, Sampling
 from sapo_rl.engines.rpc import Answer, Call
 from sapo_rl.engines.vllm.adapter import completions_of, sampling_params, scores_of, scoring_params
 from sapo_rl.engines.vllm.lora import ADAPTER_ID
-from sapo_rl.processes import die_with_parent, kill_group_on_hangup, streams
+from sapo_rl.processes import die_with_parent, imports_are_done, kill_group_on_hangup, streams
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -112,6 +113,7 @@ class VllmProcess:
         from vllm import LLM
 
         register(settings)
+        imports_are_done()
         self.settings = settings
         self.running: dict[str, Running] = {}
         """By vLLM's name of the request."""
@@ -251,6 +253,7 @@ def main() -> None:
     """Tie the process to its parent and serve it."""
     fd, parent = int(sys.argv[1]), int(sys.argv[2])
     die_with_parent(parent)
+    gc.disable()
     streams.outlive()
     os.set_inheritable(fd, False)
     kill_group_on_hangup(fd)
