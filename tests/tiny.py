@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
     from sapo_rl.engines.base import Completion, EngineSettings, Request, Sampling
 
+EXTENDING = Path(__file__).parents[1] / "docs/extending.md"
+PLAIN = "rollout.engine.name=my_engine.PlainEngine"
+"""Has the engine of docs/extending.md write in a run: vLLM takes 15 seconds of a processor to start."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -107,7 +110,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_workspace(folder: Path, model_folder: Path, rewards: str = "", **sections: Any) -> Path:
-    """Write a folder as a user has it, a recipe and a module with reward functions; return it.
+    """Write a folder as a user has it, a recipe and modules with reward functions and an engine; return it.
 
     The recipe, `tiny.yaml`, trains the model on the CPU; `sections` change keys of its sections, or add some. `rewards`
     is Python to follow `REWARDS` in `my_rewards.py`.
@@ -133,6 +136,8 @@ def make_workspace(folder: Path, model_folder: Path, rewards: str = "", **sectio
         config[name] = config.get(name, {}) | section
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
     (folder / "my_rewards.py").write_text(REWARDS + rewards)
+    engine = EXTENDING.read_text(encoding="utf-8").partition("# my_engine.py\n")[2].partition("```")[0]
+    (folder / "my_engine.py").write_text(engine)
     return folder
 
 

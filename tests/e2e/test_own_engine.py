@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from command import new_run, records, steps_of
-from tiny import make_workspace
-
-PAGE = Path(__file__).parents[2] / "docs/extending.md"
+import forked
+from command import records, steps_of
+from tiny import PLAIN, make_workspace
 
 
 def test_an_engine_named_by_dotted_path_trains_with_the_weights_that_it_is_brought(
@@ -22,9 +21,7 @@ def test_an_engine_named_by_dotted_path_trains_with_the_weights_that_it_is_broug
         eval={"prompts": 2},
         logging={"wandb": "off"},
     )
-    code = PAGE.read_text(encoding="utf-8").partition("# my_engine.py\n")[2].partition("```")[0]
-    (workspace / "my_engine.py").write_text(code)
-    folder = new_run(workspace, "rollout.engine.name=my_engine.PlainEngine")
+    folder = forked.new_run(workspace, PLAIN)
     probes = [one["mismatch/probe_logp_diff"] for one in records(folder) if "mismatch/probe_logp_diff" in one]
     assert len(probes) == 3 and max(probes) < 1e-5
     assert not list((folder / "logs").glob("vllm*"))
