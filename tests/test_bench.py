@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import PLAIN, make_workspace
 
 BENCH = Path(__file__).resolve().parents[1] / "scripts/bench"
 sys.path.insert(0, str(BENCH))
@@ -175,8 +177,15 @@ def test_tiny_comparison_measures_our_half(tiny_model: Path, tmp_path: Path) -> 
     out = tmp_path / "result.json"
     command = [sys.executable, str(BENCH / "vs_trl.py"), "--workload", "tiny", "--shape", "tiny", "--skip-trl"]
     sizes = ["--model", str(tiny_model), "--warm-up", "1", "--cycles", "2", "--overlap", "--out", str(out)]
-    overrides = ["--set", "model.dtype=float32", "rollout.cpu_kv_cache_gb=0.1"]
-    done = subprocess.run([*command, *sizes, *overrides], capture_output=True, text=True, timeout=300)
+    overrides = ["--set", "model.dtype=float32", PLAIN]
+    make_workspace(tmp_path, tiny_model)
+    done = subprocess.run(
+        [*command, *sizes, *overrides],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     programs = json.loads(out.read_text())["programs"]
     assert not [program["log_tail"] for program in programs.values() if "error" in program]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_workspace
+from tiny import PLAIN, make_workspace
 
 from sapo_rl.errors import UserError
 from sapo_rl.run.api import Run, train
@@ -44,7 +44,7 @@ def test_a_callback_stops_a_run_that_goes_on_with_the_functions_it_had(
     monkeypatch.chdir(workspace)
     local = lambda completions, **columns: digits(completions)  # noqa: E731  # no worker can import it
     first = Recorder(last=2)
-    run = train("tiny.yaml", ["trainer.steps=400"], rewards={"digits": local}, callbacks=[first])
+    run = train("tiny.yaml", ["trainer.steps=400", PLAIN], rewards={"digits": local}, callbacks=[first])
     done = run.metrics.index[-1]
     assert first.steps == list(range(1, done + 1)) and 2 <= done < 400
     assert first.evals[0][0] == 0 and run.final is None
@@ -70,7 +70,7 @@ def test_what_fails_in_the_training_is_raised_here(
         raise ValueError("out of ideas")
 
     with pytest.raises(UserError, match=r"reward function 'fails' .*\n?.*ValueError: out of ideas"):
-        train("tiny.yaml", ["eval.every=0"], rewards=[fails])
+        train("tiny.yaml", ["eval.every=0", PLAIN], rewards=[fails])
     assert "out of ideas" not in capsys.readouterr().err
 
     class Fails:
@@ -78,6 +78,6 @@ def test_what_fails_in_the_training_is_raised_here(
             raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):
-        train("tiny.yaml", ["trainer.steps=400", "run_dir=stopped"], callbacks=[Fails()])
+        train("tiny.yaml", ["trainer.steps=400", "run_dir=stopped", PLAIN], callbacks=[Fails()])
     assert list((workspace / "stopped/checkpoints").glob("step_*"))
     assert Run(workspace / "stopped").metrics.index[-1] < 400

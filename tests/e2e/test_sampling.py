@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import signal
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
 
-import psutil
+import forked
 import pyarrow.parquet as pq
 import pytest
 import torch
-from command import finish, folders, new_run, run, start, steps_of, timeless, wait_for_step
+from command import steps_of, timeless
 from safetensors.torch import load_file
-from tiny import make_workspace
+from tiny import PLAIN, make_workspace
 
 from sapo_rl.data.pass_rates import fingerprint
 
@@ -42,7 +42,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pat
             }
         },
         eval={"every": 0, "prompts": 4, "reward": "lucky"},
-        checkpoint={"every": 1, "save_final": False},
+        checkpoint={"every": 1, "keep_last": 3, "save_final": False},
         logging={"wandb": "off"},
     )
 
@@ -50,7 +50,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pat
 @pytest.fixture(scope="module")
 def checked(workspace: Path) -> tuple[Path, str]:
     """The folder of a check of all prompts, and what it printed."""
-    code, out, err = run(workspace, "config=tiny.yaml", "check=data", "data.check.samples=6", "run_dir=checked")
+    check = ("check=data", "data.check.samples=6", "run_dir=checked", PLAIN)
+    code, out, err = forked.run(workspace, "config=tiny.yaml", *check)
     assert code == 0, out + err
     return workspace / "checked", out
 
@@ -104,7 +105,7 @@ BY_RATES = (
 
 @pytest.fixture(scope="module")
 def whole(workspace: Path, checked: tuple[Path, str]) -> Path:
-    return new_run(workspace, *BY_RATES)
+    return forked.new_run(workspace, *BY_RATES)
 
 
 def test_a_run_draws_what_is_neither_always_nor_never_solved_and_remembers_what_it_saw(
@@ -147,15 +148,13 @@ def test_groups_of_earlier_steps_fill_the_places_of_those_that_teach_nothing(who
     assert sum(record["rollout/replayed_fraction"] for record in steps_of(whole)) > 0
 
 
-def test_one_that_is_killed_and_resumed_draws_the_same_to_the_last_bit(workspace: Path, whole: Path) -> None:
-    before = folders(workspace)
-    process = start(workspace, "config=tiny.yaml", *BY_RATES)
-    folder = wait_for_step(process, workspace, before, 3)
-    (rank,) = [one for one in psutil.Process(process.pid).children() if "sapo_rl.run.rank" in one.cmdline()]
-    rank.send_signal(signal.SIGKILL)
-    assert finish(process)[0] == 128 + signal.SIGKILL
+def test_one_that_ended_after_three_steps_and_is_resumed_draws_the_same_to_the_last_bit(
+    workspace: Path, whole: Path, tmp_path: Path
+) -> None:
+    gone = shutil.ignore_patterns("step_000004", "step_000005", "pass_rates.parquet")
+    folder = shutil.copytree(whole, tmp_path / "copy", symlinks=True, ignore=gone)
     (workspace / "checked").rename(workspace / "gone")  # what a run began with is in its checkpoints
-    code, out, err = run(workspace, f"resume={folder.relative_to(workspace)}")
+    code, out, err = forked.run(workspace, f"resume={folder}")
     (workspace / "gone").rename(workspace / "checked")
     assert code == 0, out + err
     assert timeless(folder) == timeless(whole)
