@@ -159,7 +159,7 @@ def test_python_on_other_pages_runs(page: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("sapo_rl.losses.base", "sapo_rl.losses.build", "sapo_rl.losses.sapo"),
+        *("sapo_rl.losses.base", "sapo_rl.losses.budget", "sapo_rl.losses.build", "sapo_rl.losses.sapo"),
         *(
             f"sapo_rl.losses.{name}"
             for name in ("cispo", "cppo", "dppo", "gmpo", "grpo", "gspo", "m2po", "reinforce", "vespo")
@@ -168,7 +168,12 @@ def test_python_on_other_pages_runs(page: str) -> None:
         *(f"sapo_rl.config{name}" for name in ("", ".data", ".evaluation", ".logging", ".loss")),
         *("sapo_rl.engines.base", "sapo_rl.engines.build"),
         *("sapo_rl.environments.search", "sapo_rl.rewards.short_answers"),
-        *("sapo_rl.policy.packing", "sapo_rl.rollout.share", "sapo_rl.telemetry.progress"),
+        *(
+            "sapo_rl.policy.packing",
+            "sapo_rl.policy.temperatures",
+            "sapo_rl.rollout.share",
+            "sapo_rl.telemetry.progress",
+        ),
         "sapo_rl.data.pass_rates",
     ],
 )

@@ -98,6 +98,9 @@ class LossConfig:
     """SAPO's temperature where the advantage is positive. The gradient's weight halves at |ratio - 1| = 1.763 / tau."""
     tau_neg: float = number(1.05, above=0, users=SAPO)
     """SAPO's temperature for the other tokens; the paper takes it above `tau_pos`."""
+    tau_target_kl: Optional[float] = field(default=None, metadata={"users": SAPO})
+    """Experimental, in no paper: a bound on `policy/kl_gated`. Each step multiplies both temperatures by 1 to 64, as
+    the tokens of the step before would have kept to it; null leaves them as they are."""
     strict_temperatures: bool = field(default=True, metadata={"users": SAPO})
     """Refuse `tau_neg < tau_pos`, which the paper found to be the least stable."""
     gradient: str = choice("paper", "paper", "detached", users=SAPO)

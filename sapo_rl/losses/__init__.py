@@ -6,6 +6,7 @@ Two ways in. `build_loss` returns the function that the trainer calls on each pa
 
 from sapo_rl.losses.aggregation import AGGREGATION_MODES, sequence_mean, token_weights
 from sapo_rl.losses.base import POLICY_LOSS_FN, BatchPolicyLossFn, PolicyLossFn, TokenLosses
+from sapo_rl.losses.budget import LARGEST_SCALE, GatedKL
 from sapo_rl.losses.build import LossInputs, LossOutputs, PackedLoss, build_loss
 from sapo_rl.losses.cispo import CISPOPolicyLossFn, cispo_token_losses
 from sapo_rl.losses.correction import MismatchCorrection, mismatch_factor, stale_negative_mask
@@ -27,6 +28,7 @@ from sapo_rl.losses.vespo import VESPOPolicyLossFn, vespo_token_losses
 __all__ = [
     "AGGREGATION_MODES",
     "GATES",
+    "LARGEST_SCALE",
     "POLICY_LOSS_FN",
     "BatchPolicyLossFn",
     "CISPOPolicyLossFn",
@@ -36,6 +38,7 @@ __all__ = [
     "GMPOPolicyLossFn",
     "GRPOPolicyLossFn",
     "GSPOPolicyLossFn",
+    "GatedKL",
     "KLPenalty",
     "LossInputs",
     "LossOutputs",

@@ -75,6 +75,8 @@ def save(
     def complete() -> dict[str, Entry]:
         record = partial / manifest.RECORD
         content = {"step": step, "updates": trainer.updates, "state": state}
+        if trainer.temperatures.adapt:
+            content["tau_scale"] = trainer.temperatures.scale
         record.write_text(json.dumps(content, indent=1, default=float), encoding="utf-8")
         entries[record.name] = manifest.entry_of(record)
         manifest.write_manifest(partial, step, entries)
@@ -208,6 +210,7 @@ def load(checkpoint: Path, trainer: PolicyTrainer) -> tuple[int, dict[str, Any]]
     for name, parameter in trainer.policy.trainable_weights():
         parallel.restore(parameter, {kind: file.get_tensor(f"{kind}/{name}") for kind, file in found[name].items()})
     trainer.go_on(record["step"], record["updates"])
+    trainer.temperatures.scale = record["tau_scale"]
     own = checkpoint / f"random_{trainer.accelerator.process_index:05d}.json"
     if own.is_file():  # a rank that did not exist then keeps its fresh seed
         with reading(own):

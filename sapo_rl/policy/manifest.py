@@ -101,7 +101,8 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     verify(checkpoint, RECORD, read_manifest(checkpoint)[RECORD])
     with reading(checkpoint / RECORD):
         record = json.loads((checkpoint / RECORD).read_bytes())
-        return {name: record[name] for name in ("step", "updates", "state")}
+        kept = {name: record[name] for name in ("step", "updates", "state")}
+        return kept | {"tau_scale": float(record.get("tau_scale", 1.0))}  # of a run whose temperatures stood still
 
 
 @contextlib.contextmanager

@@ -117,6 +117,12 @@ def token_values(items: Sequence[Sequence[Item]], traces: Sequence[Trace]) -> li
     ]
 
 
+def packed(traces: Sequence[Trace], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """Return `logps`, `old_logps`, `advantages` (T,) float64, sequence ids and number of sequences of this rank."""
+    logps, old_logps, advantages = (_column(traces, name, device) for name in ("logps", "old_logps", "advantages"))
+    return logps, old_logps, advantages, _sequence_ids(traces, device), sum(one.num_sequences for one in traces)
+
+
 def _extent(traces: Sequence[Trace]) -> tuple[list[str], int]:
     """The columns of the ranks' traces, of which some may have none, and how many tokens all have together."""
     own = (list(traces[0].columns) if traces else [], sum(len(one.sequence_ids) for one in traces))

@@ -22,6 +22,7 @@ from sapo_rl.policy.model import Policy
 from sapo_rl.policy.packing import Item, PackedBatch, empty_batch, join, pack, spread, stream_tokens
 from sapo_rl.policy.parallel import parallel
 from sapo_rl.policy.schedule import make_schedule
+from sapo_rl.policy.temperatures import Temperatures
 from sapo_rl.policy.trace import Trace, step_metrics, token_values, trace
 from sapo_rl.types import Group, Place, Row, Sample, Stop, TokenValues
 
@@ -53,7 +54,7 @@ def objective(config: LossConfig) -> PackedLoss:
         UserError: a loss of the user's own that cannot be imported, is none, or refuses its settings.
     """
     settings = asdict(config)
-    del settings["old_logps"]
+    del settings["old_logps"], settings["tau_target_kl"]  # what the trainer itself reads
     if "." not in config.name:
         return build_loss(**settings)
     try:
@@ -90,6 +91,7 @@ class PolicyTrainer:
         self.policy = policy
         self._old_logps = config.loss.old_logps
         self._loss = objective(config.loss)
+        self.temperatures = Temperatures(config.loss)
         second = [reference] if isinstance(reference, Policy) else []
         if settings.compile and accelerator.device.type == "cuda" and policy.dtype == torch.bfloat16:
             for model in (policy, *second):
@@ -126,6 +128,8 @@ class PolicyTrainer:
         parts = [self._micro_batches(items) for items, _ in shares]
         with timer("old_logps"), self.parallel.passes():
             self._remember_logps(parts)
+        if self.temperatures.adapt:
+            self._loss = objective(self.temperatures.loss)
         traces: list[list[Trace]] = []
         losses: list[Tensor] = []
         norms: list[Tensor] = []
@@ -136,7 +140,9 @@ class PolicyTrainer:
                 losses.append(loss)
                 norms.append(norm)
             across, everything = Reduction(self._sum, self._joined), [one for left in traces for one in left]
-            metrics = step_metrics(everything, losses, norms, self.config.loss, self.accelerator.device, across)
+            device = self.accelerator.device
+            metrics = step_metrics(everything, losses, norms, self.temperatures.loss, device, across)
+            metrics |= self.temperatures.observe(everything, device, across)
         if self.config.logging.tokens:
             last = zip((items for items, _ in shares), traces[-num_parts:], strict=True)
             self.tokens = [one for items, left in last for one in token_values(items, left)]
@@ -201,7 +207,7 @@ class PolicyTrainer:
     def _micro_batches(self, items: Sequence[Sequence[Item]]) -> list[_MicroBatch]:
         """Pack this rank's share; as many micro-batches on every rank, so that no collective is missed."""
         batches = pack(items, self.config.trainer.tokens_per_micro_batch)
-        missing = max(1, self._max(len(batches))) - len(batches)
+        missing = max(1, *gather_object([len(batches)])) - len(batches)
         micros = [_MicroBatch(batch.to(self.accelerator.device), filler=False) for batch in batches]
         return micros + [_MicroBatch(empty_batch().to(self.accelerator.device), filler=True) for _ in range(missing)]
 
@@ -274,9 +280,6 @@ class PolicyTrainer:
         gathered = self.accelerator.gather(values)
         assert isinstance(gathered, Tensor)
         return gathered
-
-    def _max(self, value: int) -> int:
-        return max(gather_object([value]))
 
 
 def divergence(step: int, stats: Mapping[str, float], settings: TrainerConfig) -> str | None:

@@ -107,12 +107,12 @@ def make_trainer(accelerator: Accelerator, way: str, kind: str = "whole") -> Pol
     """In float32, the whole or adapters alone (`lora`), or in bfloat16 with recomputation and a reference (`half`).
 
     `often` takes four updates on the same samples, so that ratios are not 1, and so does `m2po`, whose loss has a mask
-    over the batch of all ranks.
+    over the batch of all ranks; with `auto` the temperatures set themselves.
     """
     settings = TrainerConfig(steps=4, learning_rate=1e-2, schedule="cosine", max_grad_norm=0.1)
     settings.adam_eps = 1e-5  # a gradient of nearly zero is the noise of its rounding
     settings.tokens_per_micro_batch, settings.updates_per_rollout = 20, 1
-    if kind in ("often", "m2po"):
+    if kind in ("often", "m2po", "auto"):
         settings.updates_per_rollout, settings.mini_batches = 4, 1
     rollout = RolloutConfig(batch_size=32, group_size=4, max_completion_tokens=7)
     with launched(way):
@@ -120,6 +120,8 @@ def make_trainer(accelerator: Accelerator, way: str, kind: str = "whole") -> Pol
         config.logging.tokens = kind == "often"
         if kind == "m2po":
             config.loss = LossConfig(name="m2po", m2_threshold=1e-3)
+        if kind == "auto":
+            config.loss.tau_target_kl = 1e-4
         single, half = ModelConfig(dtype="float32"), ModelConfig(dtype="bfloat16")
         if kind == "lora":
             adapters = LoraConfig(rank=3)
@@ -165,6 +167,9 @@ def run(accelerator: Accelerator, way: str, folder: Path) -> dict[str, Any]:
     found["often"] = train(often, 0)
     found["tokens"] = gather_object([told(accelerator, one) for one in often.tokens])
     found["m2po"] = train(make_trainer(accelerator, way, "m2po"), 0)
+    auto = make_trainer(accelerator, way, "auto")
+    found["auto"] = [train(auto, 0), train(auto, 1)]
+    found["scales"] = gather_object([auto.temperatures.scale])
     found["half"] = train(make_trainer(accelerator, way, "half"), 0)
     adapted = make_trainer(accelerator, way, "lora")
     found["lora"] = train(adapted, 0)

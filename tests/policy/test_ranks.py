@@ -83,6 +83,20 @@ def test_a_mask_over_the_batch_is_one_over_all_ranks(
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("ranks", RANKS)
+def test_temperatures_that_set_themselves_are_the_same_on_all_ranks(
+    ranks: int, way: str, found: dict[int, Found], alone: Found
+) -> None:
+    case = found[ranks][way]
+    assert len(case["scales"]) == ranks and len(set(case["scales"])) == 1
+    assert case["scales"][0] == pytest.approx(alone["scales"][0], rel=1e-3)
+    for own, expected in zip(case["auto"], alone["auto"], strict=True):
+        for name in ("policy/tau_pos", "policy/tau_neg", "policy/kl_gated"):
+            assert own[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-7), name
+    assert case["auto"][1]["policy/tau_pos"] > case["auto"][0]["policy/tau_pos"] == 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("ranks", RANKS)
 def test_the_values_of_each_sample_are_told_by_one_rank(
     ranks: int, way: str, found: dict[int, Found], alone: Found
 ) -> None:

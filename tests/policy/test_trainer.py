@@ -580,3 +580,57 @@ def test_m2po_masks_what_the_whole_mini_batch_has_drifted_too_far(old_logps: str
     assert left[-1] < out[0]
     assert left.mean() <= 0.02 < np.append(left, out[0]).mean()
     assert metrics["policy/weight_mean_against"] == 1
+
+
+def budget_config(target: float | None, **loss: Any) -> Config:
+    config = make_config(updates_per_rollout=4, mini_batches=1)
+    config.loss = LossConfig(tau_target_kl=target, **loss)
+    config.logging.tokens = True
+    return config
+
+
+def steps_of(trainer: PolicyTrainer, seeds: range) -> list[dict[str, float]]:
+    return [trainer.train_on(make_groups(seed), contextlib.nullcontext) for seed in seeds]
+
+
+def trainer_of(config: Config) -> PolicyTrainer:
+    return PolicyTrainer(make_policy(), None, config, Accelerator(cpu=True))
+
+
+def test_a_budget_that_never_binds_is_bit_for_bit_none() -> None:
+    plain, bounded = trainer_of(budget_config(None)), trainer_of(budget_config(1e9))
+    expected, found = steps_of(plain, range(3)), steps_of(bounded, range(3))
+    for one, other in zip(found, expected, strict=True):
+        assert one.pop("policy/kl_gated") > 0
+        assert (one.pop("policy/tau_pos"), one.pop("policy/tau_neg")) == (1.0, 1.05)
+        assert one == other
+    for name, weight in weights_of(plain).items():
+        assert torch.equal(weight, weights_of(bounded)[name]), name
+
+
+def test_temperatures_follow_the_gated_kl_of_the_step_before() -> None:
+    """Half the way in the logarithm, both by the same factor, within 1 and 64."""
+    trainer = trainer_of(budget_config(1e-4))
+    free = trainer_of(budget_config(None))
+    found, unbounded = steps_of(trainer, range(4)), steps_of(free, range(4))
+    assert found[0]["policy/tau_pos"] == 1 and found[0]["policy/kl_gated"] > 1e-4
+    assert found[0]["policy/kl_gated"] <= found[0]["policy/kl_old_k3"]
+    assert found[1]["policy/tau_pos"] > 1
+    for one in found:
+        assert one["policy/tau_neg"] == pytest.approx(1.05 * one["policy/tau_pos"], rel=1e-12)
+        assert 1 <= one["policy/tau_pos"] <= 64
+    assert found[-1]["policy/kl_gated"] < unbounded[-1]["policy/kl_old_k3"]
+    assert found[-1]["policy/weight_mean_pos"] < unbounded[-1]["policy/weight_mean_pos"]
+
+
+def test_a_resumed_run_has_the_temperatures_that_it_would_have_had(tmp_path: Path) -> None:
+    through = trainer_of(budget_config(1e-4))
+    steps_of(through, range(2))
+    checkpoint.save(tmp_path / "checkpoints", 2, through, {}, keep_last=1)
+    expected = steps_of(through, range(2, 4))
+    resumed = trainer_of(budget_config(1e-4))
+    checkpoint.load(latest_checkpoint(tmp_path / "checkpoints"), resumed)
+    assert resumed.temperatures.scale > 1
+    assert steps_of(resumed, range(2, 4)) == expected
+    for name, weight in weights_of(through).items():
+        assert torch.equal(weight, weights_of(resumed)[name]), name

@@ -293,6 +293,19 @@ BAD = {
         ["loss.name=vespo", "loss.clip_low=0.1"],
         ["loss.clip_low", "vespo does not use it; it has no settings of its own"],
     ),
+    "budget of nothing": (["loss.tau_target_kl=0"], ["loss.tau_target_kl", "must be above 0, or null"]),
+    "budget of a gate that is none": (
+        ["loss.tau_target_kl=0.01", "loss.gradient=detached"],
+        ["loss.tau_target_kl", "needs loss.name=sapo and loss.gradient=paper; they are sapo and detached"],
+    ),
+    "budget of a loss of ones own": (
+        ["loss.name=sapo_rl.losses.sapo.SAPOPolicyLossFn", "loss.tau_target_kl=0.01"],
+        ["loss.tau_target_kl", "needs loss.name=sapo"],
+    ),
+    "budget of a loss without a gate": (
+        ["loss=grpo", "loss.tau_target_kl=0.1"],
+        ["loss.tau_target_kl", "grpo does not"],
+    ),
     "threshold of no width": (["loss=m2po", "loss.m2_threshold=0"], ["loss.m2_threshold", "above 0"]),
     "negative budget": (["loss=cppo", "loss.prefix_budget=-1"], ["loss.prefix_budget", "at least 0"]),
     "floor above the first weight": (["loss=cppo", "loss.weight_floor=2"], ["loss.weight_floor", "at most 1"]),
