@@ -207,16 +207,13 @@ def _check_loss(config: Config) -> None:
         )
     if loss.name == "sapo" and loss.sides == "one" and loss.gradient != "paper":
         raise ConfigError("loss.sides", f"'one' needs loss.gradient=paper, which is {loss.gradient}")
-    if loss.tau_target_kl is not None:
-        if loss.tau_target_kl <= 0:
-            raise ConfigError("loss.tau_target_kl", f"is {loss.tau_target_kl}; must be above 0, or null")
-        if loss.name != "sapo" or loss.gradient != "paper":
-            own = f"; they are {loss.name} and {loss.gradient}"
-            raise ConfigError("loss.tau_target_kl", f"needs loss.name=sapo and loss.gradient=paper{own}")
-    if loss.dual_clip is not None and loss.dual_clip <= 1:
-        raise ConfigError("loss.dual_clip", f"is {loss.dual_clip}; must be above 1, or null")
-    if loss.loss_agg_norm is not None and loss.loss_agg_norm <= 0:
-        raise ConfigError("loss.loss_agg_norm", f"is {loss.loss_agg_norm}; must be above 0, or null")
+    for key, bound in (("tau_target_kl", 0), ("dual_clip", 1), ("loss_agg_norm", 0)):
+        value = getattr(loss, key)
+        if value is not None and value <= bound:
+            raise ConfigError(f"loss.{key}", f"is {value}; must be above {bound}, or null")
+    if loss.tau_target_kl is not None and (loss.name != "sapo" or loss.gradient != "paper"):
+        wanted = f"loss.name=sapo and loss.gradient=paper; they are {loss.name} and {loss.gradient}"
+        raise ConfigError("loss.tau_target_kl", f"needs {wanted}")
     correction = loss.correction
     if correction.mode != "none" and not config.rollout.logprobs:
         raise ConfigError("loss.correction.mode", f"'{correction.mode}' needs rollout.logprobs=true")
