@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sapo_rl.config import Config
+from sapo_rl.config import ADAMW_8BIT, Config
 
 GIB = 2**30
 NO_BFLOAT16 = "this CPU has no instructions for bfloat16: model.dtype=float32 is several times faster here"
@@ -27,9 +27,10 @@ def trainer_memory(config: Config, count: int, shape: dict[str, Any]) -> dict[st
     per_token = 2 * width if config.trainer.gradient_checkpointing else 34 * width
     lora = config.model.lora.rank
     trained = adapter_parameters(config, shape) if lora else count
+    each = 10 if config.trainer.optimizer == ADAMW_8BIT else 16
     return {
         "frozen weights": size * count if lora else 0,
-        f"float32 weights, gradients, AdamW ({trained / 1e6:.3g}M parameters)": 16 * trained,
+        f"float32 weights, gradients, AdamW ({trained / 1e6:.3g}M parameters)": each * trained,
         "copy of the weights to compute with": 0 if lora or size == 4 else size * count,
         f"activations ({tokens} tokens a micro-batch)": tokens * layers * per_token * size / 2,
         "logits (1024 tokens at a time, float32)": 3 * 4 * 1024 * shape.get("vocab_size", 0),

@@ -49,6 +49,15 @@ openenv() { # a server's Python, over the packages of .venv: it wants other vers
         unset OPENENV_PYTHON
     fi
 }
+torchao() { # in a folder of its own: where it is installed, transformers imports it in every process, for seconds
+    export TORCHAO=$PWD/.venv/torchao
+    if [ -d "$TORCHAO/torchao" ]; then return; fi
+    say "installing torchao"
+    if ! .venv/bin/python -m pip install --no-input --no-compile --no-deps --target "$TORCHAO" torchao==0.18.0 >>.venv/setup.log 2>&1; then
+        say "there is none to be had: its tests are skipped"
+        unset TORCHAO
+    fi
+}
 failed=""
 say "ruff"
 .venv/bin/ruff check --output-format concise || failed="$failed ruff"
@@ -56,6 +65,7 @@ if [ "${1:-}" = --fast ]; then
     chosen=(-m "not (e2e or multi or gpu)" "${slow[@]/#/--ignore=}")
 else
     openenv
+    torchao
     say "pyright"
     .venv/bin/pyright || failed="$failed pyright"
     chosen=(--durations=10)

@@ -22,6 +22,8 @@ from sapo_rl.config.reward import RewardConfig, RewardFunctionConfig
 TOOL_PARSERS = ("hermes", "json", "llama3_json", "mistral", "openai", "pythonic", "qwen3_coder")
 """Formats of calls of tools that are read."""
 
+ADAMW_8BIT = "adamw_8bit"
+
 ENVIRONMENT = "environment"
 """The name of the environment's reward beside those of `reward.functions`, and of the column that chooses among
 several environments."""
@@ -158,6 +160,9 @@ class TrainerConfig:
     mini_batches: Optional[int] = None
     """Parts into which the rollout batch is cut, one update each, gone through again until all updates are done; null
     takes `updates_per_rollout`, so that each sample is seen once."""
+    optimizer: str = choice("adamw", "adamw", ADAMW_8BIT)
+    """`adamw` keeps two moments of each weight in float32; `adamw_8bit` in blocks of eight bits, which saves 6 of 16
+    bytes a weight, rounds, and needs `pip install 'sapo-train[torchao]'`. Not with weights that are sharded."""
     learning_rate: float = number(1e-6, above=0)
     """Peak learning rate of AdamW."""
     weight_decay: float = number(0.0, least=0)

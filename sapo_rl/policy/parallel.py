@@ -19,7 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils import swap_tensors
 
-from sapo_rl.config import TrainerConfig
+from sapo_rl.config import ADAMW_8BIT, TrainerConfig
 from sapo_rl.errors import UserError
 from sapo_rl.policy.model import Policy, whole
 from sapo_rl.policy.working import WorkingCopy
@@ -35,13 +35,18 @@ def parallel(policy: Policy, config: TrainerConfig, accelerator: Accelerator, fu
         UserError: the launcher asks for what is not there.
     """
     kind: type[Parallel] = Parallel
-    if not torch.distributed.is_initialized():
-        pass  # one process: nothing to spread
-    elif _asked_for("DEEPSPEED"):
+    sharding = torch.distributed.is_initialized() and (_asked_for("DEEPSPEED") or _asked_for("FSDP"))
+    if config.optimizer == ADAMW_8BIT:
+        if sharding:
+            raise UserError(f"trainer.optimizer: {ADAMW_8BIT} is not for sharded weights; set adamw, or launch=ddp")
+        from sapo_rl.policy.adamw_8bit import EightBit
+
+        kind = EightBit
+    elif sharding and _asked_for("DEEPSPEED"):
         from sapo_rl.policy.zero import ZeroParallel
 
         kind = ZeroParallel
-    elif _asked_for("FSDP"):
+    elif sharding:
         kind = FullySharded
     return kind(policy, config, accelerator, fused)
 
@@ -62,7 +67,10 @@ class Parallel:
         policy = self.reference(self.policy)
         if policy.dtype == torch.bfloat16:
             self._copy = WorkingCopy(policy)
-        return self._accelerator.prepare(policy), adamw(policy, self._config, self._fused)
+        return self._accelerator.prepare(policy), self._make_optimizer()
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        return adamw(self.policy, self._config, self._fused)
 
     def reference(self, policy: Policy) -> Policy:
         """Bring a frozen policy to the device, or to the devices."""
@@ -133,7 +141,7 @@ class FullySharded(Parallel):
         if _is_true("FSDP_OFFLOAD_PARAMS"):
             raise UserError("the launch profile asks for fsdp_offload_params, which is not supported")
         self._reshard_after_forward = bool(plugin.reshard_after_forward)
-        return self.reference(self.policy), adamw(self.policy, self._config, self._fused)
+        return self.reference(self.policy), self._make_optimizer()
 
     def reference(self, policy: Policy) -> Policy:
         """Shard a policy in place."""
@@ -217,17 +225,22 @@ def squares(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def adamw(policy: Policy, config: TrainerConfig, fused: bool) -> torch.optim.AdamW:
-    """Return AdamW over the weights that are trained; norms and biases are not decayed."""
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.dim() >= 2]
-    vectors = [parameter for parameter in trained if parameter.dim() < 2]
+    """Return AdamW over the weights that are trained."""
     return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        parameter_groups(policy, config),
         lr=config.learning_rate,
         betas=(config.betas[0], config.betas[1]),
         eps=config.adam_eps,
         fused=fused,
     )
+
+
+def parameter_groups(policy: Policy, config: TrainerConfig) -> list[dict[str, Any]]:
+    """Return the weights that are trained, as an optimiser takes them; norms and biases are not decayed."""
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.dim() >= 2]
+    vectors = [parameter for parameter in trained if parameter.dim() < 2]
+    return [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -26,5 +26,8 @@ def make_schedule(config: TrainerConfig, optimizer: torch.optim.Optimizer, updat
     counted = {"last_epoch": done, "_step_count": done + 1, "_last_lr": rates}
     schedule.load_state_dict(schedule.state_dict() | counted)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
     return schedule

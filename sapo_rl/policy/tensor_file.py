@@ -15,13 +15,13 @@ HEADER_BYTES = 4 << 20
 """Room for the header, which is written last: names and shapes of about 30,000 tensors."""
 DATA_START = 8 + HEADER_BYTES
 """Where the tensors begin."""
-DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.uint8: "U8"}
 
 
 def write_tensors(
     path: Path, named_tensors: Iterable[tuple[str, Tensor]], digest: xxhash.xxh3_128 | None = None
 ) -> None:
-    """Write float32 or bfloat16 tensors into a file that appears complete or not at all.
+    """Write float32, bfloat16 or uint8 tensors into a file that appears complete or not at all.
 
     `digest` is updated with the bytes as they are written: those from `DATA_START` on, then the header.
 

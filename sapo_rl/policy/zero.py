@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sapo_rl.errors import UserError
 from sapo_rl.policy.packing import empty_batch
-from sapo_rl.policy.parallel import MOMENTS, Parallel, adamw
+from sapo_rl.policy.parallel import MOMENTS, Parallel
 
 
 class ZeroParallel(Parallel):
@@ -46,7 +46,7 @@ class ZeroParallel(Parallel):
             "bf16": {"enabled": False},
             "fp16": {"enabled": False},
         }
-        optimizer = adamw(self.policy, self._config, self._fused)
+        optimizer = self._make_optimizer()
         self._engine, *_ = deepspeed.initialize(model=self.policy, optimizer=optimizer, config=config)
         for flat in (flat for group in optimizer.param_groups for flat in group["params"]):
             # The engine links weights and moments once, when the first of the groups has been stepped.

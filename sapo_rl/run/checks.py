@@ -14,13 +14,13 @@ from sapo_rl.config.engine import VLLM
 from sapo_rl.config.fields import BOUNDS
 from sapo_rl.config.logging import TRACKERS
 from sapo_rl.config.loss import CHOSEN_KEYS, unread
-from sapo_rl.config.model import VLLM_RANKS
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.errors.files import reading
 from sapo_rl.policy import model_folder
 from sapo_rl.run import packaged
 from sapo_rl.run.config_error import ConfigError, under
 from sapo_rl.run.eval_checks import check_evaluation
+from sapo_rl.run.policy_checks import check_lora, check_lora_sync, check_optimizer
 from sapo_rl.run.sampling_checks import check_checks, check_replay, check_sampling
 
 LARGEST = 2**31 - 1
@@ -315,30 +315,6 @@ def _check_environment(config: Config) -> None:
         raise ConfigError("data.response_prefix", "is for one turn; not with an environment or tools")
 
 
-def _check_lora(config: Config) -> None:
-    lora = config.model.lora
-    if lora.rank and not lora.target_modules:
-        raise ConfigError("model.lora.target_modules", "is empty; name linear modules, or all-linear for all of them")
-    if lora.rank and config.rollout.sleep == "2":
-        raise ConfigError(
-            "rollout.sleep", "2 discards weights that are not sent again with model.lora.rank above 0; set auto, 0 or 1"
-        )
-
-
-def _check_lora_sync(config: Config) -> None:
-    rollout, rank = config.rollout, config.model.lora.rank
-    if not config.model.lora.alone:
-        return
-    if rank > VLLM_RANKS[-1]:
-        raise ConfigError(
-            "model.lora.rank", f"is {rank}; vLLM takes up to {VLLM_RANKS[-1]} with model.lora.sync=adapter"
-        )
-    if rollout.servers:
-        raise ConfigError("model.lora.sync", "'adapter' does not reach rollout.servers; set merged")
-    if rollout.engine.name != VLLM:
-        raise ConfigError("model.lora.sync", f"'adapter' is for vLLM; '{rollout.engine.name}' gets weights: set merged")
-
-
 def _check_model(config: Config) -> None:
     path = config.model.path
     try:
@@ -375,6 +351,7 @@ RULES = {
     "launch": _check_launch,
     "fork, step": _check_fork,
     "rollout, trainer": _check_batch,
+    "trainer.optimizer": check_optimizer,
     "rollout.tensor_parallel": _check_tensor_parallel,
     "rollout.engine": _check_engine,
     "rollout.servers": _check_servers,
@@ -389,10 +366,18 @@ RULES = {
     "rollout.replay": check_replay,
     "check": check_checks,
     "eval": check_evaluation,
-    "model.lora": _check_lora,
-    "model.lora.sync": _check_lora_sync,
+    "model.lora": check_lora,
+    "model.lora.sync": check_lora_sync,
     "model.path": _check_model,
 }
 """Rules that span fields, by the keys that they are about."""
-OF_TRAINING = (_check_batch, _check_advantage, _check_loss_settings, _check_loss, _check_filters, _check_lora_sync)
+OF_TRAINING = (
+    _check_batch,
+    check_optimizer,
+    _check_advantage,
+    _check_loss_settings,
+    _check_loss,
+    _check_filters,
+    check_lora_sync,
+)
 """Those on how weights are updated."""

@@ -16,7 +16,7 @@ _FOLDERS = "runs go to runs/<recipe>/<time> below the current folder"
 _EVERY_STEP = "every step is logged"
 _NO_ENTROPY = "there is no entropy bonus"
 _PREFIX_LEFT = "prompts longer than data.max_prompt_tokens are left out, never cut"
-_OFFLOAD = "launch.profile may be the path of an Accelerate config that offloads"
+_OFFLOAD = "nothing is moved to the host; trainer.optimizer=adamw_8bit or launch=fsdp2 takes less"
 _CONTINUOUS = "vLLM writes all rollouts, with continuous batching"
 _PACKED = "samples are packed, not padded"
 _CHOICE = "launch=fsdp2, zero2 or zero3 on the command line"
@@ -144,7 +144,7 @@ TRL: dict[str, tuple[str, str]] = {
     "logging_dir": ("", "logs go into the run folder"),
     "logging_steps": ("", _EVERY_STEP),
     "logging_strategy": ("", _EVERY_STEP),
-    "optim": ("", "the optimiser is AdamW"),
+    "optim": ("trainer.optimizer", "adamw or adamw_8bit"),
     "remove_unused_columns": ("", "all columns go to reward functions"),
     "lora_dropout": ("", "adapters have no dropout"),
     "attn_implementation": ("", "it follows from model and device"),

@@ -20,6 +20,8 @@ if __name__ == "__main__":
     processes.begin()
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+for name in ("torchao", "torch.utils._pytree"):  # the first, which transformers imports where it is, warns by both
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 import torch
 import transformers

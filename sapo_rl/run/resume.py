@@ -22,6 +22,7 @@ FIXED = (
     "model.lora.rank",
     "model.lora.alpha",
     "model.lora.target_modules",
+    "trainer.optimizer",
     "data.source",
     "data.path",
     "data.subset",
