@@ -18,10 +18,10 @@ from sapo_rl import processes
 
 if __name__ == "__main__":
     processes.begin()
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports the first, where it is; both would warn
+        logging.getLogger(name).setLevel(logging.ERROR)
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
-for name in ("torchao", "torch.utils._pytree"):  # the first, which transformers imports where it is, warns by both
-    logging.getLogger(name).setLevel(logging.ERROR)
 
 import torch
 import transformers
