@@ -32,7 +32,7 @@ def start(
     )
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen[str], seconds: float = 600) -> tuple[int, str, str]:
     """Wait for the end; return the exit code and what was printed on stdout and stderr."""
     out, err = process.communicate(timeout=seconds)
     return process.returncode, out, err
@@ -53,7 +53,7 @@ def sapo_train(
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -96,7 +96,7 @@ def timeless(folder: Path) -> list[dict[str, Any]]:
 
 
 def wait_for_step(
-    process: subprocess.Popen[str], workspace: Path, before: set[Path], step: int, seconds: float = 120
+    process: subprocess.Popen[str], workspace: Path, before: set[Path], step: int, seconds: float = 300
 ) -> Path:
     """Wait until `process` has made `step` steps in a folder that is not in `before`; return the folder."""
     deadline = time.monotonic() + seconds

@@ -19,7 +19,7 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["sapo_rl.run.cli", "sapo_rl.run.rank", "sapo_rl.run.packaged", "sapo_rl.policy.lora"])
 
 
-def run(workspace: Path, *arguments: str, seconds: float = 240, **environment: str) -> tuple[int, str, str]:
+def run(workspace: Path, *arguments: str, seconds: float = 600, **environment: str) -> tuple[int, str, str]:
     """Run the command line in `workspace`; return the exit code and what was printed on stdout and stderr.
 
     `environment` is beside that of the first run.
