@@ -28,6 +28,10 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # the same of `nohup`
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+LONGEST = ("test_kill", "test_run", "test_servers", "test_engine", "test_lora", "test_episodes")
+"""Modules of e2e that take minutes: begun first, so that no worker is left alone with one at the end."""
+
+
 @functools.cache
 def cuda_device() -> bool:
     """True where the driver lists a GPU; asks nvidia-smi, which is quicker than importing torch."""
@@ -38,8 +42,13 @@ def cuda_device() -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the quick tests first, and skip those marked `gpu` where there is none."""
-    items.sort(key=lambda item: any(item.get_closest_marker(name) for name in ("e2e", "multi", "gpu")))
+    """Run the quick tests first, then those that take longest, and skip those marked `gpu` where there is none."""
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        slow = any(item.get_closest_marker(name) for name in ("e2e", "multi", "gpu"))
+        return slow, LONGEST.index(item.path.stem) if slow and item.path.stem in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
     for item in items:
         if item.get_closest_marker("gpu") and not cuda_device():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -31,7 +29,6 @@ from sapo_rl.weights.file import FileTransport, weights_folder
 
 pytestmark = pytest.mark.e2e
 
-ROOT = Path(__file__).resolve().parents[2]
 GREEDY = Sampling(0.0, 1.0, 0, 0.0, 1.0, 24, False)
 RANDOM = Sampling(1.0, 1.0, 0, 0.0, 1.0, 48, False)
 LONG = Sampling(1.0, 1.0, 0, 0.0, 1.0, 240, False)
@@ -417,24 +414,6 @@ def test_an_engine_that_hangs_is_given_up_after_its_timeout(engines: tuple[Local
         generate(second, requests(), GREEDY)
 
 
-def test_no_process_survives_a_killed_trainer(tiny_model: Path, tmp_path: Path) -> None:
-    trainer = subprocess.Popen(
-        [sys.executable, __file__, str(tiny_model), str(tmp_path / "engine.log")],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert trainer.stdout is not None
-    assert trainer.stdout.readline() == "ready\n"
-    processes = psutil.Process(trainer.pid).children(recursive=True)
-    assert processes
-    trainer.kill()
-    trainer.wait()
-    _, alive = psutil.wait_procs(processes, timeout=10)
-    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
-
-
 def test_what_cannot_start_says_what_to_change(tiny_model: Path, tmp_path: Path) -> None:
     starved = LocalEngine(engine_settings(tiny_model, tmp_path / "starved.log", cpu_kv_cache_gb=1e-6))
     lost = LocalEngine(engine_settings(tmp_path / "nowhere", tmp_path / "lost.log"))
@@ -447,11 +426,3 @@ def test_what_cannot_start_says_what_to_change(tiny_model: Path, tmp_path: Path)
         lost.wait_ready()
     logs = {str(one.settings.log_path) for one in (starved, lost)}
     assert not any(file.path in logs for p in processes if p.is_running() for file in p.open_files())
-
-
-if __name__ == "__main__":  # the trainer that test_no_process_survives_a_killed_trainer kills
-    engine = LocalEngine(engine_settings(Path(sys.argv[1]), Path(sys.argv[2])))
-    engine.start()
-    engine.wait_ready()
-    print("ready", flush=True)
-    engine._process.wait()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forked
 import nbformat
 import pyarrow.parquet as pq
 import pytest
@@ -53,15 +54,8 @@ class Server:
         shutil.copytree(ROOT / "docs/examples" / folder.name, folder)
         small = [f"{key}={value}" for key, value in SMALL.items()]
         beside = [f"rollout.servers=[127.0.0.1:{self.port}]", f"model.path={self.model}", f"run_dir={folder / 'run'}"]
-        done = subprocess.run(
-            [sys.executable, "-m", "sapo_rl", *small, *beside, *arguments],
-            cwd=folder,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=900,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        code, out, err = forked.run(folder, *small, *beside, *arguments, SAPO_API_KEY=self.environment["SAPO_API_KEY"])
+        assert code == 0, out + err
         return folder / "run"
 
 
@@ -106,13 +100,16 @@ def test_a_judge_behind_a_server_gives_marks(server: Server, tmp_path: Path) -> 
     assert len(marks) == 8 and set(marks) <= {1.0, 0.4, 0.0}
 
 
-def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook_runs_from_its_first_cell_to_its_last(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     book: Any = nbformat.read(ROOT / "docs/examples/notebook/train.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in book.cells)
-    model = make_tiny_model(tmp_path / "model")
     (first,) = [cell for cell in book.cells if "parameters" in cell.metadata.get("tags", [])]
     small = [f"{key}={value}" for key, value in SMALL.items()]
-    first.source = f"overrides = {[*small, f'model.path={model}']}"
+    beside = [f"model.path={server.model}", f"rollout.servers=[127.0.0.1:{server.port}]"]
+    first.source = f"overrides = {[*small, *beside]}"
+    monkeypatch.setenv("SAPO_API_KEY", server.environment["SAPO_API_KEY"])
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     NotebookClient(book, timeout=900, resources={"metadata": {"path": tmp_path}}).execute()

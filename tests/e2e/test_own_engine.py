@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import forked
+import pytest
 from command import records, steps_of
 from tiny import PLAIN, make_workspace
+
+pytestmark = pytest.mark.e2e
 
 
 def test_an_engine_named_by_dotted_path_trains_with_the_weights_that_it_is_brought(
