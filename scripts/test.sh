@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that a change must pass: lint, types, unit tests, then the end-to-end tests with real vLLM.
 #
-#   bash scripts/test.sh                       all of it, half an hour and more on two cores
+#   bash scripts/test.sh                       all of it, a quarter of an hour and more on two cores
 #   bash scripts/test.sh --fast                lint, and the unit tests that need no vLLM and start no run, two minutes
 #   bash scripts/test.sh PYTEST-ARGUMENT ...   pytest alone, e.g. -m "not e2e", or tests/losses
 set -euo pipefail
@@ -14,11 +14,11 @@ slow=(
     tests/engines/test_vllm_serve.py
     tests/rewards/test_reward_code.py
     tests/rewards/test_reward_pool.py
-    tests/report/test_browser.py
     tests/run/test_fuzz.py
     tests/run/test_serve.py
     tests/run/test_signals.py
     tests/run/test_sweep.py
+    tests/telemetry/test_report_browser.py
     tests/test_bench.py
     tests/test_packaging.py
     tests/test_sandbox.py
@@ -66,11 +66,16 @@ if [ "${1:-}" = --fast ]; then
 else
     openenv
     torchao
-    say "pyright"
-    .venv/bin/pyright || failed="$failed pyright"
+    .venv/bin/pyright >.venv/pyright.log 2>&1 & # on what two workers leave of the cores
+    types=$!
     chosen=(--durations=10)
 fi
 say "pytest"
 .venv/bin/python -m pytest "${chosen[@]}" -n 2 --dist loadfile --no-loadscope-reorder || failed="$failed pytest"
+if [ -n "${types:-}" ]; then
+    say "pyright"
+    wait "$types" || failed="$failed pyright"
+    cat .venv/pyright.log
+fi
 [ -z "$failed" ] || die "failed:$failed"
 say "all passed"
