@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from sapo_rl.losses import AGGREGATION_MODES, POLICY_LOSS_FN, LossInputs, build_loss, token_weights
+from sapo_rl.losses import AGGREGATION_MODES, POLICY_LOSS_FN, BatchPolicyLossFn, LossInputs, build_loss, token_weights
 from sapo_rl.policy import attention
 from sapo_rl.policy.packing import Item, PackedBatch, pack, stream_tokens
 from sapo_rl.types import Row, Span
@@ -124,12 +124,17 @@ def packed_loss(
     items, evaluate = flat(groups), build_loss(**loss)
     batches = pack(groups, budget)
     sizes = [len(batch.targets) for batch in batches]
-    old = old_logps(torch.cat([packed_logps(model, batch) for batch in batches])).split(sizes)
+    now = torch.cat([packed_logps(model, batch) for batch in batches]).detach()
+    old = old_logps(now).split(sizes)
+    limit = None
+    if isinstance(evaluate.policy, BatchPolicyLossFn):
+        limit = evaluate.policy.batch_limit(now - torch.cat(old), torch.cat([one.advantages for one in batches]))
     model.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
     for batch, part in zip(batches, old, strict=True):
         own, items = items[: batch.num_sequences], items[batch.num_sequences :]
-        value = evaluate(loss_inputs(batch, own, packed_logps(model, batch, garbage), part)).loss
+        inputs = replace(loss_inputs(batch, own, packed_logps(model, batch, garbage), part), limit=limit)
+        value = evaluate(inputs).loss
         value.backward()
         total += value.detach()
     return total, gradient(model)
