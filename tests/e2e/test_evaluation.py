@@ -7,9 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+import forked
 import pandas as pd
 import pytest
-from command import new_run, records, run
+from command import records, run
 from tiny import make_workspace
 
 from sapo_rl.run.subjects import subject_at
@@ -49,7 +50,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pat
 
 @pytest.fixture(scope="module")
 def whole(workspace: Path) -> Path:
-    return new_run(workspace)
+    return forked.new_run(workspace)
 
 
 @pytest.fixture(scope="module")

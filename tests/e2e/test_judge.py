@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import httpx
 import pytest
 import yaml
-from command import free_port, run, steps_of
+from command import free_port, steps_of
+from tiny import PLAIN, make_workspace
 from waiting import until
 
 from sapo_rl.rewards import judge
@@ -97,8 +99,9 @@ def test_the_recipe_trains_on_what_a_real_model_says(url: str, tiny_model: Path,
         "eval": {"prompts": 4, "every": 2},
         "logging": {"wandb": "off"},
     }
+    make_workspace(tmp_path, tiny_model)
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(own))
-    code, out, err = run(tmp_path, "config=mine.yaml", "run_dir=run")
+    code, out, err = forked.run(tmp_path, "config=mine.yaml", "run_dir=run", PLAIN)
     assert code == 0, out + err
     steps = steps_of(tmp_path / "run")
     assert len(steps) == 2 and all(0 <= step["rewards/quality/mean"] <= 1 for step in steps)

@@ -80,6 +80,12 @@ def whole(workspace: Path) -> Path:
     return new_run(workspace)
 
 
+@pytest.fixture(scope="module")
+def plain(workspace: Path) -> Path:
+    """The same without vLLM; test_kill.py and others resume runs with it."""
+    return forked.new_run(workspace, PLAIN)
+
+
 def test_run_folder_holds_everything(whole: Path, workspace: Path) -> None:
     for name in ("config.yaml", "overrides.yaml", "user.yaml", "environment.json", "metrics.jsonl", "wandb", "final"):
         assert (whole / name).exists(), name
@@ -138,16 +144,16 @@ def test_wandb_offline_shows_what_metrics_jsonl_holds(whole: Path) -> None:
 
 
 def test_what_ended_after_three_steps_and_is_resumed_equals_six_to_the_last_bit(
-    workspace: Path, whole: Path, tmp_path: Path
+    workspace: Path, plain: Path, tmp_path: Path
 ) -> None:
-    folder = as_after_step_3(whole, tmp_path / "copy")
+    folder = as_after_step_3(plain, tmp_path / "copy")
     code, out, err = forked.run(workspace, f"resume={folder}")
     assert code == 0, out + err
-    assert timeless(folder) == timeless(whole)
+    assert timeless(folder) == timeless(plain)
     assert [one["after_step"] for one in json.loads((folder / "environment.json").read_text())["resumes"]] == [3]
     kept = sorted(path.stem for path in (folder / "completions").iterdir())
     assert kept == [*(f"eval_{step:05d}" for step in (0, 3, 6)), *(f"step_{step:05d}" for step in range(1, 7))]
-    ours, theirs = (checkpointed(run / "checkpoints/step_000006") for run in (folder, whole))
+    ours, theirs = (checkpointed(run / "checkpoints/step_000006") for run in (folder, plain))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -157,16 +163,16 @@ def as_after_step_3(whole: Path, copy: Path) -> Path:
     return copy
 
 
-def test_a_fork_at_the_third_step_makes_the_same_steps_to_the_last_bit(workspace: Path, whole: Path) -> None:
+def test_a_fork_at_the_third_step_makes_the_same_steps_to_the_last_bit(workspace: Path, plain: Path) -> None:
     before = folders(workspace)
-    code, out, err = forked.run(workspace, f"fork={whole.relative_to(workspace)}", "step=3")
+    code, out, err = forked.run(workspace, f"fork={plain.relative_to(workspace)}", "step=3")
     assert code == 0, out + err
     (folder,) = folders(workspace) - before
-    assert timeless(folder) == timeless(whole)
-    ours, theirs = (checkpointed(one / "checkpoints/step_000006") for one in (folder, whole))
+    assert timeless(folder) == timeless(plain)
+    ours, theirs = (checkpointed(one / "checkpoints/step_000006") for one in (folder, plain))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert "after step 3\n" in out and len(list((folder / "completions").glob("step_*"))) == 6
-    ids = [json.loads((one / "environment.json").read_text())["trackers"]["wandb"] for one in (folder, whole)]
+    ids = [json.loads((one / "environment.json").read_text())["trackers"]["wandb"] for one in (folder, plain)]
     assert ids[0] != ids[1]
 
 
@@ -189,10 +195,10 @@ def test_what_cannot_be_resumed_is_refused_before_vllm_starts(workspace: Path, w
 
 
 def test_a_resume_goes_on_with_what_is_set_now_and_tells_what_it_lacks(
-    workspace: Path, whole: Path, tmp_path: Path
+    workspace: Path, plain: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "copy"
-    shutil.copytree(whole, folder, symlinks=True)
+    shutil.copytree(plain, folder, symlinks=True)
     (folder / "metrics.jsonl").write_text("")
     now = ("trainer.steps=7", "trainer.learning_rate=3e-6", "eval.every=0", "logging.wandb=off")
     code, out, err = forked.run(workspace, f"resume={folder}", *now)
@@ -211,7 +217,7 @@ def test_a_run_folder_that_is_taken_away_in_mid_run_is_told_in_two_lines(workspa
     process = start(workspace, "config=tiny.yaml", *often, PLAIN)
     folder = wait_for_step(process, workspace, before, 2)
     folder.rename(tmp_path / "elsewhere")
-    code, out, err = finish(process, seconds=120)
+    code, out, err = finish(process)
     assert code == 2, out + err
     assert err.startswith(f"sapo-train: the run folder '{folder.relative_to(workspace)}' was deleted or moved while")
     assert len(err.splitlines()) == 2, err
@@ -224,7 +230,7 @@ def test_interrupt_saves_and_tells_how_to_go_on(workspace: Path) -> None:
     rank = next(c for c in psutil.Process(process.pid).children() if "sapo_rl.run.rank" in c.cmdline())
     family = [process.pid, *(child.pid for child in rank.children(recursive=True))]
     rank.send_signal(signal.SIGTERM)
-    code, out, err = finish(process, seconds=120)
+    code, out, err = finish(process)
     assert code == 130, out + err
     assert folders(workspace) - before == {folder}
     assert f"vLLM is starting; it writes to {folder.relative_to(workspace)}/logs\n" in out
