@@ -106,7 +106,10 @@ class BatchPolicyLossFn(PolicyLossFn):
 
     @abstractmethod
     def batch_limit(self, log_ratios: Tensor, advantages: Tensor, across: Reduction = ALONE) -> Tensor:
-        """Return the limit `()` from this rank's tokens of the optimiser batch, `(T,)`; `across` joins the ranks."""
+        """Return the limit `()` from this rank's tokens of the optimiser batch, `(T,)`, which may be none.
+
+        `log_ratios` are of `ratio_level`; `across` joins the ranks.
+        """
 
     @abstractmethod
     def within(self, log_ratios: Tensor, advantages: Tensor, limit: Tensor) -> TokenLosses:

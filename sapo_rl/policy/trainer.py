@@ -17,7 +17,16 @@ from sapo_rl import plugins
 from sapo_rl.config import Config, TrainerConfig
 from sapo_rl.config.loss import LossConfig
 from sapo_rl.errors import UserError
-from sapo_rl.losses import BatchPolicyLossFn, LossInputs, PackedLoss, PolicyLossFn, Reduction, build_loss, token_weights
+from sapo_rl.losses import (
+    BatchPolicyLossFn,
+    LossInputs,
+    PackedLoss,
+    PolicyLossFn,
+    Reduction,
+    build_loss,
+    log_ratio,
+    token_weights,
+)
 from sapo_rl.policy.model import Policy
 from sapo_rl.policy.packing import Item, PackedBatch, empty_batch, join, pack, spread, stream_tokens
 from sapo_rl.policy.parallel import parallel
@@ -244,8 +253,7 @@ class PolicyTrainer:
         policy = self._loss.policy
         if not isinstance(policy, BatchPolicyLossFn):
             return None
-        log_ratios = _log_ratios(self._module, part, self.config.rollout.temperature)
-        advantages = torch.cat([micro.batch.advantages for micro in part])
+        log_ratios, advantages = _moved(self._module, part, self.config.rollout.temperature, policy.ratio_level)
         return policy.batch_limit(log_ratios, advantages, Reduction(self._sum, self._joined))
 
     def _backward(self, micro: _MicroBatch, limit: Tensor | None, traces: list[Trace]) -> Tensor:
@@ -303,12 +311,22 @@ def _logps(model: Reference, micros: Sequence[_MicroBatch], temperature: float) 
 
 
 @torch.no_grad()
-def _log_ratios(model: Reference, part: Sequence[_MicroBatch], temperature: float) -> Tensor:
-    """Return log r of each token of a rank's mini-batch, 0 where its first pass with gradients gives the old ones."""
-    if part[0].old_logps is None:  # then on all ranks
-        return torch.zeros(sum(len(micro.batch.targets) for micro in part), device=part[0].batch.targets.device)
-    found = zip(part, _logps(model, part, temperature), strict=True)
-    return torch.cat([logps - micro.old_logps for micro, logps in found if micro.old_logps is not None])
+def _moved(model: Reference, part: Sequence[_MicroBatch], temperature: float, level: str) -> tuple[Tensor, Tensor]:
+    """Return log r, at that level, and advantage of each token of a rank's mini-batch; of fillers it has none.
+
+    Where the first pass with gradients gives the old log-probabilities, log r is 0 and no pass is needed.
+    """
+    fresh = part[0].old_logps is None  # then on all ranks
+    passed = (torch.zeros_like(micro.batch.advantages) for micro in part)
+    found = [part[0].batch.advantages.new_empty(2, 0)]
+    for micro, logps in zip(part, passed if fresh else _logps(model, part, temperature), strict=True):
+        if micro.filler:
+            continue
+        batch, old_logps = micro.batch, logps if micro.old_logps is None else micro.old_logps
+        moved = log_ratio(logps, old_logps, batch.sequence_ids, batch.num_sequences, level)
+        found.append(torch.stack([moved, batch.advantages]))
+    log_ratios, advantages = torch.cat(found, dim=1)
+    return log_ratios, advantages
 
 
 def _kept(groups: Sequence[Group], masked: bool, first: int, rank: int) -> list[list[tuple[Place, Sample]]]:

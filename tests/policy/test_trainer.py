@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import math
 import os
 import random
@@ -580,6 +581,51 @@ def test_m2po_masks_what_the_whole_mini_batch_has_drifted_too_far(old_logps: str
     assert left[-1] < out[0]
     assert left.mean() <= 0.02 < np.append(left, out[0]).mean()
     assert metrics["policy/weight_mean_against"] == 1
+
+
+BATCH_LOSS = """
+from dataclasses import dataclass
+import torch
+from sapo_rl.losses import BatchPolicyLossFn, TokenLosses
+
+told = []
+
+@dataclass
+class Told(BatchPolicyLossFn):
+    def batch_limit(self, log_ratios, advantages, across=None):
+        told.append((log_ratios, advantages))
+        return log_ratios.abs().sum()
+
+    def within(self, log_ratios, advantages, limit):
+        return TokenLosses(-log_ratios.exp() * advantages, torch.ones_like(advantages))
+"""
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_loss_of_the_whole_batch_is_told_the_ratios_that_its_parts_get_and_no_filler(
+    level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two passes over two mini-batches, of which the second teaches nothing."""
+    module = f"batch_loss_of_{level}s"
+    (tmp_path / f"{module}.py").write_text(BATCH_LOSS)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = make_config(tokens_per_micro_batch=20, updates_per_rollout=4, mini_batches=2)
+    config.loss = LossConfig(name=f"{module}.Told", ratio_level=level)
+    config.logging.tokens = True
+    trainer = trainer_of(config)
+    trainer.train_on(make_groups(3, zero_spread=4), contextlib.nullcontext)
+    first, _, second, _ = told = importlib.import_module(module).told
+    assert [len(log_ratios) for log_ratios, _ in told] == 2 * [
+        sum(len(one.columns["ratio"]) for one in trainer.tokens),
+        0,
+    ]
+    assert not first[0].any()
+    expected = [one.columns["logps"].astype(float) - one.columns["old_logps"] for one in trainer.tokens]
+    if level == "sequence":
+        expected = [np.full(len(one), one.mean()) for one in expected]
+    np.testing.assert_allclose(second[0], np.concatenate(expected), rtol=0, atol=1e-5)
+    of_tokens = [np.full(len(one.columns["ratio"]), one.advantage) for one in trainer.tokens]
+    np.testing.assert_allclose(second[1], np.concatenate(of_tokens), rtol=1e-6)
 
 
 def budget_config(target: float | None, **loss: Any) -> Config:
