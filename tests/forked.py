@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from command import folders
+from command import ROOT, folders
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["sapo_rl.run.cli", "sapo_rl.run.rank", "sapo_rl.run.packaged", "sapo_rl.policy.lora"])
@@ -22,17 +22,18 @@ SERVER.set_forkserver_preload(["sapo_rl.run.cli", "sapo_rl.run.rank", "sapo_rl.r
 def run(workspace: Path, *arguments: str, seconds: float = 600, **environment: str) -> tuple[int, str, str]:
     """Run the command line in `workspace`; return the exit code and what was printed on stdout and stderr.
 
-    `environment` is beside that of the first run.
+    `environment` is beside the test's own.
     """
+    surroundings = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     with tempfile.TemporaryDirectory() as scratch:
         files = [Path(scratch, name) for name in ("out", "err")]
-        process = SERVER.Process(target=_command_line, args=(workspace, arguments, environment, files))
+        process = SERVER.Process(target=_command_line, args=(workspace, arguments, surroundings, files))
         process.start()
         process.join(seconds)
         if process.exitcode is None:
             process.kill()
         process.join()
-        out, err = (file.read_text() if file.exists() else "" for file in files)
+        out, err = (file.read_text(encoding="utf-8") if file.exists() else "" for file in files)
     assert process.exitcode is not None and process.exitcode >= 0, out + err
     return process.exitcode, out, err
 
@@ -52,6 +53,7 @@ def _command_line(workspace: Path, arguments: tuple[str, ...], environment: dict
     for descriptor, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY), descriptor)
     os.chdir(workspace)
+    os.environ.clear()
     os.environ.update(environment, RANK="0")
     sys.path.insert(0, str(workspace))
     sys.argv = ["sapo-train", *arguments]
