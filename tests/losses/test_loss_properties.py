@@ -22,6 +22,7 @@ from sapo_rl.losses import (
 )
 
 quick = settings(max_examples=25, deadline=None)
+unhurried = settings(deadline=None)
 seeds = st.integers(0, 2**31)
 lengths = st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(lambda rows: sum(rows) > 0)
 modes = st.sampled_from(AGGREGATION_MODES)
@@ -42,6 +43,7 @@ def whole(batch: Batch) -> list[list[int]]:
 
 
 @gates
+@unhurried
 @given(tau=taus)
 def test_every_gate_is_two_over_tau_and_of_slope_one_on_policy(gate: str, tau: float) -> None:
     one, temperature = torch.ones((), dtype=torch.float64), torch.tensor(tau, dtype=torch.float64)
@@ -54,6 +56,7 @@ def test_every_gate_is_two_over_tau_and_of_slope_one_on_policy(gate: str, tau: f
 
 
 @gates
+@unhurried
 @given(tau=taus, ratio=st.floats(1e-3, 6))
 def test_weight_is_the_gates_slope(gate: str, tau: float, ratio: float) -> None:
     at = torch.tensor(ratio, dtype=torch.float64, requires_grad=True)
@@ -186,6 +189,7 @@ def test_packed_and_padded_layouts_agree(name: str, rows: list[int], seed: int, 
     assert (logp.grad[~mask] == 0).all()
 
 
+@unhurried
 @given(
     log_ratios=st.lists(st.floats(-3, 3), min_size=1, max_size=30),
     tau=st.floats(0.1, 15),
