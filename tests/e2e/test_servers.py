@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import forked
 import httpx
 import psutil
 import pyarrow.parquet as pq
@@ -111,14 +112,14 @@ def servers(workspace: Path, environment: dict[str, str]) -> Iterator[list[Serve
 @pytest.fixture(scope="module")
 def key(servers: list[Server], workspace: Path) -> str:
     path = workspace / "home" / "sapo-train" / "api_key"
-    until(path.exists, 60)
+    until(path.exists, 300)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     return path.read_text().strip()
 
 
 @pytest.fixture(scope="module")
 def fleet(servers: list[Server], key: str) -> Iterator[list[RemoteEngine]]:
-    settings = [RemoteSettings(server.address, key, "float32", 192, [EOS], 300.0, 120.0) for server in servers]
+    settings = [RemoteSettings(server.address, key, "float32", 192, [EOS], 900.0, 120.0) for server in servers]
     engines = [RemoteEngine(one) for one in settings]
     for engine in engines:
         engine.wait_ready()
@@ -350,14 +351,17 @@ def test_one_of_two_dies_in_mid_batch_and_is_taken_back_with_current_weights(
 
 
 def test_a_run_has_its_batches_written_over_new_weights(
-    workspace: Path, environment: dict[str, str], servers: list[Server], fleet: list[RemoteEngine]
+    workspace: Path,
+    environment: dict[str, str],
+    servers: list[Server],
+    fleet: list[RemoteEngine],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "sapo_rl", "config=tiny.yaml", f"rollout.servers=[{servers[0].address}]",
-         "rollout.batch_size=32", "rollout.max_staleness=2", "trainer.steps=5", "reproducible=false",
-         "run_dir=in_flight"],
-        cwd=workspace, env=environment, check=True, timeout=300,
-    )  # fmt: skip
+    monkeypatch.delenv("SAPO_API_KEY", raising=False)
+    how = ("rollout.batch_size=32", "rollout.max_staleness=2", "trainer.steps=5", "reproducible=false")
+    address, home = f"rollout.servers=[{servers[0].address}]", {"XDG_CONFIG_HOME": environment["XDG_CONFIG_HOME"]}
+    code, out, err = forked.run(workspace, "config=tiny.yaml", address, *how, "run_dir=in_flight", **home)
+    assert code == 0, out + err
     steps = steps_of(workspace / "in_flight")
     assert [record["step"] for record in steps] == [1, 2, 3, 4, 5]
     assert steps[0]["rollout/staleness"] == 0
