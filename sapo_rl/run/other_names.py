@@ -232,6 +232,7 @@ VERL: dict[str, tuple[str, str]] = {
     "entropy_coeff": ("", _NO_ENTROPY),
     "param_offload": ("", _OFFLOAD),
     "optimizer_offload": ("", _OFFLOAD),
+    "speculative_config": ("", "vLLM's log-probabilities of sampled tokens were wrong with n-gram drafts"),
 }
 """The same for verl's keys, by their last part."""
 
