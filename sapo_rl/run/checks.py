@@ -186,8 +186,9 @@ def _check_loss_settings(config: Config) -> None:
         value = getattr(config.loss, key)
         if value != default:
             own = ", ".join(f"loss.{one}" for one in sorted(CHOSEN_KEYS) if name in CHOSEN_KEYS[one])
-            settings = f"its settings are {own}" if own else "it has no settings of its own"
-            raise ConfigError(f"loss.{key}", f"is {value}; {name} does not use it; {settings}")
+            settings = f"{name} has {own}" if own else f"{name} has no settings of its own"
+            users = ", ".join(filter(None, CHOSEN_KEYS[key])) or "a loss of your own"
+            raise ConfigError(f"loss.{key}", f"is {value}; {name} does not use it, {users} would; {settings}")
 
 
 def _check_advantage(config: Config) -> None:

@@ -54,6 +54,9 @@ def _explain(error: Exception, arguments: Arguments) -> str:
     if ambiguous := first_match(r"Ambiguous value for argument '(.*)'", text):
         key, _, values = ambiguous.partition("=")
         return f"'{ambiguous}' (command line): add -m to sweep over the values, or write {key}=[{values}] for a list"
+    if found := re.search(r"An item is already at '([^']+)'|Multiple values for (\w+)\.", text):
+        added = found[1] or found[2]
+        return f"+{added} (command line): {added} is there already; leave out the +"
     if isinstance(error, MissingConfigException) and str(error.missing_cfg_file).startswith("config/"):
         name = str(error.missing_cfg_file).removeprefix("config/")
         file = arguments.files.get(first_match(r"In 'config/([^']*)'", text), "command line")

@@ -34,12 +34,12 @@ def check_lora_sync(config: Config) -> None:
         ConfigError: naming the key.
     """
     rollout, rank = config.rollout, config.model.lora.rank
-    if not config.model.lora.alone:
+    if config.model.lora.sync != "adapter":
         return
+    if not rank:
+        raise ConfigError("model.lora.sync", "'adapter' needs model.lora.rank above 0; set that, or merged")
     if rank > VLLM_RANKS[-1]:
-        raise ConfigError(
-            "model.lora.rank", f"is {rank}; vLLM takes up to {VLLM_RANKS[-1]} with model.lora.sync=adapter"
-        )
+        raise ConfigError("model.lora.rank", f"is {rank}; model.lora.sync=adapter goes up to {VLLM_RANKS[-1]}")
     if rollout.servers:
         raise ConfigError("model.lora.sync", "'adapter' does not reach rollout.servers; set merged")
     if rollout.engine.name != VLLM:

@@ -230,7 +230,7 @@ def test_adapters_do_not_go_alone_where_vllm_cannot_take_them(tiny_model: Path) 
     config.reward = RewardConfig({"exact": RewardFunctionConfig("exact_match")})
     check(config)
     config.model.lora.rank = 513
-    with pytest.raises(ConfigError, match=r"model\.lora\.rank: is 513; vLLM takes up to 512 with model\.lora\.sync"):
+    with pytest.raises(ConfigError, match=r"model\.lora\.rank: is 513; model\.lora\.sync=adapter goes up to 512"):
         check(config)
     config.model.lora.rank, config.rollout.servers = 8, ["127.0.0.1:8000"]
     with pytest.raises(ConfigError, match=r"model\.lora\.sync: 'adapter' does not reach rollout\.servers; set merged"):

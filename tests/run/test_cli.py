@@ -286,12 +286,12 @@ BAD = {
     "secret that is not there": (["reward.env=[NO_SUCH_KEY]"], ["reward.env", "NO_SUCH_KEY"]),
     "setting of another loss": (
         ["loss=grpo", "loss.tau_pos=3"],
-        ["loss.tau_pos (command line): is 3.0; grpo does not use it; its settings are loss.clip_high, loss.clip_low, "],
+        ["loss.tau_pos (command line): is 3.0; grpo does not use it, sapo would; grpo has loss.clip_high, "],
     ),
     "setting of another loss by name": (["loss.name=gspo", "loss.ratio_level=sequence"], ["loss.dual_clip"]),
     "setting of a loss without any": (
         ["loss.name=vespo", "loss.clip_low=0.1"],
-        ["loss.clip_low", "vespo does not use it; it has no settings of its own"],
+        ["loss.clip_low", "vespo does not use it, grpo, gspo", "vespo has no settings of its own"],
     ),
     "budget of nothing": (["loss.tau_target_kl=0"], ["loss.tau_target_kl", "must be above 0, or null"]),
     "budget of a gate that is none": (
@@ -309,10 +309,22 @@ BAD = {
     "threshold of no width": (["loss=m2po", "loss.m2_threshold=0"], ["loss.m2_threshold", "above 0"]),
     "negative budget": (["loss=cppo", "loss.prefix_budget=-1"], ["loss.prefix_budget", "at least 0"]),
     "floor above the first weight": (["loss=cppo", "loss.weight_floor=2"], ["loss.weight_floor", "at most 1"]),
-    "budget of another loss": (["loss=m2po", "loss.prefix_budget=1"], ["loss.prefix_budget", "m2po does not use it"]),
-    "args of a built-in loss": (["+loss.args.tau_pos=3"], ["loss.args", "sapo does not use it", "loss.tau_pos"]),
+    "budget of another loss": (
+        ["loss=m2po", "loss.prefix_budget=1"],
+        ["loss.prefix_budget", "m2po does not use it, cppo would"],
+    ),
+    "args of a built-in loss": (
+        ["+loss.args.tau_pos=3"],
+        ["loss.args", "sapo does not use it, a loss of your own would", "loss.tau_pos"],
+    ),
     "advantages of no module": (["advantage.name=absent.f"], ["advantage.name", "no module 'absent'"]),
     "args of built-in advantages": (["+advantage.args.eps=3"], ["advantage.args", "for a function of your own"]),
+    "key of the recipe with plus": (["+loss.m2_threshold=1"], ["+loss.m2_threshold (command line)", "leave out the +"]),
+    "group with plus": (["+loss=m2po"], ["+loss (command line): loss is there already; leave out the +"]),
+    "adapters of no rank, sent alone": (
+        ["model.lora.sync=adapter"],
+        ["model.lora.sync (command line): 'adapter' needs model.lora.rank above 0"],
+    ),
     "misspelt key with plus": (["+loss.kl.coeff=0.1"], ["loss.kl.coeff", "coef"]),
     "unknown section with plus": (["+my.own.key=3"], ["my", "valid"]),
     "infinite": (["trainer.learning_rate=inf"], ["trainer.learning_rate", "finite"]),
@@ -578,7 +590,7 @@ OWN_SETTINGS = {
     "loss.args.neg_high=2": "loss.args: 'own_cispo.Soft' refuses its settings: neg_high must be at most 1",
     "+loss.args.loss_agg_mode=token-mean": "loss.args.loss_agg_mode: unknown argument",
     "loss.name=own_cispo.Bare": "loss.args.neg_high: is no field yet; write @dataclass above the class Bare",
-    "loss.name=cispo": "loss.args (mine.yaml): is {'neg_high': 0.1}; cispo does not use it; its settings are loss.clip",
+    "loss.name=cispo": "loss.args (mine.yaml): is {'neg_high': 0.1}; cispo does not use it, a loss of your own would; ",
 }
 
 
