@@ -61,8 +61,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Leave the text of links that lead out of the site, and put the tables of other trainers' names in their place."""
-    for marker, names in (("<!-- names: trl -->", other_names.TRL), ("<!-- names: verl -->", other_names.VERL)):
-        if marker in markdown:
+    tables = {"trl": other_names.TRL, "verl": other_names.VERL, "openrlhf": other_names.OPENRLHF}
+    for program, names in tables.items():
+        if (marker := f"<!-- names: {program} -->") in markdown:
             markdown = markdown.replace(marker, names_table(names))
     folder = posixpath.dirname(page.file.src_uri)
 

@@ -133,6 +133,8 @@ def test_the_site_is_built_without_a_broken_link(tmp_path: Path) -> None:
     assert 'href="my_tools.py"' in example and (tmp_path / "examples/tool_agent/my_tools.py").is_file()
     names = (tmp_path / "howto/from_verl/index.html").read_text(encoding="utf-8")
     assert "<code>train_batch_size</code>" in names and "names: verl" not in names
+    names = (tmp_path / "howto/from_openrlhf/index.html").read_text(encoding="utf-8")
+    assert "<code>rollout_batch_size</code>" in names and "names: openrlhf" not in names
     assert 'id="sapo_rl.run.api.train"' in (tmp_path / "reference/python/index.html").read_text(encoding="utf-8")
     outside = re.compile(r"<(?:script|link|img)[^>]+(?:src|href)=\"https?://")
     assert not [page for page in tmp_path.rglob("*.html") if outside.search(page.read_text(encoding="utf-8"))]

@@ -153,6 +153,10 @@ def flags_last(argv: Sequence[str]) -> tuple[list[str], str | None]:
     parser.allow_abbrev = False
 
     def refuse(message: str) -> NoReturn:
+        if flag := re.match(r"unrecognized arguments: (--?([\w.-]+))", message):
+            near = explain.nearest_key(flag[2].replace("-", "_"))
+            told = f"no such flag (--hydra-help tells all); a setting is key=value, without dashes; {near}"
+            raise UserError(f"{flag[1]} (command line): {told}")
         raise UserError(f"{message}; the flags are those of Hydra: sapo-train --hydra-help")
 
     parser.error = refuse

@@ -320,6 +320,10 @@ BAD = {
     "advantages of no module": (["advantage.name=absent.f"], ["advantage.name", "no module 'absent'"]),
     "args of built-in advantages": (["+advantage.args.eps=3"], ["advantage.args", "for a function of your own"]),
     "key of the recipe with plus": (["+loss.m2_threshold=1"], ["+loss.m2_threshold (command line)", "leave out the +"]),
+    "flag of another trainer": (
+        ["--learning_rate", "1e-6"],
+        ["--learning_rate (command line): no such flag", "key=value", "did you mean trainer.learning_rate?"],
+    ),
     "group with plus": (["+loss=m2po"], ["+loss (command line): loss is there already; leave out the +"]),
     "adapters of no rank, sent alone": (
         ["model.lora.sync=adapter"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from sapo_rl.errors import UserError, brief
 from sapo_rl.errors.files import DEEPEST, parse_json
 from sapo_rl.run import compose
 from sapo_rl.run.keys import every_key
-from sapo_rl.run.other_names import OTHER_NAMES, TRL, VERL, hint
+from sapo_rl.run.other_names import OPENRLHF, OTHER_NAMES, TRL, VERL, hint
 
 GROUPS = ("data=arithmetic", "reward=numeric", "model.path=model")
 
@@ -253,6 +254,9 @@ def test_a_failure_of_the_program_itself_is_no_mistake_of_the_user(monkeypatch: 
         ("trainer.total_training_steps=9", ["trainer.steps", "updates"]),
         ("actor_rollout_ref.rollout.n=8", ["rollout.group_size"]),
         ("trainer.output_dir=x", ["there is none", "runs/<recipe>/<time>"]),
+        ("rollout.n_samples_per_prompt=8", ["rollout.group_size"]),
+        ("rollout_batch_size=128", ["rollout.batch_size", "it counts completions: prompts x rollout.group_size"]),
+        ("adam_offload=true", ["there is none", "adamw_8bit"]),
     ],
 )
 def test_names_of_other_trainers_are_told_with_their_unit(typed: str, words: list[str]) -> None:
@@ -266,8 +270,9 @@ def test_every_key_that_is_pointed_to_exists() -> None:
         for part in key.split("."):
             assert isinstance(node, dict) and part in node, key
             node = node[part]
-    shared = TRL.keys() & VERL.keys()
-    assert {name: TRL[name] for name in shared} == {name: VERL[name] for name in shared}
+    for one, other in combinations((TRL, VERL, OPENRLHF), 2):
+        shared = one.keys() & other.keys()
+        assert {name: one[name] for name in shared} == {name: other[name] for name in shared}
 
 
 TRL_1_16 = """
