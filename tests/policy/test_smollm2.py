@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+from pathlib import Path
+
 import pytest
 from tiny import make_tokenizer
 
 from sapo_rl.errors import UserError
-from sapo_rl.policy.smollm2 import check_end
+from sapo_rl.policy.smollm2 import check_end, convert
 
 
 def test_a_model_whose_replies_would_not_end_is_refused() -> None:
@@ -17,3 +20,13 @@ def test_a_model_whose_replies_would_not_end_is_refused() -> None:
     tokenizer.eos_token = "<|im_start|>"
     with pytest.raises(UserError, match=r"ends a reply by '<\|im_end\|>', the tokenizer by '<\|im_start\|>'"):
         check_end(tokenizer, tokenizer.eos_token_id)
+
+
+def test_a_conversion_collects_the_garbage_of_the_models_that_it_loads(tmp_path: Path) -> None:
+    gc.disable()  # as it is while libraries are imported
+    try:
+        with pytest.raises(OSError):
+            convert(tmp_path / "absent.gguf", tmp_path / "out")
+        assert gc.isenabled()
+    finally:
+        gc.enable()
