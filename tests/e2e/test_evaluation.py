@@ -55,8 +55,8 @@ def whole(workspace: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(workspace: Path, whole: Path, tiny_model: Path) -> tuple[Path, str]:
-    """The results of both checkpoints, the final model and the one that the run began with, and what was printed."""
-    named = f"model={whole}/checkpoints,{whole},{tiny_model}"
+    """The results of the final model, which vLLM loads by itself, of both checkpoints, and of the first model."""
+    named = f"model={whole},{whole}/checkpoints,{tiny_model}"
     code, out, err = run(workspace, named, "run_dir=results", module=("-m", "sapo_rl.run.eval"))
     assert code == 0, out + err
     return workspace / "results", out
@@ -108,9 +108,9 @@ def test_checkpoints_and_models_measured_afterwards_give_the_numbers_of_the_run(
     folder, printed = measured
     results = json.loads((folder / "results.json").read_text())["models"]
     before, first, second = evaluations(whole)
-    for one, expected in zip(results, [first, second, second, before], strict=True):
+    for one, expected in zip(results, [second, first, second, before], strict=True):
         assert one["sets"]["default"]["metrics"] | one["sets"]["own"]["metrics"] == expected, one["model"]
-    assert [one["step"] for one in results] == [1, 2, 2, 0]
+    assert [one["step"] for one in results] == [2, 1, 2, 0]
     assert printed.count("vLLM is ready") == 1
 
 
