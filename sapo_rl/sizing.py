@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sapo_rl.config import ADAMW_8BIT, Config
+from sapo_rl.config.model import vllm_rank
 
 GIB = 2**30
 NO_BFLOAT16 = "this CPU has no instructions for bfloat16: model.dtype=float32 is several times faster here"
@@ -52,8 +53,9 @@ def adapter_parameters(config: Config, shape: dict[str, Any]) -> int:
 
 
 def engine_parameters(config: Config, count: int, shape: dict[str, Any]) -> int:
-    """Return the parameters that vLLM keeps: the model's, and those of adapters that come alone."""
-    return count + (adapter_parameters(config, shape) if config.model.lora.alone else 0)
+    """Return the parameters that vLLM keeps: the model's, and the room that it makes for adapters that come alone."""
+    rank = config.model.lora.rank
+    return count + (adapter_parameters(config, shape) // rank * vllm_rank(rank) if config.model.lora.alone else 0)
 
 
 def sent_parameters(config: Config, count: int, shape: dict[str, Any]) -> int:

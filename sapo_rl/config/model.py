@@ -8,7 +8,12 @@ from typing import Optional
 from sapo_rl.config.fields import MISSING, choice, number
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""For which vLLM makes room where it keeps adapters; one of a rank between two takes that of the larger."""
+"""For which vLLM makes room where it keeps adapters."""
+
+
+def vllm_rank(rank: int) -> int:
+    """Return the rank, up to 512, for which vLLM makes room so that adapters of this one fit."""
+    return next((one for one in VLLM_RANKS if one >= rank), VLLM_RANKS[-1])
 
 
 @dataclass

@@ -135,7 +135,7 @@ def test_an_engine_makes_room_for_adapters_that_come_alone() -> None:
     made.model.lora.sync = "merged"
     (same,) = engine_settings(made, model, H200, Path("logs"), [0], "rank/")
     assert (merged.lora_rank, alone.lora_rank, alone.lora_modules) == (0, 48, ("q_proj", "up_proj"))
-    adapters = adapter_parameters(made, model.shape)
+    adapters = adapter_parameters(made, model.shape) * 64 / 48  # vLLM has no room of that rank but of the next
     assert same.kv_cache_bytes - alone.kv_cache_bytes == pytest.approx(2 * adapters, abs=1) and adapters > 80_000_000
 
 

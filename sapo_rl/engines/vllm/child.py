@@ -21,7 +21,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sapo_rl.config.model import VLLM_RANKS
+from sapo_rl.config.model import vllm_rank
 from sapo_rl.engines.base import EngineSettings, Request, Sampling
 from sapo_rl.engines.rpc import Answer, Call
 from sapo_rl.engines.vllm.adapter import completions_of, sampling_params, scores_of, scoring_params
@@ -63,7 +63,7 @@ def llm_arguments(settings: EngineSettings) -> dict[str, Any]:
     if settings.lora_rank:
         arguments |= {
             "enable_lora": True,
-            "max_lora_rank": next(rank for rank in VLLM_RANKS if rank >= settings.lora_rank),
+            "max_lora_rank": vllm_rank(settings.lora_rank),
             "lora_target_modules": list(settings.lora_modules),  # the others are computed as without adapters
         }
     if settings.device == "cpu":
