@@ -95,12 +95,12 @@ def test_final_model_is_the_trained_one(whole: Path, tiny_model: Path) -> None:
 def test_checkpoints_with_adapters_are_measured_as_the_merged_model_is(
     workspace: Path, alone: Path, tiny_model: Path
 ) -> None:
-    models = f"model={alone}/checkpoints/step_000003,{alone}/final,{tiny_model}"
+    models = f"model={alone}/final,{alone}/checkpoints/step_000003,{tiny_model}"  # vLLM loads the first by itself
     own = "eval.sets.own={data: {source: arithmetic}, prompts: 6}"
     code, out, err = run(workspace, models, own, "run_dir=measured", module=("-m", "sapo_rl.run.eval"))
     assert code == 0 and out.count("vLLM is ready") == 1, out + err
     files = sorted((workspace / "measured/completions").glob("*.parquet"))
-    checkpoint, merged, before = (pd.read_parquet(file) for file in files)
+    merged, checkpoint, before = (pd.read_parquet(file) for file in files)
     texts = merged.completion.to_list()
     assert checkpoint.completion.to_list() == texts != before.completion.to_list() and len(texts) == 6
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
