@@ -193,6 +193,7 @@ def test_a_run_killed_at_all_its_moments_equals_one_that_nobody_touched(workspac
         code, out, err = Attempt(workspace, again).end()
         assert code == 0, out + err
     assert numbers(folder) == numbers(whole)
+    assert steps_of(folder)[0]["rollout/engine_restarts"] == 1  # of the one that was killed while it started
     assert [record["step"] for record in steps_of(folder)] == list(range(1, STEPS + 1))
     assert not left & left_behind()
 
