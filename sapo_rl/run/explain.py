@@ -54,9 +54,13 @@ def _explain(error: Exception, arguments: Arguments) -> str:
     if ambiguous := first_match(r"Ambiguous value for argument '(.*)'", text):
         key, _, values = ambiguous.partition("=")
         return f"'{ambiguous}' (command line): add -m to sweep over the values, or write {key}=[{values}] for a list"
-    if found := re.search(r"An item is already at '([^']+)'|Multiple values for (\w+)\.", text):
-        added = found[1] or found[2]
+    if added := first_match(r"An item is already at '([^']+)'", text) or _added_group(text, arguments):
         return f"+{added} (command line): {added} is there already; leave out the +"
+    if group := first_match(r"Multiple values for (\w+)\.", text):
+        file = ", ".join(map(str, arguments.files.values())) or "command line"
+        return f"{group} ({file}): in `defaults` it is chosen already; write `- override /{group}: NAME`"
+    if found := re.search(r"Could not delete from config\. ((?:The value of )?'([^']+)'.*)", text):
+        return f"~{found[2]} (command line): cannot be taken out: {found[1]}"
     if isinstance(error, MissingConfigException) and str(error.missing_cfg_file).startswith("config/"):
         name = str(error.missing_cfg_file).removeprefix("config/")
         file = arguments.files.get(first_match(r"In 'config/([^']*)'", text), "command line")
@@ -90,6 +94,12 @@ def _explain(error: Exception, arguments: Arguments) -> str:
     if key:
         return f"{key} ({origin(key, arguments)}): {first_match(PROBLEM, text) or _cause(text)}"
     return _unforeseen(error, arguments)
+
+
+def _added_group(text: str, arguments: Arguments) -> str:
+    """The group that the command line adds with a + to the choice that is there; empty where a file does that."""
+    group = first_match(r"Multiple values for (\w+)\.", text)
+    return group if any(argument.startswith(f"+{group}=") for argument in arguments.argv) else ""
 
 
 def _no_entry(name: str, found: str, kind: str, arguments: Arguments) -> str | None:

@@ -324,6 +324,10 @@ BAD = {
         ["--learning_rate", "1e-6"],
         ["--learning_rate (command line): no such flag", "key=value", "did you mean trainer.learning_rate?"],
     ),
+    "key taken out that has another value": (
+        ["~loss.prefix_budget=1"],
+        ["~loss.prefix_budget (command line): cannot be taken out", "is 0.02 and not 1"],
+    ),
     "group with plus": (["+loss=m2po"], ["+loss (command line): loss is there already; leave out the +"]),
     "adapters of no rank, sent alone": (
         ["model.lora.sync=adapter"],

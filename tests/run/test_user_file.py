@@ -76,6 +76,7 @@ SHAPES = {
         "config (mine.yaml): in `defaults`, no group '/loss'",
         "override /loss: grpo",
     ],
+    "defaults: [quickstart, {/loss: m2po}, _self_]": ["loss (mine.yaml): in `defaults`", "`- override /loss: NAME`"],
     "defaults: [/train]": ["mine.yaml: something in it refers to itself"],
     "lora: {rank: 8}": ["lora (mine.yaml): no such key; did you mean model.lora?"],
 }
