@@ -18,8 +18,8 @@ from sapo_rl.advantages import with_advantages
 from sapo_rl.config import Config
 from sapo_rl.errors import SharedError
 from sapo_rl.evaluation.evaluator import Evaluator
-from sapo_rl.losses import inert_temperature_warning
 from sapo_rl.policy.checkpointer import Checkpointer
+from sapo_rl.policy.temperatures import temperature_warning
 from sapo_rl.policy.trainer import PolicyTrainer, divergence
 from sapo_rl.rollout.publisher import WeightPublisher
 from sapo_rl.rollout.queue import BatchQueue
@@ -54,9 +54,7 @@ def train(parts: Parts) -> bool:
     if batches.step == 0:
         verify(parts, 0)
         parts.checkpoints.is_best(0, parts.evaluator.run(0))
-    loss, updates = config.loss, config.trainer.updates_per_rollout
-    text = inert_temperature_warning(updates, loss.tau_pos, loss.tau_neg)
-    if loss.name == "sapo" and loss.gradient == "paper" and text:
+    if text := temperature_warning(config):
         telemetry.warn(text)
     with contextlib.closing(batches):
         for step, batch in batches:

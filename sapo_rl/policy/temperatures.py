@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import torch
 
+from sapo_rl.config import Config
 from sapo_rl.config.loss import LossConfig
-from sapo_rl.losses import GatedKL, Reduction
+from sapo_rl.losses import GatedKL, Reduction, inert_temperature_warning
 from sapo_rl.policy.trace import Trace, packed
 
 
@@ -63,3 +64,13 @@ class Temperatures:
         if tokens:
             self.scale = math.sqrt(self.scale * wanted)
         return {"policy/tau_pos": now.tau_pos, "policy/tau_neg": now.tau_neg, "policy/kl_gated": gated}
+
+
+def temperature_warning(config: Config) -> str | None:
+    """Return what to tell where SAPO's temperatures cannot do their work in this run, else None."""
+    loss, updates = config.loss, config.trainer.updates_per_rollout
+    if loss.name != "sapo" or loss.gradient != "paper" or (loss.tau_target_kl is not None and updates > 1):
+        return None
+    stale = config.rollout.overlaps or config.rollout.replay.size > 0
+    fresh = loss.old_logps != "rollout" or not stale  # else the ratio is taken against an older policy
+    return inert_temperature_warning(updates, loss.tau_pos, loss.tau_neg, fresh_rollouts=fresh)

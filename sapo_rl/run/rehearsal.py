@@ -210,14 +210,11 @@ def _tokenizer(file: Path) -> Any:
 
 
 def _setting_warnings(config: Config) -> list[str]:
-    loss = config.loss
-    filtered = filter_warning(config.rollout, loss.correction.by_token)
-    isolated = isolation_warning(config.reward.functions | further_functions(config))
-    found = [filtered, isolated, *comparison_warnings(config)]
-    if loss.name == "sapo" and loss.gradient == "paper":
-        from sapo_rl.losses import inert_temperature_warning  # imports torch
+    from sapo_rl.policy.temperatures import temperature_warning  # imports torch
 
-        found.append(inert_temperature_warning(config.trainer.updates_per_rollout, loss.tau_pos, loss.tau_neg))
+    filtered = filter_warning(config.rollout, config.loss.correction.by_token)
+    isolated = isolation_warning(config.reward.functions | further_functions(config))
+    found = [filtered, isolated, *comparison_warnings(config), temperature_warning(config)]
     return [text for text in found if text]
 
 
