@@ -724,7 +724,7 @@ def test_keys_of_other_programs_and_of_other_sections_are_pointed_to_ours(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["config=quickstart", "loss=gspoo"], "loss: no choice 'gspoo'; did you mean 'gspo'? valid: cispo, cppo, dapo, "),
+        (["config=quickstart", "loss=gspoo"], "loss: no choice 'gspoo'; did you mean 'gspo'? valid: cispo, cppo, dapo"),
         (["config=quickstart", "model=Qwen/Qwen3-0.6B"], "model: no choice 'Qwen/Qwen3-0.6B'; valid: smollm2-135m"),
         (["config=quickstart", "model=Qwen/Qwen3-0.6B"], "your own is model.path="),
         (["again.yaml"], "'again.yaml' (command line): write config=again.yaml"),
