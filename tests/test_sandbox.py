@@ -38,7 +38,19 @@ def test_a_program_reads_computes_and_prints() -> None:
     assert found == Result(0, "10\n", "note\n")
 
 
-def test_no_more_programs_run_at_once_than_there_are_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def others() -> set[psutil.Process]:
+    """Processes that other tests have started, which last as long as this one."""
+    return set(psutil.Process().children(recursive=True))
+
+
+def started(others: set[psutil.Process]) -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True)) - others
+
+
+def test_no_more_programs_run_at_once_than_there_are_processors(
+    monkeypatch: pytest.MonkeyPatch, others: set[psutil.Process]
+) -> None:
     monkeypatch.setattr(sandbox, "processors", lambda: 2)
     seen = []
 
@@ -49,7 +61,7 @@ def test_no_more_programs_run_at_once_than_there_are_processors(monkeypatch: pyt
     async def watched() -> list[Result]:
         runs = asyncio.gather(*[one() for _ in range(6)])
         while not runs.done():
-            seen.append(len(psutil.Process().children()))
+            seen.append(len(set(psutil.Process().children()) - others))
             await asyncio.sleep(0.01)
         return await runs
 
@@ -189,20 +201,20 @@ def test_a_sandbox_that_does_not_come_up_is_told_with_the_time_that_it_had(monke
         result("print(1)")
 
 
-def test_nothing_is_left_of_a_run_that_is_cancelled() -> None:
+def test_nothing_is_left_of_a_run_that_is_cancelled(others: set[psutil.Process]) -> None:
     async def cancel() -> None:
         task = asyncio.create_task(run(Job("import time\ntime.sleep(1000)"), Limits(seconds=1000)))
-        while not psutil.Process().children():
+        while not started(others):
             await asyncio.sleep(0.01)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
     asyncio.run(cancel())
-    assert psutil.Process().children(recursive=True) == []
+    assert started(others) == set()
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-def test_a_run_that_is_cancelled_twice_while_it_starts_ends() -> None:
+def test_a_run_that_is_cancelled_twice_while_it_starts_ends(others: set[psutil.Process]) -> None:
     gc.collect()  # what other tests have left
 
     async def cancel(turns: int) -> None:
@@ -218,7 +230,7 @@ def test_a_run_that_is_cancelled_twice_while_it_starts_ends() -> None:
     for turns in range(12):
         asyncio.run(cancel(turns))
         gc.collect()  # complains of pipes that are open
-    assert psutil.Process().children(recursive=True) == []
+    assert started(others) == set()
 
 
 def test_nothing_is_left_where_this_process_is_killed(tmp_path: Path) -> None:

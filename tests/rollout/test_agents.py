@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from scripted import ASSISTANT, TOKENIZER, call_of, config, one, play, playing, prompt, trained
+from waiting import until
 
 from sapo_rl.config import Config, EnvironmentConfig
 from sapo_rl.errors import EngineError, UserError
@@ -334,7 +335,9 @@ def test_what_is_asked_after_the_end_is_refused_and_what_is_under_way_then_is_gi
             (sample,) = group.samples
             assert [trained(row) for row in sample.rows] == [["a?<|im_end|>"]]
             assert sample.rewards == {"environment": float(number)}
-    assert (here / "told").read_text() == "410 the episode is over"
+            until(lambda: (here / "told").exists() and (here / "told").read_text() == "410 the episode is over")
+            for name in ("slow", "told"):  # of this episode
+                (here / name).unlink()
 
 
 def test_a_client_that_the_agent_makes_goes_around_a_proxy(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
