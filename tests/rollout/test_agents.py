@@ -7,6 +7,7 @@ import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import psutil
@@ -322,11 +323,12 @@ def test_an_agent_that_fails_is_told_by_name_or_dropped(here: Path, name: str, t
 
 
 def test_what_is_asked_after_the_end_is_refused_and_what_is_under_way_then_is_given_up(here: Path) -> None:
+    given_up: SimpleQueue[str] = SimpleQueue()
+
     def script(said: str) -> str:
         if "slow" in said:
             (here / "slow").touch()
-            while not (here / "told").exists():
-                time.sleep(0.01)
+            given_up.put(until(lambda: (here / "told").exists() and (here / "told").read_text()))
         return echo(said)
 
     with playing(agent("keeps"), script) as (episodes, _):
@@ -335,7 +337,7 @@ def test_what_is_asked_after_the_end_is_refused_and_what_is_under_way_then_is_gi
             (sample,) = group.samples
             assert [trained(row) for row in sample.rows] == [["a?<|im_end|>"]]
             assert sample.rewards == {"environment": float(number)}
-            until(lambda: (here / "told").exists() and (here / "told").read_text() == "410 the episode is over")
+            assert given_up.get(timeout=60) == "410 the episode is over"
             for name in ("slow", "told"):  # of this episode
                 (here / name).unlink()
 
