@@ -210,11 +210,13 @@ def _tokenizer(file: Path) -> Any:
 
 
 def _setting_warnings(config: Config) -> list[str]:
-    from sapo_rl.policy.temperatures import temperature_warning  # imports torch
-
     filtered = filter_warning(config.rollout, config.loss.correction.by_token)
     isolated = isolation_warning(config.reward.functions | further_functions(config))
-    found = [filtered, isolated, *comparison_warnings(config), temperature_warning(config)]
+    found = [filtered, isolated, *comparison_warnings(config)]
+    if config.loss.name == "sapo":
+        from sapo_rl.policy.temperatures import temperature_warning  # imports torch, which takes seconds
+
+        found.append(temperature_warning(config))
     return [text for text in found if text]
 
 
