@@ -15,7 +15,7 @@ from sapo_rl.losses.base import POLICY_LOSS_FN, PolicyLossFn, TokenLosses
 from sapo_rl.losses.dppo import binary_tv
 from sapo_rl.losses.gates import by_sign
 from sapo_rl.losses.grpo import check_clip
-from sapo_rl.losses.ratio import bounded_ratio
+from sapo_rl.losses.ratio import bounded_ratio, moved_with
 
 
 def position_weights(sequence_ids: Tensor, num_sequences: int, floor: float) -> Tensor:
@@ -79,7 +79,7 @@ def cppo_token_losses(
     past_drift, past_weight = (sums_before(one, sequence_ids, num_sequences) for one in (drift, weights))
     delta = by_sign(advantages.double(), clip_high, clip_low)
     allowed = torch.minimum(delta, delta + prefix_budget * past_weight - past_drift)
-    kept = ((advantages * moved <= 0) | (drift <= allowed)).to(ratio.dtype)
+    kept = (~moved_with(moved, advantages) | (drift <= allowed)).to(ratio.dtype)
     return TokenLosses(-kept * ratio * advantages, kept * inside)
 
 

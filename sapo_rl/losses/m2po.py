@@ -11,12 +11,7 @@ from torch import Tensor
 
 from sapo_rl.losses.base import POLICY_LOSS_FN, BatchPolicyLossFn, TokenLosses
 from sapo_rl.losses.metrics import ALONE, Reduction
-from sapo_rl.losses.ratio import bounded_ratio
-
-
-def trust_region(log_ratios: Tensor, advantages: Tensor) -> Tensor:
-    """Return which tokens `(T,)` have moved with their advantage: A > 0 and r > 1, or A < 0 and r < 1."""
-    return torch.where(advantages > 0, log_ratios > 0, (advantages < 0) & (log_ratios < 0))
+from sapo_rl.losses.ratio import bounded_ratio, moved_with
 
 
 @torch.no_grad()
@@ -37,7 +32,7 @@ def second_moment_limit(
         threshold: the paper's tau_M2.
         across: how the ranks' parts become one.
     """
-    squares = log_ratios.double().square()[trust_region(log_ratios, advantages)]
+    squares = log_ratios.double().square()[moved_with(log_ratios, advantages)]
     small, large = squares[squares <= threshold], squares[squares > threshold]
     sums = torch.stack([small.sum(), small.new_tensor(len(small))])
     total, count = across.total(sums).unbind()
@@ -71,7 +66,7 @@ def m2po_token_losses(
     """
     ratio, inside = bounded_ratio(log_ratios, log_ratio_clamp)
     moved = log_ratios.detach()
-    masked = trust_region(moved, advantages) & (moved.double().square() >= limit)
+    masked = moved_with(moved, advantages) & (moved.double().square() >= limit)
     kept = (~masked).to(ratio.dtype)
     return TokenLosses(-kept * ratio * advantages, kept * inside)
 

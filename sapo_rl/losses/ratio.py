@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sapo_rl.losses.aggregation import sequence_mean
@@ -36,3 +37,8 @@ def bounded_ratio(log_ratios: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     """
     inside = (log_ratios.detach().abs() <= bound).to(log_ratios.dtype)
     return log_ratios.clamp(-bound, bound).exp(), inside
+
+
+def moved_with(log_ratios: Tensor, advantages: Tensor) -> Tensor:
+    """Return which tokens `(T,)` have moved with their advantage: A > 0 and r > 1, or A < 0 and r < 1."""
+    return torch.where(advantages > 0, log_ratios > 0, (advantages < 0) & (log_ratios < 0))
