@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +21,13 @@ from torch.utils import swap_tensors
 
 from sapo_rl.config import ADAMW_8BIT, TrainerConfig
 from sapo_rl.errors import UserError
-from sapo_rl.policy.model import Policy, whole
+from sapo_rl.policy.model import Policy, reshard, whole
 from sapo_rl.policy.working import WorkingCopy
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of each weight, beside the number of its steps."""
+GATHERED = 1 / 8
+"""Share of a GPU's memory that a model's gathered weights and whole gradients may take, for FSDP2 to keep them."""
 
 
 def parallel(policy: Policy, config: TrainerConfig, accelerator: Accelerator, fused: bool) -> Parallel:
@@ -130,7 +132,9 @@ class Parallel:
 class FullySharded(Parallel):
     """FSDP2: each rank holds its share of weights, gradients and optimiser state; layers are gathered as they compute.
 
-    Gradients are reduced after each micro-batch: to keep them until the last would take the memory of a whole copy.
+    A model that is small beside the GPU's memory is gathered once an update, and its gradients are reduced once: it
+    keeps its layers and whole gradients from one micro-batch to the next. So does any model by a launch profile with
+    `fsdp_reshard_after_forward: false`. A large one is gathered for each pass, and reduces after each.
     Vectors (norms, biases) stay whole on every rank: they are small, and norms multiply with them in float32.
     """
 
@@ -140,11 +144,16 @@ class FullySharded(Parallel):
             raise UserError("the launch profile asks for FSDP version 1; set fsdp_version: 2")
         if _is_true("FSDP_OFFLOAD_PARAMS"):
             raise UserError("the launch profile asks for fsdp_offload_params, which is not supported")
-        self._reshard_after_forward = bool(plugin.reshard_after_forward)
-        return self.reference(self.policy), self._make_optimizer()
+        self._keeps = not plugin.reshard_after_forward or _is_small(self.policy, self._accelerator.device)
+        sharded: Any = self._shard(self.policy, self._keeps)
+        sharded.set_reshard_after_backward(not self._keeps)
+        return sharded, self._make_optimizer()
 
     def reference(self, policy: Policy) -> Policy:
         """Shard a policy in place."""
+        return self._shard(policy, keep=False)
+
+    def _shard(self, policy: Policy, keep: bool) -> Policy:
         ranks, device = self._accelerator.num_processes, self._accelerator.device
         vectors = [parameter for parameter in policy.parameters() if parameter.dim() < 2]
         take_from_rank_0([*vectors, *policy.buffers()], device)
@@ -156,14 +165,25 @@ class FullySharded(Parallel):
         }
         for layer in policy.layers():  # one is whole on the device at a time
             take_from_rank_0(_matrices(layer), device)
-            fully_shard(layer, reshard_after_forward=self._reshard_after_forward, **options)
+            fully_shard(layer, reshard_after_forward=not keep, **options)
         # The rest is gathered when the policy is called: it uses embedding and head outside their own modules.
         take_from_rank_0(_matrices(policy), device)
         fully_shard(policy, **options)
         return policy
 
+    @contextlib.contextmanager
+    def passes(self) -> Iterator[None]:
+        """See `Parallel.passes`; in the end the layers that were kept are given up."""
+        try:
+            yield
+        finally:
+            if self._keeps:
+                reshard(self.policy)
+
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Return a context that does nothing."""
+        """See `Parallel.micro_batch`."""
+        if self._keeps:
+            self.module.set_requires_gradient_sync(last)  # type: ignore[operator]
         return contextlib.nullcontext()
 
     def step(self) -> Tensor:
@@ -205,6 +225,15 @@ def take_from_rank_0(tensors: Sequence[Tensor], device: torch.device) -> None:
             swap_tensors(tensor, nn.Parameter(own, requires_grad=tensor.requires_grad))
         else:
             tensor.data = own
+
+
+def _is_small(policy: Policy, device: torch.device) -> bool:
+    """Return whether gathered weights (2 bytes each in bfloat16) and whole gradients (4) take little of the GPU."""
+    if device.type != "cuda":
+        return False
+    each = policy.dtype.itemsize + torch.float32.itemsize
+    whole_model = each * sum(weight.numel() for weight in policy.parameters())
+    return whole_model <= GATHERED * torch.cuda.get_device_properties(device).total_memory
 
 
 def _matrices(module: nn.Module) -> list[Tensor]:

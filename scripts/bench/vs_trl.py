@@ -2,11 +2,13 @@
 
     python scripts/bench/vs_trl.py --workload a --engines 2 --overlap --out docs/bench/vs_trl_a.json
     python scripts/bench/vs_trl.py --workload b --shape 1.5b --out docs/bench/vs_trl_b_1.5b.json
+    python scripts/bench/vs_trl.py --workload c --model FOLDER --out docs/bench/vs_trl_c.json
 
 Workload a: SmolLM2-135M-Instruct, 128 prompts x 8 completions of up to 512 tokens, which end by themselves. Workload b:
-a random model of a real shape, 32 x 8, geometric lengths up to 2048 tokens. Both: 4 updates a rollout batch. TRL runs
-first, each program in processes of its own; the first cycles of each are left out. Needs trl, but for --skip-trl. What
-is done by then is in the JSON, also when a program fails or --limit cuts it short.
+a random model of a real shape, 32 x 8, geometric lengths up to 2048 tokens. Workload c: a real model of your own on
+reasoning-gym's word problems, 128 x 8, up to 512 tokens. All: 4 updates a rollout batch. TRL runs first,
+each program in processes of its own; the first cycles of each are left out. Needs trl, but for --skip-trl. What is done
+by then is in the JSON, also when a program fails or --limit cuts it short.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import Any
 
 import report
 import yaml
-from workloads import MODEL, ROOT, SHAPES, WORKLOADS, Workload, chat_rows, make_model
+from workloads import MODEL, ROOT, SHAPES, WORKLOADS, Workload, chat_rows, make_model, problem_rows
 
 sys.path.insert(0, str(ROOT))
 from sapo_rl.run_folder import METRICS
@@ -280,7 +282,7 @@ def prepare(args: argparse.Namespace, folder: Path, copies: int = 1) -> Task:
         mean_length = min(MEAN_LENGTH, workload.max_completion_tokens / 4)
         model = make_model(SHAPES[shape], model, mean_length, folder / f"random-{shape}")
     cycles = args.warm_up + args.cycles
-    rows = chat_rows(workload.prompts * cycles * copies)
+    rows = (problem_rows if workload.word_problems else chat_rows)(workload.prompts * cycles * copies)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "prompts.jsonl").write_text(lines, encoding="utf-8")
     return Task(workload, model, rows, cycles, folder, args.limit)

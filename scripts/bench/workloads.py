@@ -29,6 +29,8 @@ class Workload:
     shape: str | None = None
     """Random model to run, unless the command line names another; None is `MODEL`."""
     learning_rate: float = 1e-6
+    word_problems: bool = False
+    """Whether the prompts are reasoning-gym's word problems, which needs the extra `gym`, instead of `chat_rows`."""
 
     @property
     def samples(self) -> int:
@@ -41,6 +43,7 @@ STILL = 1e-12
 WORKLOADS = {
     "a": Workload(128, 8, 512, 128, 4, (128, 64, 32, 16)),
     "b": Workload(32, 8, 2048, 128, 4, (16, 8, 4, 2), "0.5b", STILL),
+    "c": Workload(128, 8, 512, 256, 4, (32, 16, 8), word_problems=True),
     "7b": Workload(32, 8, 1024, 128, 4, (), "7b", STILL),
     "tiny": Workload(4, 4, 16, 256, 2, (8,)),
 }
@@ -112,6 +115,14 @@ def chat_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     texts = [question.format(topic) for question in QUESTIONS for topic in TOPICS]
     random.Random(seed).shuffle(texts)
     return [{"prompt": [{"role": "user", "content": texts[i % len(texts)]}]} for i in range(count)]
+
+
+def problem_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Return `count` word problems, each a one-message chat under `prompt`."""
+    from sapo_rl.data.gym import generate
+
+    questions = [row["question"] for row in generate("gsm_symbolic", {}, count, seed)]
+    return [{"prompt": [{"role": "user", "content": question}]} for question in questions]
 
 
 def vowel_share(completions: list[Any], **columns: list[Any]) -> list[float]:

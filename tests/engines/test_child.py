@@ -35,6 +35,16 @@ def test_every_batch_has_a_graph_that_is_not_much_larger(most: int) -> None:
         assert padded - batch < 16
 
 
+@pytest.mark.parametrize("most", [1, 16, 17, 512])
+def test_steps_that_read_what_others_were_told_have_a_graph_too(most: int) -> None:
+    sizes = capture_sizes(most, has_episodes=True)
+    assert sizes[: len(capture_sizes(most))] == capture_sizes(most)
+    assert sizes == sorted(set(sizes))
+    for tokens in range(most + 1, sizes[-1] + 1):
+        assert min(size for size in sizes if size >= tokens) - tokens < 32
+    assert 2 * most - 32 < sizes[-1] <= 2 * most
+
+
 def test_cpu_memory_is_in_bytes_and_graphs_are_off() -> None:
     arguments = llm_arguments(settings("cpu"))
     assert arguments["kv_cache_memory_bytes"] == 512 * 2**20
