@@ -19,7 +19,21 @@ from sapo_rl.config.model import ModelConfig
 from sapo_rl.config.refill import RefillConfig, ReplayConfig
 from sapo_rl.config.reward import RewardConfig, RewardFunctionConfig
 
-TOOL_PARSERS = ("hermes", "json", "llama3_json", "mistral", "openai", "pythonic", "qwen3_coder")
+TOOL_PARSERS = (
+    "deepseek_v3",
+    "deepseek_v31",
+    "functiongemma",
+    "gemma4",
+    "glm45",
+    "glm47",
+    "hermes",
+    "json",
+    "llama3_json",
+    "mistral",
+    "openai",
+    "pythonic",
+    "qwen3_coder",
+)
 """Formats of calls of tools that are read."""
 
 ADAMW_8BIT = "adamw_8bit"
@@ -93,8 +107,8 @@ class RolloutConfig:
     logprobs: bool = False
     """Keep vLLM's own log-probabilities of the sampled tokens (costs a third of its speed)."""
     tool_parser: str = choice("auto", "auto", *TOOL_PARSERS)
-    """How calls of tools stand in what the model writes, by vLLM's names; `json` is bare or in a fence. `auto` takes
-    what the chat template speaks of. `check=chat` shows whether calls are read."""
+    """How calls of tools stand in what the model writes, by vLLM's names; `json` is bare or in a fence, `pythonic` too
+    (```tool_code). `auto` takes what the chat template speaks of. `check=chat` shows whether calls are read."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     servers: list[str] = field(default_factory=list)
     """Addresses of running `sapo-serve` processes, as host:port; they write in place of engines beside the trainer."""

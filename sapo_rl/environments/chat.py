@@ -6,6 +6,7 @@ of two messages with the new ones after them, and taking what comes after the re
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -69,6 +70,7 @@ class ChatTemplate:
         self.special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
         self.shows_calls = True
         """Whether calls of tools are rendered; where not, they stay in the content as they were written."""
+        self._arguments_are_text = False
         self.shows_calls = self._find_calls()
         self.opening = self._find_opening()
         """What the generation prompt writes of the reply itself, such as the begin of its thinking."""
@@ -84,11 +86,10 @@ class ChatTemplate:
             Refused: the template has no words for it.
         """
         unfinished = generation_prompt and messages[-1]["role"] == "assistant"
-        if not self.shows_calls:
-            messages = [{key: value for key, value in one.items() if key != "tool_calls"} for one in messages]
+        messages = [self._with_calls(one) for one in messages]
         try:
             return cast(Any, self.tokenizer).apply_chat_template(
-                list(messages),
+                messages,
                 tools=self.tools,
                 tokenize=False,
                 add_generation_prompt=generation_prompt and not unfinished,
@@ -98,6 +99,18 @@ class ChatTemplate:
         except Exception as error:  # a template computes, and raises what it likes
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise Refused(f"the chat template refuses messages of the roles {roles}: {error}") from error
+
+    def _with_calls(self, message: Message) -> Message:
+        """The message with its calls as the template takes them."""
+        rest = {key: value for key, value in message.items() if key != "tool_calls"}
+        if "tool_calls" not in message or not self.shows_calls:
+            return rest
+        if not self._arguments_are_text:
+            return message
+        functions = [call["function"] for call in message["tool_calls"]]
+        texts = [one | {"arguments": json.dumps(one["arguments"], ensure_ascii=False)} for one in functions]
+        calls = [call | {"function": text} for call, text in zip(message["tool_calls"], texts, strict=True)]
+        return rest | {"tool_calls": calls}
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of rendered text: the template has written the special tokens itself."""
@@ -199,13 +212,15 @@ class ChatTemplate:
         return prompt[_shared(prompt, header) :]
 
     def _find_calls(self) -> bool:
+        """Whether calls are rendered, their arguments as a dictionary or, as DeepSeek's templates want it, as text."""
         name = self.tools[0]["function"]["name"] if self.tools else "tool"
         call = tool_call(parsers.Call(name, {"x": _END}), 0)
-        try:
-            called = {"role": "assistant", "content": "", "tool_calls": [call]}
-            return _END in self.render([_user(), called], generation_prompt=False)
-        except Refused:
-            return False
+        called = {"role": "assistant", "content": "", "tool_calls": [call]}
+        for self._arguments_are_text in (False, True):
+            with contextlib.suppress(Refused):
+                if _END in self.render([_user(), called], generation_prompt=False):
+                    return True
+        return False
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from sapo_rl.errors import UserError, did_you_mean
@@ -40,6 +40,8 @@ class Parser(NamedTuple):
     """Whether it reads special tokens: they are left out of the text otherwise."""
     untyped: bool = False
     """Whether the format has text for every value: the tools' schemas say what it stands for."""
+    channels: bool = False
+    """Whether it tells thoughts from content; others have nothing to read where there are no tools."""
 
 
 class Malformed(Exception):
@@ -51,6 +53,12 @@ _FENCE = re.compile(r"```(?:\w+)?[ \t]*\n?(.*?)```", re.DOTALL)
 _HALF = re.compile("[\ud800-\udfff]")
 _ENDS = re.compile(r"<\|(?:end|call|return)\|>")
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+_ARGUMENT = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+_NAMED_FENCE = re.compile(r"\s*(\S+)\s*```(?:json)?\s(.*?)```\s*", re.DOTALL)
+_TOOL_CODE = re.compile(r"```tool_code[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_GEMMA_CALL = re.compile(r"\s*call:([\w.-]+)\s*(\{.*\})\s*", re.DOTALL)
+_BARE_KEY = re.compile(r"([{,]\s*)([\w.-]+)\s*:")
+_THOUGHT = re.compile(r"<\|channel>(?:thought\n)?(.*?)(?:<channel\|>|\Z)", re.DOTALL)
 
 
 def parse(parser: Parser, text: str, tools: Sequence[dict[str, Any]] = ()) -> Parsed:
@@ -102,6 +110,18 @@ def _function(written: str) -> list[Call]:
     if not name or "</function>" not in written:
         raise Malformed("the call of a tool must be <function=NAME> ... </function> with a <parameter=NAME> each")
     return [Call(name[1], dict(_PARAMETER.findall(written)))]
+
+
+def _glm(text: str) -> Parsed:
+    """A name with `<arg_key>` and `<arg_value>` each, between `<tool_call>` and `</tool_call>`; lines or none."""
+    return _tagged(text, _glm_call)
+
+
+def _glm_call(written: str) -> list[Call]:
+    name = _ARGUMENT.sub("", written).strip()
+    if not re.fullmatch(r"[^\s<>{}]+", name):
+        raise Malformed("the call of a tool must be NAME, with <arg_key>KEY</arg_key><arg_value>VALUE</arg_value> each")
+    return [Call(name, {key.strip(): value for key, value in _ARGUMENT.findall(written)})]
 
 
 def _typed(call: Call, tools: Sequence[dict[str, Any]]) -> Call:
@@ -161,17 +181,69 @@ def _mistral(text: str) -> Parsed:
     return Parsed(before.strip() if calls else text, calls)
 
 
-def _pythonic(text: str) -> Parsed:
-    """A Python list of calls with named arguments, such as `[add(a=1, b=2)]`."""
-    if not re.match(r"\s*\[\s*[\w.]+\(", text):
+def _deepseek(text: str) -> Parsed:
+    """DeepSeek's tags around each call: of V3 `function`, a name and JSON in a fence, of V3.1 a name and JSON."""
+    before, begin, rest = text.partition("<｜tool▁calls▁begin｜>")
+    if not begin:
         return Parsed(text, [])
+    blocks, _, after = rest.partition("<｜tool▁calls▁end｜>")
+    calls: list[Call] = []
+    for block in blocks.split("<｜tool▁call▁begin｜>")[1:]:
+        kind, _, written = block.partition("<｜tool▁call▁end｜>")[0].partition("<｜tool▁sep｜>")
+        fence = _NAMED_FENCE.fullmatch(written)
+        name, arguments = fence.groups() if fence else (kind.strip(), written)
+        calls += _calls({"name": name, "arguments": _load(arguments)})
+    return Parsed((before + after).strip(), calls)
+
+
+def _functiongemma(text: str) -> Parsed:
+    """`call:NAME{KEY:VALUE,...}` in FunctionGemma's tags."""
+    return _gemma(text, "<start_function_call>", "<end_function_call>", "<escape>")
+
+
+def _gemma4(text: str) -> Parsed:
+    """The same in Gemma 4's tags, and what it thinks in a channel."""
+    thoughts = _THOUGHT.findall(text)
+    found = _gemma(_THOUGHT.sub("", text), "<|tool_call>", "<tool_call|>", '<|"|>')
+    return found._replace(thinking="\n".join(thoughts).strip()) if thoughts else found
+
+
+def _gemma(text: str, begin: str, end: str, quote: str) -> Parsed:
+    """Calls between tags; a text in one stands between two of the same `quote`, keys are bare."""
+    before, *blocks = text.split(begin)
+    parts, calls = [before], list[Call]()
+    for block in blocks:
+        written, _, after = block.partition(end)
+        if (call := _GEMMA_CALL.fullmatch(written)) is None:
+            raise Malformed(f"the call of a tool must be call:NAME{{KEY:VALUE,...}}, with {quote} around texts")
+        pieces = enumerate(call[2].split(quote))
+        json_text = "".join(json.dumps(one) if at % 2 else _BARE_KEY.sub(r'\1"\2":', one) for at, one in pieces)
+        calls += _calls({"name": call[1], "arguments": _load(json_text)})
+        parts.append(after)
+    return Parsed("".join(parts).strip() if calls else text, calls)
+
+
+def _pythonic(text: str) -> Parsed:
+    """A Python list of calls with named arguments, such as `[add(a=1, b=2)]`, or calls in ```tool_code fences."""
+    blocks, rest = _TOOL_CODE.findall(text), _TOOL_CODE.sub("", text).strip()
+    if not blocks:
+        if not re.match(r"\s*\[\s*[\w.]+\(", text):
+            return Parsed(text, [])
+        blocks, rest = [text], ""
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
-        nodes = tree.elts if isinstance(tree, ast.List) else []
-        found = [_python_call(node) for node in nodes]
+        found = [_python_call(node) for block in blocks for node in _expressions(block)]
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise Malformed(f"the calls of tools are no valid Python: {error}") from error
-    return Parsed("", _calls(found))
+    return Parsed(rest, _calls(found))
+
+
+def _expressions(written: str) -> Iterator[Any]:
+    """What each line says, or a list in it, without a `print` or an assignment around it."""
+    for statement in ast.parse(written.strip()).body:
+        node = getattr(statement, "value", statement)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print" and len(node.args) == 1:
+            node = node.args[0]
+        yield from node.elts if isinstance(node, ast.List) else [node]
 
 
 def _python_call(node: ast.expr) -> dict[str, Any]:
@@ -240,17 +312,28 @@ def _calls(value: Any) -> list[Call]:
     return calls
 
 
-def _either(text: str) -> Parsed:
-    """Tags, or where there are none bare JSON: small models write it whatever the template asks for."""
-    return _hermes(text) if "<tool_call>" in text else _bare_json(text)
+def _or_json(parser: Parser) -> Parser:
+    """The parser, and bare JSON where it finds nothing: small models write that whatever the template asks for."""
+
+    def read(text: str) -> Parsed:
+        found = parser.read(text)
+        return found if found.calls else _bare_json(text)
+
+    return parser._replace(read=read)
 
 
 PARSERS: dict[str, Parser] = {
+    "deepseek_v3": Parser(_deepseek, special=True),
+    "deepseek_v31": Parser(_deepseek, special=True),
+    "functiongemma": Parser(_functiongemma, special=True),
+    "gemma4": Parser(_gemma4, special=True, channels=True),
+    "glm45": Parser(_glm, untyped=True),
+    "glm47": Parser(_glm, untyped=True),
     "hermes": Parser(_hermes),
     "json": Parser(_bare_json),
     "llama3_json": Parser(_llama3_json, special=True),
     "mistral": Parser(_mistral, special=True),
-    "openai": Parser(_openai, special=True),
+    "openai": Parser(_openai, special=True, channels=True),
     "pythonic": Parser(_pythonic),
     "qwen3_coder": Parser(_qwen3_coder, untyped=True),
 }
@@ -259,12 +342,16 @@ PARSERS: dict[str, Parser] = {
 _SIGNS = {
     "<|channel|>": "openai",
     "<function=": "qwen3_coder",
+    "<arg_key>": "glm45",
+    "<｜tool▁calls▁begin｜>": "deepseek_v3",
+    "<start_function_call>": "functiongemma",
+    "<|tool_call>": "gemma4",
     "<tool_call>": "hermes",
     "[TOOL_CALLS]": "mistral",
     "<|python_tag|>": "llama3_json",
     "<|tool_call_start|>": "pythonic",
 }
-_HERMES_OR_JSON = Parser(_either)
+_OR_JSON = {name: _or_json(PARSERS[name]) for name in ("deepseek_v3", "hermes")}
 
 
 def named(name: str, chat_template: str) -> str:
@@ -288,11 +375,11 @@ _NO_CALLS = Parser(_no_calls)
 
 
 def choose(name: str, chat_template: str, tools: bool = True) -> Parser:
-    """Return the parser of a name, as `named` does; by `auto`, hermes also reads JSON without its tags.
+    """Return the parser of a name, as `named` does; by `auto`, hermes and DeepSeek's also read JSON without tags.
 
     Without tools a reply that looks like a call is none; only channels are told apart then.
     """
     found = named(name, chat_template)
-    if not tools and not PARSERS[found].special:
+    if not tools and not PARSERS[found].channels:
         return _NO_CALLS
-    return _HERMES_OR_JSON if (name, found) == ("auto", "hermes") else PARSERS[found]
+    return _OR_JSON.get(found, PARSERS[found]) if name == "auto" else PARSERS[found]

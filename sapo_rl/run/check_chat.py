@@ -12,7 +12,7 @@ from rich.table import Table
 
 from sapo_rl.config import Config
 from sapo_rl.environments import parsers
-from sapo_rl.environments.chat import ChatTemplate, Conversation, Message, tool_call
+from sapo_rl.environments.chat import ChatTemplate, Conversation, Message, Refused, as_users, tool_call
 from sapo_rl.environments.parsers import PARSERS, Call
 from sapo_rl.policy.model import load_tokenizer, stop_tokens
 from sapo_rl.run.checks import ConfigError
@@ -61,10 +61,7 @@ class Trial:
         talk = self.chat.begin(self.chat.start(QUESTION), QUESTION)
         self.stretches = [Stretch("prompt", talk.next_prompt)]
         message = self._reply(talk, self.call())
-        results = message.get("tool_calls", [{"id": "call00000"}])
-        self._extend(
-            talk, "tool", {"role": "tool", "tool_call_id": results[0]["id"], "name": CALL.name, "content": "5"}
-        )
+        self._extend(talk, "tool", _result(message))
         self._reply(talk, self.said("It is 5."))
         self._extend(talk, "user", {"role": "user", "content": "And twice that?"})
         self._reply(talk, self.said("It is 10."))
@@ -94,8 +91,16 @@ class Trial:
         end = next((place for place, one in enumerate(ids) if one in self.stops), None)
         if end is not None:
             return ids[: end + 1]
-        following = self.chat.tail(message, QUESTION, None, cut=True) or []
+        following = self.tail(message, None, cut=True) or []
         return ids + (following[:1] if following[:1] and following[0] in self.stops else self.stops[:1])
+
+    def tail(self, message: Message, stop: int | None, cut: bool = False) -> list[int] | None:
+        """Return what `ChatTemplate.tail` does with what follows such a message: a tool's result, or a question."""
+        new = [_result(message)] if message.get("tool_calls") else QUESTION
+        try:
+            return self.chat.tail(message, new, stop, cut)
+        except Refused:
+            return self.chat.tail(message, as_users(new), stop, cut)
 
     def _reply(self, talk: Conversation, message: Message) -> Message:
         ids = self.written(message)
@@ -108,6 +113,12 @@ class Trial:
         forked = talk.forks > forks
         added = talk.next_prompt if forked else talk.next_prompt[before:]
         self.stretches.append(Stretch(f"{what}: a further row, all rendered anew" if forked else what, added))
+
+
+def _result(message: Message) -> Message:
+    """What the tool answers to a call."""
+    number = message.get("tool_calls", [{"id": "call00000"}])[0]["id"]
+    return {"role": "tool", "tool_call_id": number, "name": CALL.name, "content": "5"}
 
 
 def check_chat(config: Config) -> None:
@@ -172,7 +183,7 @@ def _stops(trial: Trial) -> list[tuple[str, str]]:
     answers = [(trial.call(), "a call"), (trial.said("5"), "an answer")]
     found = []
     for stop in trial.stops:
-        after = [what for message, what in answers if trial.chat.tail(message, QUESTION, stop, cut=False) is not None]
+        after = [what for message, what in answers if trial.tail(message, stop) is not None]
         ends = f"ends {' and '.join(after)}" if after else "taken back: the episode goes on in a further row"
         found.append((trial.chat.decode([stop], special=True), ends))
     return found

@@ -100,6 +100,14 @@ def test_a_stable_template_gives_one_row_that_is_the_whole_transcript(
     assert talk.forks == 0 and len(talk.rows()) == 1
 
 
+@pytest.mark.parametrize("name", ["glm4_5", "deepseek_v3", "deepseek_v31", "gemma4", "functiongemma"])
+@settings(max_examples=25, deadline=None)
+@given(script=turns)
+def test_turns_with_calls_give_one_row_that_is_the_whole_transcript(name: str, script: list[Any]) -> None:
+    uncut = [(text, call, False, 1, heard) for text, call, _, _, heard in script]
+    assert converse(FORMATS[name], template_of(name, True), uncut, exact=True).forks == 0
+
+
 @pytest.mark.skipif(not SMOLLM.exists(), reason="needs SmolLM2: sapo-train config=quickstart makes it")
 @settings(max_examples=25, deadline=None)
 @given(script=turns)
@@ -171,6 +179,16 @@ pieces = st.sampled_from(
         "<|eot_id|>",
         "<function=add>",
         "<parameter=a>",
+        "<arg_key>",
+        "</arg_value>",
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁call▁begin｜>",
+        "<｜tool▁sep｜>",
+        "<start_function_call>",
+        "<|tool_call>",
+        "call:add{a:1}",
+        '<|"|>',
+        "<|channel>thought",
         "<|python_tag|>",
         '"\\ud800"',
         "[add(a={[]: 1})]",

@@ -18,10 +18,53 @@ XML = (
     "<parameter=b>\n[2]\n</parameter>\n</function>\n</tool_call>"
 )
 
+GLM = (
+    "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n"
+    "<arg_key>b</arg_key>\n<arg_value>[2]</arg_value>\n</tool_call>"
+)
+V3 = '<｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{"a": 1, "b": [2]}\n```<｜tool▁call▁end｜>'
+V31 = '<｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a": 1, "b": [2]}<｜tool▁call▁end｜>'
+BEGIN, END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+
 
 @pytest.mark.parametrize(
     ("parser", "text", "content", "calls"),
     [
+        ("glm45", f"Well.\n{GLM}\n{GLM}", "Well.", [ADD, ADD]),
+        ("glm47", GLM.replace("\n", ""), "", [ADD]),
+        ("glm45", "<tool_call>now</tool_call>", "", [Call("now", {})]),
+        (
+            "glm45",
+            "<tool_call>f<arg_key>code</arg_key><arg_value>x = 1\ny = 2</arg_value></tool_call>",
+            "",
+            [Call("f", {"code": "x = 1\ny = 2"})],
+        ),
+        ("deepseek_v3", f"Well.{BEGIN}{V3}\n{V3}{END}", "Well.", [ADD, ADD]),
+        ("deepseek_v31", f"{BEGIN}{V31}{V31}{END}", "", [ADD, ADD]),
+        ("deepseek_v31", f"{BEGIN}{V31}", "", [ADD]),
+        ("deepseek_v3", "So", "So", []),
+        (
+            "functiongemma",
+            "<start_function_call>call:f{a:<escape>x{y: 1}<escape>,b:1.5,c:true}<end_function_call>",
+            "",
+            [Call("f", {"a": "x{y: 1}", "b": 1.5, "c": True})],
+        ),
+        (
+            "functiongemma",
+            "<start_function_call>call:now{}<end_function_call><start_function_call>call:add{a:1,b:[2]}",
+            "",
+            [Call("now", {}), ADD],
+        ),
+        ("gemma4", "Well. <|tool_call>call:add{a:1,b:[2]}<tool_call|>", "Well.", [ADD]),
+        (
+            "gemma4",
+            '<|tool_call>call:f{at:{x:1,when:<|"|>12:30, "noon"<|"|>},b:[<|"|>{c:1}<|"|>,-2]}<tool_call|>',
+            "",
+            [Call("f", {"at": {"x": 1, "when": '12:30, "noon"'}, "b": ["{c:1}", -2]})],
+        ),
+        ("pythonic", "So:\n```tool_code\nadd(a=1, b=[2])\n```", "So:", [ADD]),
+        ("pythonic", "```tool_code\nprint(add(a=1, b=[2]))\nx = add(a=1, b=[2])\n```", "", [ADD, ADD]),
+        ("pythonic", "```python\nadd(a=1)\n```", "```python\nadd(a=1)\n```", []),
         ("hermes", f"<tool_call>\n{JSON}\n</tool_call>", "", [ADD]),
         ("hermes", f"Well.\n<tool_call>{JSON}</tool_call><tool_call>{JSON}", "Well.", [ADD, ADD]),
         ("hermes", f"I write {JSON}", f"I write {JSON}", []),
@@ -78,6 +121,12 @@ def test_calls_are_found_and_the_rest_is_content(parser: str, text: str, content
         ("pythonic", "[add(a={1, 2})]", "holds what JSON does not: Object of type set"),
         ("pythonic", "[add(a={[]: 1})]", "no valid Python: unhashable"),
         ("openai", " to=functions.add<|channel|>commentary json<|message|>{a}", "no valid JSON"),
+        ("glm45", "<tool_call>I add<arg_key>a</arg_key></tool_call>", "must be NAME, with <arg_key>KEY"),
+        ("deepseek_v3", f"{BEGIN}<｜tool▁call▁begin｜>function<｜tool▁sep｜>add {{", "no valid JSON"),
+        ("deepseek_v31", f"{BEGIN}<｜tool▁call▁begin｜>add", "no valid JSON"),
+        ("functiongemma", "<start_function_call>add(a=1)", "must be call:NAME{KEY:VALUE,...}, with <escape> around"),
+        ("gemma4", "<|tool_call>call:add{a:one}<tool_call|>", "no valid JSON"),
+        ("pythonic", "```tool_code\nfor x in y: pass\n```", r"must be NAME\(ARGUMENT=VALUE, ...\)"),
     ],
 )
 def test_a_malformed_call_is_told_and_stays_in_the_content(parser: str, text: str, problem: str) -> None:
@@ -107,20 +156,46 @@ def test_channels_are_taken_apart() -> None:
     assert parse(PARSERS["openai"], call) == Parsed("", [ADD], thinking="hm")
     answer = f"{said}<|channel|>final<|message|>12<|return|>"
     assert parse(PARSERS["openai"], answer) == Parsed("12", [], thinking="hm")
+    gemma = (
+        "<|channel>thought\nhm <|tool_call>call:no{}<tool_call|>\n<channel|><|tool_call>call:add{a:1,b:[2]}<tool_call|>"
+    )
+    assert parse(PARSERS["gemma4"], gemma) == Parsed("", [ADD], thinking="hm <|tool_call>call:no{}<tool_call|>")
+
+
+@pytest.mark.parametrize("text", [LLAMA, f"[TOOL_CALLS][{JSON}]", GLM, f"{BEGIN}{V3}{END}"])
+def test_without_tools_nothing_is_a_call(text: str) -> None:
+    for template in ("<|python_tag|>", "[TOOL_CALLS]", "<arg_key>", BEGIN):
+        assert parse(choose("auto", template, tools=False), text) == Parsed(text, [])
 
 
 @pytest.mark.parametrize(
     ("name", "parser"),
-    [("tiny", "json"), ("qwen2_5", "hermes"), ("qwen3", "hermes"), ("llama3", "llama3_json"), ("gpt_oss", "openai")],
+    [
+        ("tiny", "json"),
+        ("qwen2_5", "hermes"),
+        ("qwen3", "hermes"),
+        ("llama3", "llama3_json"),
+        ("gpt_oss", "openai"),
+        ("gemma3", "json"),
+        ("glm4_5", "glm45"),
+        ("deepseek_v3", "deepseek_v3"),
+        ("deepseek_v31", "deepseek_v3"),
+        ("gemma4", "gemma4"),
+        ("functiongemma", "functiongemma"),
+    ],
 )
 def test_auto_reads_what_the_template_speaks_of(name: str, parser: str) -> None:
     assert named("auto", str(tokenizer_of(FORMATS[name]).chat_template)) == parser
 
 
-def test_auto_reads_bare_json_where_the_template_asks_for_tags() -> None:
-    parser = choose("auto", "<tool_call>")
-    assert parse(parser, JSON).calls == parse(parser, f"<tool_call>{JSON}</tool_call>").calls == [ADD]
-    assert parse(choose("hermes", ""), JSON).calls == []
+@pytest.mark.parametrize(
+    ("name", "tag", "tagged"),
+    [("hermes", "<tool_call>", f"<tool_call>{JSON}</tool_call>"), ("deepseek_v3", BEGIN, f"{BEGIN}{V31}{END}")],
+)
+def test_auto_reads_bare_json_where_the_template_asks_for_tags(name: str, tag: str, tagged: str) -> None:
+    parser = choose("auto", tag)
+    assert parse(parser, JSON).calls == parse(parser, tagged).calls == [ADD]
+    assert parse(choose(name, ""), JSON).calls == []
 
 
 def test_an_unknown_parser_is_refused() -> None:

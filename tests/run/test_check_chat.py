@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,12 @@ from sapo_rl.environments.parsers import PARSERS
 
 def check_chat(folder: Path, name: str, *arguments: str) -> tuple[int, list[str], str]:
     """Check a model with the template of that name; return the exit code, the rows of the tables, and what was told."""
-    tokenizer = tokenizer_of(FORMATS[name])
-    tokenizer.eos_token = FORMATS[name].stop
+    form, tokenizer = FORMATS[name], tokenizer_of(FORMATS[name])
+    tokenizer.eos_token = form.stop
     tokenizer.save_pretrained(make_stand_in(folder))
+    if form.call_stop:
+        ids = tokenizer.convert_tokens_to_ids([form.stop, form.call_stop])
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
     code, shown, told = sapo_train("config=quickstart", f"model.path={folder}", "check=chat", *arguments)
     return code, [" ".join(line.replace("│", " ").split()) for line in shown.splitlines()], told
 
@@ -48,7 +52,21 @@ FORKS = "the episode goes on in a further row"
         ),
         ("llama3", [HOLDS, "parser llama3_json (auto)", "calls in a form of the template's own"]),
         ("gemma3", [HOLDS, "results of tools messages of the user: the template knows no tools"]),
-        ("gpt_oss", [f"what is sent does not begin with what came before at 2 of 2 turns: {FORKS}"]),
+        ("gpt_oss", [f"what is sent does not begin with what came before at 1 of 2 turns: {FORKS}"]),
+        (
+            "glm4_5",
+            [
+                f"what is sent does not begin with what came before at 1 of 2 turns: {FORKS}",
+                "parser glm45 (auto)",
+                "calls in a form of the template's own",
+                "stop token <|observation|> ends a call",
+                "stop token <|user|> ends an answer",
+            ],
+        ),
+        ("deepseek_v3", [HOLDS, "parser deepseek_v3 (auto)", "calls in a form of the template's own"]),
+        ("deepseek_v31", [HOLDS, "parser deepseek_v3 (auto)", "calls in a form of the template's own"]),
+        ("gemma4", [HOLDS, "parser gemma4 (auto)", "results of tools messages of a tool"]),
+        ("functiongemma", [HOLDS, "parser functiongemma (auto)"]),
     ],
 )
 def test_the_tables_say_what_a_template_does(tmp_path: Path, name: str, facts: list[str]) -> None:
