@@ -33,18 +33,23 @@ Answer = Callable[[dict[str, Any], int], Any]
 class Handler(BaseHTTPRequestHandler):
     """Answers as SandboxFusion does, or as `answer` says."""
 
+    protocol_version = "HTTP/1.1"  # connections are kept
+
     def do_POST(self) -> None:
         server: Any = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server.asked.append((self.path, self.headers["Authorization"], body))
+        server.connections.add(self.client_address)
         said = server.answer(body, len(server.asked))
         if said is None:
-            self.connection.close()
+            self.close_connection = True
             return
+        written = (said if isinstance(said, str) else json.dumps(said)).encode()
         self.send_response(said if isinstance(said, int) else 200)
         self.send_header("Retry-After", "0.05")
+        self.send_header("Content-Length", str(len(written)))
         self.end_headers()
-        self.wfile.write((said if isinstance(said, str) else json.dumps(said)).encode())
+        self.wfile.write(written)
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -54,6 +59,7 @@ class Handler(BaseHTTPRequestHandler):
 def serving(answer: Answer) -> Iterator[Any]:
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.answer, server.asked, server.daemon_threads = answer, [], True
+    server.connections = set()
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server
@@ -136,6 +142,11 @@ def test_what_a_program_does_wrong_is_its_own_fault(service: Any, program: str, 
             2,
         ),
         (lambda *_: {"status": "Success", "run_result": {"status": "Finished", "return_code": 0}}, "did not run", 2),
+        (
+            lambda *_: {"status": "Failed", "run_result": {"status": "TimeLimitExceeded", "stdout": ""}},
+            "did not run the program",
+            2,
+        ),
         (lambda *_: {"status": "Success", "run_result": {"status": "Error"}}, "its sandbox failed", 2),
         (lambda *_: {"status": "Success", "run_result": 7}, "its sandbox failed", 2),
         (lambda *_: "<html>", "none of SandboxFusion's: <html>", 1),
@@ -154,6 +165,26 @@ def test_a_service_that_has_a_bad_moment_is_asked_again() -> None:
     with serving(lambda body, number: bad[number] if number in bad else really(body, number)) as server:
         found = asyncio.run(run(Job("print(1)"), Limits(), Service(f"{server.url}/run_code")))
     assert found.stdout == "1\n" and len(server.asked) == 4
+
+
+def test_the_time_that_a_program_waited_is_not_its_own() -> None:
+    waited = {"status": "Failed", "run_result": {"status": "TimeLimitExceeded", "stdout": "", "execution_time": 3.0}}
+    with serving(lambda body, number: waited if number == 1 else really(body, number)) as server:
+        found = result(server, "print(1)")
+    assert (found.stdout, found.stopped, len(server.asked)) == ("1\n", "", 2)
+
+
+def test_connections_are_kept_for_the_programs_that_follow(service: Any) -> None:
+    async def use(rounds: int, at_once: int) -> None:
+        for _ in range(rounds):
+            jobs = [run(Job("print(1)"), TIGHT, Service(service.url)) for _ in range(at_once)]
+            assert [found.stdout for found in await asyncio.gather(*jobs)] == ["1\n"] * at_once
+
+    service.connections.clear()
+    asyncio.run(use(3, 1))
+    assert len(service.connections) == 1
+    asyncio.run(use(2, 3))
+    assert len(service.connections) <= 1 + 3
 
 
 def test_of_a_program_that_prints_without_end_no_more_is_read_than_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ import random
 import re
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable
+from contextlib import AbstractAsyncContextManager
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -24,6 +25,8 @@ _BUSY = (408, 409, 429)  # these and all from 500 on: ask again later
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SHOWN = 300  # characters of what a server answers
 _LONGEST = 1 << 26  # bytes of an answer
+_KEEP_SECONDS = 2.0  # an idle connection is used again; servers close theirs after 5 s and more, perhaps just then
+_LASTING: dict[tuple[asyncio.AbstractEventLoop, Hashable], tuple[Any, AsyncGenerator[Any]]] = {}
 
 
 class ServerError(OSError):
@@ -70,7 +73,7 @@ def key_in(variable: str | None) -> str | None:
 
 
 def client(url: str, key: str | None, seconds: float) -> aiohttp.ClientSession:
-    """Return what posts to a server; a context manager.
+    """Return what posts to a server; a context manager. It has as many connections as requests under way.
 
     Args:
         url: of the server; a proxy of the environment is used.
@@ -85,11 +88,39 @@ def client(url: str, key: str | None, seconds: float) -> aiohttp.ClientSession:
     if proxy and "://" not in proxy:
         proxy = f"http://{proxy}"
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_SECONDS),
         headers={"Content-Type": "application/json", **({"Authorization": f"Bearer {key.strip()}"} if key else {})},
         timeout=aiohttp.ClientTimeout(seconds),
         proxy=proxy,
     )
+
+
+async def lasting(name: Hashable, made: Callable[[], AbstractAsyncContextManager[T]]) -> T:
+    """Return what was made under a name in the running event loop, which closes it at its end.
+
+    Args:
+        name: of the same type of thing always.
+        made: called the first time; entering what it returns must not wait for anything.
+
+    Example:
+        >>> session = await lasting(url, lambda: client(url, None, 60.0))
+    """
+    place = (asyncio.get_running_loop(), name)
+    if place not in _LASTING:
+        kept = _kept(place, made())
+        _LASTING[place] = (await anext(kept), kept)
+    return _LASTING[place][0]
+
+
+async def _kept(
+    place: tuple[asyncio.AbstractEventLoop, Hashable], made: AbstractAsyncContextManager[T]
+) -> AsyncGenerator[T]:
+    """Give what was made; event loops close their generators at their end."""
+    try:
+        async with made as value:
+            yield value
+    finally:
+        _LASTING.pop(place, None)
 
 
 async def post(
@@ -99,6 +130,7 @@ async def post(
     read: Callable[[str], T],
     retries: int,
     turn: Callable[[], Awaitable[Any]] | None = None,
+    seconds: float | None = None,
 ) -> T:
     """Return what `read` makes of a server's answer.
 
@@ -113,6 +145,7 @@ async def post(
         read: makes something of the text; may raise TryAgain, or what is not to be repeated.
         retries: how often it is sent again.
         turn: waits until it may be sent.
+        seconds: for each answer, where they are not those of the session.
 
     Raises:
         ServerError: there is no answer, or one that says so.
@@ -121,12 +154,13 @@ async def post(
     import aiohttp
 
     problem = ""
+    timeout = session.timeout if seconds is None else aiohttp.ClientTimeout(seconds)
     for retry in range(retries + 1):
         if turn is not None:
             await turn()
         pause = random.uniform(0.5, 1) * min(_FIRST_PAUSE * 2**retry, _LONGEST_PAUSE)
         try:
-            async with session.post(url, data=body, allow_redirects=False) as response:
+            async with session.post(url, data=body, allow_redirects=False, timeout=timeout) as response:
                 said = await _text(response)
             if response.status < 300:
                 return read(said)
@@ -137,7 +171,7 @@ async def post(
         except TryAgain as error:
             problem = str(error)
         except TimeoutError:
-            problem = f"the server gave no answer in {session.timeout.total:g} s"
+            problem = f"the server gave no answer in {timeout.total:g} s"
         except aiohttp.ClientError as error:
             cause = getattr(error, "os_error", error)
             problem = f"no connection to the server: {str(cause) or type(error).__name__}"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sapo_rl.errors import UserError
-from sapo_rl.processes.posting import ServerError, client, excerpt, key_in, post
+from sapo_rl.processes.posting import ServerError, client, excerpt, key_in, lasting, post
 
 if TYPE_CHECKING:
     import aiohttp  # takes a quarter of a second
@@ -185,30 +185,21 @@ class Cache:
         self._file.close()
 
 
-_SERVERS: dict[tuple[asyncio.AbstractEventLoop, Asking], tuple[ChatServer, AsyncGenerator[ChatServer]]] = {}
-
-
 async def chat_server(asking: Asking) -> ChatServer:
     """Return the server for these settings, whose connections last as long as the event loop.
 
     Raises:
         UserError: this process does not see the key.
     """
-    place = (asyncio.get_running_loop(), asking)
-    if place not in _SERVERS:
-        lasting = _lasting(asking, key_of_judge(asking.key))
-        _SERVERS[place] = (await anext(lasting), lasting)
-    return _SERVERS[place][0]
+    secret = key_of_judge(asking.key)
+    return await lasting(asking, lambda: _opened(asking, secret))
 
 
-async def _lasting(asking: Asking, secret: str | None) -> AsyncGenerator[ChatServer]:
-    """Give a server; the event loop closes this generator at its end, and with it the connections."""
-    try:
-        async with client(asking.url, secret, asking.limits.answer_timeout) as session:
-            with contextlib.closing(ChatServer(asking, session)) as server:
-                yield server
-    finally:
-        _SERVERS.pop((asyncio.get_running_loop(), asking), None)
+@contextlib.asynccontextmanager
+async def _opened(asking: Asking, secret: str | None) -> AsyncGenerator[ChatServer]:
+    async with client(asking.url, secret, asking.limits.answer_timeout) as session:
+        with contextlib.closing(ChatServer(asking, session)) as server:
+            yield server
 
 
 def key_of_judge(variable: str | None) -> str | None:

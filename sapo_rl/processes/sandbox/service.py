@@ -27,6 +27,7 @@ from sapo_rl.processes.posting import (
     excerpt,
     is_variable,
     key_in,
+    lasting,
     post,
 )
 from sapo_rl.processes.sandbox import inside
@@ -95,11 +96,12 @@ class Service:
             "memory_limit_MB": limits.memory_mb,
         }
         url, read = f"{self.url.rstrip('/').removesuffix('/run_code')}/run_code", _Reading(limits, key)
-        async with client(url, secret, limits.seconds + _WAIT_SECONDS) as session:
-            try:
-                return await post(session, url, json.dumps(body).encode(), read.result, self.retries)
-            except AnswerTooLong:  # nothing but what the program printed is that long
-                return Result(_KILLED, "", "", "output")
+        session = await lasting((self.url, self.key), lambda: client(url, secret, _WAIT_SECONDS))
+        seconds = limits.seconds + _WAIT_SECONDS
+        try:
+            return await post(session, url, json.dumps(body).encode(), read.result, self.retries, seconds=seconds)
+        except AnswerTooLong:  # nothing but what the program printed is that long
+            return Result(_KILLED, "", "", "output")
 
 
 @cache
@@ -137,7 +139,7 @@ class _Reading:
             raise TryAgain(f"the service says that its sandbox failed: {excerpt(said)}")
         late, code = ended == "TimeLimitExceeded", ran.get("return_code")
         stdout, reports = self._parted(_text(ran.get("stdout")))
-        if not late and (not reports or type(code) is not int):
+        if not reports or (not late and type(code) is not int):  # its time ran out before the first line: it waited
             raise TryAgain(f"the service did not run the program: {excerpt(said)}")
         if late or type(code) is not int:
             code = _KILLED
