@@ -20,6 +20,9 @@ T = TypeVar("T")
 PARENT = "SAPO_TRAIN_PARENT"
 """Environment variable: the process id of the parent that a rank or launcher ends with."""
 
+DRY_RUN = "SAPO_DRY_RUN"
+"""Environment variable of the processes in which a dry run tries things out: they write nothing and ask no service."""
+
 LIMITS = ("annot allocate memory", "failed to map segment", "Too many open files", "can't start new thread")
 """What errors of a machine or user that has come to a limit say."""
 
@@ -38,6 +41,11 @@ def die_with_parent(parent: int | None = None) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_dry_run() -> bool:
+    """Return whether this process belongs to a dry run."""
+    return DRY_RUN in os.environ
 
 
 def begin() -> None:

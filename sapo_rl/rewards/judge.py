@@ -37,6 +37,7 @@ from typing import Any
 from sapo_rl.config import RewardFunctionConfig
 from sapo_rl.config.reward import key_of
 from sapo_rl.errors import UserError
+from sapo_rl.processes import is_dry_run
 from sapo_rl.processes.posting import check_url, is_variable
 from sapo_rl.rewards.answers import Reading
 from sapo_rl.rewards.chat_server import Asking, Cache, ChatServer, Limits, chat_server, key_of_judge
@@ -269,7 +270,7 @@ def _shown(said: str | Sequence[Mapping[str, Any]]) -> str:
 def _prepare(key: str | None = None, cache: str | None = None, **settings: Any) -> None:
     importlib.import_module("aiohttp")
     key_of_judge(key)
-    if cache is not None:
+    if cache is not None and not is_dry_run():
         Cache(cache).close()
 
 

@@ -256,14 +256,16 @@ def _attempt(
 
             preview(config, frozen, resumed)
             return
-        packaged.require(config.model.path)
         if config.check == "chat":
             from sapo_rl.run.check_chat import check_chat
 
+            packaged.require(config.model.path)
             check_chat(config)
             return
         if config.check == "rewards":
             from sapo_rl.run.check_rewards import check_rewards
+
+            packaged.require(config.model.path)
 
             check_rewards(config)
             return

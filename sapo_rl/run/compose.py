@@ -135,8 +135,12 @@ def _check_choice(key: str, equals: str, value: str) -> None:
         raise UserError(f"'{key}={value}' (command line): there is no key before the =")
     group = key.lstrip("+~")
     choices = [path.stem for path in (CONFIGS / group).glob("*.yaml")] if re.fullmatch(r"[a-z]+", group) else []
-    parts = value.strip("[]").split(",")
-    if equals and choices and group != "config" and not all(_reads_as_text(part.strip(), group) for part in parts):
+    if not (equals and choices) or group == "config":
+        return
+    if value.startswith("["):
+        first = value.strip("[]").partition(",")[0]
+        raise UserError(f"{group} (command line): '{value}' is a list, must be a name; {did_you_mean(first, choices)}")
+    if not all(_reads_as_text(part.strip(), group) for part in value.split(",")):
         raise UserError(f"{group} (command line): '{value}' is no name; {did_you_mean(value, choices)}")
 
 

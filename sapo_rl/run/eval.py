@@ -18,7 +18,6 @@ from sapo_rl.config import Config
 from sapo_rl.errors import PROGRAM, UserError
 from sapo_rl.processes import streams
 from sapo_rl.run import compose, eval_sets, explain, launch, packaged, subjects
-from sapo_rl.run.rehearsal import WHOLE
 from sapo_rl.run.start import Start, run
 from sapo_rl.run.subjects import Subject
 
@@ -151,7 +150,7 @@ def _accepted(argv: list[str]) -> tuple[Config, str, dict[str, Path]]:
         ready = compose.register(argv)
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(compose.CONFIGS)):
             composed = hydra.compose("train", overrides=ready.argv)
-        if composed.launch.profile not in WHOLE:  # nothing is trained: no weights to shard
+        if launch.shards(composed.launch.profile):  # nothing is trained: no weights to shard
             composed.launch.profile = "ddp"
         config, frozen = compose.accept(composed, ready, ready.argv, training=False)
     except (UserError, HydraException, OmegaConfBaseException) as error:

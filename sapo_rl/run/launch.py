@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 SINGLE = "single"
 """The profile of one process, which needs no launcher."""
+SHARDING = ("FSDP", "DEEPSPEED")
+"""Accelerate's `distributed_type`s under which weights or the optimiser's state are spread over the ranks."""
 LOOPBACK = "sapo-loopback"
 """The rendezvous of one machine's ranks, in `ranks`, for torch's launcher."""
 PEER_LOST = 69
@@ -71,6 +73,11 @@ def profile_path(name: str) -> Path:
     if content["distributed_type"] == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"launch.profile: '{name}' needs DeepSpeed: pip install deepspeed")
     return path
+
+
+def shards(name: str) -> bool:
+    """Return whether a profile spreads weights or the optimiser's state over the ranks. Raises as `profile_path`."""
+    return name != SINGLE and read_yaml(profile_path(name))["distributed_type"] in SHARDING
 
 
 def command(launch: LaunchConfig, folder: Path | None) -> list[str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 from sapo_rl import plugins
 from sapo_rl.config import ADAMW_8BIT, Config
 from sapo_rl.config.engine import VLLM
 from sapo_rl.config.model import VLLM_RANKS
+from sapo_rl.run import launch
 from sapo_rl.run.config_error import ConfigError
-
-SHARDING = ("fsdp2", "zero2", "zero3")
-"""Profiles under which the optimiser's state is spread over the ranks."""
 
 
 def check_lora(config: Config) -> None:
@@ -56,7 +56,8 @@ def check_optimizer(config: Config) -> None:
         return
     if plugins.find_spec("torchao") is None:
         raise ConfigError("trainer.optimizer", f"{ADAMW_8BIT} needs torchao: pip install 'sapo-train[torchao]'")
-    if config.launch.profile in SHARDING:
+    if "RANK" not in os.environ and launch.shards(config.launch.profile):  # else the processes are there already
         raise ConfigError(
-            "trainer.optimizer", f"{ADAMW_8BIT} is not for sharded weights (launch={config.launch.profile}); set adamw"
+            "trainer.optimizer",
+            f"{ADAMW_8BIT} is not for sharded weights (launch.profile={config.launch.profile}); set adamw",
         )

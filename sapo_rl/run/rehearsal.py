@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import os
 import subprocess
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +27,13 @@ from sapo_rl.environments.runner.pool import EnvironmentPool
 from sapo_rl.errors import UserError
 from sapo_rl.errors.files import expand, is_file, reading
 from sapo_rl.evaluation.sets import comparison_warnings, further_functions, jury, key_of, reading_set
+from sapo_rl.processes import DRY_RUN
 from sapo_rl.rewards import RewardPool, isolation_warning
 from sapo_rl.rollout.filters import filter_warning
-from sapo_rl.run.launch import SINGLE
+from sapo_rl.run import launch
 from sapo_rl.sizing import GIB
 from sapo_rl.types import Messages
 
-WHOLE = (SINGLE, "ddp", "multinode")
-"""Profiles under which every process holds the whole model."""
 REMEDIES = {
     "activations": "lower trainer.tokens_per_micro_batch or set trainer.gradient_checkpointing=true",
     "vLLM's cache": "lower rollout.cpu_kv_cache_gb",
@@ -98,6 +99,17 @@ def rehearse_evaluation(config: Config) -> Trial:
     return Trial(facts, comparison_warnings(config))
 
 
+@contextlib.contextmanager
+def _trying_out() -> Iterator[None]:
+    """Tell the processes that are started meanwhile that this is a dry run."""
+    os.environ[DRY_RUN] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[DRY_RUN]
+
+
+@_trying_out()
 def _check_columns(config: Config, own: dict[str, dict[str, Any]], sets: dict[str, dict[str, Any]]) -> None:
     """Refuse columns, by whose they are and by set, that reward functions and environments cannot work with."""
     with reading("reward"), RewardPool(replace(config.reward, workers=1), further=further_functions(config)) as pool:
@@ -231,7 +243,7 @@ def memory_warning(config: Config, rows: Mapping[str, float]) -> str | None:
         What does not fit, and what to change; None where all fits.
     """
     gpu = gpu_memory()
-    share = 1 if config.launch.profile in WHOLE else config.launch.num_processes
+    share = config.launch.num_processes if launch.shards(config.launch.profile) else 1
     taken = {name: value / (share if name.startswith("float32 weights") else 1) for name, value in rows.items()}
     if gpu is None:
         processes = config.launch.num_processes // config.launch.num_machines

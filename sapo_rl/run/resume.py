@@ -68,7 +68,7 @@ def plan(config: Config, frozen: str) -> Plan:
     checkpoint = _forked(config) if config.fork else _newest(config)
     kept = manifest.read_record(checkpoint)
     before = kept["state"]["config"]
-    _refuse_changes(yaml.safe_load(before), yaml.safe_load(frozen))
+    _refuse_changes(yaml.safe_load(before), yaml.safe_load(frozen), "fork" if config.fork else "resume")
     return Plan(checkpoint, kept["step"], kept["updates"], changes(before, frozen))
 
 
@@ -128,7 +128,7 @@ def changes(before: str, now: str) -> dict[str, str]:
     return {key: f"{_shown(old, key)} -> {_shown(new, key)}" for key in differing if key not in NOT_OF_THE_RUN}
 
 
-def _refuse_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
+def _refuse_changes(before: dict[str, Any], now: dict[str, Any], way: str) -> None:
     held_out_of_training = not all(
         _value(config, "data.eval_path") or _value(config, "data.eval_split") for config in (before, now)
     )
@@ -137,7 +137,7 @@ def _refuse_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
         if old is _ABSENT or old == new or (key in MOVABLE and _is_gone(old)):
             continue
         raise ConfigError(
-            key, f"is {new}, but the run was begun with {old}, and a resume cannot change it; start a new run for that"
+            key, f"is {new}, but the run was begun with {old}, and a {way} cannot change it; start a new run for that"
         )
 
 

@@ -103,13 +103,26 @@ def test_estimate_counts_ten_bytes_a_weight(tiny_model: Path) -> None:
 
 
 def test_it_is_refused_where_weights_are_sharded_or_torchao_is_missing(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(tiny_model)
     check(config)
     config.launch.profile, config.launch.num_processes = "fsdp2", 2
-    with pytest.raises(ConfigError, match=r"optimizer: adamw_8bit is not for sharded weights \(launch=fsdp2\)"):
+    with pytest.raises(
+        ConfigError, match=r"optimizer: adamw_8bit is not for sharded weights \(launch\.profile=fsdp2\)"
+    ):
         check(config)
+    own = tmp_path / "own.yaml"
+    for kind in ("FSDP", "DEEPSPEED"):
+        own.write_text(f"distributed_type: {kind}\n")
+        config.launch.profile = str(own)
+        with monkeypatch.context() as patch:
+            patch.setattr("importlib.util.find_spec", lambda name: True)  # DeepSpeed
+            with pytest.raises(ConfigError, match=rf"optimizer: .* sharded weights \(launch\.profile={own}\)"):
+                check(config)
+    own.write_text("distributed_type: MULTI_GPU\n")
+    check(config)
+    config.launch.profile = "fsdp2"
     with monkeypatch.context() as patch:  # under a launcher of the user's own
         patch.setenv("ACCELERATE_USE_FSDP", "true")
         patch.setattr(torch.distributed, "is_initialized", lambda: True)

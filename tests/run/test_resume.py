@@ -117,6 +117,16 @@ def test_keys_that_a_resume_may_change_and_keys_that_it_may_not(
         assert plan(loads(now), now).changes.keys() == {key.replace("__", ".") for key in values}
 
 
+@pytest.mark.parametrize("way", ["resume", "fork"])
+def test_what_cannot_be_changed_is_told_of_a_resume_or_a_fork(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.chdir(workspace)
+    now = changed((workspace / "run/config.yaml").read_text(), seed=1, **{way: "run"})
+    with pytest.raises(ConfigError, match=f"^seed: is 1, but the run was begun with 0, and a {way} cannot change it"):
+        plan(loads(now), now)
+
+
 def test_a_run_without_a_checkpoint_is_going_on_or_has_ended(workspace: Path, tmp_path: Path) -> None:
     """Only to ask changes nothing of the lock: who holds it is still told."""
     now = changed((workspace / "run/config.yaml").read_text(), resume=str(tmp_path))

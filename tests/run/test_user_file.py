@@ -133,8 +133,9 @@ RECIPE = ("config=quickstart", "model.path=model")
 TYPED = {
     "no name": ([*RECIPE, "model=null"], ["model (command line): 'null' is no name; valid: smollm2-135m"]),
     "a number": ([*RECIPE, "model=5"], ["model (command line): '5' is no name"]),
-    "a list for a choice": ([*RECIPE, "+loss=[[1]]"], ["loss (command line): '[[1]]' is no name"]),
-    "numbers for a choice": ([*RECIPE, "reward=[1,2]"], ["reward (command line): '[1,2]' is no name"]),
+    "a list for a choice": ([*RECIPE, "+loss=[[1]]"], ["loss (command line): '[[1]]' is a list, must be a name"]),
+    "a list of one choice": ([*RECIPE, "loss=[m2po]"], ["loss (command line): '[m2po]' is a list", "'m2po'? valid:"]),
+    "numbers for a choice": ([*RECIPE, "reward=1,2"], ["reward (command line): '1,2' is no name"]),
     "a reference for a choice": ([*RECIPE, "logging=${oc.env:NOPE}"], ["logging (command line): '${oc.env:NOPE}'"]),
     "no key": ([*RECIPE, "+=1"], ["'+=1' (command line): there is no key"]),
     "text for a function": (

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias, TypeVar, get_args
 from weakref import WeakKeyDictionary
 
+from sapo_rl.processes import is_dry_run
 from sapo_rl.processes.guardian import kill_descendants
 from sapo_rl.processes.sandbox import inside
 from sapo_rl.processes.sandbox.calls import MACHINES, numbers
@@ -159,12 +160,14 @@ def check(sandbox: str | Mapping[str, Any]) -> Sandbox:
 
 
 def reach(sandbox: Sandbox) -> None:
-    """Have a service run a small program, once in a process; on this machine `check` has seen to that.
+    """Have a service run a small program, once in a process, unless that belongs to a dry run.
+
+    On this machine `check` has seen to that.
 
     Raises:
         SandboxMissing: it does not; the message says why.
     """
-    if isinstance(sandbox, Service):
+    if isinstance(sandbox, Service) and not is_dry_run():
         run_a_probe(sandbox)
 
 
