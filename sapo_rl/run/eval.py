@@ -18,6 +18,7 @@ from sapo_rl.config import Config
 from sapo_rl.errors import PROGRAM, UserError
 from sapo_rl.processes import streams
 from sapo_rl.run import compose, eval_sets, explain, launch, packaged, subjects
+from sapo_rl.run.earlier import recipe_of
 from sapo_rl.run.start import Start, run
 from sapo_rl.run.subjects import Subject
 
@@ -136,7 +137,7 @@ def _recipe(typed: Sequence[str], models: Sequence[Subject]) -> tuple[list[str],
         return [], Path(given[-1]).stem
     run_of = next((one.run for one in models if one.run), None)
     if run_of is not None:
-        return [f"config={Path(run_of) / run_folder.CONFIG}"], Path(run_of).parent.name
+        return [f"config={Path(run_of) / run_folder.CONFIG}"], recipe_of(Path(run_of))
     if not models:
         raise UserError("model= or config= must be given; see sapo-eval --help")
     if not any("eval.sets" in argument for argument in typed):

@@ -83,6 +83,8 @@ def subject_at(named: str) -> Subject:
     folder = expand(named)
     if folder.name == run_folder.BEST and folder.is_symlink():
         folder = folder.parent / folder.readlink()
+        if not folder.exists():
+            raise UserError(f"model: '{named}' leads to '{folder}', which is not there")
     if not folder.exists() and (made := packaged.folder_of(named)):
         return subject_at(str(made))
     if (folder / manifest.MANIFEST).is_file():

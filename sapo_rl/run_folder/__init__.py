@@ -252,8 +252,11 @@ def _called(program: Path) -> str:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step in the name of a checkpoint's folder."""
-    return int(checkpoint.name.removeprefix("step_"))
+    """Return the step in the name of a checkpoint's folder. Raises ValueError where there is none."""
+    number = checkpoint.name.removeprefix("step_")
+    if not number.isdecimal():
+        raise ValueError(f"the folder of a checkpoint is called step_NUMBER, not '{checkpoint.name}'")
+    return int(number)
 
 
 def _size(path: Path) -> int:

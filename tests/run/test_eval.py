@@ -18,6 +18,7 @@ from sapo_rl.policy import manifest
 from sapo_rl.run import eval as command
 from sapo_rl.run import packaged, subjects
 from sapo_rl.run.subjects import Subject, labels, model_of, subject_at, subjects_of
+from sapo_rl.run_folder import record
 
 SECTION = {"path": "/models/base", "dtype": "float32", "revision": None, "lora": {"rank": 4, "target_modules": ["q"]}}
 
@@ -103,6 +104,24 @@ def test_a_damaged_checkpoint_is_told_without_advice_on_resuming(here: Path, tin
     record.write_text(record.read_text() + " ")
     with pytest.raises(UserError, match=rf"^'{record}' cannot be used: it has \d+ bytes, and \d+ were written$"):
         subject_at(str(record.parent))
+
+
+def test_a_checkpoint_under_another_name_and_a_link_to_none_are_told(here: Path, tiny_model: Path) -> None:
+    saved = make_run(here / "runs/tiny/one", tiny_model) / "checkpoints"
+    (saved / "best").symlink_to("step_000002")
+    assert subject_at(str(saved / "best")).step == 2
+    (saved / "step_000002").rename(here / "mine")
+    with pytest.raises(UserError, match=rf"^model: '{saved}/best' leads to '{saved}/step_000002', which is not there$"):
+        subject_at(str(saved / "best"))
+    with pytest.raises(UserError, match=r"^'mine/manifest.json' cannot be used: .* step_NUMBER, not 'mine'$"):
+        subject_at("mine")
+
+
+def test_the_results_of_a_run_lie_under_its_recipe_wherever_it_is(here: Path, tiny_model: Path) -> None:
+    run = make_run(here / "elsewhere/one", tiny_model)
+    shutil.copy(here / "tiny.yaml", run / "config.yaml")
+    (run / record.ENVIRONMENT).write_text(json.dumps({record.RECIPE: "tiny"}))
+    assert plan(f"model={run}").name == "tiny"
 
 
 def test_the_model_section_of_a_checkpoint_is_that_of_its_run(here: Path, tiny_model: Path) -> None:
