@@ -33,6 +33,10 @@ QUIET_SECONDS = 15.0
 """Without an answer for so long, a server is asked whether it is still there: a machine that lost its power says
 nothing of it."""
 
+ANSWER_BYTES, TOKEN_BYTES = 2**20, 64
+"""What an answer may have, and as much again for each token that it is about: its number and log-probability as JSON
+take half of that."""
+
 
 @dataclass(frozen=True)
 class RemoteSettings:
@@ -71,6 +75,7 @@ class RemoteEngine:
             "verify": ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),  # not used, and the default one takes long to make
         }
         self._client = httpx.Client(**common)
+        # As many connections as requests under way, which the dispatcher bounds.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_SECONDS)
         timeout = httpx.Timeout(settings.timeout, connect=CONNECT_SECONDS)
         self._posts = _Posts(httpx.AsyncClient(**common, limits=limits, timeout=timeout), self._check)
@@ -156,7 +161,7 @@ class RemoteEngine:
     def score(self, token_ids: list[int]) -> list[float]:
         """See `Engine.score`."""
         body = {"weight_id": self.weight_id, "token_ids": token_ids}
-        return self._call("score", body, self.settings.timeout)["logps"]
+        return self._call("score", body, self.settings.timeout, len(token_ids))["logps"]
 
     def sleep(self) -> None:
         """Do nothing: the trainer does not want the server's memory."""
@@ -181,16 +186,19 @@ class RemoteEngine:
         }
         try:
             with self._telling():
-                answer = self._read(await self._posts.post(self._url + "generate", body))
+                most = ANSWER_BYTES + TOKEN_BYTES * request.n * sampling.max_tokens
+                answer = self._read(await self._posts.post(self._url + "generate", body, most))
         except EngineLost as lost:
             self.tell(f"{lost}; what it has not answered waits for another server or its return")
             raise
         return [Completion(**one) for one in answer["completions"]]
 
-    def _call(self, method: str, body: dict[str, Any], seconds: float) -> dict[str, Any]:
-        timeout = httpx.Timeout(seconds, connect=CONNECT_SECONDS)
-        with self._telling():
-            return self._read(self._client.post(self._url + method, json=body, timeout=timeout))
+    def _call(self, method: str, body: dict[str, Any], seconds: float, tokens: int = 0) -> dict[str, Any]:
+        timeout, said = httpx.Timeout(seconds, connect=CONNECT_SECONDS), _Said(ANSWER_BYTES + TOKEN_BYTES * tokens)
+        with self._telling(), self._client.stream("POST", self._url + method, json=body, timeout=timeout) as response:
+            for part in response.iter_bytes():
+                said.add(part)
+        return self._read(said.answer(response))
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
@@ -223,6 +231,23 @@ class RemoteEngine:
         return answer
 
 
+class _Said:
+    """What a server has answered so far, of at most so many bytes."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._bytes = most, bytearray()
+
+    def add(self, part: bytes) -> None:
+        """Take more of it. Raises EngineError where it is too long."""
+        self._bytes += part
+        if len(self._bytes) > self._most:
+            raise EngineError(f"a rollout server answers with more than {self._most:,} bytes; is it a sapo-serve?")
+
+    def answer(self, response: httpx.Response) -> httpx.Response:
+        """Return the response with all that was taken."""
+        return httpx.Response(response.status_code, content=bytes(self._bytes))
+
+
 class _Posts:
     """Requests under way to one server, in a loop of their own, for as long as the engine lives.
 
@@ -249,9 +274,15 @@ class _Posts:
             return failed(EngineError("the engine is closed"))
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    async def post(self, url: str, body: dict[str, Any]) -> httpx.Response:
-        """Return the server's answer. Raises EngineLost or httpx.TransportError."""
-        answer = asyncio.ensure_future(self._client.post(url, json=body))
+    async def post(self, url: str, body: dict[str, Any], most: int) -> httpx.Response:
+        """Return the server's answer.
+
+        Raises:
+            EngineLost: it does not answer.
+            httpx.TransportError: likewise.
+            EngineError: the answer has more than `most` bytes.
+        """
+        answer = asyncio.ensure_future(self._sent(url, body, most))
         if not self._open:
             self._heard = self._loop.time()
         self._open.add(answer)
@@ -266,6 +297,13 @@ class _Posts:
         finally:
             self._open.discard(answer)
             self._heard = self._loop.time()
+
+    async def _sent(self, url: str, body: dict[str, Any], most: int) -> httpx.Response:
+        said = _Said(most)
+        async with self._client.stream("POST", url, json=body) as response:
+            async for part in response.aiter_bytes():
+                said.add(part)
+        return said.answer(response)
 
     async def _look_after(self) -> None:
         """Give up what is open where the server does not answer when it is asked."""

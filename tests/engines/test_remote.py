@@ -213,6 +213,17 @@ def test_what_vllm_refuses_fails_with_its_words(fake: Fake, engine: RemoteEngine
     assert len(good.result(20)) == len(other.result(20)) == 2
 
 
+def test_an_answer_without_end_is_not_read(fake: Fake, engine: RemoteEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "ANSWER_BYTES", 1000)
+    assert engine.submit([Request([5], n=2)], SAMPLING)[0].result(60)
+    fake.info["more"] = "x" * 2000
+    with pytest.raises(EngineError, match=r"answers with more than 1,000 bytes; is it a sapo-serve\?"):
+        engine.info()
+    monkeypatch.setattr(server_module, "ANSWER_BYTES", 0)
+    with pytest.raises(EngineError, match=r"answers with more than 1,024 bytes"):
+        engine.submit([Request([5] * 600, n=2)], SAMPLING)[0].result(60)
+
+
 @pytest.mark.parametrize(("status", "words"), [(401, "refuses the API key"), (404, "not started by sapo-serve")])
 def test_a_wrong_key_or_a_wrong_server_is_the_users_mistake(
     fake: Fake, engine: RemoteEngine, status: int, words: str

@@ -15,6 +15,7 @@ from sapo_rl import plugins
 from sapo_rl.config import Config
 from sapo_rl.config.logging import LoggingConfig
 from sapo_rl.errors import first_line
+from sapo_rl.errors.own_code import shorten
 from sapo_rl.run_folder import CONFIG, record
 from sapo_rl.telemetry.metrics import Record
 from sapo_rl.telemetry.sinks.completions import COLUMNS, JSON_COLUMNS, Row
@@ -30,6 +31,8 @@ BUILT_IN = {
     "wandb": "sapo_rl.telemetry.trackers.wandb.WandbTracker",
 }
 LABELS = {"mlflow": "MLflow", "tensorboard": "TensorBoard", "wandb": "Weights & Biases"}
+SHOWN = 120
+"""Characters shown of what a tracker raises: the address stands at its beginning, the cause at its end."""
 TABLES = 100
 """Tables of completions in a run, at most: W&B shows the last hundred increments of one."""
 
@@ -95,7 +98,8 @@ class Trackers:
         except Exception as error:  # whatever a tracker does, the run goes on
             if name not in self._warned:
                 self._warned.add(name)
-                self._warn(f"{LABELS.get(name, name)} fails ({first_line(error)}); metrics.jsonl has every number")
+                told = shorten(first_line(error), SHOWN)
+                self._warn(f"{LABELS.get(name, name)} fails ({told}); metrics.jsonl has every number")
 
     def _is_table_due(self, step: int) -> bool:
         return step % math.ceil(self._steps / TABLES) == 0 or step == self._steps
