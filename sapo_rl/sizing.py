@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,17 @@ def element_size(config: Config) -> int:
     return 2 if config.model.dtype == "bfloat16" else 4
 
 
-def trainer_memory(config: Config, count: int, shape: dict[str, Any]) -> dict[str, float]:
+def trainer_memory(config: Config, count: int, shape: dict[str, Any], adapters: int) -> dict[str, float]:
     """Estimate the bytes that the trainer takes, by use.
 
-    `count` is the number of parameters, `shape` the model's Hugging Face config.
+    `count` is the number of parameters, `shape` the model's Hugging Face config, `adapters` as `adapter_parameters`.
     """
     width, layers = shape.get("hidden_size", 0), shape.get("num_hidden_layers", 0)
     size = element_size(config)
     tokens = config.trainer.tokens_per_micro_batch
     per_token = 2 * width if config.trainer.gradient_checkpointing else 34 * width
     lora = config.model.lora.rank
-    trained = adapter_parameters(config, shape) if lora else count
+    trained = adapters if lora else count
     each = 10 if config.trainer.optimizer == ADAMW_8BIT else 16
     return {
         "frozen weights": size * count if lora else 0,
@@ -39,28 +40,25 @@ def trainer_memory(config: Config, count: int, shape: dict[str, Any]) -> dict[st
     }
 
 
-def adapter_parameters(config: Config, shape: dict[str, Any]) -> int:
-    """Return the parameters of the adapters: `rank` x (inputs + outputs) each, of modules as in Llama's layers."""
-    width, inner = shape.get("hidden_size", 0), shape.get("intermediate_size", 0)
-    heads = shape.get("num_attention_heads", 1)
-    head_size = shape.get("head_dim") or width // heads
-    queries, keys = heads * head_size, (shape.get("num_key_value_heads") or heads) * head_size
-    sizes = {"q_proj": width + queries, "k_proj": width + keys, "v_proj": width + keys, "o_proj": queries + width}
-    sizes |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), width + inner)
+def adapter_parameters(config: Config, linear: Mapping[str, int]) -> int:
+    """Return the parameters of the adapters: `rank` x (inputs + outputs) of each module that gets one.
+
+    `linear` has these sums by the last part of the modules' names.
+    """
     names = config.model.lora.target_modules
-    chosen = sum(size for name, size in sizes.items() if "all-linear" in names or name in names)
-    return config.model.lora.rank * chosen * shape.get("num_hidden_layers", 0)
+    chosen = sum(size for name, size in linear.items() if "all-linear" in names or name in names)
+    return config.model.lora.rank * chosen
 
 
-def engine_parameters(config: Config, count: int, shape: dict[str, Any]) -> int:
+def engine_parameters(config: Config, count: int, adapters: int) -> int:
     """Return the parameters that vLLM keeps: the model's, and the room that it makes for adapters that come alone."""
     rank = config.model.lora.rank
-    return count + (adapter_parameters(config, shape) // rank * vllm_rank(rank) if config.model.lora.alone else 0)
+    return count + (adapters // rank * vllm_rank(rank) if config.model.lora.alone else 0)
 
 
-def sent_parameters(config: Config, count: int, shape: dict[str, Any]) -> int:
+def sent_parameters(config: Config, count: int, adapters: int) -> int:
     """Return the parameters that go to vLLM after a step, or an upper bound of them."""
-    return adapter_parameters(config, shape) if config.model.lora.alone else count
+    return adapters if config.model.lora.alone else count
 
 
 def buffer_bytes(config: Config, count: int) -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sapo_rl.config import Config, ModelConfig
 from sapo_rl.engines import own
@@ -18,7 +20,15 @@ from sapo_rl.engines.key import read_key
 from sapo_rl.engines.process import LocalEngine
 from sapo_rl.errors import UserError, described
 from sapo_rl.processes import at_once
-from sapo_rl.sizing import GIB, buffer_bytes, element_size, engine_parameters, sent_parameters, trainer_memory
+from sapo_rl.sizing import (
+    GIB,
+    adapter_parameters,
+    buffer_bytes,
+    element_size,
+    engine_parameters,
+    sent_parameters,
+    trainer_memory,
+)
 from sapo_rl.weights.base import WeightTransport
 from sapo_rl.weights.broadcast import NcclTransport
 from sapo_rl.weights.buckets import BucketTransport
@@ -52,6 +62,8 @@ class ModelFacts:
     """The text model's Hugging Face config."""
     largest: int = 0
     """Elements of the largest weight."""
+    linear: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Inputs and outputs of all linear modules but the head, added up by the last part of their names."""
     adapted: tuple[str, ...] = ()
     """Last parts of the names of the modules that get adapters."""
 
@@ -102,7 +114,16 @@ def model_facts(config: ModelConfig) -> ModelFacts:
         cache_elements=2 * text.num_hidden_layers * cache_heads * head_size,
         shape=text.to_dict(),
         largest=max(weight.numel() for weight in model.parameters()),
+        linear=_linear(model),
     )
+
+
+def _linear(model: PreTrainedModel) -> Counter[str]:
+    head, found = model.get_output_embeddings(), Counter[str]()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            found[name.rpartition(".")[2]] += module.in_features + module.out_features
+    return found
 
 
 def cache_bytes(config: Config, facts: ModelFacts, memory: int, engines: int) -> int | None:
@@ -117,7 +138,7 @@ def cache_bytes(config: Config, facts: ModelFacts, memory: int, engines: int) ->
         (config.max_sequence_tokens + 16) * facts.cache_elements * size
     )  # the cache is dealt out by 16 tokens
     logits = 4 * 4 * rollout.max_num_seqs * facts.shape.get("vocab_size", 0)
-    weights = engine_parameters(config, facts.parameters, facts.shape) * size
+    weights = engine_parameters(config, facts.parameters, adapter_parameters(config, facts.linear)) * size
     left = rollout.gpu_memory_utilization * memory / engines - weights - OVERHEAD - logits
     return int(min(left, rollout.max_num_seqs * per_sequence)) if left >= per_sequence else None
 
@@ -143,8 +164,9 @@ def sleep_level(config: Config, facts: ModelFacts, device: Device) -> int:
         return 0
     if rollout.sleep != "auto":
         return int(rollout.sleep)
-    trainer = sum(trainer_memory(config, facts.parameters, facts.shape).values())
-    buffer = buffer_bytes(config, sent_parameters(config, facts.parameters, facts.shape))
+    adapters = adapter_parameters(config, facts.linear)
+    trainer = sum(trainer_memory(config, facts.parameters, facts.shape, adapters).values())
+    buffer = buffer_bytes(config, sent_parameters(config, facts.parameters, adapters))
     if trainer + buffer <= (USABLE - rollout.gpu_memory_utilization) * device.memory:
         return 0
     return 1 if config.model.lora.rank else 2  # the weights without adapters are never sent: they must not be lost
@@ -172,12 +194,17 @@ def build_transport(config: Config, facts: ModelFacts, device: Device, run: str,
         raise UserError("rollout.transport: ipc needs a GPU; set auto or file")
     if kind == "ipc" or (kind == "auto" and device.name != "cpu" and config.rollout.tensor_parallel == 1):
         return _gpu_transport(config, facts, dtype)
-    return FileTransport(weights_folder(sent_parameters(config, facts.parameters, facts.shape) * dtype.itemsize), dtype)
+    return FileTransport(weights_folder(_sent_bytes(config, facts, dtype)), dtype)
+
+
+def _sent_bytes(config: Config, facts: ModelFacts, dtype: torch.dtype) -> int:
+    sent = sent_parameters(config, facts.parameters, adapter_parameters(config, facts.linear))
+    return sent * dtype.itemsize
 
 
 def _gpu_transport(config: Config, facts: ModelFacts, dtype: torch.dtype) -> WeightTransport[Any]:
     """Return the transport through memory of the GPU: that holds all weights, or one bucket after the other."""
-    size = sent_parameters(config, facts.parameters, facts.shape) * dtype.itemsize
+    size = _sent_bytes(config, facts, dtype)
     buffer = int(config.rollout.sync_buffer_gb * GIB)
     on_several = config.rollout.tensor_parallel > 1  # engines on other GPUs map a copy of the whole
     if on_several or not 0 < buffer < size:

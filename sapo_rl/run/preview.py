@@ -16,7 +16,15 @@ from sapo_rl.config import Config
 from sapo_rl.policy import model_folder
 from sapo_rl.run import packaged, rehearsal
 from sapo_rl.run.resume import Plan
-from sapo_rl.sizing import GIB, buffer_bytes, element_size, engine_parameters, sent_parameters, trainer_memory
+from sapo_rl.sizing import (
+    GIB,
+    adapter_parameters,
+    buffer_bytes,
+    element_size,
+    engine_parameters,
+    sent_parameters,
+    trainer_memory,
+)
 
 
 def preview(config: Config, frozen: str, resumed: Plan | None = None) -> None:
@@ -103,9 +111,19 @@ def memory_rows(config: Config) -> dict[str, float]:
     if folder is None or count is None:
         return {}
     shape = model_folder.text_part(model_folder.read_json(folder / model_folder.CONFIG))
-    kept = engine_parameters(config, count, shape) * element_size(config)
-    buffer = buffer_bytes(config, sent_parameters(config, count, shape))
-    return trainer_memory(config, count, shape) | {"vLLM's weights": kept, "weights on their way to vLLM": buffer}
+    adapters = _adapters(config)
+    kept = engine_parameters(config, count, adapters) * element_size(config)
+    buffer = buffer_bytes(config, sent_parameters(config, count, adapters))
+    trainer = trainer_memory(config, count, shape, adapters)
+    return trainer | {"vLLM's weights": kept, "weights on their way to vLLM": buffer}
+
+
+def _adapters(config: Config) -> int:
+    if not config.model.lora.rank:
+        return 0
+    from sapo_rl.engines.build import model_facts  # imports torch
+
+    return adapter_parameters(config, model_facts(config.model).linear)
 
 
 def _table(title: str, rows: dict[str, str]) -> Table:

@@ -126,8 +126,8 @@ def test_with_adapters_a_sleeping_engine_keeps_its_weights() -> None:
 
 
 def test_an_engine_makes_room_for_adapters_that_come_alone() -> None:
-    made, model = config(gpu_memory_utilization=0.5), replace(facts(7e9), adapted=("q_proj", "up_proj"))
-    model.shape.update(hidden_size=4096, intermediate_size=11008, num_attention_heads=32)
+    linear = {"q_proj": 32 * 8192, "up_proj": 32 * 15104}
+    made, model = config(gpu_memory_utilization=0.5), replace(facts(7e9), adapted=tuple(linear), linear=linear)
     made.model.lora.rank = 48
     (merged,) = engine_settings(made, model, H200, Path("logs"), [0], "rank/")
     made.model.lora.sync, made.rollout.max_num_seqs = "adapter", 4096  # so that the cache takes all that is left
@@ -135,8 +135,10 @@ def test_an_engine_makes_room_for_adapters_that_come_alone() -> None:
     made.model.lora.sync = "merged"
     (same,) = engine_settings(made, model, H200, Path("logs"), [0], "rank/")
     assert (merged.lora_rank, alone.lora_rank, alone.lora_modules) == (0, 48, ("q_proj", "up_proj"))
-    adapters = adapter_parameters(made, model.shape) * 64 / 48  # vLLM has no room of that rank but of the next
-    assert same.kv_cache_bytes - alone.kv_cache_bytes == pytest.approx(2 * adapters, abs=1) and adapters > 80_000_000
+    adapters = adapter_parameters(made, linear) * 64 / 48  # vLLM has no room of that rank but of the next
+    assert (
+        same.kv_cache_bytes - alone.kv_cache_bytes == pytest.approx(2 * adapters, abs=1) and adapters == 64 * 32 * 23296
+    )
 
 
 def test_an_engine_cannot_sleep_and_write() -> None:

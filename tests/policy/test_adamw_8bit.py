@@ -96,7 +96,11 @@ def test_a_checkpoint_holds_the_moments_as_they_are_and_continues_to_the_last_bi
 
 def test_estimate_counts_ten_bytes_a_weight(tiny_model: Path) -> None:
     taken = [
-        next(value for use, value in trainer_memory(make_config(tiny_model, name), 10**9, {}).items() if "AdamW" in use)
+        next(
+            value
+            for use, value in trainer_memory(make_config(tiny_model, name), 10**9, {}, 0).items()
+            if "AdamW" in use
+        )
         for name in ("adamw", "adamw_8bit")
     ]
     assert taken == [16e9, 10e9]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import random
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from samples import as_group
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Phi3Config
 
 from sapo_rl.config import (
     Config,
@@ -27,6 +26,7 @@ from sapo_rl.config import (
     TrainerConfig,
 )
 from sapo_rl.config.loss import KLConfig, LossConfig
+from sapo_rl.engines.build import model_facts
 from sapo_rl.errors import UserError
 from sapo_rl.policy import checkpoint
 from sapo_rl.policy.lora import LoraPolicy, check_targets
@@ -245,4 +245,13 @@ def test_adapters_do_not_go_alone_where_vllm_cannot_take_them(tiny_model: Path) 
 def test_estimate_counts_the_adapters(tiny_model: Path, targets: list[str]) -> None:
     config = make_config(tiny_model, LoraConfig(rank=3, target_modules=targets))
     counted = sum(weight.numel() for _, weight in make_policy(config).trainable_weights())
-    assert adapter_parameters(config, json.loads((tiny_model / "config.json").read_text())) == counted
+    assert adapter_parameters(config, model_facts(config.model).linear) == counted
+
+
+def test_estimate_counts_the_adapters_of_modules_with_names_of_their_own(tmp_path: Path) -> None:
+    shape = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    Phi3Config(**shape, **heads).save_pretrained(tmp_path)
+    config = make_config(tmp_path, LoraConfig(rank=3, target_modules=["qkv_proj", "gate_up_proj"]))
+    qkv, gate_up = 32 + (4 + 2 + 2) * 8, 32 + 2 * 48
+    assert adapter_parameters(config, model_facts(config.model).linear) == 3 * 2 * (qkv + gate_up)
