@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sapo_rl.environments.registry import ENVIRONMENTS
+from sapo_rl.environments.turns import in_turn
 from sapo_rl.processes.sandbox import Job, Limits, Sandbox, check, reach, room, run
 
 
@@ -16,8 +17,8 @@ class Python:
         cpu_seconds: computing time of a program.
         memory_mb: its memory, in units of 2^20 bytes.
         most: characters of what it printed that the model is shown, from the end.
-        at_once: programs that run at the same time in each of `environment.workers` processes; others wait, and that
-            counts for `environment.turn_timeout` too. None takes as many as there are processors; a service bounds
+        at_once: programs that run at the same time in each of `environment.workers` processes; others wait, which
+            `environment.turn_timeout` does not count. None takes as many as there are processors; a service bounds
             them by itself.
         sandbox: `bubblewrap`, `none` for limits alone, or `{url: ...}` of a service, as `code` takes it.
 
@@ -56,7 +57,7 @@ class Python:
         Returns:
             What it printed.
         """
-        async with room(self._sandbox, self._at_once):
+        async with in_turn(room(self._sandbox, self._at_once)):
             result = await run(Job(code), self._limits, self._sandbox)
         printed = result.stdout + result.stderr
         if result.stopped == "output":

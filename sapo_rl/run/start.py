@@ -143,7 +143,11 @@ def _new_folder(config: Config, start: Start) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if f"resume={AUTO}" in start.typed and folder.name not in ("", "..") and ended_early(folder):
         aside = run_folder.unused(folder.with_name(f"{folder.name}-ended"))
-        folder.replace(aside)
+        try:
+            folder.replace(aside)
+        except OSError as error:
+            told = f"'{folder}' holds a run that ended before its first checkpoint and cannot be moved aside"
+            raise ConfigError("run_dir", f"{told} ({error.strerror}); empty it, or name a folder in it") from error
         folder.mkdir()
         print(
             f"{program()}: resume=auto: the run there ended before its first checkpoint; it is {aside} now",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -234,6 +235,44 @@ def test_a_process_that_is_lost_is_replaced_and_its_episode_suspected(here: Path
     found = run(config("my_games.Echo", turn_timeout=1.0), work, here / "log")
     assert found[1].messages[0]["content"] == "you said a"
     assert processes_left(here) == []
+
+
+QUEUE = """
+import asyncio, contextlib, os
+from sapo_rl.environments.turns import in_turn
+
+@contextlib.asynccontextmanager
+async def room():
+    while not os.path.exists("free"):
+        await asyncio.sleep(0.01)
+    yield
+
+class Queue:
+    def reset(self): pass
+    async def step(self, reply):
+        if reply == "enter":
+            async with in_turn(room()):
+                return "served", 0.0, False
+        return "heard", 0.0, False
+"""
+
+
+def test_a_call_that_waits_for_its_turn_is_not_late(here: Path) -> None:
+    (here / "queue_game.py").write_text(QUEUE)
+
+    async def work(pool: EnvironmentPool) -> str:
+        async with await pool.seat() as waiting, await pool.seat() as other:
+            await waiting.reset({}, seed=0)
+            await other.reset({}, seed=0)
+            entering = asyncio.create_task(waiting.step("enter"))
+            end = time.monotonic() + 3.0
+            while time.monotonic() < end:
+                await other.step("a")
+                await asyncio.sleep(0.05)
+            (here / "free").touch()
+            return (await entering).messages[0]["content"]
+
+    assert run(config("queue_game.Queue", turn_timeout=2.0), work) == "served"
 
 
 def test_one_that_is_killed_from_outside_blames_nobody(here: Path) -> None:

@@ -42,6 +42,11 @@ import sys; from sapo_rl.run import launch, cli
 launch.command = lambda _, folder: [sys.executable, 'stand_in.py', str(folder)]
 cli.main()
 """
+BUSY = """
+import errno, os, pathlib
+def busy(self, target): raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+pathlib.Path.replace = busy
+"""
 FIRST, NOTHING = "resume=auto: goes on with", "resume=auto: there is no run to go on with; a new one begins"
 
 
@@ -134,6 +139,15 @@ def test_auto_begins_anew_in_the_place_of_a_run_that_ended_before_its_first_chec
     with run_folder.locked(here / "out/first"):
         shutil.rmtree(here / "out/first/checkpoints")
         assert kept in sapo_train(here, *again, code=2)
+
+
+def test_auto_tells_where_the_folder_cannot_be_moved_aside_such_as_a_mount_point(here: Path) -> None:
+    again = ("config=mine.yaml", "resume=auto", "run_dir=out")
+    sapo_train(here, *again, steps=0)
+    (here / "start.py").write_text(BUSY + STARTER)
+    told = sapo_train(here, *again, code=2)
+    aside = "'out' holds a run that ended before its first checkpoint and cannot be moved aside (Device or resource"
+    assert f"run_dir (command line): {aside} busy); empty it, or name a folder in it" in told
 
 
 def test_auto_leaves_alone_what_is_no_run_and_the_folder_that_it_is_started_in(here: Path) -> None:

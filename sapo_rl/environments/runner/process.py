@@ -45,7 +45,7 @@ class _Asked:
     answer: asyncio.Future[dict[str, Any]]
     sent: float
     begun: float | None = None
-    """When the worker began it, on the monotonic clock."""
+    """When the worker began it, on the monotonic clock; None too while it waits for its turn there."""
     waits: bool = False
     """Whether it waits for the model: that time does not count."""
 
@@ -168,8 +168,8 @@ class EnvironmentWorker:
         asked = self._asked.get(number) if type(number) is int else None
         if answer is None or asked is None:
             return False
-        if answer.get("begun") is True:
-            asked.begun = self._heard
+        if isinstance(answer.get("begun"), bool):
+            asked.begun = self._heard if answer["begun"] else None
             return True
         del self._asked[answer["call"]]
         if asked.answer.done():  # nobody waits for it

@@ -2,8 +2,8 @@
 
 Lines of JSON go both ways. The first that comes in says which environment and tools; then each is a call of an
 episode's environment, with a number that its answer has, too. Calls of coroutines are under way side by side, others
-one after the other; each is told when it begins. A guardian (`sapo_rl.processes.guardian`) ends what the environments
-have started.
+one after the other; each is told when it begins, and when it waits for its turn. A guardian
+(`sapo_rl.processes.guardian`) ends what the environments have started.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from sapo_rl.environments.base import Answer, Failure, Kind, Play, as_json
 from sapo_rl.environments.lookup import build
+from sapo_rl.environments.turns import BEGUN
 from sapo_rl.errors import UserError
 from sapo_rl.errors.own_code import LONGEST_FAILURE, shorten, told
 from sapo_rl.processes.guarded import begin
@@ -77,7 +78,8 @@ class Worker:
 
     async def _answer(self, call: dict[str, Any]) -> None:
         number = call["call"]
-        self._send({"call": number, "begun": True})
+        BEGUN.set(lambda begun: self._send({"call": number, "begun": begun}))
+        BEGUN.get()(True)
         try:
             line = as_json({"call": number, "answer": await self._play(call)})
             if len(line) > LONGEST_LINE:
