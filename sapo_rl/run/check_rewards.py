@@ -113,7 +113,11 @@ def _of_the_data(config: Config, rows: dict[int, dict[str, Any]]) -> dict[int, P
 
 def _of_their_own(cfg: DataConfig, rows: dict[int, dict[str, Any]]) -> dict[int, Prompt]:
     rows = {number: {key: value for key, value in row.items() if key != COMPLETION} for number, row in rows.items()}
-    return {number: _prompt(row, number, cfg) for number, row in with_all_columns(rows, cfg).items()}
+    try:
+        return {number: _prompt(row, number, cfg) for number, row in with_all_columns(rows, cfg).items()}
+    except UserError as error:
+        needs = f"its rows need the columns that the data has, or '{INDEX}', the number of a row of it"
+        raise UserError(f"{COMPLETIONS}: '{cfg.check.completions}': {error}\n  {needs}") from error
 
 
 def _prompt(row: dict[str, Any], number: int, cfg: DataConfig) -> Prompt:

@@ -54,6 +54,12 @@ def check_checks(config: Config) -> None:
     if config.check == "rewards":
         if not config.reward.functions:
             raise ConfigError("check", "'rewards' needs reward.functions; what an environment pays is known in a run")
+        if config.data.check.completions is None:
+            raise ConfigError(
+                COMPLETIONS,
+                "is missing; a .jsonl or .parquet file with the columns of the data and 'completion', or a run's "
+                "completions/step_*.parquet",
+            )
         with under(COMPLETIONS):
             check_file(COMPLETIONS, config.data.check.completions)
     if config.check == "data" and (config.resume or config.fork):

@@ -104,11 +104,15 @@ def test_rows_with_a_prompt_index_answer_the_rows_of_the_data(here: Path) -> Non
 @pytest.mark.parametrize(
     ("rows", "arguments", "words"),
     [
-        (ROWS, [], ["data.check.completions", "is missing", ".jsonl"]),
+        (ROWS, [], ["data.check.completions", "is missing", ".jsonl", "columns of the data and 'completion'"]),
         (ROWS, ["data.check.completions=gone.jsonl"], ["data.check.completions (command line)", "gone.jsonl"]),
         ([{"prompt": "a", "answer": "b"}], ["data.check.completions=given.jsonl"], ["row 0", "no column 'completion'"]),
         ([], ["data.check.completions=given.jsonl"], ["data.check.completions", "has no rows"]),
-        ([{"completion": "x"}], ["data.check.completions=given.jsonl"], ["data.prompt_column", "no column 'prompt'"]),
+        (
+            [{"completion": "x"}],
+            ["data.check.completions=given.jsonl"],
+            ["'given.jsonl': data.prompt_column", "no column 'prompt'", "or 'prompt_index', the number of a row of it"],
+        ),
         (ROWS, ["data.check.completions=given.jsonl", "data.pass_rate.reward=rihgt"], ["did you mean 'right'?"]),
     ],
 )
