@@ -19,6 +19,10 @@ from sapo_rl.losses.grpo import clipped_token_losses
 from sapo_rl.losses.sapo import check_sides, check_temperatures, sapo_token_losses
 
 USAGE = "usage: sapo-explain tau_pos=1 tau_neg=1.05 gate=sigmoid sides=both out=gate.png"
+OTHERS = (
+    "loss: SAPO is drawn beside GRPO's clip; most other losses weight a token by more than its ratio: by its "
+    "probability (DPPO), its sequence (GSPO, GMPO, VESPO, CPPO) or the batch (M2PO)"
+)
 RATIO_SHOWN = 3.0
 COLOURS = {1.0: "#1f6fb4", -1.0: "#c8502d"}
 
@@ -61,6 +65,8 @@ def parse(arguments: Sequence[str]) -> Settings:
     chosen: dict[str, float | str] = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
+        if key == "loss":
+            raise ValueError(OTHERS)
         if not equals or key not in defaults:
             raise ValueError(f"cannot read '{argument}'; keys: {', '.join(defaults)}")
         chosen[key] = text if isinstance(defaults[key], str) else _number(key, text)

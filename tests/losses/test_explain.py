@@ -41,6 +41,7 @@ def test_one_side_has_its_half_weight_there_and_the_whole_on_the_other(tmp_path:
     [
         ("tau=1", "tau_pos, tau_neg"),
         ("tau_pos", "cannot read"),
+        ("loss=m2po", "or the batch (M2PO)"),
         ("tau_pos=one", "tau_pos must be a number"),
         ("tau_pos=0", "tau_pos must be above 0"),
         ("gate=step", "sigmoid, erf"),
