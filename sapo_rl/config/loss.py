@@ -124,8 +124,8 @@ class LossConfig:
     """CPPO's weight of a completion's last token, which falls linearly from 1 at the first."""
     m2_threshold: float = number(0.04, above=0, users=("m2po",))
     """M2PO's bound on the mean of log^2 r over the tokens of an update that have moved with their advantage."""
-    dual_clip: Optional[float] = field(default=None, metadata={"users": ("grpo", "gspo")})
-    """Bound on the ratio of negative advantages in grpo and gspo, above 1; null is off."""
+    dual_clip: Optional[float] = field(default=None, metadata={"users": ("grpo", "gspo", *SAPO)})
+    """Bound on the ratio of negative advantages in grpo, gspo, and sapo with `sides` = `one`; above 1, null is off."""
     loss_agg_mode: str = choice(
         "seq-mean-token-mean", "seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
     )

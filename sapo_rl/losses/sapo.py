@@ -28,6 +28,7 @@ def sapo_token_losses(
     gate: str = "sigmoid",
     gradient: str = "paper",
     sides: str = "both",
+    dual_clip: float | None = None,
     log_ratio_clamp: float = 20.0,
 ) -> TokenLosses:
     """Return SAPO's loss of each packed token.
@@ -49,6 +50,7 @@ def sapo_token_losses(
         gate: one of `GATES`.
         gradient: `paper` or `detached`.
         sides: `both` or `one`.
+        dual_clip: with `sides` = `one`, see there; else None.
         log_ratio_clamp: bound on |log r|.
 
     Raises:
@@ -57,7 +59,13 @@ def sapo_token_losses(
     if sides == "one":
         check_sides(sides, gradient)
         return one_sided_token_losses(
-            log_ratios, advantages, tau_pos=tau_pos, tau_neg=tau_neg, gate=gate, log_ratio_clamp=log_ratio_clamp
+            log_ratios,
+            advantages,
+            tau_pos=tau_pos,
+            tau_neg=tau_neg,
+            gate=gate,
+            dual_clip=dual_clip,
+            log_ratio_clamp=log_ratio_clamp,
         )
     ratio, inside = bounded_ratio(log_ratios, log_ratio_clamp)
     tau = by_sign(advantages, tau_pos, tau_neg)
@@ -75,31 +83,43 @@ def one_sided_token_losses(
     tau_pos: float,
     tau_neg: float,
     gate: str = "sigmoid",
+    dual_clip: float | None = None,
     log_ratio_clamp: float = 20.0,
 ) -> TokenLosses:
     """Return -min(r A, (1 + f(r) - f(1)) A) of each packed token, all tensors `(T,)`.
 
     Both terms are A with slope A at r = 1, and the slope of the second is w(r) A with w <= 1. The minimum is therefore
     the gated term where the token has moved with its advantage (A > 0 and r > 1, or A < 0 and r < 1), with weight w,
-    and the plain ratio where it has moved against it, with weight 1: PPO's clip with a soft edge. As there without dual
-    clip, d loss / d logp = -A r has no bound where A < 0 and r is large, short of `log_ratio_clamp`.
+    and the plain ratio where it has moved against it, with weight 1: PPO's clip with a soft edge. As there,
+    d loss / d logp = -A r has no bound where A < 0 and r is large, short of `log_ratio_clamp`; with `dual_clip` = c
+    (arXiv 1912.09729) the loss is -c A above r = c, and the gradient 0.
     """
     ratio, inside = bounded_ratio(log_ratios, log_ratio_clamp)
+    ceiling = float("inf") if dual_clip is None else dual_clip
     tau = by_sign(advantages, tau_pos, tau_neg)
     now = ratio.detach()
     # chosen by its sign, as the minimum would be, but free of rounding where the two terms nearly agree
     moved_with = torch.where(advantages > 0, now > 1, now < 1)
-    gated = torch.where(moved_with, 1 + gate_rise(ratio, tau, gate), ratio)
-    weight = torch.where(moved_with, gate_weight(now, tau, gate), 1.0)
+    plain = torch.where(advantages > 0, ratio, ratio.clamp(max=ceiling))
+    gated = torch.where(moved_with, 1 + gate_rise(ratio, tau, gate), plain)
+    whole = ((advantages > 0) | (now <= ceiling)).to(now.dtype)
+    weight = torch.where(moved_with, gate_weight(now, tau, gate), whole)
     return TokenLosses(-gated * advantages, weight * inside)
 
 
-def check_sides(sides: str, gradient: str) -> None:
-    """Raise ValueError unless `sides` is one of `SIDES`, and `both` where the gradient is `detached`."""
+def check_sides(sides: str, gradient: str, dual_clip: float | None = None) -> None:
+    """Raise ValueError unless `sides` is one of `SIDES`, and `both` where the gradient is `detached`.
+
+    A dual clip must be above 1, and is for `one`.
+    """
     if sides not in SIDES:
         raise ValueError(f"unknown sides '{sides}'; valid: {', '.join(SIDES)}")
     if sides == "one" and gradient != "paper":
         raise ValueError(f"sides 'one' needs gradient 'paper', found '{gradient}'")
+    if dual_clip is not None and sides != "one":
+        raise ValueError(f"dual_clip needs sides 'one', found '{sides}'; both sides of the gate have a bound already")
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip must be above 1 or null, found {dual_clip}")
 
 
 def check_temperatures(tau_pos: float, tau_neg: float, *, strict: bool) -> None:
@@ -129,7 +149,8 @@ class SAPOPolicyLossFn(PolicyLossFn):
 
     Raises:
         ValueError: a temperature that is not above 0; `tau_neg < tau_pos` under `strict_temperatures`; an unknown gate,
-            gradient, aggregation, ratio level or choice of sides; one side with the detached gradient.
+            gradient, aggregation, ratio level or choice of sides; one side with the detached gradient; a dual clip that
+            is not above 1, or with both sides.
 
     Example:
         >>> logps, mask = torch.tensor([[-0.5, -1.0]]), torch.tensor([[1, 1]])
@@ -149,6 +170,8 @@ class SAPOPolicyLossFn(PolicyLossFn):
     """One of `GATES`."""
     sides: str = "both"
     """`both`, or `one` for `one_sided_token_losses`."""
+    dual_clip: float | None = None
+    """With `one`: bound on the ratio where the advantage is negative, above 1; None is off."""
     strict_temperatures: bool = True
     """Refuse `tau_neg < tau_pos`, the least stable order in the paper's ablation (which runs 0.95)."""
 
@@ -158,7 +181,7 @@ class SAPOPolicyLossFn(PolicyLossFn):
         if self.gradient not in GRADIENTS:
             raise ValueError(f"unknown gradient '{self.gradient}'; valid: {', '.join(GRADIENTS)}")
         find_gate(self.gate)
-        check_sides(self.sides, self.gradient)
+        check_sides(self.sides, self.gradient, self.dual_clip)
 
     @classmethod
     def default_args(cls) -> dict[str, Any]:
@@ -180,6 +203,7 @@ class SAPOPolicyLossFn(PolicyLossFn):
             gate=self.gate,
             gradient=self.gradient,
             sides=self.sides,
+            dual_clip=self.dual_clip,
             log_ratio_clamp=self.log_ratio_clamp,
         )
 

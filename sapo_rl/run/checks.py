@@ -208,6 +208,10 @@ def _check_loss(config: Config) -> None:
         )
     if loss.name == "sapo" and loss.sides == "one" and loss.gradient != "paper":
         raise ConfigError("loss.sides", f"'one' needs loss.gradient=paper, which is {loss.gradient}")
+    if loss.name == "sapo" and loss.sides == "both" and loss.dual_clip is not None:
+        raise ConfigError(
+            "loss.dual_clip", "is for loss.sides=one (or loss=grpo); SAPO's gate bounds both sides itself"
+        )
     for key, bound in (("tau_target_kl", 0), ("dual_clip", 1), ("loss_agg_norm", 0)):
         value = getattr(loss, key)
         if value is not None and value <= bound:

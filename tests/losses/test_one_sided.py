@@ -156,6 +156,45 @@ def test_runaway_ratios_stay_finite(gate: str, advantage: float, dtype: torch.dt
         assert gradient[0] == gradient[3] == 0
 
 
+@quick
+@given(logs=log_ratios_drawn, advantage=advantages_drawn, tau=taus, bound=st.floats(1.01, 20))
+def test_dual_clip_takes_the_gradient_of_bad_tokens_that_have_become_that_much_likelier(
+    logs: list[float], advantage: float, tau: float, bound: float
+) -> None:
+    values, advantages = float64(logs), torch.full((len(logs),), advantage, dtype=torch.float64)
+    chosen: dict[str, Any] = {"tau_pos": tau, "tau_neg": tau, "sides": "one"}
+    plain = sapo_token_losses(values, values, advantages, **chosen)
+    found = sapo_token_losses(values, values, advantages, dual_clip=bound, **chosen)
+    beyond = (advantages < 0) & (values.exp() > bound)
+    assert torch.equal(found.losses[~beyond], plain.losses[~beyond])
+    assert torch.equal(found.gradient_weight[~beyond], plain.gradient_weight[~beyond])
+    assert (found.gradient_weight[beyond] == 0).all()
+    assert torch.equal(found.losses[beyond], (-bound * advantages)[beyond])
+
+
+def test_dual_clip_is_differentiated_as_its_weight_says() -> None:
+    logps = float64([-1.0, 0.5, 2.0, 2.0]).requires_grad_()
+    advantages = float64([-2.0, -2.0, -2.0, 2.0])
+    found = sapo_token_losses(logps, logps, advantages, tau_pos=4.0, tau_neg=4.0, sides="one", dual_clip=3.0)
+    found.losses.sum().backward()
+    assert logps.grad is not None
+    expected = -advantages * logps.detach().exp() * found.gradient_weight
+    torch.testing.assert_close(logps.grad, expected, rtol=1e-12, atol=0)
+    assert logps.grad[2] == 0 < logps.grad[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"dual_clip": 3.0}, "needs sides 'one', found 'both'"),
+        ({"sides": "one", "gradient": "paper", "dual_clip": 1.0}, "above 1 or null, found 1.0"),
+    ],
+)
+def test_dual_clip_that_cannot_be_is_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        SAPOPolicyLossFn(**settings)
+
+
 def test_both_sides_are_the_default_and_the_paper() -> None:
     assert SAPOPolicyLossFn().sides == "both"
     logs, advantages = float64([-1.0, 0.5, 2.0]), float64([1.0, 1.0, -1.0])

@@ -228,6 +228,7 @@ BAD = {
     "wrong type": (["loss.tau_neg=abc"], ["loss.tau_neg", "abc", "command line"]),
     "wrong bool": (["reproducible=perhaps"], ["reproducible", "perhaps"]),
     "tau of zero": (["loss.tau_pos=0"], ["loss.tau_pos", "above 0", "command line"]),
+    "dual clip with both sides": (["loss.dual_clip=3"], ["loss.dual_clip", "loss.sides=one"]),
     "one detached side": (["loss.sides=one", "loss.gradient=detached"], ["loss.sides", "loss.gradient=paper"]),
     "tau order": (["loss.tau_neg=0.9"], ["loss.tau_neg", "strict_temperatures"]),
     "group of one": (["rollout.group_size=1"], ["rollout.group_size", "at least 2"]),
