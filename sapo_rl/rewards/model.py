@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from sapo_rl.errors import UserError, described
+from sapo_rl.errors.files import is_folder
+from sapo_rl.processes import is_dry_run
 from sapo_rl.rewards.registry import PREPARATIONS, REWARD_FUNCTIONS, Completion
 
 if TYPE_CHECKING:
     import torch
+
+_ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @REWARD_FUNCTIONS.register_module("reward_model")
@@ -124,6 +129,8 @@ def _contents(said: str | list[dict[str, str]]) -> list[str]:
 
 
 def _prepare(path: str, label: int = 0, device: str = "cpu", dtype: str = "float32", **rest: Any) -> None:
+    if is_dry_run() and _ON_THE_HUB.fullmatch(path) and not is_folder(path):
+        return
     _Scorer.load(path, label, device, dtype)
 
 

@@ -140,7 +140,10 @@ def _new_folder(config: Config, start: Start) -> Path:
         parent = Path("evals" if start.models else "runs" if config.check == "none" else "checks")
         return run_folder.unused(parent / start.recipe / time.strftime("%Y-%m-%d_%H-%M-%S"))
     folder = expand(config.run_dir) / (str(start.job.number) if start.job else "")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("run_dir", f"'{folder}' cannot be made a folder: {error.strerror}") from error
     if f"resume={AUTO}" in start.typed and folder.name not in ("", "..") and ended_early(folder):
         aside = run_folder.unused(folder.with_name(f"{folder.name}-ended"))
         try:

@@ -150,6 +150,12 @@ def test_auto_tells_where_the_folder_cannot_be_moved_aside_such_as_a_mount_point
     assert f"run_dir (command line): {aside} busy); empty it, or name a folder in it" in told
 
 
+def test_a_run_folder_that_cannot_be_made_is_told_with_its_key(here: Path) -> None:
+    for place, why in {"mine.yaml": "File exists", "mine.yaml/x": "Not a directory"}.items():
+        told = sapo_train(here, "config=mine.yaml", "resume=auto", f"run_dir={place}", code=2)
+        assert f"run_dir (command line): '{place}' cannot be made a folder: {why}\n" in told
+
+
 def test_auto_leaves_alone_what_is_no_run_and_the_folder_that_it_is_started_in(here: Path) -> None:
     again = ("config=mine.yaml", "resume=auto")
     sapo_train(here, *again, "run_dir=out/first", steps=0)

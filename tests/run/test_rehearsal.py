@@ -105,6 +105,7 @@ def test_a_dry_run_writes_nothing_and_asks_no_service(workspace: Path) -> None:
     code, _, told = dry_run(
         f"+reward.functions.judged={judge}",
         f"+reward.functions.passed={{function: code, args: {{sandbox: {nobody}}}}}",
+        "+reward.functions.scored={function: reward_model, args: {path: nobody/nowhere}}",
         "environment.name=python",
         f"environment.args.sandbox={nobody}",
     )
