@@ -134,7 +134,9 @@ class NcclTransport(WeightTransport["RemoteEngine"]):
         meeting = Rendezvous(address, host.port, name, 1 + info["workers"], self.seconds)
         joining = _in_thread(lambda: engine.join(meeting))
         try:
-            group = join(meeting, 0, self.device, host.store)
+            group = join(
+                meeting, 0, self.device, host.store, lambda: joining.done() and joining.exception() is not None
+            )
         except RuntimeError as error:
             joining.result()  # says more, where the server refused
             raise EngineLost(f"{engine} did not join the group ({error})") from error

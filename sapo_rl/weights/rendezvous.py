@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -84,7 +85,13 @@ class RendezvousHost:
         )
 
 
-def join(meeting: Rendezvous, rank: int, device: torch.device, store: Store | None = None) -> Group:
+def join(
+    meeting: Rendezvous,
+    rank: int,
+    device: torch.device,
+    store: Store | None = None,
+    refused: Callable[[], bool] = lambda: False,
+) -> Group:
     """Come together and return the group, once all ranks are connected.
 
     Args:
@@ -92,16 +99,17 @@ def join(meeting: Rendezvous, rank: int, device: torch.device, store: Store | No
         rank: 0 on the trainer.
         device: where this rank's tensors are; a GPU for all ranks, or the CPU for all.
         store: the host's own, on rank 0.
+        refused: tells rank 0 whether it waits for the others in vain.
 
     Raises:
-        RuntimeError: not all came, or they cannot be connected.
+        RuntimeError: not all came, one has refused to, or they cannot be connected.
     """
     limit = timedelta(seconds=meeting.seconds)
     if store is None:
         store = TCPStore(meeting.host, meeting.port, is_master=False, timeout=limit)
     own = PrefixStore(meeting.name, store)
     if rank == 0:  # connecting has no limit of its own in NCCL: see first that nobody is missing
-        own.wait([f"here/{other}" for other in range(1, meeting.size)], timedelta(seconds=GATHER_SECONDS))
+        _gather(own, [f"here/{other}" for other in range(1, meeting.size)], refused)
     else:
         own.set(f"here/{rank}", "")
     if device.type == "cuda":
@@ -111,6 +119,14 @@ def join(meeting: Rendezvous, rank: int, device: torch.device, store: Store | No
         group = _gloo(own, rank, meeting.size, limit, address)
     group.broadcast(torch.zeros(1, device=device), 0).wait()  # NCCL connects at the first call
     return group
+
+
+def _gather(store: Store, others: list[str], refused: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + GATHER_SECONDS
+    while not store.check(others):
+        if refused() or time.monotonic() > deadline:
+            raise RuntimeError(f"not all have come of {', '.join(others)}")
+        time.sleep(0.01)
 
 
 def _nccl(store: Store, rank: int, size: int, limit: timedelta) -> Group:

@@ -56,8 +56,14 @@ def test_who_does_not_come_ends_the_meeting(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(group_module, "GATHER_SECONDS", 0.3)
     host = RendezvousHost("127.0.0.1", 0.5)
     meeting = Rendezvous("127.0.0.1", host.port, "b", 2, 0.5)
-    with pytest.raises(RuntimeError, match=r"here/1|imeout"):
+    with pytest.raises(RuntimeError, match="here/1"):
         join(meeting, 0, CPU, host.store)
+
+
+def test_who_refuses_to_come_ends_the_meeting_at_once() -> None:
+    host, asked = RendezvousHost("127.0.0.1", 30.0), iter([False, False, True])
+    with pytest.raises(RuntimeError, match="here/1"):
+        join(Rendezvous("127.0.0.1", host.port, "c", 2, 30.0), 0, CPU, host.store, lambda: next(asked))
 
 
 @dataclass(eq=False)
