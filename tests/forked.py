@@ -1,41 +1,207 @@
-"""Runs whose imports are done before they begin: ten seconds less than the command line in a process of its own.
+"""Processes whose imports are done before they begin: ten seconds less than anew, twenty with vLLM.
 
-A server imports what a rank does, once for all tests of a worker, and forks a process for each run. It goes the way of
+`nursery.py` forks them off servers that import everything once for all tests of a worker. `run` goes the way of
 `torchrun --nproc_per_node=1`: the process that reads the arguments is the rank. Tests of how processes start, stop and
 end take `command.run`.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import atexit
+import contextlib
 import os
+import pickle
+import shutil
+import signal
+import socket
+import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, Any, NamedTuple, cast
 
-from command import ROOT, folders
+import psutil
+from command import ROOT, folders, free_port
+from waiting import until
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["sapo_rl.run.cli", "sapo_rl.run.rank", "sapo_rl.run.packaged", "sapo_rl.policy.lora"])
+FOLDER: Path | None = None
+"""Where the servers listen."""
+SERVERS: list[subprocess.Popen[bytes]] = []
+"""The first of them, where this process has started it; its stdin stays open."""
+LARGEST = 1 << 17
+"""Bytes of an order."""
+
+
+class Order(NamedTuple):
+    """What a child is to be."""
+
+    module: str
+    arguments: list[str]
+    folder: str
+    environment: dict[str, str]
+    descriptors: list[int]
+    """The numbers that it has for those that are sent along."""
+    session: bool
+    """Whether it has one of its own."""
+    parent: int
+    """The process that asks for it."""
+
+
+class Popen:
+    """Does as `subprocess.Popen` of `python -m MODULE ...`; `server` forks it, `runs` or `engines`."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        server: str = "runs",
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        stdin: int = subprocess.DEVNULL,
+        stdout: IO[Any] | int = 1,
+        stderr: IO[Any] | int = 2,
+        pass_fds: Sequence[int] = (),
+        start_new_session: bool = False,
+    ) -> None:
+        _, option, module, *arguments = command
+        assert option == "-m" and stdin == subprocess.DEVNULL
+        given = [one if isinstance(one, int) else one.fileno() for one in (stdout, stderr)]
+        surroundings = dict(os.environ if env is None else env)
+        numbers = [0, 1, 2, *pass_fds]
+        order = Order(module, arguments, str(cwd or os.getcwd()), surroundings, numbers, start_new_session, os.getpid())
+        self.printed: tuple[IO[bytes], ...] = ()
+        self._lock = threading.Lock()
+        self._server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._server.connect(str(nursery() / server))
+        with open(os.devnull, "rb") as nothing:
+            socket.send_fds(self._server, [pickle.dumps(order)], [nothing.fileno(), *given, *pass_fds])
+        self.pid = int(self._server.recv(16))
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None and not wait([self._server], timeout):
+            raise subprocess.TimeoutExpired("a process that was forked", timeout or 0)
+        with self._lock:
+            if self.returncode is None:
+                self.returncode = int(self._server.recv(16))
+                self._server.close()
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for the end; return what was printed on stdout and stderr, where `start` has kept it."""
+        self.wait(timeout)
+        told = []
+        for file in self.printed:
+            file.seek(0)
+            told.append(file.read().decode())
+            file.close()
+        return told[0], told[1]
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def nursery() -> Path:
+    """The folder of the servers, which are started where they are not."""
+    global FOLDER
+    if FOLDER is None:
+        folder = Path(tempfile.mkdtemp(prefix="sapo-tests-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        log, ready = folder / "log", folder / "ready"
+        command = [sys.executable, str(Path(__file__).with_name("nursery.py")), str(folder)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        with log.open("wb") as out:
+            server = subprocess.Popen(
+                command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=out, stderr=out
+            )
+        SERVERS.append(server)
+        until(lambda: ready.exists() or server.poll() is not None, 300)
+        assert ready.exists(), log.read_text()
+        FOLDER = folder
+    return FOLDER
+
+
+def take_engines() -> None:
+    """Have engines that this process starts forked, too, but for those on a GPU."""
+    from sapo_rl.engines import child_process
+
+    nursery()
+
+    def popen(command: Sequence[str], *, env: Mapping[str, str], **how: Any) -> Popen | subprocess.Popen[bytes]:
+        if env["CUDA_VISIBLE_DEVICES"]:
+            return subprocess.Popen(command, env=env, **how)
+        return Popen(command, server="engines", env=env, **how)
+
+    child_process.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": popen})
+
+
+def engine_with(log: Path) -> psutil.Process:
+    """The process of this one's engine that writes to `log`."""
+
+    def found() -> psutil.Process | None:
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error, OSError):  # it has just ended
+                leads = os.getsid(process.pid) == process.pid  # unlike what vLLM starts
+                if leads and any(file.path == str(log) for file in process.open_files()):
+                    return process
+        return None
+
+    return cast(psutil.Process, until(found))
+
+
+def start(workspace: Path, *arguments: str, **environment: str) -> Popen:
+    """Start the command line in `workspace`; `environment` is beside the test's own."""
+    surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "0", **environment}
+    command = [sys.executable, "-m", "sapo_rl", *arguments]
+    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  # closed by communicate
+    process = Popen(command, cwd=workspace, env=surroundings, stdout=out, stderr=err)
+    process.printed = (out, err)
+    return process
 
 
 def run(workspace: Path, *arguments: str, seconds: float = 600, **environment: str) -> tuple[int, str, str]:
-    """Run the command line in `workspace`; return the exit code and what was printed on stdout and stderr.
+    """`start`, and wait for the end; return the exit code and what was printed on stdout and stderr."""
+    process = start(workspace, *arguments, **environment)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    process.kill()
+    out, err = process.communicate()
+    assert process.returncode is not None and process.returncode >= 0, out + err
+    return process.returncode, out, err
 
-    `environment` is beside the test's own.
-    """
-    surroundings = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    with tempfile.TemporaryDirectory() as scratch:
-        files = [Path(scratch, name) for name in ("out", "err")]
-        process = SERVER.Process(target=_command_line, args=(workspace, arguments, surroundings, files))
-        process.start()
-        process.join(seconds)
-        if process.exitcode is None:
-            process.kill()
-        process.join()
-        out, err = (file.read_text(encoding="utf-8") if file.exists() else "" for file in files)
-    assert process.exitcode is not None and process.exitcode >= 0, out + err
-    return process.exitcode, out, err
+
+def ranks(module: str, count: int, *arguments: str, **environment: str) -> None:
+    """Have ranks run a module of tests to a good end, as `torchrun` would."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
+    common = {**os.environ, **environment, **rendezvous, "LOCAL_WORLD_SIZE": str(count), "PYTHONPATH": path}
+    command = [sys.executable, "-m", module, *arguments]
+    with tempfile.TemporaryFile() as told:
+        started = [
+            Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=told, stderr=told)
+            for rank in range(count)
+        ]
+        try:
+            until(lambda: any(one.poll() for one in started) or all(one.poll() == 0 for one in started), 600)
+            told.seek(0)
+            assert not any(one.poll() for one in started), told.read().decode(errors="replace")[-8000:]
+        finally:
+            for process in started:
+                process.kill()
 
 
 def new_run(workspace: Path, *arguments: str) -> Path:
@@ -45,16 +211,3 @@ def new_run(workspace: Path, *arguments: str) -> Path:
     assert code == 0, out + err
     (folder,) = folders(workspace) - before
     return folder
-
-
-def _command_line(workspace: Path, arguments: tuple[str, ...], environment: dict[str, str], files: list[Path]) -> None:
-    from sapo_rl.__main__ import main
-
-    for descriptor, file in enumerate(files, start=1):
-        os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY), descriptor)
-    os.chdir(workspace)
-    os.environ.clear()
-    os.environ.update(environment, RANK="0")
-    sys.path.insert(0, str(workspace))
-    sys.argv = ["sapo-train", *arguments]
-    main()

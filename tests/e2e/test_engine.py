@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import forked
 import psutil
 import pytest
 import torch
@@ -35,9 +36,7 @@ LONG = Sampling(1.0, 1.0, 0, 0.0, 1.0, 240, False)
 
 
 def child_of(engine: LocalEngine) -> psutil.Process:
-    """The engine's process, found by the log that it writes."""
-    log = str(engine.settings.log_path)
-    return next(p for p in psutil.Process().children() if any(file.path == log for file in p.open_files()))
+    return forked.engine_with(engine.settings.log_path)
 
 
 @pytest.fixture(scope="module")
@@ -392,7 +391,7 @@ def test_an_engine_whose_core_process_is_killed_in_mid_call_comes_back(
     engine = LocalEngine(engine_settings(tiny_model, tmp_path / "core.log", core_process=True))
     engine.start()
     engine.wait_ready()
-    (core,) = [process for process in child_of(engine).children() if "EngineCore" in process.name()]
+    (core,) = [process for process in child_of(engine).children() if process.children()]  # with vLLM's worker
     killer = threading.Timer(0.2, core.kill)
     killer.start()
     while not engine.restarts:  # a call may be quicker than the killer
@@ -419,7 +418,7 @@ def test_what_cannot_start_says_what_to_change(tiny_model: Path, tmp_path: Path)
     lost = LocalEngine(engine_settings(tmp_path / "nowhere", tmp_path / "lost.log"))
     starved.start()
     lost.start()
-    processes = psutil.Process().children()
+    processes = psutil.Process().children(recursive=True)
     with pytest.raises(UserError, match=r"rollout.cpu_kv_cache_gb"):
         starved.wait_ready()
     with pytest.raises(UserError, match=r"(?s)did not start.*nowhere.*lost.log"):

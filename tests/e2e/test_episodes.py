@@ -11,7 +11,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from command import new_run, records, steps_of, timeless
+from command import records, steps_of, timeless
 from games import MODULE
 from inside import sapo_train
 from tiny import PLAIN, engine_settings, logps_of, make_tokenizer, make_workspace
@@ -62,7 +62,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pat
 
 @pytest.fixture(scope="module")
 def guessing(workspace: Path) -> Path:
-    return new_run(workspace)
+    return forked.new_run(workspace)
 
 
 def test_a_game_is_trained_on_by_one_command(guessing: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,9 +68,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     command += [f"model.path={model}", *(f"{key}={value}" for key, value in SMALL.items())]
     command += ["rollout.max_completion_tokens=100"]
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+        process = forked.Popen(command, server="engines", cwd=folder, env=environment, stdout=log, stderr=log)
     yield Server(model, port, environment)
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     process.wait(60)
 
 

@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import sqlite3
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,8 +42,9 @@ def url(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "--enforce-eager",
     ]
     with log.open("wb") as output:
-        server = subprocess.Popen(
+        server = forked.Popen(
             command,
+            server="engines",
             stdout=output,
             stderr=output,
             env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},

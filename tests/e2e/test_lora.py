@@ -8,7 +8,6 @@ from pathlib import Path
 
 import forked
 import pandas as pd
-import psutil
 import pytest
 import torch
 from command import run, steps_of, timeless
@@ -138,7 +137,7 @@ def test_engine_that_dies_comes_back_with_the_weights_of_a_partial_push(tiny_mod
             transport.push(policy.named_weights(), [engine], version)
             expected = score(policy, ids)
             assert verify(engine, ids, expected, "float32") < 1e-5
-        child_of().kill()
+        forked.engine_with(engine.settings.log_path).kill()
         assert verify(engine, ids, expected, "float32") < 1e-5
         assert engine.restarts == 1
     finally:
@@ -178,7 +177,7 @@ def test_adapters_are_replaced_under_running_completions(tiny_model: Path, tmp_p
                 mixed |= furthest(policy, prompt, one) > 0.01
             policy.model.load_state_dict(now)
         assert mixed  # some were ended by newer adapters than they were begun by
-        child_of().kill()
+        forked.engine_with(engine.settings.log_path).kill()
         assert verify(engine, prompt, score(policy, prompt), "float32") < 1e-5
         assert engine.restarts == 1
         wrong = {f"model.layers.0.self_attn.x_proj.lora_{kind}.weight": torch.zeros(12, 12) for kind in "AB"}
@@ -187,11 +186,6 @@ def test_adapters_are_replaced_under_running_completions(tiny_model: Path, tmp_p
     finally:
         engine.close()
         transport.close()
-
-
-def child_of() -> psutil.Process:
-    (child,) = [p for p in psutil.Process().children() if "sapo_rl.engines.vllm.child" in p.cmdline()]
-    return child
 
 
 @torch.no_grad()

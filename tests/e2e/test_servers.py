@@ -53,7 +53,7 @@ class Server:
     folder: Path
     port: int
     environment: dict[str, str]
-    process: subprocess.Popen[bytes] = field(init=False)
+    process: forked.Popen = field(init=False)
 
     def __post_init__(self) -> None:
         self.start()
@@ -69,7 +69,9 @@ class Server:
     def start(self) -> None:
         with open(self.log, "ab") as log:
             command = [sys.executable, "-m", "sapo_rl.run.serve", "--port", str(self.port), "config=tiny.yaml"]
-            self.process = subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=log, stderr=log)
+            self.process = forked.Popen(
+                command, server="engines", cwd=self.folder, env=self.environment, stdout=log, stderr=log
+            )
 
     def kill(self) -> None:
         """As a crash would: without a word, and with nothing left of it."""

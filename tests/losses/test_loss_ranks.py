@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from losses.batches import SETTINGS, loss_and_gradient, make_batch
@@ -15,24 +13,12 @@ from losses.rank_worker import LENGTHS, SEED
 
 from sapo_rl.losses import AGGREGATION_MODES
 
-TESTS = Path(__file__).parent.parent
-
 
 @pytest.mark.multi
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks_add_up_to_one_process(world: int, tmp_path: Path) -> None:
     out = tmp_path / "results.json"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    run = subprocess.run(
-        [*launch, *rendezvous, str(TESTS / "losses" / "rank_worker.py"), str(world), str(out)],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    forked.ranks("losses.rank_worker", world, str(world), str(out))
     written = json.loads(out.read_text())
     assert written["world"] == world
 

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -86,14 +87,15 @@ def make_groups(seed: int) -> list[Group]:
 
 def launch(ranks: int, folder: Path, source: int) -> dict[str, Any]:
     """Start the ranks; return what each way of sharding did."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]),
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
+    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    arguments = (str(ranks), str(folder), str(source))
     if not torch.cuda.is_available():
-        environment["DS_ACCELERATOR"] = "cpu"
+        forked.ranks("policy.rank_cases", ranks, *arguments, DS_ACCELERATOR="cpu", **quiet)
+        return json.loads((folder / f"{ranks}.json").read_text())
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    environment = os.environ | quiet | {"PYTHONPATH": path}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [*torchrun, __file__, str(ranks), str(folder), str(source)]
+    command = [*torchrun, __file__, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / f"{ranks}.json").read_text())
