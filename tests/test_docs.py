@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import doctest
 import functools
+import http.server
 import importlib
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +26,7 @@ from inside import sapo_train
 from tiny import engine_settings, logps_of
 
 ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -118,26 +124,73 @@ def test_the_recipes_of_the_tutorials_pass_a_dry_run(
     assert code == 2 and told in err
 
 
-def test_the_site_is_built_without_a_broken_link(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documentation's pages, built without a warning."""
     pytest.importorskip("material", reason="needs the extra docs")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", ".mkdocs.yml", "-d", str(tmp_path)]
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", ".mkdocs.yml", "-d", str(folder)]
     built = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
     )
     assert built.returncode == 0, built.stderr
-    keys = (tmp_path / "reference/keys/index.html").read_text(encoding="utf-8")
+    return folder
+
+
+def test_the_site_is_built_without_a_broken_link(site: Path) -> None:
+    keys = (site / "reference/keys/index.html").read_text(encoding="utf-8")
     assert "<code>loss.tau_pos</code>" in keys and "<code>rollout.refill.max_extra</code>" in keys
-    tutorial = (tmp_path / "tutorials/tool_agent/index.html").read_text(encoding="utf-8")
+    tutorial = (site / "tutorials/tool_agent/index.html").read_text(encoding="utf-8")
     assert 'href="../../environments/#measured"' in tutorial
-    example = (tmp_path / "examples/tool_agent/index.html").read_text(encoding="utf-8")
-    assert 'href="my_tools.py"' in example and (tmp_path / "examples/tool_agent/my_tools.py").is_file()
-    names = (tmp_path / "howto/from_verl/index.html").read_text(encoding="utf-8")
+    example = (site / "examples/tool_agent/index.html").read_text(encoding="utf-8")
+    assert 'href="my_tools.py"' in example and (site / "examples/tool_agent/my_tools.py").is_file()
+    names = (site / "howto/from_verl/index.html").read_text(encoding="utf-8")
     assert "<code>train_batch_size</code>" in names and "names: verl" not in names
-    names = (tmp_path / "howto/from_openrlhf/index.html").read_text(encoding="utf-8")
+    names = (site / "howto/from_openrlhf/index.html").read_text(encoding="utf-8")
     assert "<code>rollout_batch_size</code>" in names and "names: openrlhf" not in names
-    assert 'id="sapo_rl.run.api.train"' in (tmp_path / "reference/python/index.html").read_text(encoding="utf-8")
+    assert 'id="sapo_rl.run.api.train"' in (site / "reference/python/index.html").read_text(encoding="utf-8")
     outside = re.compile(r"<(?:script|link|img)[^>]+(?:src|href)=\"https?://")
-    assert not [page for page in tmp_path.rglob("*.html") if outside.search(page.read_text(encoding="utf-8"))]
+    assert not [page for page in site.rglob("*.html") if outside.search(page.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_the_site_opens_in_a_browser_and_is_searched(site: Path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api")
+    problems: list[str] = []
+    with serving(site) as address, playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        tab = browser.new_page()
+        tab.on("console", lambda message: message.type == "error" and problems.append(message.text))
+        tab.on("pageerror", lambda error: problems.append(str(error)))
+        tab.on("request", lambda request: request.url.startswith(address) or problems.append(request.url))
+        for page, heading in (
+            ("", "sapo-train"),
+            ("study/", "When does SAPO win?"),
+            ("reference/keys/", "Config keys"),
+        ):
+            tab.goto(address + page)
+            playwright.expect(tab.get_by_role("heading", level=1)).to_contain_text(heading)
+        tab.get_by_label("Search", exact=True).first.fill("tau_pos")
+        playwright.expect(tab.locator(".md-search-result__item").first).to_contain_text("tau_pos", timeout=60_000)
+        browser.close()
+    assert not problems
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """Serve a folder on loopback; yields its address."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_the_comparison_of_docs_rewards_ranks_the_replies_to_a_prompt() -> None:
