@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
@@ -112,5 +113,9 @@ def names_table(names: Mapping[str, tuple[str, str]]) -> str:
 
 
 def _name_rows(names: Mapping[str, tuple[str, str]]) -> Iterator[str]:
-    for name, (ours, note) in sorted(names.items()):
-        yield f"| `{name}` | {f'`{ours}`' if ours else 'none'} | {_cell(note)} |"
+    """Names of one answer share a row; those that have no key here come last."""
+    rows = defaultdict[tuple[str, str], list[str]](list)
+    for name, answer in sorted(names.items()):
+        rows[answer].append(f"`{name}`")
+    for (ours, note), there in sorted(rows.items(), key=lambda row: not row[0][0]):
+        yield f"| {', '.join(there)} | {f'`{ours}`' if ours else 'none'} | {_cell(note)} |"

@@ -159,26 +159,27 @@ def nearest_key(key: str) -> str:
     """The valid names beside the first part of `key` that is wrong, or how to add an entry that is not there."""
     node: Any = OmegaConf.structured(Config)
     before = ""
-    for part in key.split("."):
+    parts = key.split(".")
+    for place, part in enumerate(parts):
         if not isinstance(node, DictConfig):
             return ""
         options = [str(option) for option in node]
         if not options and before in user_file.ENTRIES:  # names of the user's own
             node = OmegaConf.structured(user_file.ENTRIES[before][0])
         elif options and part not in options:
-            return _elsewhere(key) or did_you_mean(part, options)
+            return _elsewhere(parts[place:]) or did_you_mean(part, options)
         else:
             node = None if not options or OmegaConf.is_missing(node, part) else node[part]
         before = part
     return f"to add it, write +{key}=..."
 
 
-def _elsewhere(key: str) -> str:
-    """Point to a key that is right but for its section, or that other programs call so."""
-    name = key.rpartition(".")[2]
+def _elsewhere(parts: list[str]) -> str:
+    """Point to a key that is right but for its section, or that other programs call so, it or a section it is in."""
     schema: Any = OmegaConf.to_container(OmegaConf.structured(Config))
-    found = [path for path, _ in leaves(schema) if path.rpartition(".")[2] == name]
-    return hint(name, found)
+    found = [path for path, _ in leaves(schema) if path.rpartition(".")[2] == parts[-1]]
+    sections = (hint(part, []) for part in reversed(parts[:-1]))
+    return hint(parts[-1], found) or next(filter(None, sections), "")
 
 
 def origin(key: str, arguments: Arguments) -> str:

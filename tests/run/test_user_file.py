@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import re
 from itertools import combinations
@@ -11,11 +12,13 @@ import pytest
 from inside import sapo_train
 from omegaconf import OmegaConf
 from tiny import make_stand_in
+from transformers import TrainingArguments
 
 from sapo_rl.config import Config
 from sapo_rl.errors import UserError, brief
 from sapo_rl.errors.files import DEEPEST, parse_json
 from sapo_rl.run import compose
+from sapo_rl.run.explain import nearest_key
 from sapo_rl.run.keys import every_key
 from sapo_rl.run.other_names import OPENRLHF, OTHER_NAMES, TRL, VERL, hint
 
@@ -259,6 +262,18 @@ def test_a_failure_of_the_program_itself_is_no_mistake_of_the_user(monkeypatch: 
         ("rollout.n_samples_per_prompt=8", ["rollout.group_size"]),
         ("rollout_batch_size=128", ["rollout.batch_size", "it counts completions: prompts x rollout.group_size"]),
         ("adam_offload=true", ["there is none", "adamw_8bit"]),
+        ("push_to_hub=true", ["there is none: sapo-export RUN --push USER/NAME"]),
+        ("load_best_model_at_end=true", ["did you mean checkpoint.keep_best?"]),
+        (
+            "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2",
+            ["there is none: there is no context parallelism"],
+        ),
+        (
+            "actor_rollout_ref.rollout.multi_turn.enable=true",
+            ["did you mean environment.max_turns?", "has several turns"],
+        ),
+        ("algorithm.kl_ctrl.type=fixed", ["did you mean loss.kl.coef?", "never in rewards"]),
+        ("model.lora.dropot=0.1", ["valid: alpha, rank, sync, target_modules"]),
     ],
 )
 def test_names_of_other_trainers_are_told_with_their_unit(typed: str, words: list[str]) -> None:
@@ -301,6 +316,58 @@ TRL_1_16 = """
 def test_every_setting_of_trls_grpo_config_is_pointed_to_or_said_to_be_missing(name: str) -> None:
     own = {key.name.rpartition(".")[2] for key in every_key()}
     assert name in own or hint(name, []).startswith(("did you mean ", "there is none: "))
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TrainingArguments)])
+def test_every_setting_of_transformers_training_arguments_is_pointed_to_or_said_to_be_missing(name: str) -> None:
+    own = {key.name.rpartition(".")[2] for key in every_key()}
+    assert name in own or hint(name, []).startswith(("did you mean ", "there is none: "))
+
+
+VERLS = """
+    actor_rollout_ref.model.path .lora_rank .enable_gradient_checkpointing .use_remove_padding .external_lib .use_liger
+    .use_fused_kernels .override_config .lora_adapter_path
+    actor_rollout_ref.actor.strategy .ppo_mini_batch_size .use_dynamic_bsz .ppo_max_token_len_per_gpu .grad_clip
+    .clip_ratio .clip_ratio_low .clip_ratio_high .clip_ratio_c .loss_agg_mode .entropy_coeff .use_kl_loss .kl_loss_coef
+    .kl_loss_type .ppo_epochs .shuffle .ulysses_sequence_parallel_size .policy_loss.loss_mode .use_torch_compile
+    .policy_loss.clip_cov_ratio .loss_scale_factor .entropy_checkpointing .checkpoint.save_contents .profiler.enable
+    actor_rollout_ref.actor.optim.lr .lr_warmup_steps .lr_warmup_steps_ratio .warmup_style .lr_scheduler_type
+    .min_lr_ratio .num_cycles .weight_decay .total_training_steps .betas
+    actor_rollout_ref.actor.fsdp_config.param_offload .optimizer_offload .offload_policy .fsdp_size
+    .reshard_after_forward .wrap_policy.min_num_params
+    actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu
+    actor_rollout_ref.rollout.name .mode .temperature .top_k .top_p .prompt_length .response_length .dtype
+    .gpu_memory_utilization .ignore_eos .enforce_eager .free_cache_engine .load_format .tensor_model_parallel_size
+    .max_num_batched_tokens .max_model_len .max_num_seqs .enable_chunked_prefill .do_sample .n .calculate_log_probs
+    .val_kwargs.n .val_kwargs.do_sample .multi_turn.enable .multi_turn.max_assistant_turns .multi_turn.format
+    .multi_turn.max_user_turns .multi_turn.tool_config_path .multi_turn.max_tool_response_length
+    .multi_turn.interaction_config_path .agent.num_workers .engine_kwargs.vllm.swap_space .data_parallel_size
+    data.train_files .val_files .prompt_key .reward_fn_key .max_prompt_length .max_response_length .train_batch_size
+    .val_batch_size .shuffle .filter_overlong_prompts .truncation .image_key .video_key .custom_cls.path
+    .return_raw_chat .sampler.class_path .apply_chat_template_kwargs .train_max_samples .tokenizer
+    reward_model.enable .reward_manager .launch_reward_fn_async .sandbox_fusion.url
+    .reward_kwargs.overlong_buffer_cfg.enable custom_reward_function.path custom_reward_function.name
+    algorithm.gamma .lam .adv_estimator .norm_adv_by_std_in_grpo .use_kl_in_reward .kl_penalty .kl_ctrl.kl_coef
+    .kl_ctrl.type .kl_ctrl.horizon .kl_ctrl.target_kl .filter_groups.enable .filter_groups.metric
+    .rollout_correction.rollout_is .rollout_correction.rollout_is_threshold .rollout_correction.rollout_rs
+    .rollout_correction.bypass_mode .use_pf_ppo
+    trainer.total_epochs .total_training_steps .project_name .experiment_name .logger .log_val_generations
+    .rollout_data_dir .nnodes .n_gpus_per_node .save_freq .test_freq .critic_warmup .val_only .val_before_train
+    .resume_mode .resume_from_path .default_local_dir .default_hdfs_dir .max_actor_ckpt_to_keep .balance_batch
+    .ray_wait_register_center_timeout critic.model.path critic.cliprange_value ray_kwargs.ray_init.num_cpus
+    global_profiler.tool
+"""
+
+
+def test_the_common_keys_of_verl_are_pointed_to_or_said_to_be_missing() -> None:
+    section, bare = "", []
+    own = {key.name for key in every_key()}
+    for name in VERLS.split():
+        section = section if name.startswith(".") else name.rpartition(".")[0]
+        key = f"{section}{name}" if name.startswith(".") else name
+        if key not in own and not re.match(r"did you mean [a-z][\w.]*( or |\?)|there is none: ", nearest_key(key)):
+            bare.append(key)
+    assert bare == []
 
 
 def test_messages_are_kept_short_and_printable() -> None:
