@@ -3,11 +3,12 @@
 `python nursery.py FOLDER` listens at FOLDER/runs, and at FOLDER/engines by a second process for what takes vLLM, which
 is begun when somebody first asks for it. `forked.Popen` says which process is wanted and keeps the connection: it is
 told the process id, and the exit code at the end. A child that is forked has its own signals, descriptors, folder,
-environment and path, as one that is started, and ends as Python does. All end when stdin is closed.
+environment and path, as one that is started. All end when stdin is closed.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import functools
@@ -21,6 +22,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import NoReturn
@@ -149,7 +151,28 @@ def _become(order: forked.Order, sent: list[int]) -> NoReturn:
             stream.reconfigure(write_through=True)
     os.getppid = lambda: order.parent  # in whose place this server is
     os.execve = _execute
-    _run(order.module, order.arguments)
+    _end(_exit_code(order))
+
+
+def _exit_code(order: forked.Order) -> int:
+    try:
+        _run(order.module, order.arguments)
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    return 1
+
+
+def _end(code: int) -> NoReturn:
+    """Do what Python does at the end, but for freeing what was imported, of which some tell on stderr."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def _end_with_parent() -> None:
