@@ -36,6 +36,8 @@ class Scripted:
     """An engine that answers a prompt by its text."""
 
     script: Callable[[str], str]
+    seeded: dict[int, str] = field(default_factory=dict)
+    """What it answers instead to requests of these seeds."""
     weight_version: int = 0
     restarts: int = 0
     asleep: bool = False
@@ -48,7 +50,8 @@ class Scripted:
 
     def answer(self, request: Request, sampling: Sampling) -> list[Completion]:
         assert request.n == 1
-        ids = TOKENIZER(self.script(TOKENIZER.decode(request.token_ids)) + "<|im_end|>")["input_ids"]
+        said = self.seeded.get(request.seed or 0) or self.script(TOKENIZER.decode(request.token_ids))
+        ids = TOKENIZER(said + "<|im_end|>")["input_ids"]
         assert isinstance(ids, list)
         cut = ids[: sampling.max_tokens]
         logps = [-0.5 - place for place in range(len(cut))] if sampling.logprobs else None

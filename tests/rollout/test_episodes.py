@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from sapo_rl.errors import UserError
 from sapo_rl.rewards import RewardPool, Scoring, squad_f1
 from sapo_rl.rewards.runner.scoring import call_arguments
 from sapo_rl.rewards.runner.sheet import Place
-from sapo_rl.rollout.collector import Rollouts, greedy_of, sampling_of
+from sapo_rl.rollout.collector import Rollouts, greedy_of, sampling_of, seed_of
 from sapo_rl.rollout.dispatch import Session
 from sapo_rl.rollout.refill import kept, write_refilled
 from sapo_rl.types import Group, RewardStats, Scores, Stop
@@ -89,6 +90,12 @@ async def counted_later(completions, environments=None, **columns):
     return [float(environments[0].count)] * len(completions)
 
 
+def ranked(completions, environments, answer, **columns):
+    counts = [one.count for one in environments]
+    assert len(answer) == 2 and [said[1]["content"] for said in completions] == [str(count) for count in counts]
+    return [float(sum(other < count for other in counts)) for count in counts]
+
+
 def looks_too_far(environments):
     return [one.handle for one in environments]
 '''
@@ -101,10 +108,12 @@ def test_reward_functions_see_the_environments_that_were_played_where_they_ask(h
     def script(said: str) -> str:
         return "5" if "tool" in said else call_of("add", by=5)
 
-    with playing(cfg, script, states=True) as (episodes, _):
-        (group,) = episodes.write([prompt(answer="5")], step=1).groups
+    with playing(cfg, script, states=True) as (episodes, engine):
+        engine.seeded[seed_of(cfg.seed, 2, 0, 1, 1)] = call_of("add", by=7)
+        group, other = (episodes.write([prompt(answer="5")], step).groups[0] for step in (1, 2))
     assert [sample.info["state"] for sample in group.samples] == [{"count": 5, "names": ["a"], "twice": 10}] * 2
     functions = {name: RewardFunctionConfig(f"my_counter.{name}") for name in ("counted", "counted_later")}
+    functions["ranked"] = RewardFunctionConfig("my_counter.ranked", scope="group")
     with RewardPool(RewardConfig(functions=functions)) as pool:
         assert pool.sees_environments(has_environment=True)
         with pytest.raises(
@@ -112,8 +121,9 @@ def test_reward_functions_see_the_environments_that_were_played_where_they_ask(h
         ):
             pool.sees_environments(has_environment=False)
         pool.check_columns(["answer"], "the data")
-        scored = pool.submit(group).result().groups[0]
-        assert [(one.rewards["counted"], one.rewards["counted_later"]) for one in scored.samples] == [(16.0, 5.0)] * 2
+        scored, compared = (pool.submit(one).result().groups[0].samples for one in (group, other))
+        assert [(one.rewards["counted"], one.rewards["counted_later"]) for one in scored] == [(16.0, 5.0)] * 2
+        assert [one.rewards["ranked"] for one in (*scored, *compared)] == [0, 0, 0, 1]
     far = RewardPool(RewardConfig(functions={"far": RewardFunctionConfig("my_counter.looks_too_far")}))
     with far, pytest.raises(UserError, match=r"AttributeError: no 'handle' of the environment is kept"):
         far.submit(group).result()
@@ -270,6 +280,64 @@ def test_a_failed_environment_ends_the_run_or_leaves_its_group(here: Path) -> No
         assert sorted(group.prompt.index for group in finished) == [3, 4]
         with pytest.raises(UserError, match=r"^no episode is left; environment 'my_games\.Echo' failed on prompt 4"):
             episodes.write(prompts[1:], step=1).checked()
+
+
+@pytest.mark.parametrize(
+    ("does", "told"),
+    [("hang", r"took longer than 1 s \(environment\.turn_timeout\)"), ("die", r"its process ended by signal 9")],
+)
+def test_an_episode_that_hangs_or_ends_its_process_leaves_its_group_and_the_others_keep_their_numbers(
+    here: Path, does: str, told: str
+) -> None:
+    cfg = config("my_games.Echo", on_error="drop", turn_timeout=1.0)
+    cfg.rollout.group_size = 3
+
+    def played(second: str) -> tuple[list[list[tuple[Any, ...]]], Sequence[str]]:
+        """The second of three episodes of prompt 3 says something at its second turn."""
+        with playing(cfg, lambda said: f"a{len(said)}") as (episodes, engine):
+            for number, reply in enumerate(("first", "second", "third")):
+                engine.seeded[seed_of(cfg.seed, 1, 3, number, 1)] = reply
+            engine.seeded[seed_of(cfg.seed, 1, 3, 1, 2)] = second
+            result = episodes.write([prompt(3), prompt(4)], step=1).checked()
+        return [
+            [(one.rows, one.turns, one.stop, one.text, one.rewards, one.info["rewards"]) for one in group.samples]
+            for group in result.groups
+        ], result.dropped
+
+    (first, second), dropped = played("well")
+    assert (len(first), len(second), dropped) == (3, 3, [])
+    assert [sample[3].split()[1] for sample in first] == ["first", "second", "third"]
+    (left, others), (cause,) = played(f"do {does}")
+    assert left == [first[0], first[2]] and others == second
+    assert re.match(rf"environment 'my_games\.Echo' failed on prompt 3: {told}", cause)
+    assert [file for file in here.glob("worker.*") if psutil.pid_exists(int(file.suffix[1:]))] == []
+
+
+def test_an_episode_has_the_versions_of_the_weights_of_its_first_turn_and_its_last(here: Path) -> None:
+    with playing(config("my_games.Echo"), lambda said: "a") as (episodes, engine):
+
+        def versions(script: Callable[[str], str]) -> tuple[int, int]:
+            engine.script, engine.weight_version = script, 5
+            (group,) = episodes.write([prompt()], step=1, n=1).groups
+            (row,) = group.samples[0].rows
+            assert len(group.samples[0].turns) == 3 and row.rollout_logps is not None
+            return group.samples[0].versions
+
+        def comes_in_the_turn(*turns: int) -> Callable[[str], str]:
+            def script(said: str) -> str:
+                engine.weight_version += said.count(ASSISTANT) in turns
+                return "a"
+
+            return script
+
+        found = [versions(comes_in_the_turn(*turns)) for turns in ((), (2,), (3,), (1, 2, 3))]
+        assert found == [(5, 5), (5, 6), (5, 6), (5, 8)]
+
+        def dies_before(said: str) -> str:
+            engine.weight_version += "died" not in {file.name for file in here.iterdir()}
+            return "do die_once"
+
+        assert versions(dies_before) == (6, 6)  # what was lost with the process is not the episode's
 
 
 def test_a_group_that_is_lost_is_replaced_and_so_is_one_that_replaces_it(here: Path) -> None:
