@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import forked
@@ -11,18 +13,23 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from accelerate import Accelerator
 from command import records, steps_of, timeless
 from games import MODULE
-from inside import sapo_train
+from inside import kept_apart, sapo_train
 from tiny import PLAIN, engine_settings, logps_of, make_tokenizer, make_workspace
 from transformers import AutoModelForCausalLM
 
-from sapo_rl.config import Config, EnvironmentConfig, RewardFunctionConfig
+from sapo_rl.config import Config, EnvironmentConfig, LaunchConfig, RewardFunctionConfig
 from sapo_rl.engines.process import LocalEngine
 from sapo_rl.environments.runner.pool import pools_of
+from sapo_rl.policy.model import load_policy
+from sapo_rl.policy.trainer import PolicyTrainer
 from sapo_rl.rollout.collector import Rollouts
 from sapo_rl.rollout.episodes import Episodes
-from sapo_rl.types import Prompt
+from sapo_rl.run import eval as eval_command
+from sapo_rl.run import launch, start
+from sapo_rl.types import Group, Prompt
 
 pytestmark = pytest.mark.e2e
 
@@ -72,7 +79,7 @@ def test_a_game_is_trained_on_by_one_command(guessing: Path) -> None:
         assert 0 < record["episode/masked_fraction"] < 1
         assert record["stop/turns"] == 1 and record["stop/length"] == record["episode/dropped"] == 0
         assert record["episode/forks"] == 0
-        assert record["time/environment"] > 0
+        assert record["time/environment"] > 0 and 0 < record["rollout/prefix_hit"] < 1
         assert record["rewards/environment/mean"] is not None and record["rewards/said/mean"] == 1
         assert record["completions/mean_length"] < record["episode/length"] <= 200
     evaluations = [record for record in records(guessing) if "eval/reward" in record]
@@ -110,6 +117,27 @@ def test_the_same_run_begun_again_and_resumed_plays_the_same_episodes(guessing: 
     assert code == 0, out + err
     ours, theirs = ([one for one in timeless(run) if "warning" not in one] for run in (half, guessing))
     assert ours == theirs
+
+
+def test_sapo_eval_plays_the_games_of_a_runs_evaluation(
+    guessing: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another engine: greedy replies are the same."""
+
+    def forks(settings: LaunchConfig, begun: start.Start, lock: int) -> None:
+        assert forked.Popen(launch.command(settings, begun.folder)).wait(300) == 0
+
+    monkeypatch.chdir(workspace)
+    monkeypatch.setattr(start, "_spawn", forks)
+    with kept_apart():
+        eval_command.main([f"model={guessing / 'checkpoints'}", "run_dir=measured", PLAIN])
+    results = json.loads((workspace / "measured/results.json").read_text())["models"]
+    _, *expected = [record for record in records(guessing) if "eval/reward" in record]
+    assert [one["step"] for one in results] == [record["step"] for record in expected] == [1, 2]
+    for one, record in zip(results, expected, strict=True):
+        found = one["sets"]["default"]["metrics"]
+        assert found == {name: value for name, value in record.items() if name.startswith("eval/")}
+        assert found["eval/rewards/odd"] > 0
 
 
 def test_a_class_of_trls_shape_a_game_an_agent_and_a_tool_train_beside_each_other_with_overlap(workspace: Path) -> None:
@@ -210,3 +238,20 @@ def test_the_trainers_log_probabilities_are_vllms_over_turns_with_tools(
             mine = [logp for start, end in row.loss_mask for logp in logps[start:end]]
             differences += [abs(a - b) for a, b in zip(mine, row.rollout_logps, strict=True)]
     assert statistics.fmean(differences) <= 1e-5, max(differences)
+    packed = scored_by_the_trainer(cfg, tiny_model, [group, by_agent])
+    assert len(packed) == len(differences) and statistics.fmean(packed) <= 1e-5, max(packed)
+
+
+def scored_by_the_trainer(cfg: Config, model: Path, groups: list[Group]) -> list[float]:
+    """What the log-probabilities of a first update differ by from vLLM's, of each trained token."""
+    cfg.model.path, cfg.model.dtype, cfg.logging.tokens = str(model), "float32", True
+    cfg.trainer.steps = cfg.trainer.updates_per_rollout = 1
+    for group in groups:
+        group.samples[:] = [replace(sample, advantage=1.0) for sample in group.samples]
+    trainer = PolicyTrainer(load_policy(cfg.model), None, cfg, Accelerator(cpu=True))
+    trainer.train_on(groups, contextlib.nullcontext)
+    differences = []
+    for values in trainer.tokens:
+        written = [logp for row in values.rows for logp in row.rollout_logps or []]
+        differences += [abs(a - b) for a, b in zip(values.columns["logps"].tolist(), written, strict=True)]
+    return differences
