@@ -121,7 +121,7 @@ def _check_columns(config: Config, own: dict[str, dict[str, Any]], sets: dict[st
     for name in config.played:
         with reading("environment"):
             environments = EnvironmentPool(config, name, workers=1)
-            asyncio.run(_open(environments))
+            asyncio.run(environments.look())
             for source, columns in own.items():
                 environments.check_columns(columns, source)
             for each, columns in sets.items():
@@ -145,14 +145,6 @@ def _times(settings: EvalSampling) -> str:
     """How often each prompt of a set is answered, in words."""
     greedy, sampled = ["greedily"] * settings.greedy, [f"{settings.samples} samples"] * bool(settings.samples)
     return " and ".join(greedy + sampled)
-
-
-async def _open(environments: EnvironmentPool) -> None:
-    """Have the environment imported and looked at."""
-    try:
-        await environments.open()
-    finally:
-        await environments.close()
 
 
 def _look_at(config: Config, train: Rows, held_out: Rows) -> tuple[dict[str, str], list[str]]:

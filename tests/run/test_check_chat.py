@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from environments.chats import FORMATS, tokenizer_of
+from games import MODULE
 from inside import sapo_train
 from tiny import make_stand_in, make_tokenizer
 
@@ -29,6 +30,14 @@ def check_chat(folder: Path, name: str, *arguments: str) -> tuple[int, list[str]
 @pytest.fixture(autouse=True)
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "240")
+
+
+@pytest.fixture
+def games(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of a user's in the current folder, with tools and environments."""
+    (tmp_path / "games_to_call.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
 
 
 HOLDS = "what is sent begins with all that came before, at each turn"
@@ -82,6 +91,38 @@ def test_every_stretch_of_tokens_is_shown_with_whether_it_is_trained_on(tmp_path
     assert f"model {length} yes {said}" in shown
     result = r"\n<|im_start|>user\n<tool_response>\n5\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     assert any(line.startswith("tool ") and line.endswith(f"no {result}") for line in shown), shown
+
+
+def test_the_tools_and_the_system_prompt_of_the_config_are_shown(tmp_path: Path, games: None) -> None:
+    own = ("tools=[games_to_call.double]", "data.system_prompt=Use double.", "environment.max_tokens=64")
+    code, shown, told = check_chat(tmp_path / "model", "qwen2_5", *own)
+    assert (code, told) == (0, "")
+    whole = "".join(shown)
+    assert "three turns with the config's tools" in whole and "add_numbers" not in whole
+    assert "Use double." in whole and '"name": "double", "description": "Double a number."' in whole
+    called = r'<tool_call>\n{"name": "double", "arguments": {"number": 2}}\n</tool_call><|im_end|>'
+    assert any(line.startswith("model ") and line.endswith(f" yes {called}") for line in shown), shown
+    _, shown, _ = check_chat(tmp_path / "plain", "tiny", *own)  # its name in the system prompt describes no tool
+    assert "tools not described by the template: do it in data.system_prompt" in shown
+
+
+def test_each_environment_with_tools_has_a_conversation_of_its_own(tmp_path: Path, games: None) -> None:
+    own = (
+        "+environments.sums.name=calculator",
+        "+environments.game.name=guess",
+        "+environments.late.name=games_to_call.Shelf",
+    )
+    code, shown, told = check_chat(tmp_path / "model", "qwen2_5", *own)
+    assert (code, told) == (0, "")
+    assert [line for line in shown if line.startswith("a conversation")] == [
+        "a conversation of three turns with the tools of environments.sums",
+        "a conversation of three turns with the tools of environments.late",
+    ]
+
+
+def test_tools_that_cannot_be_described_are_refused(tmp_path: Path) -> None:
+    code, _, told = check_chat(tmp_path / "model", "qwen2_5", "tools=[json.dumps]")
+    assert code == 2 and "tools: dumps: its arguments must have names" in told and "Traceback" not in told
 
 
 def test_an_empty_thought_in_the_prompt_that_the_history_lacks_forks(tmp_path: Path) -> None:

@@ -92,6 +92,13 @@ class EnvironmentPool:
         if not hello["rewards"] and not self._functions:
             raise UserError(f"{self.named} gives no reward; name one, e.g. with reward=numeric")
 
+    async def look(self) -> None:
+        """Open and close, so that what the environment is like is known. Raises UserError as `open` does."""
+        try:
+            await self.open()
+        finally:
+            await self.close()
+
     def check_columns(self, row: Mapping[str, Any], source: str) -> None:
         """Refuse a row with which no episode can begin; all have its columns.
 
