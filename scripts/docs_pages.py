@@ -17,7 +17,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from sapo_rl.run import cli, eval, keys, other_names
+from sapo_rl.losses import explain as gate
+from sapo_rl.run import cli, eval, export, keys, other_names, serve
+from sapo_rl.telemetry.report import cli as report
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^):#\s]+)[^)]*\)")
@@ -75,8 +77,17 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def command_line_page() -> str:
-    """Return the page with the usage of the commands."""
-    return "# Command line\n" + "".join(f"\n```text\n{usage.strip()}\n```\n" for usage in (cli.USAGE, eval.USAGE))
+    """Return the page with the usage of every command."""
+    usages = {
+        "sapo-train": cli.usage(),
+        "sapo-eval": eval.usage(),
+        "sapo-serve": serve.parser().format_help(),
+        "sapo-export": export.parser().format_help(),
+        "sapo-report": report.parser().format_help(),
+        "sapo-explain": gate.USAGE,
+    }
+    parts = [f"\n## {name}\n\n```text\n{usage.strip()}\n```\n" for name, usage in usages.items()]
+    return "# Command line\n" + "".join(parts)
 
 
 def keys_page() -> str:

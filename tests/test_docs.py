@@ -149,6 +149,16 @@ def test_the_site_is_built_without_a_broken_link(site: Path) -> None:
     names = (site / "howto/from_openrlhf/index.html").read_text(encoding="utf-8")
     assert "<code>rollout_batch_size</code>" in names and "names: openrlhf" not in names
     assert 'id="sapo_rl.run.api.train"' in (site / "reference/python/index.html").read_text(encoding="utf-8")
+    commands = (site / "reference/command_line/index.html").read_text(encoding="utf-8")
+    for command, part in (
+        ("sapo-train", "check=machine"),
+        ("sapo-eval", "aime2025"),
+        ("sapo-serve", "--gpu-memory"),
+        ("sapo-export", "--push"),
+        ("sapo-report", "--watch"),
+        ("sapo-explain", "[tau_neg=1.05]"),
+    ):
+        assert f'id="{command}"' in commands and part in commands
     outside = re.compile(r"<(?:script|link|img)[^>]+(?:src|href)=\"https?://")
     assert not [page for page in site.rglob("*.html") if outside.search(page.read_text(encoding="utf-8"))]
 

@@ -18,7 +18,10 @@ from sapo_rl.losses.gates import GATES, find_gate, gate_value, gate_weight, half
 from sapo_rl.losses.grpo import clipped_token_losses
 from sapo_rl.losses.sapo import check_sides, check_temperatures, sapo_token_losses
 
-USAGE = "usage: sapo-explain tau_pos=1 tau_neg=1.05 gate=sigmoid sides=both out=gate.png"
+USAGE = """\
+usage: sapo-explain [tau_pos=1] [tau_neg=1.05] [gate=sigmoid] [sides=both] [clip_low=0.2] [clip_high=0.2] [out=gate.png]
+
+Draw SAPO's gate beside GRPO's clip range, and say where its gradient fades."""
 OTHERS = (
     "loss: SAPO is drawn beside GRPO's clip; most other losses weight a token by more than its ratio: by its "
     "probability (DPPO), its sequence (GSPO, GMPO, VESPO, CPPO) or the batch (M2PO)"
@@ -159,8 +162,12 @@ def _dress(axes: Any, settings: Settings, title: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report and write the picture of what the command line says; return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & {*arguments}:
+        print(USAGE)
+        return 0
     try:
-        settings = parse(sys.argv[1:] if argv is None else argv)
+        settings = parse(arguments)
     except ValueError as mistake:
         print(f"{mistake}\n{USAGE}", file=sys.stderr)
         return 2

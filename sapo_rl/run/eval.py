@@ -69,11 +69,16 @@ class Plan:
     """The models as JSON, each with its whole section `model`."""
 
 
+def usage() -> str:
+    """Return the usage, and the names of the shipped sets."""
+    return USAGE + ", ".join(eval_sets.shipped_names())
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Do what the arguments say. Exit code 2 means: correct your input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(USAGE + ", ".join(eval_sets.shipped_names()))
+        print(usage())
         return
     os.environ[PROGRAM] = "sapo-eval"
     try:

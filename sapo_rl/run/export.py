@@ -38,19 +38,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the arguments of sapo-export."""
+    found = argparse.ArgumentParser("sapo-export", description=DESCRIPTION, allow_abbrev=False)
+    found.add_argument("model", help="a run, or a checkpoint of one")
+    found.add_argument("--out", metavar="FOLDER", help="new or empty (default: exports/NAME)")
+    found.add_argument("--push", metavar="USER/NAME", help="send it to the hub, too")
+    found.add_argument("--private", action="store_true", help="to a repository that others do not see")
+    return found
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options of a command line. Raises UserError for what cannot be."""
-    parser = argparse.ArgumentParser("sapo-export", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("model", help="a run, or a checkpoint of one")
-    parser.add_argument("--out", metavar="FOLDER", help="new or empty (default: exports/NAME)")
-    parser.add_argument("--push", metavar="USER/NAME", help="send it to the hub, too")
-    parser.add_argument("--private", action="store_true", help="to a repository that others do not see")
 
     def refuse(message: str) -> NoReturn:
         raise UserError(message)
 
-    parser.error = refuse
-    return parser.parse_args(argv)
+    reader = parser()
+    reader.error = refuse
+    return reader.parse_args(argv)
 
 
 def export(subject: Subject, folder: Path) -> Path:

@@ -59,23 +59,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.execve(sys.executable, [sys.executable, "-m", "sapo_rl.engines.vllm.serve", *flags], environment)
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the arguments of sapo-serve."""
+    found = argparse.ArgumentParser("sapo-serve", description=DESCRIPTION, allow_abbrev=False)
+    found.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    found.add_argument("--port", type=_port, default=8000)
+    found.add_argument("--gpu-memory", type=_share, default=0.9, metavar="SHARE", help="share of each GPU's memory")
+    found.add_argument("overrides", nargs="*", metavar="config=NAME key=value", help="as for sapo-train")
+    return found
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options and the overrides of a command line.
 
     Raises:
         UserError: an unknown option, or a value that cannot be.
     """
-    parser = argparse.ArgumentParser("sapo-serve", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=_port, default=8000)
-    parser.add_argument("--gpu-memory", type=_share, default=0.9, metavar="SHARE", help="share of each GPU's memory")
-    parser.add_argument("overrides", nargs="*", metavar="config=NAME key=value", help="as for sapo-train")
 
     def refuse(message: str) -> NoReturn:
         raise UserError(message)
 
-    parser.error = refuse
-    return parser.parse_intermixed_args(argv)
+    reader = parser()
+    reader.error = refuse
+    return reader.parse_intermixed_args(argv)
 
 
 def _port(text: str) -> int:

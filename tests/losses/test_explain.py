@@ -61,3 +61,11 @@ def test_a_picture_that_cannot_be_written_is_named(
     assert main([f"out={tmp_path / out}"]) == 2
     (told,) = capsys.readouterr().err.splitlines()
     assert told.startswith(f"out: '{tmp_path / out}' cannot be written: ")
+
+
+def test_help_is_printed_and_nothing_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--help"]) == 0
+    assert "[tau_neg=1.05]" in capsys.readouterr().out and not list(tmp_path.iterdir())

@@ -28,10 +28,10 @@ WATCH = 10.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Show the runs named on the command line; return 2 for a mistake in it."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    reader = parser()
+    arguments = reader.parse_args(argv)
     if not arguments.runs and not arguments.wandb:
-        parser.error("the following arguments are required: RUN_DIR")
+        reader.error("the following arguments are required: RUN_DIR")
     streams.prepare()
     out: Path | None = arguments.out
     watch: float | None = arguments.watch
@@ -59,21 +59,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("sapo-report", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN_DIR")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the arguments of sapo-report."""
+    found = argparse.ArgumentParser("sapo-report", description=(__doc__ or "").partition("\n")[0])
+    found.add_argument("runs", nargs="*", type=Path, metavar="RUN_DIR")
+    found.add_argument(
         "--wandb",
         metavar="[ENTITY/]PROJECT",
         help="save a dashboard in this project of Weights & Biases (pip install 'sapo-train[dashboard]')",
     )
-    parser.add_argument(
+    found.add_argument(
         "--out",
         type=Path,
         help=f"the page, or the picture where it does not end in {PAGE}; default: report{PAGE} in the run's folder, "
         "of several runs in this folder",
     )
-    parser.add_argument(
+    found.add_argument(
         "--watch",
         nargs="?",
         type=_seconds,
@@ -81,13 +82,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help=f"write the page anew while the runs go on, every {WATCH:g} seconds by default; an open one follows",
     )
-    parser.add_argument(
+    found.add_argument(
         "--megabytes",
         type=_megabytes,
         default=page.MEGABYTES,
         help="of completions in the page, about, at most (default: %(default)g); of more, steps are left out, evenly",
     )
-    return parser
+    return found
 
 
 def _seconds(text: str) -> float:
