@@ -76,6 +76,8 @@ class Episode:
     ) -> None:
         self._setting, self._prompt, self._sampling, self._urgent = setting, prompt, sampling, urgent
         self._seed = (setting.config.seed, step, prompt.index)
+        # All episodes of a group face one task, and so do all evaluations of a prompt, whose steps are below 1.
+        self._task = seed_of(setting.config.seed, max(0, step), prompt.index)
         self._number = number
         self.course = Course()
 
@@ -128,7 +130,7 @@ class Episode:
     async def _begin(self, seat: Seat) -> Conversation:
         setting, content = self._setting, self._prompt.content
         row = self._prompt.columns | {"prompt": content}
-        opening = await seat.reset(row, seed_of(*self._seed))  # the same task for all episodes of a group
+        opening = await seat.reset(row, self._task)
         messages = opened(content, setting.config.data.system_prompt, opening)
         token_ids = setting.template.start(messages)
         if len(token_ids) > (most := setting.config.max_prompt_tokens):

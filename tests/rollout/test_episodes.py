@@ -385,7 +385,7 @@ def test_processes_that_something_else_ends_again_and_again_fail_the_episode(her
         play(cfg, script, prompt())
 
 
-def test_the_same_run_plays_the_same_episodes_and_a_group_has_one_task(here: Path) -> None:
+def test_the_same_run_plays_the_same_episodes_and_a_group_has_one_task_and_so_have_evaluations(here: Path) -> None:
     def seeds(cfg: Config) -> tuple[list[int | None], list[int]]:
         with playing(cfg, lambda said: "a") as (episodes, engine):
             groups = episodes.write([prompt(0), prompt(1)], step=1).groups
@@ -399,6 +399,10 @@ def test_the_same_run_plays_the_same_episodes_and_a_group_has_one_task(here: Pat
     assert drawn[0] == drawn[1] != drawn[2] == drawn[3]
     cfg.reproducible = False
     assert set(seeds(cfg)[0]) == {None}
+    with playing(cfg, lambda said: "a") as (episodes, _):
+        evaluated = (episodes.write([prompt(0)], -step, n=1).groups[0].samples[0] for step in (0, 1, 8))
+        tasks = {sample.info["told"]["drawn"] for sample in evaluated}
+    assert len(tasks) == 1 and drawn[0] not in tasks  # what is held out stays the same, whatever is trained on
 
 
 def test_greedy_episodes_take_the_likeliest_replies_and_go_before_others(

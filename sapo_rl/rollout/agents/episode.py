@@ -11,7 +11,6 @@ from sapo_rl.environments.runner.pool import Seat
 from sapo_rl.environments.runner.process import EnvironmentFailed
 from sapo_rl.rollout.agents.server import AgentServer
 from sapo_rl.rollout.agents.talk import Talk, Templates
-from sapo_rl.rollout.collector import seed_of
 from sapo_rl.rollout.dispatch import Session
 from sapo_rl.rollout.episode import Course, Episode, Setting, transcript
 from sapo_rl.types import Prompt, Sample, Stop
@@ -62,7 +61,7 @@ class AgentEpisode(Episode):
 
     async def _run(self, seat: Seat, talk: Talk, key: str) -> float:
         row: dict[str, Any] = self._prompt.columns | {"prompt": self._prompt.content}
-        running = asyncio.ensure_future(seat.run(row, seed_of(*self._seed), self._server.url, key))
+        running = asyncio.ensure_future(seat.run(row, self._task, self._server.url, key))
         try:
             await asyncio.wait((running, talk.broken), return_when=asyncio.FIRST_COMPLETED)
             if talk.broken.done():
