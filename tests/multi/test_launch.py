@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, TypeAlias
 
 import forked
 import psutil
+import pyarrow.parquet as pq
 import pytest
 from command import finish, folders, run, start, steps_of, wait_for_step
 from tiny import PLAIN, make_workspace
@@ -29,12 +31,24 @@ from sapo_rl.run.compose import loads
 SHORT = ("eval.prompts=0", "logging.wandb=off", "checkpoint.save_final=false")
 Machine: TypeAlias = Callable[..., "subprocess.Popen[str]"]
 TWO = ("launch=ddp", "launch.num_processes=2")
+GAME = (
+    "environment.name=guess",
+    "environment.workers=1",
+    "environment.max_turns=2",
+    "environment.max_tokens=100",
+    "reward.functions.odd.function=my_rewards.odd_said",
+)
+"""Has a run play episodes."""
+REWARDS = """
+def odd_said(completions, **columns):
+    return [sum(ord(c) % 2 for one in messages for c in one["content"]) / 100 for messages in completions]
+"""
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     return make_workspace(
-        tmp_path_factory.mktemp("workspace"), tiny_model, trainer={"steps": 500}, checkpoint={"every": 2}
+        tmp_path_factory.mktemp("workspace"), tiny_model, REWARDS, trainer={"steps": 500}, checkpoint={"every": 2}
     )
 
 
@@ -45,9 +59,9 @@ def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def interrupted(workspace: Path) -> SimpleNamespace:
-    """Two ranks on one machine, stopped by SIGHUP to their launcher after eight steps at least."""
+    """Two ranks on one machine that play episodes, stopped by SIGHUP to their launcher after eight steps at least."""
     before = folders(workspace)
-    process = start(workspace, "config=tiny.yaml", *TWO, *SHORT, PLAIN)
+    process = start(workspace, "config=tiny.yaml", *TWO, *SHORT, *GAME, PLAIN)
     folder = wait_for_step(process, workspace, before, 8)
     ranks = ranks_of(process)
     everything = psutil.Process(process.pid).children(recursive=True)
@@ -78,6 +92,19 @@ def test_stop_saves_once_for_all_ranks_and_exits_with_130(interrupted: SimpleNam
     assert (interrupted.folder / "checkpoints" / f"step_{last:06d}").is_dir()
     assert json.loads((interrupted.folder / "environment.json").read_text())["device"]["processes"] == 2
     assert not any(rank.is_running() for rank in interrupted.ranks)
+
+
+@pytest.mark.multi
+def test_each_rank_plays_its_share_of_the_episodes_in_a_process_of_its_own(interrupted: SimpleNamespace) -> None:
+    for record in steps_of(interrupted.folder):
+        assert record["episode/turns/max"] == 2 and record["episode/dropped"] == 0
+        assert record["stop/turns"] + record["stop/environment"] == 1  # it may hit
+        assert record["policy/grad_norm"] > 0 and 0 < record["episode/masked_fraction"] < 1
+    table = pq.read_table(interrupted.folder / "completions/step_00001.parquet").to_pydict()
+    assert sorted(Counter(table["prompt_index"]).values()) == [4] * 4 and set(table["turns"]) <= {1, 2}
+    assert {f"environments_rank{rank}.log" for rank in (0, 1)} <= {
+        path.name for path in (interrupted.folder / "logs").iterdir()
+    }
 
 
 def left_in_shared_memory() -> set[str]:
@@ -187,8 +214,8 @@ def test_two_machines_equal_two_ranks_through_a_death_and_a_resume(
     first, second = machines
     before = folders(workspace)
     options = ("launch=multinode", "launch.num_processes=2", "launch.main_process_ip=10.77.0.1", "launch.timeout=30")
-    other = second("config=tiny.yaml", *options, "launch.machine_rank=1", *SHORT, PLAIN)
-    main = first("config=tiny.yaml", *options, *SHORT, PLAIN)
+    other = second("config=tiny.yaml", *options, "launch.machine_rank=1", *SHORT, *GAME, PLAIN)
+    main = first("config=tiny.yaml", *options, *SHORT, *GAME, PLAIN)
     folder = wait_for_step(main, workspace, before, 3)
     for process in [*psutil.Process(other.pid).children(recursive=True), psutil.Process(other.pid)]:
         process.kill()
@@ -202,7 +229,9 @@ def test_two_machines_equal_two_ranks_through_a_death_and_a_resume(
     code, out, err = finish(first(*again))
     assert (code, finish(other)[0]) == (0, 0), out + err
     assert folders(workspace) - before == {folder}
-    assert {path.name for path in (folder / "logs").iterdir()} == {"rewards_rank0.log", "rewards_rank1.log"}
+    assert {path.name for path in (folder / "logs").iterdir()} == {
+        f"{kind}_rank{rank}.log" for kind in ("rewards", "environments") for rank in (0, 1)
+    }
     assert [record["step"] for record in steps_of(folder)] == [1, 2, 3, 4, 5, 6, 7, 8]
     for ours, theirs in zip(steps_of(folder), steps_of(interrupted.folder), strict=False):
         for name in ("policy/loss", "policy/grad_norm", "reward/mean", "policy/entropy"):
