@@ -74,9 +74,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     process.wait(60)
 
 
-def test_a_loss_of_ones_own_trains(server: Server, tmp_path: Path) -> None:
-    run = server.run(tmp_path / "own_loss", "config=tapered.yaml")
+def test_a_loss_of_ones_own_trains_and_the_server_writes_the_turns_of_a_game(server: Server, tmp_path: Path) -> None:
+    game = ("environment={name: guess, workers: 1}", "environment.max_turns=2", "environment.max_tokens=100")
+    all_count = ("rollout.logprobs=true", "advantage.skip_zero_spread=false")
+    run = server.run(tmp_path / "own_loss", "config=tapered.yaml", *game, *all_count)
     assert [one["step"] for one in steps_of(run)] == [1, 2]
+    for one in steps_of(run):
+        assert one["episode/turns/max"] == 2 and one["stop/turns"] + one["stop/environment"] == 1
+        assert 0 < one["episode/masked_fraction"] < 1
+        assert abs(one["mismatch/kl_k1"]) < 1e-5  # what a turn begins with is what the server was sent
     assert "my_losses.Tapered" in (run / "config.yaml").read_text()
 
 
