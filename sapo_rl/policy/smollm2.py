@@ -7,6 +7,7 @@ What the conversion could lose is checked: the end of a turn, and a reply to a q
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -53,6 +54,14 @@ def convert(gguf: Path, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
+def _read_once() -> None:
+    """Keep what transformers would read of the file three times, and make of it once for each of its weights."""
+    import gguf
+
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        setattr(gguf, name, functools.cache(getattr(gguf, name)))
+
+
 def check_end(tokenizer: PreTrainedTokenizerBase, ends: object) -> None:
     """Compare the token that ends a sequence with the one that ends a turn in the chat template.
 
@@ -95,6 +104,7 @@ def main(gguf: Path, out: Path) -> None:
     # All of it is local: no look-up on the hub, no telemetry.
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1")
     os.environ.update(TQDM_DISABLE="1", TRANSFORMERS_VERBOSITY="error")
+    _read_once()
     convert(gguf, out)
     try:
         verify(out)
