@@ -28,8 +28,8 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # the same of `nohup`
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-LONGEST = ("test_kill", "test_run", "test_servers", "test_engine", "test_lora", "test_episodes")
-"""Modules of e2e that take minutes: begun first, so that no worker is left alone with one at the end."""
+LONGEST = ("run", "servers", "kill", "lora", "evaluation", "episodes", "engine", "ranks", "examples")
+"""Modules of e2e and multi that take minutes: begun first, so that no worker is left alone with one at the end."""
 
 
 @functools.cache
@@ -46,7 +46,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def place(item: pytest.Item) -> tuple[bool, int]:
         slow = any(item.get_closest_marker(name) for name in ("e2e", "multi", "gpu"))
-        return slow, LONGEST.index(item.path.stem) if slow and item.path.stem in LONGEST else len(LONGEST)
+        name = item.path.stem.removeprefix("test_")
+        return slow, LONGEST.index(name) if slow and name in LONGEST else len(LONGEST)
 
     items.sort(key=place)
     for item in items:
