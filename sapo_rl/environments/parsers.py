@@ -49,11 +49,12 @@ class Malformed(Exception):
 
 
 _SHAPE = 'must be a JSON object with "name", a text, and "arguments", an object'
-_FENCE = re.compile(r"```(?:\w+)?[ \t]*\n?(.*?)```", re.DOTALL)
+# Nothing is tried twice (`*+`, `(?>`): what a model repeats a thousand times must not take the square of that.
+_FENCE = re.compile(r"```\w*+[ \t]*+\n?+(.*?)```", re.DOTALL)
 _HALF = re.compile("[\ud800-\udfff]")
 _ENDS = re.compile(r"<\|(?:end|call|return)\|>")
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
-_ARGUMENT = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+_ARGUMENT = re.compile(r"<arg_key>(?>(.*?)</arg_key>)\s*+<arg_value>(?>(.*?)</arg_value>)\s*+", re.DOTALL)
 _NAMED_FENCE = re.compile(r"\s*(\S+)\s*```(?:json)?\s(.*?)```\s*", re.DOTALL)
 _TOOL_CODE = re.compile(r"```tool_code[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _GEMMA_CALL = re.compile(r"\s*call:([\w.-]+)\s*(\{.*\})\s*", re.DOTALL)
@@ -109,7 +110,8 @@ def _function(written: str) -> list[Call]:
     name = re.match(r"\s*<function=([^>\n]+)>", written)
     if not name or "</function>" not in written:
         raise Malformed("the call of a tool must be <function=NAME> ... </function> with a <parameter=NAME> each")
-    return [Call(name[1], dict(_PARAMETER.findall(written)))]
+    closed = written[: written.rfind("</parameter>") + len("</parameter>")]  # what opens later has no end to look for
+    return [Call(name[1], dict(_PARAMETER.findall(closed)))]
 
 
 def _glm(text: str) -> Parsed:
@@ -118,10 +120,13 @@ def _glm(text: str) -> Parsed:
 
 
 def _glm_call(written: str) -> list[Call]:
-    name = _ARGUMENT.sub("", written).strip()
-    if not re.fullmatch(r"[^\s<>{}]+", name):
+    name = written.partition("<arg_key>")[0]
+    end, arguments = len(name), dict[str, Any]()
+    while found := _ARGUMENT.match(written, end):
+        arguments[found[1].strip()], end = found[2], found.end()
+    if end < len(written) or not re.fullmatch(r"[^\s<>{}]+", name.strip()):
         raise Malformed("the call of a tool must be NAME, with <arg_key>KEY</arg_key><arg_value>VALUE</arg_value> each")
-    return [Call(name, {key.strip(): value for key, value in _ARGUMENT.findall(written)})]
+    return [Call(name.strip(), arguments)]
 
 
 def _typed(call: Call, tools: Sequence[dict[str, Any]]) -> Call:

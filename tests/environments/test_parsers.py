@@ -169,6 +169,43 @@ def test_without_tools_nothing_is_a_call(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>f" + "<arg_key>" * 50_000,
+        "<tool_call>f" + "<arg_key>a</arg_key>" * 50_000,
+        "<tool_call>f" + "<arg_key>a</arg_key><arg_value>" * 30_000,
+        "<tool_call>f" + " " * 200_000 + "x",
+        "<tool_call>f" + "<arg_key>a</arg_key><arg_value>1</arg_value>" * 20_000,
+        "<tool_call><function=f>" + "<parameter=a>" * 50_000 + "</function>",
+        "```" + "a" * 100_000 + " " * 100_000,
+        "```tool_code" + " " * 100_000,
+        "<|tool_call>call:f{" + "} " * 100_000,
+        "<|channel>" * 50_000,
+    ],
+    ids=["keys", "no values", "values", "spaces", "pairs", "parameters", "fence", "tool_code", "braces", "channels"],
+)
+@pytest.mark.parametrize("parser", PARSERS)
+def test_a_reply_that_repeats_itself_is_read_in_time_that_grows_with_its_length(parser: str, text: str) -> None:
+    assert parse(PARSERS[parser], text).content is not None  # minutes where the time grows with the square
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "f<arg_key>a</arg_key>",
+        "f<arg_key>a</arg_key>words<arg_value>1</arg_value>",
+        "f<arg_key>a</arg_key><arg_value>1</arg_value>words<arg_key>b</arg_key><arg_value>1</arg_value>",
+        "f<arg_key>a</arg_key><arg_value>1",
+    ],
+)
+def test_a_call_of_glm_with_words_between_or_no_end_is_told_to_the_model(written: str) -> None:
+    text = f"<tool_call>{written}</tool_call>"
+    found = parse(PARSERS["glm45"], text)
+    assert (found.content, found.calls) == (text, [])
+    assert "<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>" in found.problem
+
+
+@pytest.mark.parametrize(
     ("name", "parser"),
     [
         ("tiny", "json"),
