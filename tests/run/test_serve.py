@@ -15,6 +15,7 @@ import pytest
 from command import free_port
 from tiny import engine_settings
 
+from sapo_rl.config import Config, ModelConfig
 from sapo_rl.run import serve
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +65,13 @@ def test_the_trainers_launch_is_none_of_the_servers(tiny_model: Path, monkeypatc
         serve.main(["config=quickstart", f"model.path={tiny_model}", "data.max_prompt_tokens=64", *launch])
     assert started[0] == started[1]
     assert "--model" in started[0]
+
+
+def test_a_server_of_episodes_has_the_graphs_of_the_trainers_own_engines(tiny_model: Path) -> None:
+    config = Config(model=ModelConfig(path=str(tiny_model)))
+    assert not serve.engine_settings(config, OPTIONS).has_episodes
+    config.environment.name = "guess"
+    assert serve.engine_settings(config, OPTIONS).has_episodes
 
 
 @pytest.mark.parametrize(
