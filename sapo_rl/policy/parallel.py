@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin, broadcast_object_list
+from accelerate.utils import FullyShardedDataParallelPlugin, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -144,7 +144,8 @@ class FullySharded(Parallel):
             raise UserError("the launch profile asks for FSDP version 1; set fsdp_version: 2")
         if _is_true("FSDP_OFFLOAD_PARAMS"):
             raise UserError("the launch profile asks for fsdp_offload_params, which is not supported")
-        self._keeps = not plugin.reshard_after_forward or _is_small(self.policy, self._accelerator.device)
+        keeps = not plugin.reshard_after_forward or _is_small(self.policy, self._accelerator.device)
+        self._keeps = all(gather_object([keeps]))  # GPUs may differ, but ranks must meet at the same places
         sharded: Any = self._shard(self.policy, self._keeps)
         sharded.set_reshard_after_backward(not self._keeps)
         return sharded, self._make_optimizer()

@@ -30,7 +30,7 @@ from tiny import small_llama
 
 from sapo_rl.config import Config, LoraConfig, ModelConfig, RolloutConfig, TrainerConfig
 from sapo_rl.config.loss import LossConfig
-from sapo_rl.policy import checkpoint
+from sapo_rl.policy import checkpoint, parallel
 from sapo_rl.policy.lora import LoraPolicy
 from sapo_rl.policy.model import DTYPES, Policy, load_policy
 from sapo_rl.policy.parallel import loads_weights
@@ -195,6 +195,8 @@ def resume(accelerator: Accelerator, way: str, folder: Path) -> list[dict[str, f
 def main(ranks: int, folder: Path, source: int) -> None:
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     assert accelerator.num_processes == ranks
+    # As where one GPU has room for the layers and another has not: all ranks must do the same.
+    setattr(parallel, "_is_small", lambda policy, device: accelerator.is_main_process)  # noqa: B010
     found = {way: run(accelerator, way, folder / str(ranks) / way) for way in WAYS}
     for way in WAYS:
         found[way]["resumed"] = resume(accelerator, way, folder / str(source) / way)
