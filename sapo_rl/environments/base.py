@@ -158,18 +158,19 @@ class Play:
     async def end(self, with_state: bool = False) -> Answer:
         """Close it; `reward` is what `get_reward` says, the sum where it has several, None where there is none.
 
-        `state` is, where asked for, what `state_of` finds before.
+        `parts` are these several, by name. `state` is, where asked for, what `state_of` finds before.
         """
-        reward = None
+        reward, parts = None, dict[str, float]()
         try:
             if callable(getattr(self.own, "get_reward", None)):
                 found = await self._call("get_reward")
-                parts: list[Any] = list(found.values()) if is_mapping(found) else [found]
-                reward = sum(self._number("get_reward", part) for part in parts)
+                if is_mapping(found):
+                    parts = {str(name): self._number("get_reward", part) for name, part in found.items()}
+                reward = sum(parts.values()) if is_mapping(found) else self._number("get_reward", found)
             state = {"state": state_of(self.own)} if with_state and self.own is not None else {}
         finally:
             await self.close()
-        return {"reward": reward, **state}
+        return {"reward": reward, "parts": parts, **state}
 
     async def close(self) -> Answer:
         """Call `close`, where there is one."""

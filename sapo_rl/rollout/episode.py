@@ -46,6 +46,8 @@ class Course:
 
     rewards: list[float] = field(default_factory=list)
     """By turn, where the environment answers replies."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Of its reward at the end, by name, where it has several."""
     tool_calls: int = 0
     """Malformed ones included."""
     tool_failures: int = 0
@@ -179,7 +181,7 @@ class Episode:
     async def _sample(
         self, seat: Seat, conversation: Conversation, opening: list[Message], messages: list[Message], stop: Stop
     ) -> Sample:
-        own, self.course.state = await seat.end(self._setting.states)
+        own, self.course.parts, self.course.state = await seat.end(self._setting.states)
         parts = [*self.course.rewards, *([] if own is None else [own])]
         rows, turns, reward = conversation.rows(), conversation.turns(), sum(parts) if parts else None
         return self._made(rows, turns, opening, messages, transcript(messages), stop, reward, seat.seconds)
@@ -197,6 +199,7 @@ class Episode:
     ) -> Sample:
         """Put an episode together that has ended."""
         course, rewarded = self.course, ENVIRONMENT in self._setting.config.rewards
+        named = {f"{ENVIRONMENT}/{name}": part for name, part in course.parts.items()}
         return Sample(
             rows,
             stop,
@@ -216,7 +219,7 @@ class Episode:
                 "sent": course.sent,
                 "cached": sum(one.completions[0].cached for one in course.answers),
             },
-            rewards={ENVIRONMENT: reward} if rewarded else {},
+            rewards={ENVIRONMENT: reward, **named} if rewarded else {},
         )
 
 

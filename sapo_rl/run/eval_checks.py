@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from sapo_rl.config import Config
+from sapo_rl.config import ENVIRONMENT, Config
 from sapo_rl.config.evaluation import EvalSetConfig
 from sapo_rl.data import check_source
 from sapo_rl.errors import did_you_mean
@@ -40,7 +40,9 @@ def _check_best(config: Config) -> None:
     if not known:
         raise ConfigError("checkpoint.keep_best", f"is {metric}, and nothing is evaluated: eval.prompts is 0")
     functions = [
-        (prefix_of(name), one) for name in settings_of(config) for one in jury(config, name).functions.values()
+        (prefix_of(name), one)
+        for name in settings_of(config)
+        for one in [*jury(config, name).functions.values(), *([ENVIRONMENT] if ENVIRONMENT in config.rewards else [])]
     ]
     if not metric.startswith(tuple(f"{prefix}rewards/{one}/" for prefix, one in functions)):  # what it returns beside
         raise ConfigError("checkpoint.keep_best", f"unknown metric '{metric}'; {did_you_mean(metric, known)}")

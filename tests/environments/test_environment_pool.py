@@ -91,9 +91,9 @@ def test_tools_of_an_object_and_of_functions_are_described_and_called(here: Path
             opening = await seat.reset({"word": "ab"}, seed=0)
             calls = [("look", {"place": 2}), ("double", {"number": 4}), ("look", {"place": 0}), ("find", {})]
             used = [await seat.use(name, arguments) for name, arguments in [*calls, ("finish", {})]]
-            return [opening, *used, (await seat.end())[0]], pool.schemas
+            return [opening, *used, await seat.end()], pool.schemas
 
-    (opening, look, double, wrong, unknown, finish, reward), schemas = run(
+    (opening, look, double, wrong, unknown, finish, end), schemas = run(
         config("my_games.Shelf", tools=("my_games.double",)), work
     )
     assert opening == " There is a shelf."
@@ -101,7 +101,7 @@ def test_tools_of_an_object_and_of_functions_are_described_and_called(here: Path
     assert wrong.failed and "places begin at 1" in wrong.text
     assert unknown.failed and "there is no tool 'find'" in unknown.text
     assert finish.done and not look.done
-    assert reward == 2.25
+    assert (end.reward, end.parts) == (2.25, {"read": 2.0, "bonus": 0.25})
     assert {schema["function"]["name"] for schema in schemas} == {"look", "finish", "double"}
     assert schemas[-1]["function"]["description"]
 

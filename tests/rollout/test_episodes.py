@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,12 @@ from sapo_rl.rewards.runner.sheet import Place
 from sapo_rl.rollout.collector import Rollouts, greedy_of, sampling_of, seed_of
 from sapo_rl.rollout.dispatch import Session
 from sapo_rl.rollout.refill import kept, write_refilled
+from sapo_rl.telemetry.metrics import sample_metrics
+from sapo_rl.telemetry.sinks.completions import rows
 from sapo_rl.types import Group, RewardStats, Scores, Stop
+
+PARTS = {"environment/read": 1.0, "environment/bonus": 0.25}
+"""Of the reward of `Shelf`, one place of which was looked at."""
 
 
 @pytest.fixture
@@ -189,10 +195,14 @@ def test_tools_are_called_until_a_reply_calls_none(here: Path) -> None:
         return replies[said.count(ASSISTANT) - 1]
 
     cfg = config("my_games.Shelf", tools=("my_games.double",))
-    sample = one(cfg, script, word="ab")
+    (group,) = play(cfg, script, prompt(word="ab"))
+    sample = group.samples[0]
     assert sample.stop is Stop.STOP and len(sample.turns) == 4
     assert (sample.info["tool_calls"], sample.info["tool_failures"]) == (3, 2)
-    assert sample.rewards == {"environment": 1.25}  # read once, and the bonus
+    assert sample.rewards == {"environment": 1.25, **PARTS}
+    told = sample_metrics([rows(1, replace(group, samples=[replace(one, reward=0.0) for one in group.samples]))])
+    assert (told["rewards/environment/mean"], told["rewards/environment/read/mean"]) == (1.25, 1.0)
+    assert (told["rewards/environment/bonus/mean"], told["rewards/environment/bonus/std"]) == (0.25, 0.0)
     assert sample.messages is not None
     assert [message["role"] for message in sample.messages] == ["assistant", "tool"] * 3 + ["assistant"]
     assert sample.messages[0]["tool_calls"][0]["function"] == {"name": "look", "arguments": {"place": 2}}
@@ -246,7 +256,7 @@ def test_each_prompt_is_played_in_the_environment_that_its_row_names(here: Path)
     plain, echo, shelf = (group.samples[0] for group in play(cfg, script, *rows))
     assert (plain.stop, len(plain.turns), plain.rewards) == (Stop.STOP, 1, {"environment": None})
     assert (echo.stop, len(echo.turns), echo.rewards) == (Stop.TURNS, 2, {"environment": 1.0})
-    assert (shelf.stop, len(shelf.turns), shelf.rewards) == (Stop.STOP, 2, {"environment": 1.25})
+    assert (shelf.stop, len(shelf.turns), shelf.rewards) == (Stop.STOP, 2, {"environment": 1.25, **PARTS})
     assert [one.info["environment"] for one in (plain, echo, shelf)] == ["plain", "echo", "shelf"]
     cfg.environments["echo"].args = {"turns": 1}
     told = (

@@ -44,6 +44,17 @@ class Used(NamedTuple):
     """Whether the environment is over by it."""
 
 
+class Ended(NamedTuple):
+    """What an environment says at the end of its episode."""
+
+    reward: float | None
+    """What `get_reward` says, of several the sum; None where there is none."""
+    parts: dict[str, float]
+    """The several, by name."""
+    state: dict[str, Any] | None
+    """The environment's own, where asked for."""
+
+
 class EnvironmentPool:
     """Keeps as many processes as its `workers` says, and seats episodes in the one that has the fewest.
 
@@ -219,13 +230,17 @@ class Seat:
                 self.seconds -= time.perf_counter() - self._since
                 self._worker.wait(self._number, False)
 
-    async def end(self, with_state: bool = False) -> tuple[float | None, dict[str, Any] | None]:
-        """End; return what `get_reward` says, None where there is none, and the environment's state where asked for."""
+    async def end(self, with_state: bool = False) -> Ended:
+        """End; return the reward, and the environment's state where asked for."""
         answer = await self._ask("end", with_state=with_state)
         self._open = False
         state = answer.get("state")
-        reward = None if answer.get("reward") is None else _as_number(answer["reward"])
-        return reward, state if is_dict(state) else None
+        reward, parts = answer.get("reward"), answer.get("parts")
+        return Ended(
+            None if reward is None else _as_number(reward),
+            {name: _as_number(part) for name, part in parts.items()} if is_dict(parts) else {},
+            state if is_dict(state) else None,
+        )
 
     async def _ask(self, does: str, **given: Any) -> dict[str, Any]:
         start = time.perf_counter()
