@@ -25,7 +25,7 @@ _BUSY = (408, 409, 429)  # these and all from 500 on: ask again later
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SHOWN = 300  # characters of what a server answers
 _LONGEST = 1 << 26  # bytes of an answer
-_KEEP_SECONDS = 2.0  # an idle connection is used again; servers close theirs after 5 s and more, perhaps just then
+_KEEP_SECONDS = 1.0  # an idle connection is used again; servers close theirs after 2 s and more, perhaps just then
 _LASTING: dict[tuple[asyncio.AbstractEventLoop, Hashable], tuple[Any, AsyncGenerator[Any]]] = {}
 
 
