@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import yaml
 
 from sapo_rl import run_folder
 from sapo_rl.errors import UserError, described
-from sapo_rl.errors.files import expand
+from sapo_rl.errors.files import expand, is_file
 from sapo_rl.run.subjects import Subject, damaged, model_of, subject_at
 from sapo_rl.run_folder import record
 
@@ -108,6 +109,7 @@ def card(subject: Subject) -> str:
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     head |= {"tags": ["reinforcement-learning", "sapo-train"]}
     head |= {} if Path(base).is_absolute() else {"base_model": base}
+    head |= license_of(expand(base))
     facts = {
         "base": f"`{Path(base).name if Path(base).is_absolute() else base}`; its license holds for this model too",
         "step": str(subject.step),
@@ -131,6 +133,18 @@ def card(subject: Subject) -> str:
         text = yaml.safe_dump({key: value for key, value in config.items() if key != "description"}, sort_keys=False)
         lines += ["", "## Recipe", "", "```yaml", run_folder.redact_yaml(text).strip(), "```"]
     return "\n".join(lines) + "\n"
+
+
+def license_of(folder: Path) -> dict[str, str]:
+    """Return what the card in a model's folder says of its license, as the hub has it; empty where it says nothing."""
+    text = (folder / "README.md").read_text(encoding="utf-8", errors="replace") if is_file(folder / "README.md") else ""
+    found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+    try:
+        told = yaml.safe_load(found[1]) if found else {}
+    except yaml.YAMLError:
+        return {}
+    keys = ("license", "license_name", "license_link")
+    return {key: told[key] for key in keys if isinstance(told.get(key), str)} if isinstance(told, dict) else {}
 
 
 def final_card(run: Path, step: int) -> str:

@@ -123,3 +123,31 @@ def test_it_is_sent_to_the_hub_only_where_that_is_asked_for(
         ("me/mine", {"private": True, "exist_ok": True}),
         {"folder_path": str(tmp_path / "b"), "repo_id": "me/mine"},
     ]
+
+
+@pytest.mark.parametrize(
+    ("readme", "told"),
+    [
+        ("---\nlanguage: en\nlicense: apache-2.0\n---\n# Base\n", {"license": "apache-2.0"}),
+        (
+            "---\nlicense: other\nlicense_name: own\nlicense_link: https://a.b/c\n---",
+            {"license": "other", "license_name": "own", "license_link": "https://a.b/c"},
+        ),
+        ("---\nlicense: [mit, 1]\n---\n", {}),
+        ("---\n{broken: [\n---\n", {}),
+        ("# Base\n---\nlicense: mit\n---\n", {}),
+        (None, {}),
+    ],
+)
+def test_the_card_has_the_license_of_the_base(
+    checkpoint: Path, tmp_path: Path, readme: str | None, told: dict[str, str]
+) -> None:
+    run, base = tmp_path / "run", tmp_path / "base"
+    base.mkdir()
+    if readme is not None:
+        (base / "README.md").write_text(readme)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["path"] = str(base)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    head = yaml.safe_load(export.final_card(run, 4).split("---")[1])
+    assert {key: value for key, value in head.items() if key.startswith("license")} == told
