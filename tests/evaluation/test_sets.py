@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 from tiny import make_tokenizer
 
 from sapo_rl.config import Config, DataConfig, EnvironmentConfig, RewardFunctionConfig
@@ -15,6 +16,8 @@ from sapo_rl.config.evaluation import EvalDataConfig, EvalSetConfig
 from sapo_rl.data import load_rows, load_set
 from sapo_rl.errors import UserError
 from sapo_rl.evaluation.sets import comparison_warnings, further_functions, jury, named_sets, set_warnings
+from sapo_rl.rewards.lookup import resolve
+from sapo_rl.run import eval_sets
 from sapo_rl.types import Prompt
 
 ROWS = [{"question": f"What is {n}?", "answer": str(n)} for n in range(20)]
@@ -133,3 +136,54 @@ def test_an_evaluation_by_a_function_that_compares_groups_is_told(tmp_path: Path
     assert "look at eval/own/avg@8 with eval.sets.own.samples=8" in own
     cfg.eval.reward = cfg.eval.sets["own"].reward = "exact"
     assert comparison_warnings(cfg) == []
+
+
+HUB = {
+    "gsm8k": [
+        {"question": "Ann has 3 pens and buys 4. How many has she?", "answer": "3 + 4 = <<3+4=7>>7 pens.\n#### 7"},
+        {"question": "A car costs $1,200, and 2 cost?", "answer": "2 * 1,200 = $<<2*1200=2400>>2,400\n#### 2,400"},
+    ],
+    "math500": [
+        {
+            "problem": f"What is half of ${number}$?",
+            "solution": f"It is $\\boxed{{{answer}}}$.",
+            "answer": answer,
+            "subject": "Algebra",
+            "level": 2,
+            "unique_id": f"test/algebra/{number}.json",
+        }
+        for number, answer in ((3, "\\frac{3}{2}"), (4, "2"))
+    ],
+    "aime2025": [{"problem": f"Find ${n}+{n}$.", "answer": str(2 * n), "id": str(n)} for n in (35, 294)],
+}
+"""Two rows as each shipped set has them on the hub."""
+RIGHT = {
+    "gsm8k": ["She has 7.", "Together 2400"],
+    "math500": ["So \\boxed{1.5}", "\\boxed{2}"],
+    "aime2025": ["\\boxed{70}", "It is \\boxed{588}."],
+}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_rows_as_the_hub_has_them_are_asked_and_judged_by_the_shipped_sets(tmp_path: Path, name: str) -> None:
+    if name != "gsm8k":
+        pytest.importorskip("math_verify", reason="needs the extra math")
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in HUB[name]))
+    argv, names = eval_sets.from_command_line([f"eval.sets=[{name}]"])
+    composed = OmegaConf.structured(Config)
+    composed.model.path, composed.data.source = "model", "arithmetic"
+    eval_sets.fill(composed, names)
+    cfg = OmegaConf.to_object(composed)
+    assert isinstance(cfg, Config) and argv == [f"++eval.sets={{{name}: {{}}}}"]
+    of = cfg.eval.sets[name]
+    of.data.path, of.data.subset = str(file), None
+    (found,) = named_sets(cfg, make_tokenizer())
+    asked = "question" if name == "gsm8k" else "problem"
+    for prompt, row in zip(found.prompts, HUB[name], strict=True):
+        assert isinstance(prompt.content, str) and prompt.content.startswith(f"{row[asked]}\n\nThink step by step")
+    (judge,) = of.functions.values()
+    columns = {key: [prompt.columns[key] for prompt in found.prompts] for key in found.prompts[0].columns}
+    score = resolve(judge.function)
+    assert score(RIGHT[name], **columns) == [1.0, 1.0]
+    assert score(["\\boxed{9} 9", "none"], **columns) == [0.0, 0.0]
