@@ -113,3 +113,16 @@ def test_own_loss_weighs_tokens_as_it_says(enter: Enter, monkeypatch: pytest.Mon
     assert "completions in all 1920" in shown
     code, _, told = sapo_train("config=tapered.yaml", "loss.clip_hgih=2", "dry_run=true")
     assert code == 2 and "loss.clip_hgih" in told and "did you mean 'clip_high'" in told
+
+
+def test_the_recipe_of_wordle_asks_for_words_and_holds_some_out(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [f"{first}{second}ade" for first in "bcdfgjlmnprstw" for second in "aeiou"]
+    (tmp_path / "words.txt").write_text("\n".join(words))
+    own = (f"model.path={tiny_model}", *SHORT, "data.max_prompt_tokens=300", "environment.max_tokens=200")
+    code, _, told = sapo_train("config=wordle", *own, "dry_run=true")
+    assert code == 2 and told.startswith("sapo-train: data.args.words (") and "must be given" in told
+    shown = tried("wordle", *own, "data.args.words=words.txt")
+    assert {"rows to train on 4,096", "held-out rows 128", "columns prompt, answer"} <= set(shown)
