@@ -1,8 +1,8 @@
 """Softness or width? Losses with trust regions of several widths on a small task, in minutes on a CPU.
 
-    python scripts/bench/gate_width.py --out docs/bench/gate_width.json
+    python scripts/bench/gate_width.py --updates 16 --seeds 3 --steps 100 --out docs/bench/gate_width.json
 
-A policy of 13,000 weights writes six tokens for each of 32 contexts; the reward is the share of tokens that are the
+A policy of 10,600 weights writes six tokens for each of 32 contexts; the reward is the share of tokens that are the
 context's own. Each rollout batch (32 contexts x 8) is cut into as many updates as it says, every sample in one. The
 width of a loss is the |r - 1| at which a token that moves with its advantage has half of its gradient: a clip's range,
 and 1.76 / tau of SAPO's gate. Nothing here is a language model: it says what can be, not what is.
