@@ -20,7 +20,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs/bench"
-PAGES = tuple(ROOT / f"docs/{name}.md" for name in ("performance", "environments", "rewards", "evaluation", "scaling", "study"))
+FILLED = ("performance", "environments", "rewards", "evaluation", "scaling", "study")
+PAGES = tuple(ROOT / f"docs/{name}.md" for name in FILLED)
 KINDS = {
     "matrix products": r"nvjet|gemm",
     "attention": "flash",
