@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sapo_rl.losses.base import POLICY_LOSS_FN, PolicyLossFn, TokenLosses
-from sapo_rl.losses.ratio import bounded_ratio
+from sapo_rl.losses.ratio import bounded_ratio, check_dual_clip
 
 
 def clipped_token_losses(
@@ -70,8 +70,7 @@ class GRPOPolicyLossFn(PolicyLossFn):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_clip(self.clip_low, self.clip_high)
-        if self.dual_clip is not None and not self.dual_clip > 1:
-            raise ValueError(f"dual_clip must be above 1 or null, found {self.dual_clip}")
+        check_dual_clip(self.dual_clip)
 
     def token_losses(self, logps: Tensor, log_ratios: Tensor, advantages: Tensor) -> TokenLosses:
         """Return `clipped_token_losses` with this object's settings."""

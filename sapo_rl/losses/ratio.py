@@ -39,6 +39,12 @@ def bounded_ratio(log_ratios: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     return log_ratios.clamp(-bound, bound).exp(), inside
 
 
+def check_dual_clip(dual_clip: float | None) -> None:
+    """Raise ValueError unless a bound on the ratio of negative advantages is above 1, or None."""
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip must be above 1 or null, found {dual_clip}")
+
+
 def moved_with(log_ratios: Tensor, advantages: Tensor) -> Tensor:
     """Return which tokens `(T,)` have moved with their advantage: A > 0 and r > 1, or A < 0 and r < 1."""
     return torch.where(advantages > 0, log_ratios > 0, (advantages < 0) & (log_ratios < 0))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sapo_rl.losses.base import POLICY_LOSS_FN, PolicyLossFn, TokenLosses
 from sapo_rl.losses.gates import by_sign, find_gate, gate_rise, gate_value, gate_weight
-from sapo_rl.losses.ratio import bounded_ratio
+from sapo_rl.losses.ratio import bounded_ratio, check_dual_clip
 
 GRADIENTS = ("paper", "detached")
 """How the gradient passes the gate."""
@@ -118,8 +118,7 @@ def check_sides(sides: str, gradient: str, dual_clip: float | None = None) -> No
         raise ValueError(f"sides 'one' needs gradient 'paper', found '{gradient}'")
     if dual_clip is not None and sides != "one":
         raise ValueError(f"dual_clip needs sides 'one', found '{sides}'; both sides of the gate have a bound already")
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"dual_clip must be above 1 or null, found {dual_clip}")
+    check_dual_clip(dual_clip)
 
 
 def check_temperatures(tau_pos: float, tau_neg: float, *, strict: bool) -> None:
