@@ -12,11 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
+from inside import sapo_train
 from tiny import PLAIN, make_workspace
+
+from sapo_rl.losses import build_loss
 
 BENCH = Path(__file__).resolve().parents[1] / "scripts/bench"
 sys.path.insert(0, str(BENCH))
 
+import gate_width  # noqa: E402
 import judge  # noqa: E402
 import recipe  # noqa: E402
 import report  # noqa: E402
@@ -476,3 +482,35 @@ def test_the_bench_of_the_judge_counts_calls_against_the_ideal() -> None:
         "1.50",
         "3.00",
     )
+
+
+@pytest.mark.parametrize("file", sorted(BENCH.glob("study_*.yaml")), ids=lambda file: file.stem)
+def test_every_cell_of_a_grid_is_a_run_that_can_be_composed(file: Path) -> None:
+    cells = {cell.loss: cell for cell in study.plan(yaml.safe_load(file.read_text(encoding="utf-8")))}
+    for cell in cells.values():
+        code, out, err = sapo_train(*cell.overrides, "--cfg", "job")
+        assert code == 0, err
+        composed = yaml.safe_load(out)
+        assert composed["seed"] == cell.seed
+        assert composed["trainer"]["updates_per_rollout"] == cell.axes["trainer.updates_per_rollout"]
+
+
+@pytest.mark.parametrize("kind", gate_width.KINDS)
+def test_losses_of_a_width_have_half_of_their_gradient_there(kind: str) -> None:
+    loss = build_loss(**gate_width.settings(kind, 0.2)).policy
+    log_ratios = torch.tensor([1.0, 1.199, 1.2, 1.201], dtype=torch.float64).log()
+    weights = loss.token_losses(log_ratios, log_ratios, torch.ones_like(log_ratios)).gradient_weight
+    assert weights[0] == 1
+    assert weights[1] > 0.5 > weights[3]
+    assert (weights[1], weights[3]) == (1, 0) if kind == "clip" else weights[2] == pytest.approx(0.5)
+
+
+def test_the_task_of_the_widths_is_learnt_and_the_best_rate_counts() -> None:
+    cell = gate_width.Cell("clip", 0.1, 4, 1e-2, 0)
+    found = gate_width.learn(cell, steps=30)
+    assert found == gate_width.learn(cell, steps=30)
+    assert found > 3 / gate_width.TOKENS
+    slow = [cell._replace(rate=1e-3, seed=seed) for seed in (0, 1)]
+    fast = [cell._replace(seed=seed) for seed in (0, 1)]
+    (row,) = gate_width.summary(dict(zip([*slow, *fast], [0.1, 0.2, 0.3, 0.5], strict=True)))
+    assert (row["rate"], row["mean"], row["error"]) == (1e-2, pytest.approx(0.4), pytest.approx(0.1))
