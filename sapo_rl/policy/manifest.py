@@ -114,7 +114,8 @@ def reading(path: Path) -> Iterator[None]:
         checkpoint = path.parent
         older = [other.name for other in checkpoints_in(checkpoint.parent) if other != checkpoint][-1:]
         way = f"move '{checkpoint}' away to resume from {older[0]}" if older else "it is the only one: start anew"
-        problem = str(error) if type(error) is ValueError else repr(error)
+        own = isinstance(error, OSError) or type(error) is ValueError
+        problem = str(error) if own else f"it is damaged: {error!r}"
         raise UserError(f"resume: '{path}' cannot be used: {problem}; {way}") from error
 
 

@@ -47,7 +47,7 @@ def preview(config: Config, frozen: str, resumed: Plan | None = None) -> None:
     console.print(_table("memory (GiB, a process that shards nothing)", told if rows else unknown))
     if plan:
         console.print(_table("made at the start of the run", {"model": plan}))
-    for warning in [*trial.warnings, rehearsal.memory_warning(config, rows)]:
+    for warning in [*trial.warnings, rehearsal.memory_warning(config, rows, _parameters(config))]:
         if warning is not None:
             print(f"sapo-train: warning: {warning}", file=sys.stderr)
     if resumed:
@@ -106,9 +106,8 @@ def going_on(config: Config, resumed: Plan) -> dict[str, str]:
 
 def memory_rows(config: Config) -> dict[str, float]:
     """Return the bytes that weights, optimiser, activations and logits take; nothing where they are not known."""
-    folder = model_folder.local_folder(config.model.path)
-    count = model_folder.count_parameters(folder) if folder else None
-    if folder is None or count is None:
+    folder, count = model_folder.local_folder(config.model.path), _parameters(config)
+    if folder is None or not count:
         return {}
     shape = model_folder.text_part(model_folder.read_json(folder / model_folder.CONFIG))
     adapters = _adapters(config)
@@ -116,6 +115,12 @@ def memory_rows(config: Config) -> dict[str, float]:
     buffer = buffer_bytes(config, sent_parameters(config, count, adapters))
     trainer = trainer_memory(config, count, shape, adapters)
     return trainer | {"vLLM's weights": kept, "weights on their way to vLLM": buffer}
+
+
+def _parameters(config: Config) -> int:
+    """How many the model has; 0 where that is not known."""
+    folder = model_folder.local_folder(config.model.path)
+    return (model_folder.count_parameters(folder) if folder else None) or 0
 
 
 def _adapters(config: Config) -> int:
@@ -128,6 +133,8 @@ def _adapters(config: Config) -> int:
 
 def _table(title: str, rows: dict[str, str]) -> Table:
     table = Table(title=title, show_header=False, title_justify="left")
+    for _ in range(2):
+        table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(escape(name), escape(value))
     return table

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from command import sapo_train
+from inside import sapo_train as in_process
 from tiny import make_stand_in
 
 from sapo_rl import run_folder
@@ -59,6 +60,15 @@ def test_dry_run_says_from_where_how_much_is_left_and_what_changes(workspace: Pa
     assert "trainer.learning_rate │ 2e-05 -> 3e-06" in shown
     assert "trainer.steps │ 30 -> 12" in shown
     assert "reward.functions.x.function │ nothing -> exact_match" in shown
+
+
+def test_dry_run_shows_a_long_path_whole(workspace: Path, tmp_path: Path) -> None:
+    run = tmp_path / "a folder with the runs of several months" / ("long" * 30)
+    write_checkpoint(run, (workspace / "run/config.yaml").read_text())
+    code, shown, told = in_process(f"resume={run}", "dry_run=true")
+    assert code == 0, told
+    cells = "".join("".join(line.split("│")[2:3]).strip() for line in shown.splitlines())
+    assert f"{run}/checkpoints/step_000010".replace(" ", "") in cells.replace(" ", "")
 
 
 @pytest.mark.parametrize(
@@ -173,3 +183,11 @@ def test_a_damaged_record_is_refused_before_anything_is_started(workspace: Path,
     result = sapo_train("resume=run", f"model.path={workspace / 'model'}", cwd=tmp_path)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
     assert "step_000010/state.json' cannot be used: it is damaged" in result.stderr
+
+
+def test_a_manifest_that_lacks_something_is_called_damaged(workspace: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "run", (workspace / "run/config.yaml").read_text())
+    file = tmp_path / "run/checkpoints/step_000010/manifest.json"
+    file.write_text(file.read_text().replace('"checksum"', '"chexksum"'))
+    with pytest.raises(UserError, match=r"manifest\.json' cannot be used: it is damaged: KeyError\('checksum'\); "):
+        manifest.read_record(file.parent)
