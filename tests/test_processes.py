@@ -10,8 +10,29 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 ROOT = str(Path(__file__).resolve().parents[1])
+WORKER = """
+import socket, time
+from sapo_rl.processes.guarded import begin
+
+socket.socket(fileno=begin()).sendall(b".")
+time.sleep(60)
+"""
+KILLED = """
+import os, signal, tempfile
+from pathlib import Path
+from sapo_rl.processes import scratch
+from sapo_rl.processes.guarded import GuardedProcess
+
+folders = [Path(tempfile.gettempdir(), name) for name in ("sapo-run-mine", "sapo-weights-mine")]
+held = [scratch.hold(folder) for folder in folders]
+worker = GuardedProcess("my_worker", {**os.environ, "TMPDIR": str(folders[0])}, None)
+worker.socket.recv(1)
+print(*sorted(os.listdir(tempfile.gettempdir())), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
 CHILD = "import os, sys, time; from sapo_rl.processes import *; {call}; print(os.getpid(), flush=True); time.sleep(60)"
 
 
@@ -66,3 +87,12 @@ def test_hangup_kills_the_whole_group() -> None:
     ours.close()
     assert child.wait(10) == -signal.SIGKILL
     assert child.stdout.read() == ""  # the grandchild held it too
+
+
+def test_what_a_killed_process_left_is_deleted_by_the_guardian_of_its_worker(tmp_path: Path) -> None:
+    (tmp_path / "my_worker.py").write_text(WORKER)
+    (temporary := tmp_path / "temporary").mkdir()
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "TMPDIR": str(temporary)}
+    killed = subprocess.run([sys.executable, "-c", KILLED], env=environment, stdout=subprocess.PIPE, timeout=60)
+    assert killed.returncode == -signal.SIGKILL and killed.stdout == b"sapo-run-mine sapo-weights-mine\n"
+    until(lambda: not list(temporary.iterdir()))

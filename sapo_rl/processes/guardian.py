@@ -21,6 +21,8 @@ from typing import NoReturn
 
 import psutil
 
+from sapo_rl.processes import scratch
+
 LOST = signal.SIGRTMAX
 """The signal by which a worker ends itself where its connection is gone; nobody else sends it."""
 _PR_SET_CHILD_SUBREAPER = 36
@@ -74,6 +76,8 @@ def _guard(child: int) -> NoReturn:
         os.read(bell, select.PIPE_BUF)
         status = _reap(child)
     _end_descendants()
+    if status is None:
+        scratch.sweep_all()  # nobody else may be left of a run that was killed
     _end_as(status or 0)
 
 

@@ -38,6 +38,8 @@ def sweep(parent: Path, prefix: str) -> None:
 def sweep_all() -> None:
     """Delete what runs that were killed have left on this machine."""
     temporary = Path(tempfile.gettempdir())
+    if temporary.name.startswith(FILES):  # this process's own is the one of its run
+        temporary = temporary.parent
     for parent, prefix in ((SHARED, WEIGHTS), (temporary, WEIGHTS), (temporary, FILES)):
         sweep(parent, prefix)
 
