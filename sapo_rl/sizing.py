@@ -10,6 +10,8 @@ from sapo_rl.config import ADAMW_8BIT, Config
 from sapo_rl.config.model import vllm_rank
 
 GIB = 2**30
+GATHERED = 1 / 8
+"""Share of a GPU's memory that `gathered_bytes` may take, for FSDP2 to keep them."""
 NO_BFLOAT16 = "this CPU has no instructions for bfloat16: model.dtype=float32 is several times faster here"
 
 
@@ -38,6 +40,22 @@ def trainer_memory(config: Config, count: int, shape: dict[str, Any], adapters: 
         "logits (1024 tokens at a time, float32)": 3 * 4 * 1024 * shape.get("vocab_size", 0),
         "reference model": size * count if config.loss.kl.coef and not lora else 0,
     }
+
+
+def gathered_bytes(weights: int, trained: int, size: int) -> int:
+    """Return what FSDP2 keeps of a small model in an update: weights of `size` bytes, and float32 gradients."""
+    return size * weights + 4 * trained
+
+
+def fsdp_memory(taken: Mapping[str, float], ranks: int, gathered: float) -> dict[str, float]:
+    """Return by use what one of the ranks takes under FSDP2, where one that shards nothing takes `taken`.
+
+    `gathered` is as `gathered_bytes` where the model is kept; else layers are gathered one at a time.
+    """
+    spread = ("frozen weights", "float32 weights", "reference model")
+    own = {use: value / ranks if use.startswith(spread) else value for use, value in taken.items()}
+    own["copy of the weights to compute with"] = 0.0
+    return own | {"gathered weights and whole gradients": gathered}
 
 
 def adapter_parameters(config: Config, linear: Mapping[str, int]) -> int:

@@ -23,11 +23,10 @@ from sapo_rl.config import ADAMW_8BIT, TrainerConfig
 from sapo_rl.errors import UserError
 from sapo_rl.policy.model import Policy, reshard, whole
 from sapo_rl.policy.working import WorkingCopy
+from sapo_rl.sizing import GATHERED, gathered_bytes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of each weight, beside the number of its steps."""
-GATHERED = 1 / 8
-"""Share of a GPU's memory that a model's gathered weights and whole gradients may take, for FSDP2 to keep them."""
 
 
 def parallel(policy: Policy, config: TrainerConfig, accelerator: Accelerator, fused: bool) -> Parallel:
@@ -232,8 +231,8 @@ def _is_small(policy: Policy, device: torch.device) -> bool:
     """Return whether gathered weights (2 bytes each in bfloat16) and whole gradients (4) take little of the GPU."""
     if device.type != "cuda":
         return False
-    each = policy.dtype.itemsize + torch.float32.itemsize
-    whole_model = each * sum(weight.numel() for weight in policy.parameters())
+    count = sum(weight.numel() for weight in policy.parameters())
+    whole_model = gathered_bytes(count, count, policy.dtype.itemsize)
     return whole_model <= GATHERED * torch.cuda.get_device_properties(device).total_memory
 
 

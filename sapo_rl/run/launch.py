@@ -15,7 +15,7 @@ import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sapo_rl import processes
 from sapo_rl.processes import streams
@@ -77,7 +77,17 @@ def profile_path(name: str) -> Path:
 
 def shards(name: str) -> bool:
     """Return whether a profile spreads weights or the optimiser's state over the ranks. Raises as `profile_path`."""
-    return name != SINGLE and read_yaml(profile_path(name))["distributed_type"] in SHARDING
+    return _content(name)["distributed_type"] in SHARDING
+
+
+def fsdp(name: str) -> dict[str, Any] | None:
+    """Return what a profile sets of FSDP; None where it is of another kind. Raises as `profile_path`."""
+    content = _content(name)
+    return content.get("fsdp_config") or {} if content["distributed_type"] == "FSDP" else None
+
+
+def _content(name: str) -> dict[str, Any]:
+    return {"distributed_type": "NO"} if name == SINGLE else read_yaml(profile_path(name))
 
 
 def command(launch: LaunchConfig, folder: Path | None) -> list[str]:

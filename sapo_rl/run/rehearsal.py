@@ -31,12 +31,13 @@ from sapo_rl.processes import DRY_RUN
 from sapo_rl.rewards import RewardPool, isolation_warning
 from sapo_rl.rollout.filters import filter_warning
 from sapo_rl.run import launch
-from sapo_rl.sizing import GIB
+from sapo_rl.sizing import GATHERED, GIB, element_size, fsdp_memory, gathered_bytes
 from sapo_rl.types import Messages
 
 REMEDIES = {
     "activations": "lower trainer.tokens_per_micro_batch or set trainer.gradient_checkpointing=true",
     "vLLM's cache": "lower rollout.cpu_kv_cache_gb",
+    "gathered weights": "set fsdp_reshard_after_forward: true in the launch profile",
     "float32 weights": "take a smaller model or model.lora.rank=16, or more GPUs with launch=fsdp2",
 }
 """What to change where a use of memory, by the beginning of its name, is the largest."""
@@ -224,19 +225,19 @@ def _setting_warnings(config: Config) -> list[str]:
     return [text for text in found if text]
 
 
-def memory_warning(config: Config, rows: Mapping[str, float]) -> str | None:
+def memory_warning(config: Config, rows: Mapping[str, float], count: int) -> str | None:
     """Compare an estimate with this machine's memory.
 
     Args:
         config: the run's.
         rows: bytes by use, of one process that shards nothing.
+        count: parameters of the model.
 
     Returns:
         What does not fit, and what to change; None where all fits.
     """
     gpu = gpu_memory()
-    share = config.launch.num_processes if launch.shards(config.launch.profile) else 1
-    taken = {name: value / (share if name.startswith("float32 weights") else 1) for name, value in rows.items()}
+    taken = _of_a_rank(config, rows, count, gpu)
     if gpu is None:
         processes = config.launch.num_processes // config.launch.num_machines
         needed, there, where = sum(taken.values()) * processes, psutil.virtual_memory().total, "this machine has"
@@ -251,6 +252,18 @@ def memory_warning(config: Config, rows: Mapping[str, float]) -> str | None:
         f"the run takes about {needed / GIB:,.0f} GiB, {where} {there / GIB:,.0f} GiB; the most, "
         f"{largest / GIB:,.0f} GiB, are for {name}: {remedy}"
     )
+
+
+def _of_a_rank(config: Config, rows: Mapping[str, float], count: int, gpu: int | None) -> dict[str, float]:
+    """What each rank takes where one that shards nothing takes `rows`; `gpu` as `gpu_memory`."""
+    ranks, settings = config.launch.num_processes, launch.fsdp(config.launch.profile)
+    if settings is None:
+        share = ranks if launch.shards(config.launch.profile) else 1
+        return {name: value / (share if name.startswith("float32 weights") else 1) for name, value in rows.items()}
+    size = element_size(config)
+    is_small = gpu is not None and gathered_bytes(count, count, size) <= GATHERED * gpu
+    keeps = is_small or not settings.get("fsdp_reshard_after_forward", True)
+    return fsdp_memory(rows, ranks, keeps * gathered_bytes(count, 0 if config.model.lora.rank else count, size))
 
 
 def cpu_cache(config: Config) -> dict[str, float]:

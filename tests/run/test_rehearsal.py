@@ -153,3 +153,34 @@ def test_memory_that_is_not_there_is_warned_of(
     assert code == 0 and "sapo-train: warning: the run takes about" in told and "this machine has" in told
     assert all(word in told for word in words), told
     assert "vLLM's cache" in shown
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        (False, "takes about 6 GiB, the GPU has 5 GiB; the most, 4 GiB, are for float32 weights"),
+        (True, "takes about 11 GiB, the GPU has 5 GiB; the most, 6 GiB, are for gathered weights and whole gradients"),
+    ],
+)
+def test_ranks_that_shard_take_their_share_and_what_they_gather(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, keep: bool, words: str
+) -> None:
+    """Of 10^9 weights in bfloat16 four ranks have 4e9 bytes each, and 2e9 on their way; 6e9 where they keep layers."""
+    monkeypatch.setattr("sapo_rl.run.rehearsal.gpu_memory", lambda: 5 * 2**30)
+    write_weights(workspace / "model", 10**9)
+    settings = f"{{fsdp_version: 2, fsdp_reshard_after_forward: {str(not keep).lower()}}}"
+    (workspace / "own.yaml").write_text(f"distributed_type: FSDP\nfsdp_config: {settings}\n")
+    ranks = ("launch.profile=own.yaml", "launch.num_processes=4", "rollout.batch_size=128", "rollout.group_size=8")
+    code, _, told = dry_run(*ranks, "rollout.transport=ipc")
+    assert code == 0 and words in told, told
+
+
+def test_a_model_that_fsdp2_keeps_is_counted_whole(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bytes are below an eighth of the GPU's, so that only other uses can fill it."""
+    monkeypatch.setattr("sapo_rl.run.rehearsal.gpu_memory", lambda: 8 * 2**30)
+    write_weights(workspace / "model", 10**8)
+    ranks = ("launch=fsdp2", "launch.num_processes=4", "rollout.batch_size=128", "rollout.group_size=8")
+    code, _, told = dry_run(*ranks, "trainer.tokens_per_micro_batch=2000000")
+    assert code == 0
+    taken = 16e8 / 4 + 2e8 + 6e8 + 2_000_000 * 2 * 34 * 64 + 3 * 4 * 1024 * 100
+    assert f"takes about {taken / 2**30:,.0f} GiB" in told, told
