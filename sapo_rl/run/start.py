@@ -156,7 +156,7 @@ def _new_folder(config: Config, start: Start) -> Path:
             f"{program()}: resume=auto: the run there ended before its first checkpoint; it is {aside} now",
             file=sys.stderr,
         )
-    if any(folder.iterdir()):
+    if any(path.name != "lost+found" for path in folder.iterdir()):  # which the root of a file system has
         goes_on = (folder / run_folder.CONFIG).is_file() and not start.models
         way = f"; {shlex.quote(f'resume={folder}')} goes on with it" if goes_on else ""
         raise ConfigError("run_dir", f"'{folder}' is not empty; name a new folder{way}")

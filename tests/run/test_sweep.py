@@ -75,6 +75,7 @@ def test_recipes_of_a_sweep_are_named_as_they_were_typed(here: Path) -> None:
 
 
 def test_the_run_folder_can_be_chosen(here: Path) -> None:
+    (here / "a folder/lost+found").mkdir(parents=True)  # as a disk of its own has it
     for _ in range(2):
         result = sapo_train("config=mine.yaml", f"run_dir={here}/a folder", cwd=here)
         if result.returncode:
