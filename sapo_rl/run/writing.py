@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from sapo_rl import run_folder
 from sapo_rl.advantages import own_function
 from sapo_rl.config import Config, ModelConfig
+from sapo_rl.config.engine import VLLM
 from sapo_rl.data import build_prompts, load_rows, own
 from sapo_rl.engines import own as own_engine
 from sapo_rl.engines.base import Engine
@@ -171,13 +172,15 @@ def read_sets(
 
 
 def wait_for(engines: Sequence[Engine], rank: Rank, note: Callable[[str], None]) -> None:
-    """Return once vLLM is ready; `note` shows what is being waited for."""
-    servers = ", ".join(rank.config.rollout.servers)
-    note(f"waiting for {servers}" if servers else f"vLLM is starting; it writes to {rank.folder / 'logs'}")
+    """Return once the engines are ready; `note` shows what is being waited for."""
+    rollout = rank.config.rollout
+    name = "vLLM" if rollout.engine.name == VLLM else rollout.engine.name
+    logs = f"; it writes to {rank.folder / 'logs'}" if rollout.engine.name == VLLM else ""
+    note(f"waiting for {', '.join(rollout.servers)}" if rollout.servers else f"{name} is starting{logs}")
     start = time.monotonic()
     for engine in engines:
         engine.wait_ready()
-    note(f"vLLM is ready, after another {time.monotonic() - start:.0f} s")
+    note(f"{name} is ready, after another {time.monotonic() - start:.0f} s")
 
 
 def _log(folder: Path, accelerator: Accelerator, what: str) -> Path:

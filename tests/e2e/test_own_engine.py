@@ -6,7 +6,7 @@ from pathlib import Path
 
 import forked
 import pytest
-from command import records, steps_of
+from command import folders, records, steps_of
 from tiny import PLAIN, make_workspace
 
 pytestmark = pytest.mark.e2e
@@ -24,7 +24,10 @@ def test_an_engine_named_by_dotted_path_trains_with_the_weights_that_it_is_broug
         eval={"prompts": 2},
         logging={"wandb": "off"},
     )
-    folder = forked.new_run(workspace, PLAIN)
+    code, out, err = forked.run(workspace, "config=tiny.yaml", PLAIN)
+    assert code == 0, out + err
+    (folder,) = folders(workspace)
+    assert "my_engine.PlainEngine is starting\nmy_engine.PlainEngine is ready, after" in out and "vLLM" not in out
     probes = [one["mismatch/probe_logp_diff"] for one in records(folder) if "mismatch/probe_logp_diff" in one]
     assert len(probes) == 3 and max(probes) < 1e-5
     assert not list((folder / "logs").glob("vllm*"))
