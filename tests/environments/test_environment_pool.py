@@ -253,6 +253,11 @@ class Queue:
         if reply == "enter":
             async with in_turn(room()):
                 return "served", 0.0, False
+        if reply == "in turns":
+            for _ in range(100):
+                await asyncio.sleep(0.1)
+                async with in_turn(contextlib.nullcontext()):
+                    pass
         return "heard", 0.0, False
 """
 
@@ -273,6 +278,19 @@ def test_a_call_that_waits_for_its_turn_is_not_late(here: Path) -> None:
             return (await entering).messages[0]["content"]
 
     assert run(config("queue_game.Queue", turn_timeout=2.0), work) == "served"
+
+
+def test_what_a_call_took_before_it_waited_for_its_turn_counts(here: Path) -> None:
+    (here / "queue_game.py").write_text(QUEUE)
+
+    async def work(pool: EnvironmentPool) -> bool:
+        async with await pool.seat() as seat:
+            await seat.reset({}, seed=0)
+            with pytest.raises(WorkerLost, match=r"took longer than 1 s \(environment\.turn_timeout\)") as lost:
+                await seat.step("in turns")
+            return lost.value.suspect
+
+    assert run(config("queue_game.Queue", turn_timeout=1.0), work)
 
 
 def test_one_that_is_killed_from_outside_blames_nobody(here: Path) -> None:

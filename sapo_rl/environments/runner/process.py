@@ -45,7 +45,10 @@ class _Asked:
     answer: asyncio.Future[dict[str, Any]]
     sent: float
     begun: float | None = None
-    """When the worker began it, on the monotonic clock; None too while it waits for its turn there."""
+    """When the worker began it, on the monotonic clock; None too while it waits for its turn there, and later by as
+    much as it has waited."""
+    taken: float = 0.0
+    """Seconds that it was under way before it waited."""
     waits: bool = False
     """Whether it waits for the model: that time does not count."""
 
@@ -113,7 +116,7 @@ class EnvironmentWorker:
         """Note whether an episode's agent waits for the model now: when it goes on, its time begins anew."""
         for asked in self._asked.values():
             if asked.episode == episode:
-                asked.waits, asked.sent = waits, time.monotonic()
+                asked.waits, asked.sent, asked.taken = waits, time.monotonic(), 0.0
                 asked.begun = asked.begun and asked.sent
 
     def leave(self, episode: int) -> None:
@@ -169,7 +172,10 @@ class EnvironmentWorker:
         if answer is None or asked is None:
             return False
         if isinstance(answer.get("begun"), bool):
-            asked.begun = self._heard if answer["begun"] else None
+            if answer["begun"]:
+                asked.begun = self._heard - asked.taken
+            elif asked.begun is not None:
+                asked.begun, asked.taken = None, self._heard - asked.begun
             return True
         del self._asked[answer["call"]]
         if asked.answer.done():  # nobody waits for it
