@@ -80,6 +80,15 @@ def test_each_function_says_what_it_gives_and_where_it_fails(here: Path) -> None
     assert not (here / "runs").exists() and not (here / "checks").exists()
 
 
+def test_lengths_that_the_model_could_not_take_are_no_matter_as_it_does_not_run(here: Path) -> None:
+    make_stand_in(here / "model", max_position_embeddings=16)
+    write(here / "given.jsonl", ROWS)
+    code, table, told = check("data.check.completions=given.jsonl", *ONLY_RIGHT)
+    assert code == 0 and table[-1] == ["", "mean", "0.5"], told
+    code, _, told = sapo_train("config=tiny.yaml", "dry_run=true")
+    assert code == 2 and "the model's limit is 16" in told
+
+
 def test_rows_with_a_prompt_index_answer_the_rows_of_the_data(here: Path) -> None:
     write(here / "data.jsonl", [{"prompt": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(5)])
     said = json.dumps([{"role": "assistant", "content": "6"}])
