@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -411,6 +413,48 @@ def test_a_run_that_fails_early_does_not_show_the_one_before(tmp_path: Path, mon
     assert len(vs_trl.run_ours(task, None, [])["cycles"]) == 1
     failed = vs_trl.run_ours(task, None, [])
     assert (failed["cycles"], failed["error"]) == ([], "exit code 2")
+
+
+CUT_SHORT = """#!/bin/sh
+for argument; do case $argument in run_dir=*) run=${argument#run_dir=};; esac; done
+echo '{"step": 1, "time/step": 5.0, "perf/completion_tokens": 70.0, "perf/peak_memory_gib": 1.0}' > $run/metrics.jsonl
+echo said
+until [ -e go ]; do sleep 0.1; done
+kill -TERM $PPID
+sleep 600
+"""
+
+
+@pytest.mark.parametrize("bench", [vs_trl, scaling])
+def test_what_a_bench_has_found_when_it_is_to_end_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bench: ModuleType
+) -> None:
+    (program := tmp_path / "program").write_text(CUT_SHORT)
+    program.chmod(0o700)
+
+    class Waited(subprocess.Popen[bytes]):
+        """Lets the program go on once it is waited for."""
+
+        def wait(self, timeout: float | None = None) -> int:
+            if self.args[0] == str(program):  # pyright: ignore[reportIndexIssue]
+                (tmp_path / "go").touch()
+            return super().wait(timeout)
+
+    monkeypatch.setattr(vs_trl.subprocess, "Popen", Waited)
+    options = {vs_trl: ["--skip-trl", "--overlap"], scaling: ["--gpus", "1", "2"]}[bench]
+    monkeypatch.setattr(sys, "argv", ["bench", "--warm-up", "0", "--out", str(tmp_path / "out/a.json"), *options])
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(bench, "prepare", lambda *_, **__: tiny_task(tmp_path))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as end:
+            bench.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert end.value.code == 128 + signal.SIGTERM
+    written = json.loads((tmp_path / "out/a.json").read_text())
+    (found,) = written["programs"].values() if bench is vs_trl else written["runs"]
+    assert (len(found["cycles"]), found["error"], found["log_tail"]) == (1, "cut short", ["said"])
 
 
 def test_a_log_is_that_of_one_run(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ GPUs after those that train. Efficiency is tokens a second for each GPU that tra
 from __future__ import annotations
 
 import argparse
-import signal
 import socket
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import report
-from vs_trl import PHASES, Task, environment, prepare, run_ours, summary, write_recipe
+from vs_trl import PHASES, Task, environment, prepare, run_ours, stop_on_sigterm, summary, write_recipe
 from workloads import MODEL, SHAPES, WORKLOADS
 
 START_SECONDS = 600.0
@@ -136,7 +135,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure every number of GPUs and write what was found, after each."""
     args = arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # else the program would outlive us
+    stopped = stop_on_sigterm()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {**report.facts(), "workload": args.workload, "runs": []}
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
@@ -155,6 +154,8 @@ def main() -> None:
             report.write(args.out, result)
             log = task.folder / "sapo.log"
             (args.out.parent / f"{args.out.stem}.{gpus}.log").write_bytes(log.read_bytes())
+            if stopped:
+                sys.exit(*stopped)
     print(report.markdown(result["table"]))
 
 

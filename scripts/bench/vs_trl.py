@@ -8,7 +8,7 @@ Workload a: SmolLM2-135M-Instruct, 128 prompts x 8 completions of up to 512 toke
 a random model of a real shape, 32 x 8, geometric lengths up to 2048 tokens. Workload c: a real model of your own on
 reasoning-gym's word problems, 128 x 8, up to 512 tokens. All: 4 updates a rollout batch. TRL runs first,
 each program in processes of its own; the first cycles of each are left out. Needs trl, but for --skip-trl. What is done
-by then is in the JSON, also when a program fails or --limit cuts it short.
+by then is in the JSON, also when a program fails, or --limit or SIGTERM cuts it short.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import report
@@ -40,6 +41,23 @@ PROBE = "mismatch/probe_logp_diff"
 TAU_POS, TAU_NEG = 1.0, 1.05
 MEAN_LENGTH = 500.0
 """Of random models' completions, in tokens; 1 in 60 then reaches workload b's limit."""
+
+
+class Stopped(SystemExit):
+    """The bench is to end: the program under way ends now, and what it has done is written."""
+
+
+def stop_on_sigterm() -> list[int]:
+    """Have the first SIGTERM raise Stopped; return a list that holds the exit code from then on."""
+    codes: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        codes.append(128 + number)
+        raise Stopped(*codes)
+
+    signal.signal(signal.SIGTERM, stop)
+    return codes
 
 
 @dataclass(frozen=True)
@@ -128,14 +146,17 @@ def environment() -> dict[str, str]:
 
 
 def run(command: list[str], log: Path, limit: float) -> int | None:
-    """Run a program with its output in a new `log`; return its exit code, or None where `limit` seconds ended it."""
+    """Run a program with its output in a new `log`; return its exit code, or None where it was ended.
+
+    That is after `limit` seconds, or where the bench itself is to end.
+    """
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command, cwd=log.parent, env=environment(), stdout=file, stderr=file, start_new_session=True
         )
         try:
             return process.wait(limit)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, Stopped):
             return None
         finally:
             if process.poll() is None:
@@ -208,7 +229,7 @@ def ended(code: int | None, log: Path) -> dict[str, Any]:
     if code == 0:
         return {}
     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-40:]
-    return {"error": "cut short by --limit" if code is None else f"exit code {code}", "log_tail": tail}
+    return {"error": "cut short" if code is None else f"exit code {code}", "log_tail": tail}
 
 
 def summary(cycles: list[dict[str, Any]], warm_up: int) -> dict[str, Any]:
@@ -291,7 +312,7 @@ def prepare(args: argparse.Namespace, folder: Path, copies: int = 1) -> Task:
 def main() -> None:
     """Run both programs and write what they did, after each."""
     args = arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # else the programs would outlive us
+    stopped = stop_on_sigterm()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     peer_overrides = {key: json.loads(value) for key, value in (item.split("=", 1) for item in args.trl)}
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
@@ -315,6 +336,8 @@ def main() -> None:
             report.write(args.out, result)
             for log in task.folder.glob("*.log"):
                 (args.out.parent / f"{args.out.stem}.{log.name}").write_bytes(log.read_bytes())
+            if stopped:
+                sys.exit(*stopped)
     print(report.markdown(result["table"]))
 
 
