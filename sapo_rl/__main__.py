@@ -1,4 +1,4 @@
-"""The commands `sapo-train`, also as `python -m sapo_rl`, `sapo-eval`, `sapo-export` and `sapo-serve`.
+"""The commands: `sapo-train`, also as `python -m sapo_rl`, and those that begin with `sapo-` like it.
 
 Ctrl-C, or a reader of the output that goes away, ends them quietly.
 """
@@ -14,8 +14,8 @@ from sapo_rl import processes
 from sapo_rl.processes import streams
 
 
-def main(module: str = "cli", program: str = "sapo-train") -> None:
-    """Entry point of the console script `sapo-train`; others name their module in `sapo_rl.run` and themselves."""
+def main(module: str = "run.cli", program: str = "sapo-train") -> None:
+    """Entry point of the console script `sapo-train`; others name their module in `sapo_rl` and themselves."""
     streams.prepare()
     try:
         os.getcwd()
@@ -26,23 +26,37 @@ def main(module: str = "cli", program: str = "sapo-train") -> None:
         if "RANK" in os.environ:  # of a launcher that the user called, whose process id is not known
             processes.die_with_parent()
         # Here: Ctrl-C may come before the imports are done.
-        importlib.import_module(f"sapo_rl.run.{module}").main()
-        sys.stdout.flush()
+        try:
+            code = importlib.import_module(f"sapo_rl.{module}").main()
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
         sys.exit(128 + signal.SIGPIPE)
+    if code:
+        sys.exit(code)
 
 
 def evaluate() -> None:
     """Entry point of the console script `sapo-eval`."""
-    main("eval", "sapo-eval")
+    main("run.eval", "sapo-eval")
 
 
 def export() -> None:
     """Entry point of the console script `sapo-export`."""
-    main("export", "sapo-export")
+    main("run.export", "sapo-export")
+
+
+def report() -> None:
+    """Entry point of the console script `sapo-report`."""
+    main("telemetry.report.cli", "sapo-report")
+
+
+def explain() -> None:
+    """Entry point of the console script `sapo-explain`."""
+    main("losses.explain", "sapo-explain")
 
 
 def serve() -> None:
