@@ -102,7 +102,8 @@ def main(folder: Path | None) -> None:
 def worded(error: Exception, folder: Path | None) -> Exception:
     """Say in a sentence that the disk is full or a folder is gone; other errors stay as they are."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or "No space left on device" in str(error):  # safetensors has an error of its own
+    told = isinstance(error, UserError)  # with the file and what helps
+    if not told and (full or "No space left on device" in str(error)):  # safetensors has an error of its own
         return UserError(f"{error} (the run folder is {folder}); free some of it, then resume")
     try:
         os.getcwd()

@@ -25,6 +25,7 @@ def test_a_full_disk_is_told_in_a_line_with_the_run_folder(error: Exception) -> 
     told = worded(error, Path("runs/a"))
     assert isinstance(told, UserError) and str(told).startswith(str(error)) and "\n" not in str(told)
     assert str(told).endswith("(the run folder is runs/a); free some of it, then resume")
+    assert worded(told, None) is told
 
 
 def test_a_deleted_folder_is_told_and_other_errors_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
