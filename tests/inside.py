@@ -8,6 +8,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -37,9 +38,13 @@ def kept_apart() -> Iterator[None]:
     store, before = ConfigStore.instance(), (sys.argv, list(sys.path), dict(os.environ))
     kept = copy.deepcopy(store.repo)
     GlobalHydra.instance().clear()
+    known = set(sys.modules)
     try:
         yield
     finally:
+        for name in set(sys.modules) - known:  # of the test's own files: another test's may have the same name
+            if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == Path.cwd():
+                del sys.modules[name]
         store.repo = kept
         sys.argv, sys.path[:] = before[:2]
         os.environ.clear()

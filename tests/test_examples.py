@@ -41,7 +41,9 @@ def enter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Enter:
 def module(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A module of the example, which is forgotten afterwards."""
     monkeypatch.delitem(sys.modules, name, raising=False)
-    return importlib.import_module(name)
+    found = importlib.import_module(name)
+    del sys.modules[name]
+    return found
 
 
 def tried(recipe: str, *overrides: str) -> list[str]:
@@ -60,6 +62,7 @@ def test_gsm8k_words_the_columns_of_its_dataset_and_scores_the_last_line(
         "data.path=rows.jsonl",
         "data.subset=null",
         "data.eval_split=null",
+        "eval.prompts=256",
         f"model.path={tiny_model}",
     )
     shown = tried("gsm8k.yaml", *local, *SHORT)
@@ -67,6 +70,20 @@ def test_gsm8k_words_the_columns_of_its_dataset_and_scores_the_last_line(
     rewards = module("my_rewards", monkeypatch)
     replies = ["3 + 4 = 7\n#### 7", "#### 1,234.5\n", "#### 7 apples", "so 7", ""]
     assert rewards.last_line(completions=replies) == [1, 1, 0, 0, 0]
+
+
+def test_the_recipe_math_reads_the_columns_of_its_dataset_and_measures_on_math500(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    pytest.importorskip("math_verify")
+    rows = [{"problem": f"What is ${n}^2$?", "answer": str(n * n), "level": 1} for n in range(80)]
+    for name, part in (("train", rows[:64]), ("test", rows[64:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in part))
+    test = "eval.sets.math500.data"
+    there = (f"{test}.source=file", f"{test}.path={tmp_path}/test.jsonl", f"{test}.max_prompt_tokens=200")
+    local = ("data=file", f"data.path={tmp_path}/train.jsonl", *there)
+    shown = tried("math", *local, f"model.path={tiny_model}", *SHORT)
+    assert {"rows to train on 64", "held-out rows 0", "eval set math500 16 prompts, greedily"} <= set(shown), shown
 
 
 def test_the_tool_of_tool_agent_answers_its_rows(

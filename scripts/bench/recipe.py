@@ -34,7 +34,7 @@ def curve(records: list[Record], columns: list[str]) -> list[Record]:
 
 def table(records: list[Record], columns: list[str], note: str, chosen: Sequence[str] = ()) -> dict[str, Any]:
     """Return the evaluations as a table of texts, with the chosen numbers of them or the usual ones."""
-    evaluations = [one for one in records if "eval/reward" in one]
+    evaluations = [one for one in records if any(name in one for name in chosen or ["eval/reward"])]
     parts = sorted({name for one in evaluations for name in one if name.startswith("eval/rewards/")})
     scores = chosen or (parts if len(parts) > 1 else ["eval/reward"])
     steps = {one["step"]: one for one in records if "reward/mean" in one}
