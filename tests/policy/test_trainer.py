@@ -512,6 +512,14 @@ def test_the_learning_rate_goes_on_as_the_config_says_now(
     assert second.train_on(make_groups(3), contextlib.nullcontext)["policy/learning_rate"] == pytest.approx(rates[1])
 
 
+def test_a_folder_of_checkpoints_that_was_deleted_in_mid_run_is_made_again(tmp_path: Path) -> None:
+    trainer = PolicyTrainer(make_policy(), None, make_config(), Accelerator(cpu=True))
+    checkpoint.save(tmp_path / "checkpoints", 1, trainer, {}, keep_last=2)
+    shutil.rmtree(tmp_path / "checkpoints")
+    checkpoint.save(tmp_path / "checkpoints", 2, trainer, {}, keep_last=2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000002"]
+
+
 def test_a_checkpoint_of_other_weights_is_refused(tmp_path: Path) -> None:
     trainer = PolicyTrainer(make_policy(), None, make_config(), Accelerator(cpu=True))
     checkpoint.save(tmp_path, 1, trainer, {}, keep_last=2)

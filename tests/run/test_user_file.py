@@ -202,6 +202,9 @@ def test_recipes_in_a_folder_of_groups_go_by_their_names(workspace: Path) -> Non
     assert code == 0 and "steps: 7" in told and "name: grpo" in told
     (workspace / "config/mybase.yaml").write_text("hydra: {callbacks: {x: {_target_: os.system}}}")
     assert "can run code" in refused("config=mybase", "--config-dir", ".")
+    (workspace / "config/mybase.yaml").write_text("defaults: [other]")
+    (workspace / "config/other.yaml").write_text("defaults: [mybase]")
+    assert "config/mybase.yaml: something in it refers to itself" in refused("config=mybase", "--config-dir", ".")
 
 
 def test_the_page_of_flags_is_shown_beside_a_recipe() -> None:
