@@ -9,10 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    import forked
 
 ROOT = Path(__file__).parents[1]
 MODULE = ("-m", "sapo_rl")
+Process: TypeAlias = "subprocess.Popen[str] | forked.Popen"
 CLOCKS = ("time/", "perf/tokens_per_second", "rollout/prefix_hit")
 
 
@@ -32,9 +36,10 @@ def start(
     )
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 600) -> tuple[int, str, str]:
+def finish(process: Process, seconds: float = 600) -> tuple[int, str, str]:
     """Wait for the end; return the exit code and what was printed on stdout and stderr."""
     out, err = process.communicate(timeout=seconds)
+    assert process.returncode is not None
     return process.returncode, out, err
 
 
@@ -95,9 +100,7 @@ def timeless(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def wait_for_step(
-    process: subprocess.Popen[str], workspace: Path, before: set[Path], step: int, seconds: float = 300
-) -> Path:
+def wait_for_step(process: Process, workspace: Path, before: set[Path], step: int, seconds: float = 300) -> Path:
     """Wait until `process` has made `step` steps in a folder that is not in `before`; return the folder."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:

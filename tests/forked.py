@@ -1,8 +1,8 @@
 """Processes whose imports are done before they begin: ten seconds less than anew, twenty with vLLM.
 
-`nursery.py` forks them off servers that import everything once for all tests of a worker. `run` goes the way of
-`torchrun --nproc_per_node=1`: the process that reads the arguments is the rank. Tests of how processes start, stop and
-end take `command.run`.
+`nursery.py` forks them off servers that import everything once for all tests of a worker. `start` goes the way of
+`torchrun --nproc_per_node=1`: the process that reads the arguments is the rank; `launch` goes a user's. Of each kind of
+start some are left to `command.start`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,6 +49,8 @@ class Order(NamedTuple):
     """Whether it has one of its own."""
     parent: int
     """The process that asks for it."""
+    network: str = ""
+    """The file of the network namespace that it is in, unless it is that of all."""
 
 
 class Popen:
@@ -66,21 +68,37 @@ class Popen:
         stderr: IO[Any] | int = 2,
         pass_fds: Sequence[int] = (),
         start_new_session: bool = False,
+        network: str = "",
     ) -> None:
+        self.stderr: IO[bytes] | None = None
+        if piped := stderr == subprocess.PIPE:
+            end, stderr = os.pipe()
+            self.stderr = os.fdopen(end, "rb")
         _, option, module, *arguments = command
         assert option == "-m" and stdin == subprocess.DEVNULL
         given = [one if isinstance(one, int) else one.fileno() for one in (stdout, stderr)]
         surroundings = dict(os.environ if env is None else env)
         numbers = [0, 1, 2, *pass_fds]
-        order = Order(module, arguments, str(cwd or os.getcwd()), surroundings, numbers, start_new_session, os.getpid())
+        place, parent = str(cwd or os.getcwd()), os.getpid()
+        order = Order(module, arguments, place, surroundings, numbers, start_new_session, parent, network)
         self.printed: tuple[IO[bytes], ...] = ()
         self._lock = threading.Lock()
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._server.connect(str(nursery() / server))
         with open(os.devnull, "rb") as nothing:
             socket.send_fds(self._server, [pickle.dumps(order)], [nothing.fileno(), *given, *pass_fds])
+        if piped:
+            os.close(given[1])
         self.pid = int(self._server.recv(16))
         self.returncode: int | None = None
+
+    def __enter__(self) -> Popen:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+        if self.stderr:
+            self.stderr.close()
 
     def poll(self) -> int | None:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -163,19 +181,44 @@ def engine_with(log: Path) -> psutil.Process:
     return cast(psutil.Process, until(found))
 
 
-def start(workspace: Path, *arguments: str, **environment: str) -> Popen:
-    """Start the command line in `workspace`; `environment` is beside the test's own."""
-    surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "0", **environment}
-    command = [sys.executable, "-m", "sapo_rl", *arguments]
+def name_of(module: str) -> str:
+    """What the kernel calls a process that was forked to run a module: it keeps 15 characters."""
+    return module[-15:]
+
+
+def is_module(process: psutil.Process, module: str) -> bool:
+    """Whether a process runs a module, forked or started."""
+    return process.name() == name_of(module) or module in process.cmdline()
+
+
+def launch(workspace: Path, *arguments: str, module: str = "sapo_rl", network: str = "", **environment: str) -> Popen:
+    """Start the command line as a user does, or a launcher: ranks are children of those that start them.
+
+    `network` is the file of a network namespace.
+    """
+    own = {name: value for name, value in os.environ.items() if name != "GLOO_SOCKET_IFNAME"}
+    surroundings = {**own, "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, "-m", module, *arguments]
     out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  # closed by communicate
-    process = Popen(command, cwd=workspace, env=surroundings, stdout=out, stderr=err)
+    process = Popen(command, cwd=workspace, env=surroundings, stdout=out, stderr=err, network=network)
     process.printed = (out, err)
     return process
 
 
-def run(workspace: Path, *arguments: str, seconds: float = 600, **environment: str) -> tuple[int, str, str]:
-    """`start`, and wait for the end; return the exit code and what was printed on stdout and stderr."""
-    process = start(workspace, *arguments, **environment)
+def start(workspace: Path, *arguments: str, **environment: str) -> Popen:
+    """Start the command line in `workspace`; `environment` is beside the test's own."""
+    return launch(workspace, *arguments, **{"RANK": "0", **environment})
+
+
+def run(
+    workspace: Path,
+    *arguments: str,
+    seconds: float = 600,
+    begin: Callable[..., Popen] = start,
+    **how: str,
+) -> tuple[int, str, str]:
+    """Begin, and wait for the end; return the exit code and what was printed on stdout and stderr."""
+    process = begin(workspace, *arguments, **how)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
     process.kill()
@@ -204,10 +247,10 @@ def ranks(module: str, count: int, *arguments: str, **environment: str) -> None:
                 process.kill()
 
 
-def new_run(workspace: Path, *arguments: str) -> Path:
+def new_run(workspace: Path, *arguments: str, **how: Any) -> Path:
     """Run `tiny.yaml` to a good end and return the one folder that it made."""
     before = folders(workspace)
-    code, out, err = run(workspace, "config=tiny.yaml", *arguments)
+    code, out, err = run(workspace, "config=tiny.yaml", *arguments, **how)
     assert code == 0, out + err
     (folder,) = folders(workspace) - before
     return folder

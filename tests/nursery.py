@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import fcntl
 import functools
 import gc
@@ -21,15 +22,26 @@ import runpy
 import select
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import forked
 
-RUNS = ("sapo_rl.__main__", "sapo_rl.run.cli", "sapo_rl.run.rank", "sapo_rl.run.packaged", "sapo_rl.policy.lora")
+RUNS = (
+    "sapo_rl.__main__",
+    "sapo_rl.run.cli",
+    "sapo_rl.run.rank",
+    "sapo_rl.run.packaged",
+    "sapo_rl.policy.lora",
+    "accelerate.commands.launch",
+    "pandas",
+    "torch.distributed.run",
+)
 ENGINES = (
     "vllm.entrypoints.cli.serve",
     "vllm.entrypoints.llm",
@@ -37,7 +49,10 @@ ENGINES = (
     "vllm.v1.worker.cpu_worker",
     "sapo_rl.engines.vllm.child",
 )
+OF_RUNS = ("sapo_rl", "sapo_rl.run.launch", "sapo_rl.run.rank")
+"""What a launcher, forked itself, forks too: these are its own children."""
 GETPPID = os.getppid
+EXECUTE_CHILD = subprocess.Popen._execute_child  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def main() -> None:
@@ -50,8 +65,20 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*found in sys.modules after import of package")
     for name in RUNS:
         importlib.import_module(name)
+    _look_up()
     (folder / "ready").touch()
     _serve(*listeners)
+
+
+def _look_up() -> None:
+    """Have what libraries find out once in a process, and spare what Hydra composes to find `hydra.mode` alone."""
+    from hydra._internal.hydra import Hydra
+    from hydra.core.plugins import Plugins
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    Hydra.get_mode = lambda *_, **__: None
+    Plugins.instance()
+    get_checkpoint_conversion_mapping("llama")
 
 
 def _serve(listener: socket.socket, more: socket.socket | None = None) -> None:
@@ -133,8 +160,11 @@ def _become(order: forked.Order, sent: list[int]) -> NoReturn:
     """Be the process that is wanted, to its end."""
     if order.session:
         os.setsid()
+    if order.network:
+        with open(order.network) as namespace:
+            assert not ctypes.CDLL(None).setns(namespace.fileno(), 0)
     apart = [fcntl.fcntl(one, fcntl.F_DUPFD, 500) for one in sent]  # none is in the way of another
-    for descriptor in (0, 1, 2, *sent):
+    for descriptor in {0, 1, 2, *sent}:
         os.close(descriptor)
     for descriptor, number in zip(apart, order.descriptors, strict=True):
         with contextlib.suppress(OSError):
@@ -175,6 +205,41 @@ def _end(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _execute_child(self: Any, args: Any, executable: Any, *how: Any) -> None:
+    """Do as `subprocess.Popen` does, but fork what is part of a run."""
+    _, _, passed, folder, environment, _, _, _, *pipes = how[:14]
+    command = [one for one in args if one != "-u"]
+    if command[:2] != [sys.executable, "-m"] or command[2] not in OF_RUNS:
+        EXECUTE_CHILD(self, args, executable, *how)
+        return
+    numbers, session = [0, 1, 2, *passed], how[-2]
+    surroundings = dict(os.environ if environment is None else environment)
+    order = forked.Order(command[2], command[3:], folder or os.getcwd(), surroundings, numbers, session, os.getpid())
+    given = [number if own == -1 else own for number, own in enumerate((pipes[0], pipes[3], pipes[5]))]
+    self.pid = os.fork()
+    if not self.pid:
+        try:
+            _forget([*given, *passed])
+            _become(order, [*given, *passed])
+        finally:
+            os._exit(1)
+    self._child_created = True
+    self._close_pipe_fds(*pipes)
+
+
+def _forget(kept: Sequence[int]) -> None:
+    """Have signals and descriptors as a process has that was just started."""
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        if descriptor not in kept:
+            with contextlib.suppress(OSError):  # of the folder itself
+                os.close(descriptor)
+
+
 def _end_with_parent() -> None:
     from sapo_rl.processes import die_with_parent
 
@@ -192,6 +257,8 @@ def _execute(program: str, command: list[str], environment: dict[str, str]) -> N
 
 def _run(module: str, arguments: list[str]) -> NoReturn:
     forked.take_engines()
+    subprocess.Popen._execute_child = _execute_child  # pyright: ignore[reportAttributeAccessIssue]
+    Path("/proc/self/comm").write_text(forked.name_of(module))
     if "vllm" in sys.modules:  # what it forks ends with it, as what it spawns does
         os.register_at_fork(after_in_child=_end_with_parent)
     sys.argv = [module, *arguments]

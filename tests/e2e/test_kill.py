@@ -15,7 +15,7 @@ from typing import Any
 import forked
 import psutil
 import pytest
-from command import finish, folders, records, start, steps_of, timeless
+from command import Process, finish, folders, records, start, steps_of, timeless
 from tiny import make_workspace
 
 pytestmark = pytest.mark.e2e
@@ -56,19 +56,22 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pat
 
 
 class Attempt:
-    """A start or resume, under way."""
+    """A start or resume, under way; `begin` is how a user's is started, or one of those of `forked`."""
 
-    begin: Callable[..., Any] = staticmethod(start)
-
-    def __init__(self, workspace: Path, *arguments: str) -> None:
-        self.workspace, self.before = workspace, folders(workspace)
-        self.process = self.begin(workspace, *arguments, *OPTIONS)
+    def __init__(
+        self, workspace: Path, *arguments: str, begin: Callable[..., Process] = start, folder: Path | None = None
+    ) -> None:
+        self.workspace, self.before, self.begin, self.resumed = workspace, folders(workspace), begin, folder
+        self.others = set(psutil.Process().children(recursive=True))
+        self.process = begin(workspace, *arguments, *OPTIONS)
         self.launcher = psutil.Process(self.process.pid)
         self.seen: set[psutil.Process] = set()
 
     @property
     def folder(self) -> Path:
-        (folder,) = folders(self.workspace) - self.before
+        if self.resumed:
+            return self.resumed
+        (folder,) = self.until(lambda: folders(self.workspace) - self.before)
         return folder
 
     def until(self, what: Callable[[], Any], seconds: float = 400) -> Any:
@@ -78,17 +81,21 @@ class Attempt:
             if now - looked > 0.2:  # it reads a file of every process on the machine
                 looked = now
                 with contextlib.suppress(psutil.Error):
-                    self.seen |= set(self.launcher.children(recursive=True))
+                    self.seen |= set(psutil.Process().children(recursive=True)) - self.others
             if (found := what()) or self.process.poll() is not None:
                 return found
             time.sleep(0.01)
         raise AssertionError(f"it never came; the last was {records(self.folder)[-1:]}")
 
     def part(self, name: str) -> psutil.Process | None:
-        """A process of the run."""
+        """A process of the run; without a launcher, its first one is the rank."""
+        if name == "rank" and self.begin is forked.start:
+            return self.launcher
+        if name == "engine" and self.begin is not start:
+            return forked.engine_with(self.folder / "logs/vllm_rank0.log")
         with contextlib.suppress(psutil.Error):
             for process in self.launcher.children(recursive=True):
-                if PARTS[name] in process.cmdline():
+                if forked.is_module(process, PARTS[name]):
                     return process
         return None
 
@@ -103,20 +110,6 @@ class Attempt:
         _, alive = psutil.wait_procs(self.seen, timeout=20)
         assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
         return told
-
-
-class Forked(Attempt):
-    """One without a launcher: the process that is started is the rank."""
-
-    begin = staticmethod(forked.start)
-
-    def part(self, name: str) -> psutil.Process | None:
-        if name == "rank":
-            return self.launcher
-        if name == "engine":
-            self.seen.add(engine := forked.engine_with(self.folder / "logs/vllm_rank0.log"))
-            return engine
-        return super().part(name)
 
 
 def made(folder: Path) -> int:
@@ -162,12 +155,12 @@ def test_a_run_killed_at_all_its_moments_equals_one_that_nobody_touched(workspac
     first.send("launcher", signal.SIGKILL)
     assert first.end()[0] == -signal.SIGKILL
 
-    run = Attempt(workspace, "config=tiny.yaml")
+    run = Attempt(workspace, "config=tiny.yaml", begin=forked.launch)
     run.send("engine", signal.SIGKILL)  # while it starts
     run.send("worker", signal.SIGKILL)  # while it has nothing to do
     folder = run.folder
     again = f"resume={folder.relative_to(workspace)}"
-    code, _, err = finish(start(workspace, again, *OPTIONS))
+    code, _, err = forked.run(workspace, again, *OPTIONS, begin=forked.launch)
     assert code == 2 and f"still going on (process {run.process.pid} on {os.uname().nodename})" in err, err
     run.until(lambda: made(folder) >= 1)
     run.send("rank", signal.SIGSTOP, signal.SIGCONT)
@@ -184,7 +177,7 @@ def test_a_run_killed_at_all_its_moments_equals_one_that_nobody_touched(workspac
     code, _, err = early.end()
     assert (code, err) == (130, "")
 
-    restarted, last = Attempt(workspace, again), saved(folder)
+    restarted, last = Attempt(workspace, again, begin=forked.launch, folder=folder), saved(folder)
     restarted.until(lambda: saved(folder) > last)
     restarted.send("engine", signal.SIGABRT)
     restarted.until(lambda: saved(folder) > last + 1)
@@ -200,13 +193,13 @@ def test_a_run_killed_at_all_its_moments_equals_one_that_nobody_touched(workspac
     assert saving.end()[0] == -signal.SIGKILL
 
     left = left_behind()
-    final = Attempt(workspace, again)
+    final = Attempt(workspace, again, begin=forked.launch, folder=folder)
     final.until(lambda: made(folder) == STEPS)
     with contextlib.suppress(psutil.Error, AttributeError):  # it has ended meanwhile
         final.send("rank", signal.SIGABRT)
     final.end()
     if not (folder / "final").exists():
-        code, out, err = Attempt(workspace, again).end()
+        code, out, err = Attempt(workspace, again, begin=forked.launch, folder=folder).end()
         assert code == 0, out + err
     assert numbers(folder) == numbers(whole)
     assert steps_of(folder)[0]["rollout/engine_restarts"] == 1  # of the one that was killed while it started
@@ -229,7 +222,7 @@ def test_what_is_killed_in_mid_episode_plays_it_anew_and_counts_it_once(tmp_path
     gate.touch()
     whole = forked.new_run(workspace, *OPTIONS)
     shut()
-    run = Forked(workspace, "config=tiny.yaml")
+    run = Attempt(workspace, "config=tiny.yaml", begin=forked.start)
     run.until(waiting.exists)
     run.send("engine", signal.SIGKILL)
     gate.touch()
@@ -243,7 +236,7 @@ def test_what_is_killed_in_mid_episode_plays_it_anew_and_counts_it_once(tmp_path
         run.until(lambda last=last: made(folder) >= last)
     code, out, err = run.end()
     assert code == -signal.SIGKILL, out + err
-    code, out, err = Forked(workspace, f"resume={folder.relative_to(workspace)}").end()
+    code, out, err = Attempt(workspace, f"resume={folder.relative_to(workspace)}", begin=forked.start).end()
     assert code == 0, out + err
     assert numbers(folder) == numbers(whole)
     assert [record["step"] for record in steps_of(folder)] == list(range(1, STEPS + 1))

@@ -10,7 +10,7 @@ import forked
 import pandas as pd
 import pytest
 import torch
-from command import run, steps_of, timeless
+from command import steps_of, timeless
 from safetensors.torch import load_file
 from samples import make_item
 from tiny import engine_settings, generate, make_workspace
@@ -96,7 +96,8 @@ def test_checkpoints_with_adapters_are_measured_as_the_merged_model_is(
 ) -> None:
     models = f"model={alone}/final,{alone}/checkpoints/step_000003,{tiny_model}"  # vLLM loads the first by itself
     own = "eval.sets.own={data: {source: arithmetic}, prompts: 6}"
-    code, out, err = run(workspace, models, own, "run_dir=measured", module=("-m", "sapo_rl.run.eval"))
+    how = {"module": "sapo_rl.run.eval", "begin": forked.launch}
+    code, out, err = forked.run(workspace, models, own, "run_dir=measured", **how)
     assert code == 0 and out.count("vLLM is ready") == 1, out + err
     files = sorted((workspace / "measured/completions").glob("*.parquet"))
     merged, checkpoint, before = (pd.read_parquet(file) for file in files)

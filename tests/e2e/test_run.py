@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from command import MODULE, ROOT, finish, folders, new_run, records, run, start, steps_of, timeless, wait_for_step
+from command import MODULE, ROOT, finish, folders, new_run, records, steps_of, timeless, wait_for_step
 from safetensors.torch import load_file
 from tiny import CHAT_TEMPLATE, PLAIN, make_workspace
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -77,7 +77,11 @@ def checkpointed(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def whole(workspace: Path) -> Path:
-    return new_run(workspace)
+    """A run started as a user starts one, with vLLM, in an ASCII locale."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}.items():
+            patch.setenv(name, value)
+        return new_run(workspace)
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +218,7 @@ def test_a_resume_goes_on_with_what_is_set_now_and_tells_what_it_lacks(
 def test_a_run_folder_that_is_taken_away_in_mid_run_is_told_in_two_lines(workspace: Path, tmp_path: Path) -> None:
     before = folders(workspace)
     often = ("trainer.steps=500", "checkpoint.every=1", "logging.wandb=off")
-    process = start(workspace, "config=tiny.yaml", *often, PLAIN)
+    process = forked.launch(workspace, "config=tiny.yaml", *often, PLAIN)
     folder = wait_for_step(process, workspace, before, 2)
     folder.rename(tmp_path / "elsewhere")
     code, out, err = finish(process)
@@ -225,10 +229,12 @@ def test_a_run_folder_that_is_taken_away_in_mid_run_is_told_in_two_lines(workspa
 
 def test_interrupt_saves_and_tells_how_to_go_on(workspace: Path) -> None:
     before = folders(workspace)
-    process = start(workspace, "config=tiny.yaml", "trainer.steps=500", "checkpoint.every=400")
+    process = forked.launch(workspace, "config=tiny.yaml", "trainer.steps=500", "checkpoint.every=400")
     folder = wait_for_step(process, workspace, before, 2)
-    rank = next(c for c in psutil.Process(process.pid).children() if "sapo_rl.run.rank" in c.cmdline())
-    family = [process.pid, *(child.pid for child in rank.children(recursive=True))]
+    (rank,) = psutil.Process(process.pid).children()
+    engine = forked.engine_with(folder / "logs/vllm_rank0.log")
+    family = [process.pid, *(child.pid for one in (rank, engine) for child in (one, *one.children(recursive=True)))]
+    assert len(family) >= 4  # there is a worker of rewards, too
     rank.send_signal(signal.SIGTERM)
     code, out, err = finish(process)
     assert code == 130, out + err
@@ -238,7 +244,7 @@ def test_interrupt_saves_and_tells_how_to_go_on(workspace: Path) -> None:
     assert len(list((folder / "checkpoints").glob("step_*"))) == 1
     assert not any(psutil.pid_exists(pid) for pid in family)
     again = ("config=tiny.yaml", "trainer.steps=500", "checkpoint.every=400", "resume=auto", "dry_run=true")
-    code, out, err = run(workspace, *again)
+    code, out, err = forked.run(workspace, *again, begin=forked.launch)
     assert code == 0 and f"resume=auto: goes on with {folder.relative_to(workspace)}\n" in err, out + err
 
 
@@ -246,9 +252,13 @@ def test_interrupt_saves_and_tells_how_to_go_on(workspace: Path) -> None:
 def test_two_ranks_make_one_folder_and_the_loss_of_one(workspace: Path) -> None:
     profile = ROOT / "configs" / "accelerate" / "ddp.yaml"
     options = ("--num_processes", "2", "--main_process_port", "0")
-    accelerate = ("-m", "accelerate.commands.launch", "--config_file", str(profile), *options, *MODULE)
+    launcher = ("--config_file", str(profile), *options, *MODULE)
+
+    def accelerate(workspace: Path, *arguments: str) -> forked.Popen:
+        return forked.launch(workspace, *launcher, *arguments, module="accelerate.commands.launch")
+
     short = ("trainer.steps=2", "checkpoint.every=0", PLAIN)
-    alone, folder = forked.new_run(workspace, *short), new_run(workspace, *short, module=accelerate)
+    alone, folder = forked.new_run(workspace, *short), forked.new_run(workspace, *short, begin=accelerate)
     assert json.loads((folder / "environment.json").read_text())["device"]["processes"] == 2
     for ours, theirs in zip(steps_of(folder), steps_of(alone), strict=True):
         equal = ("policy/loss", "policy/grad_norm", "reward/mean", "policy/entropy", "completions/mean_length")
@@ -310,14 +320,12 @@ def test_gradient_that_is_not_finite_ends_the_run_and_saves_nothing(workspace: P
     assert not (folder / "checkpoints").exists() and not (folder / "final").exists()
 
 
-def test_sweep_makes_a_run_for_each_value_in_an_ascii_locale_too(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}.items():
-        monkeypatch.setenv(name, value)
+def test_sweep_makes_a_run_for_each_value(workspace: Path) -> None:
     before = folders(workspace)
     short = ("trainer.steps=1", "eval.prompts=0", "checkpoint.save_final=false", "logging.wandb=off", PLAIN)
-    code, out, err = run(workspace, "config=tiny.yaml", "loss.tau_neg=1.0,1.2", *short, "-m")
+    code, out, err = forked.run(
+        workspace, "config=tiny.yaml", "loss.tau_neg=1.0,1.2", *short, "-m", begin=forked.launch
+    )
     assert code == 0, out + err
     made = folders(workspace) - before
     assert len(made) == 2 and all(str(folder.relative_to(workspace)) in out for folder in made)

@@ -29,7 +29,7 @@ from sapo_rl.run.checks import ConfigError, check
 from sapo_rl.run.compose import loads
 
 SHORT = ("eval.prompts=0", "logging.wandb=off", "checkpoint.save_final=false")
-Machine: TypeAlias = Callable[..., "subprocess.Popen[str]"]
+Machine: TypeAlias = Callable[..., forked.Popen]
 TWO = ("launch=ddp", "launch.num_processes=2")
 GAME = (
     "environment.name=guess",
@@ -52,18 +52,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pat
     )
 
 
-def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    (launcher,) = psutil.Process(process.pid).children()
-    return sorted(launcher.children(), key=lambda child: int(child.environ()["RANK"]))
-
-
 @pytest.fixture(scope="module")
 def interrupted(workspace: Path) -> SimpleNamespace:
     """Two ranks on one machine that play episodes, stopped by SIGHUP to their launcher after eight steps at least."""
     before = folders(workspace)
-    process = start(workspace, "config=tiny.yaml", *TWO, *SHORT, *GAME, PLAIN)
+    process = forked.launch(workspace, "config=tiny.yaml", *TWO, *SHORT, *GAME, PLAIN)
     folder = wait_for_step(process, workspace, before, 8)
-    ranks = ranks_of(process)
     everything = psutil.Process(process.pid).children(recursive=True)
     listening = {
         connection.laddr.ip
@@ -72,6 +66,7 @@ def interrupted(workspace: Path) -> SimpleNamespace:
         if connection.status == psutil.CONN_LISTEN
     }
     (launcher,) = psutil.Process(process.pid).children()
+    ranks = launcher.children()
     launcher.send_signal(signal.SIGHUP)
     code, out, err = finish(process)
     assert folders(workspace) - before == {folder}
@@ -91,7 +86,7 @@ def test_stop_saves_once_for_all_ranks_and_exits_with_130(interrupted: SimpleNam
     last = steps_of(interrupted.folder)[-1]["step"]
     assert (interrupted.folder / "checkpoints" / f"step_{last:06d}").is_dir()
     assert json.loads((interrupted.folder / "environment.json").read_text())["device"]["processes"] == 2
-    assert not any(rank.is_running() for rank in interrupted.ranks)
+    assert len(interrupted.ranks) == 2 and not any(rank.is_running() for rank in interrupted.ranks)
 
 
 @pytest.mark.multi
@@ -119,12 +114,10 @@ def left_in_shared_memory() -> set[str]:
 @pytest.mark.multi
 def test_sharded_ranks_share_an_engine_that_spans_them_and_equal_one(workspace: Path) -> None:
     alone = forked.new_run(workspace, *SHORT, "trainer.steps=2", "checkpoint.every=0")
-    before, left = folders(workspace), left_in_shared_memory()
+    left = left_in_shared_memory()
     spread = ("launch=fsdp2", "launch.num_processes=2", "rollout.tensor_parallel=2", "rollout.verify_every=1")
     brief = (*SHORT, "trainer.steps=2", "checkpoint.every=0")
-    code, out, err = run(workspace, "config=tiny.yaml", *spread, *brief)
-    assert code == 0, out + err
-    (folder,) = folders(workspace) - before
+    folder = forked.new_run(workspace, *spread, *brief, begin=forked.launch)
     assert {path.name for path in (folder / "logs").iterdir()} == {
         "vllm_rank0.log",
         "rewards_rank0.log",
@@ -141,9 +134,9 @@ def test_killed_rank_ends_the_run_and_is_named(workspace: Path) -> None:
     before = folders(workspace)
     process = start(workspace, "config=tiny.yaml", *TWO, *SHORT, "checkpoint.every=0", PLAIN)
     wait_for_step(process, workspace, before, 2)
-    ranks = ranks_of(process)
     everything = psutil.Process(process.pid).children(recursive=True)
-    ranks[1].kill()
+    (second,) = [one for one in everything if one.environ().get("RANK") == "1" and "sapo_rl.run.rank" in one.cmdline()]
+    second.kill()
     code, _, err = finish(process)
     assert code == 128 + signal.SIGKILL
     assert "rank 1 was killed by SIGKILL" in err and "out of memory" in err
@@ -153,22 +146,23 @@ def test_killed_rank_ends_the_run_and_is_named(workspace: Path) -> None:
 
 @pytest.mark.multi
 def test_mistake_that_all_ranks_find_is_told_once_with_code_2(workspace: Path) -> None:
-    code, _, err = run(workspace, "config=tiny.yaml", *TWO, "data.max_prompt_tokens=2")
+    code, _, err = forked.run(workspace, "config=tiny.yaml", *TWO, "data.max_prompt_tokens=2", begin=forked.launch)
     assert code == 2
     assert err.count("data.max_prompt_tokens") == 1 and len(err.splitlines()) == 1, err
 
 
 @pytest.mark.multi
 def test_training_that_diverges_ends_all_ranks_and_is_told_once(workspace: Path) -> None:
-    code, out, err = run(workspace, "config=tiny.yaml", *TWO, *SHORT, "trainer.learning_rate=1e30", PLAIN)
+    steep = (*TWO, *SHORT, "trainer.learning_rate=1e30", PLAIN)
+    code, out, err = forked.run(workspace, "config=tiny.yaml", *steep, begin=forked.launch)
     assert code == 2, out + err
     assert err.count("step 1: the gradient norm is nan") == 1 and "Traceback" not in err
 
 
 @pytest.mark.multi
 def test_other_number_of_ranks_than_asked_for_is_refused(workspace: Path) -> None:
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "sapo_rl")
-    code, _, err = run(workspace, "config=tiny.yaml", "launch.num_processes=4", module=torchrun)
+    how = ("--standalone", "--nproc_per_node=2", "-m", "sapo_rl", "config=tiny.yaml", "launch.num_processes=4")
+    code, _, err = forked.run(workspace, *how, module="torch.distributed.run", begin=forked.launch)
     assert code != 0
     (line,) = [line for line in err.splitlines() if line.startswith("sapo-train:")]
     assert "launch.num_processes: is 4, but the launcher started 2" in line
@@ -199,7 +193,7 @@ def machines(workspace: Path) -> Iterator[tuple[Machine, ...]]:
             ip("-n", name, "address", "add", f"10.77.0.{number}/24", "dev", name[-9:])
             ip("-n", name, "link", "set", name[-9:], "up")
             ip("-n", name, "link", "set", "lo", "up")
-        yield tuple(partial(start, workspace, prefix=("ip", "netns", "exec", name)) for name in names)
+        yield tuple(partial(forked.launch, workspace, network=f"/run/netns/{name}") for name in names)
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
         pytest.skip(f"network namespaces are not allowed here: {error}")
     finally:
