@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import forked
 import pytest
 from tiny import PLAIN, make_workspace
 
 from sapo_rl.errors import UserError
+from sapo_rl.run import start
 from sapo_rl.run.api import Run, train
 
 pytestmark = pytest.mark.e2e
@@ -30,6 +34,11 @@ class Recorder:
 
     def on_eval(self, step: int, metrics: dict[str, Any]) -> None:
         self.evals.append((step, metrics["eval/reward"]))
+
+
+@pytest.fixture(autouse=True)
+def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": forked.Popen}))
 
 
 @pytest.fixture(scope="module")
