@@ -125,7 +125,7 @@ class Outcome:
 
 def usage() -> str:
     """Return the usage, and the shipped recipes with a line each."""
-    return USAGE + "\n".join(f"  {name:<16}{text}" for name, text in compose.recipes().items())
+    return USAGE + "\n".join(f"  {name:<16}{compose.description(file)}" for name, file in compose.recipes().items())
 
 
 def _show_keys(parts: list[str]) -> int:

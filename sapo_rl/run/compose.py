@@ -47,13 +47,14 @@ GLOBAL = "# @package _global_"
 """First line of a group's file that sets keys of other sections as well."""
 
 
-def recipes() -> dict[str, str]:
-    """Return the shipped recipes' names, each with its one-line description."""
-    files = sorted((CONFIGS / "config").glob("*.yaml"))
-    return {
-        file.stem: str((yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("description", ""))
-        for file in files
-    }
+def recipes() -> dict[str, Path]:
+    """Return the files of the shipped recipes by their names."""
+    return {file.stem: file for file in sorted((CONFIGS / "config").glob("*.yaml"))}
+
+
+def description(recipe: Path) -> str:
+    """Return what a recipe's file says of it in one line."""
+    return str((yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("description", ""))
 
 
 @dataclass
@@ -195,7 +196,7 @@ def as_override(value: Any) -> str:
     return earlier.quoted(value) if isinstance(value, str) else json.dumps(value)
 
 
-def _register_one(value: str, known: dict[str, str], own: dict[str, Path], files: dict[str, Path]) -> str:
+def _register_one(value: str, known: dict[str, Path], own: dict[str, Path], files: dict[str, Path]) -> str:
     if value in known and value not in own:
         return value
     name, path = _name_of(value, known, own, files), own.get(value, expand(value))
@@ -212,7 +213,7 @@ def _register_one(value: str, known: dict[str, str], own: dict[str, Path], files
     return name
 
 
-def _name_of(value: str, known: dict[str, str], own: dict[str, Path], files: dict[str, Path]) -> str:
+def _name_of(value: str, known: dict[str, Path], own: dict[str, Path], files: dict[str, Path]) -> str:
     """The name under which a recipe is registered, and its runs lie; `files` are those that are registered already."""
     if value in known and value not in own:
         return value
