@@ -1,4 +1,7 @@
-"""The command line inside the test's own process: a second less than a process of its own, for what starts no run."""
+"""The command line inside the test's own process: a second less than a process of its own, for what starts no run.
+
+Hydra composes here once, not twice: a recipe's `hydra.mode`, which it looks for first, has no effect.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
@@ -39,9 +43,11 @@ def kept_apart() -> Iterator[None]:
     kept = copy.deepcopy(store.repo)
     GlobalHydra.instance().clear()
     known = set(sys.modules)
+    find_mode, Hydra.get_mode = Hydra.get_mode, lambda *_, **__: None
     try:
         yield
     finally:
+        Hydra.get_mode = find_mode
         for name in set(sys.modules) - known:  # of the test's own files: another test's may have the same name
             if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == Path.cwd():
                 del sys.modules[name]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import command
 import inside
 import pytest
 import yaml
-from command import sapo_train
 from report_made import write_run
 from tiny import make_stand_in
 
@@ -28,6 +30,15 @@ def model(tmp_path: Path) -> Path:
     return make_stand_in(tmp_path / "model")
 
 
+def sapo_train(*arguments: str, cwd: Path, **environment: str) -> SimpleNamespace:
+    """Run the command line in this process, in `cwd`; `environment` is beside the test's own."""
+    with contextlib.chdir(cwd), pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        code, out, err = inside.sapo_train(*arguments)
+    return SimpleNamespace(returncode=code, stdout=out, stderr=err)
+
+
 def composed(*arguments: str, cwd: Path) -> dict:
     result = sapo_train(*arguments, "--cfg", "job", cwd=cwd)
     assert result.returncode == 0, result.stderr
@@ -35,7 +46,7 @@ def composed(*arguments: str, cwd: Path) -> dict:
 
 
 def test_bare_command_prints_usage_and_every_recipe(tmp_path: Path) -> None:
-    result = sapo_train(cwd=tmp_path)
+    result = command.sapo_train(cwd=tmp_path)
     assert result.returncode == 0
     assert "sapo-train config=NAME" in result.stdout
     for recipe in (ROOT / "configs" / "config").glob("*.yaml"):
@@ -55,7 +66,8 @@ def test_a_current_folder_that_is_gone_is_told(tmp_path: Path) -> None:
 
 
 def test_help_is_ours_wherever_it_stands(tmp_path: Path) -> None:
-    assert sapo_train("config=quickstart", "--help", cwd=tmp_path).stdout == sapo_train(cwd=tmp_path).stdout
+    shown = command.sapo_train("config=quickstart", "--help", cwd=tmp_path).stdout
+    assert shown == command.sapo_train(cwd=tmp_path).stdout
 
 
 def test_every_key_is_told_with_its_default_range_and_meaning(tmp_path: Path) -> None:
@@ -523,7 +535,7 @@ def test_a_model_whose_files_are_not_those_of_a_model_is_refused_at_once(
 def test_completion_offers_recipes(tmp_path: Path) -> None:
     line = "sapo-train config=quick"
     environment = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_CWORD": "1"}
-    result = sapo_train("-sc", "query=bash", cwd=tmp_path, **environment)
+    result = command.sapo_train("-sc", "query=bash", cwd=tmp_path, **environment)
     assert "config=quickstart" in result.stdout.split()
 
 
@@ -540,7 +552,7 @@ def test_completion_offers_recipes(tmp_path: Path) -> None:
 def test_variables_that_no_launcher_has_set_are_named(
     tmp_path: Path, model: Path, variables: dict[str, str], words: list[str]
 ) -> None:
-    result = sapo_train("config=quickstart", f"model.path={model}", cwd=tmp_path, **variables)
+    result = command.sapo_train("config=quickstart", f"model.path={model}", cwd=tmp_path, **variables)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
     assert all(word in result.stderr for word in [*words, "unset"])
 
@@ -574,7 +586,7 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, command: str, argum
 
 @pytest.mark.parametrize("argument", ["dry_run=true", "-m"])
 def test_what_needs_no_ranks_is_refused_under_a_launcher(tmp_path: Path, argument: str) -> None:
-    result = sapo_train("config=quickstart", argument, cwd=tmp_path, RANK="0", WORLD_SIZE="2")
+    result = command.sapo_train("config=quickstart", argument, cwd=tmp_path, RANK="0", WORLD_SIZE="2")
     assert result.returncode == 2
     assert argument.partition("=")[0] in result.stderr and "without a launcher" in result.stderr
     assert "Traceback" not in result.stderr

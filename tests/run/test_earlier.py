@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import command
+import forked
 import pytest
 import yaml
 from tiny import make_stand_in
@@ -52,9 +54,10 @@ FIRST, NOTHING = "resume=auto: goes on with", "resume=auto: there is no run to g
 
 def sapo_train(here: Path, *arguments: str, steps: int = 2, code: int = 0) -> str:
     """Run the command line; each start makes `steps` steps at most. Return what it told."""
-    done = command.sapo_train(*arguments, cwd=here, program=("start.py",), STEPS=str(steps), COLUMNS="300")
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    how: dict[str, Any] = {"begin": partial(forked.launch, module="start"), "STEPS": str(steps), "COLUMNS": "300"}
+    ended, out, err = forked.run(here, *arguments, **how)
+    assert ended == code, out + err
+    return out + err
 
 
 def prepare(folder: Path) -> Path:

@@ -8,6 +8,7 @@ import re
 from itertools import combinations
 from pathlib import Path
 
+import command
 import pytest
 from inside import sapo_train
 from omegaconf import OmegaConf
@@ -116,7 +117,8 @@ def test_a_recipe_or_run_folder_runs_no_code(workspace: Path, text: str) -> None
 
 def test_a_recipe_may_say_what_a_sweep_goes_over(workspace: Path) -> None:
     (workspace / "mine.yaml").write_text("hydra: {mode: MULTIRUN, sweeper: {params: {loss.tau_pos: '0.1,5.0'}}}")
-    code, _, told = sapo_train("config=mine.yaml", *GROUPS)
+    done = command.sapo_train("config=mine.yaml", *GROUPS, cwd=workspace)
+    code, told = done.returncode, done.stderr
     assert code == 2 and told.count("loss.tau_neg") == 1 and "below loss.tau_pos = 5.0" in told, told
 
 
