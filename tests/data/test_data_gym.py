@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from optional import needs
 
 from sapo_rl.data.gym import create, generate
 from sapo_rl.errors import UserError
 
-reasoning_gym = pytest.importorskip("reasoning_gym")
+pytestmark = needs("reasoning_gym")
 
 
 def test_rows_are_the_datasets_entries() -> None:
+    import reasoning_gym
+
     rows = generate("leg_counting", {"max_animals": 4}, 5, seed=7)
     entries = list(reasoning_gym.create_dataset("leg_counting", max_animals=4, seed=7, size=5))
     assert [(row["question"], row["answer"], row["metadata"]) for row in rows] == [

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from tiny import engine_settings
 from transformers import GPT2Config
-from vllm.v1.engine.exceptions import EngineDeadError
 
 from sapo_rl.engines.base import Completion, EngineSettings, Request, Sampling
 from sapo_rl.engines.vllm import child
@@ -86,6 +85,8 @@ def test_adapters_for_a_model_that_vllm_runs_without_them_only_are_refused_befor
 
 
 def test_a_failure_in_the_midst_of_decoding_is_the_end_of_the_engine() -> None:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
     class Failing:
         class llm_engine:
             @staticmethod

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optional import needs
 from scripted import config, one, play, prompt
 
 from sapo_rl.config import Config
@@ -16,7 +17,7 @@ from sapo_rl.environments.adapters.textarena import TextArena, tasks
 from sapo_rl.errors import UserError
 from sapo_rl.types import Stop
 
-pytest.importorskip("textarena")
+pytestmark = needs("textarena")
 
 OPPONENT = '''
 def first_free(seen):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from optional import needs
 from scripted import config, one, play, prompt, trained
 
 from sapo_rl.environments.adapters.verifiers import Verifiers, tasks
@@ -15,7 +16,7 @@ from sapo_rl.environments.runner.pool import EnvironmentPool
 from sapo_rl.errors import UserError
 from sapo_rl.types import Stop
 
-pytest.importorskip("verifiers")
+pytestmark = needs("verifiers")
 
 TASKSET = """
 import verifiers.v1 as vf

@@ -6,11 +6,12 @@ import json
 import pickle
 
 import pytest
+from optional import needs
 
 from sapo_rl.data.gym import generate
 from sapo_rl.rewards import reasoning_gym
 
-pytest.importorskip("reasoning_gym")
+pytestmark = needs("reasoning_gym")
 
 
 def score(reply: str, row: dict) -> float | None:
