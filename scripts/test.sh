@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that a change must pass: lint, types, unit tests, then the end-to-end tests with real vLLM.
 #
-#   bash scripts/test.sh                       all of it, less than half an hour on two cores
+#   bash scripts/test.sh                       all of it, some twenty minutes on two cores
 #   bash scripts/test.sh --fast                lint, and the unit tests that need no vLLM and start no run, two minutes
 #   bash scripts/test.sh PYTEST-ARGUMENT ...   pytest alone, e.g. -m "not e2e", or tests/losses
 set -euo pipefail
@@ -62,16 +62,16 @@ failed=""
 say "ruff"
 .venv/bin/ruff check --output-format concise || failed="$failed ruff"
 if [ "${1:-}" = --fast ]; then
-    chosen=(-m "not (e2e or multi or gpu)" "${slow[@]/#/--ignore=}")
+    chosen=(-n 2 -m "not (e2e or multi or gpu)" "${slow[@]/#/--ignore=}")
 else
     openenv
     torchao
-    .venv/bin/pyright >.venv/pyright.log 2>&1 & # on what two workers leave of the cores
+    .venv/bin/pyright >.venv/pyright.log 2>&1 & # on what the workers leave of the cores
     types=$!
-    chosen=(--durations=10)
+    chosen=(-n 3 --durations=10) # one of three mostly waits for a process, a time limit or a server
 fi
 say "pytest"
-.venv/bin/python -m pytest "${chosen[@]}" -n 2 --dist loadfile --no-loadscope-reorder || failed="$failed pytest"
+.venv/bin/python -m pytest "${chosen[@]}" --dist loadfile --no-loadscope-reorder || failed="$failed pytest"
 if [ -n "${types:-}" ]; then
     say "pyright"
     wait "$types" || failed="$failed pyright"
