@@ -12,21 +12,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from sapo_rl.environments import parsers
+from sapo_rl.environments.messages import WORD, Message, as_users, left_out, tool_call
 from sapo_rl.errors import UserError
 from sapo_rl.types import Row, Span, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message: TypeAlias = dict[str, Any]
-"""A message in OpenAI's shape; `function.arguments` of its `tool_calls` is a dictionary, as chat templates read it."""
-
 _START, _END = "sapo7start", "sapo7end"
-_WORD = re.compile(r"\w+")
 _TAG = re.compile(r"[<\[|]")
+_THOUGHT_END = "\n</think>\n\n"
 CACHED = 4096
 """Renderings that are kept: games say the same again and again."""
 
@@ -66,6 +64,7 @@ class ChatTemplate:
         except ValueError as error:
             raise UserError("model.path: its tokenizer has no chat template, which an environment needs") from error
         self.parser = parsers.choose(parser, text, tools=bool(self.tools))
+        self._thinks = "</think>" in text
         added = tokenizer.added_tokens_decoder.items()
         self.special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
         self.shows_calls = True
@@ -86,7 +85,7 @@ class ChatTemplate:
             Refused: the template has no words for it.
         """
         unfinished = generation_prompt and messages[-1]["role"] == "assistant"
-        messages = [self._with_calls(one) for one in messages]
+        messages = [self._worded(one) for one in messages]
         try:
             return cast(Any, self.tokenizer).apply_chat_template(
                 messages,
@@ -100,8 +99,10 @@ class ChatTemplate:
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise Refused(f"the chat template refuses messages of the roles {roles}: {error}") from error
 
-    def _with_calls(self, message: Message) -> Message:
-        """The message with its calls as the template takes them."""
+    def _worded(self, message: Message) -> Message:
+        """The message with its calls and its thinking as the template takes them."""
+        if "thinking" in message:  # Gemma 4's word for it, beside gpt-oss's
+            message = message | {"reasoning": message["thinking"]}
         rest = {key: value for key, value in message.items() if key != "tool_calls"}
         if "tool_calls" not in message or not self.shows_calls:
             return rest
@@ -135,14 +136,16 @@ class ChatTemplate:
     def tail(self, message: Message, new: Sequence[Message], last: int | None, cut: bool) -> list[int] | None:
         """Return the ids after a reply that ends in the id `last`: the end of its turn, `new`, the generation prompt.
 
-        `last` is not repeated. None where it is a stop token that the template would take back; a reply that was cut
-        has none.
+        `last` is not repeated. None where it is a stop token that the template would take back, or where the template
+        does not say `new` after the reply, but elsewhere; a reply that was cut has no stop token.
 
         Raises:
             Refused: the template does not take `new` after such a message.
         """
         probe = self._probe(message)
-        ids, alone = (list(self._after(json.dumps([probe, *after]))) for after in (new, ()))
+        if (after := self._after(json.dumps([probe, *new]))) is None:
+            return None
+        ids, alone = list(after), list(self._after(json.dumps([probe])) or ())
         if message.get("tool_calls") and self.shows_calls:  # what is left of the call is the model's own
             ids, alone = self._from_special(ids), self._from_special(alone)
         if last not in self.special:
@@ -151,6 +154,11 @@ class ChatTemplate:
         if last in closing:
             return ids[closing.index(last) + 1 :]
         return ids if cut else None
+
+    def thought_end(self, message: Message) -> str:
+        """Return what ends the thinking of a reply; empty where that is not open, or the template knows none."""
+        said = (self.opening + message["content"]).lstrip()
+        return _THOUGHT_END if self._thinks and said.startswith("<think>") and "</think>" not in said else ""
 
     def keeps(self, message: Message) -> bool:
         """Return whether the words of a reply, with those its prompt opened it with, are there when the chat goes on.
@@ -174,22 +182,25 @@ class ChatTemplate:
 
     def finds(self, replies: Sequence[Message], text: str) -> bool:
         """Return whether the words of all replies are in a rendered text, in their order."""
-        words, place = f" {' '.join(_WORD.findall(text))} ", 0
+        words, place = f" {' '.join(WORD.findall(text))} ", 0
         for reply in replies:
             thinking, content = reply.get("thinking", ""), reply["content"]
             for part in (self.opening + thinking, content) if thinking else (self.opening + content,):
-                said = "".join(f"{word} " for word in _WORD.findall(part))
+                said = "".join(f"{word} " for word in WORD.findall(part))
                 place = words.find(f" {said}", place)
                 if place < 0:
                     return False
                 place += len(said)
         return True
 
-    def _after_of(self, messages: str) -> list[int]:
-        """The ids after the mark of the first of the messages, which are JSON; with more than it, to go on from."""
+    def _after_of(self, messages: str) -> list[int] | None:
+        """The ids after the mark of the first of the messages, which are JSON; with more than it, to go on from.
+
+        None where the others are not there.
+        """
         probe, *new = json.loads(messages)
-        text = self.render([_user(), probe, *new], generation_prompt=bool(new))
-        return self.encode(text.partition(_END)[2])
+        text = self.render([_user(), probe, *new], generation_prompt=bool(new)).partition(_END)[2]
+        return None if left_out(new, text) else self.encode(text)
 
     def _probe(self, message: Message) -> Message:
         """The same kind of message with a mark where its last words are."""
@@ -330,6 +341,7 @@ class Conversation:
         last = self.messages[-1]
         if not self._replied:
             raise ValueError("extend: the model has not replied to the messages before")
+        thought_end = self._end_thought()
         new = [dict(message) for message in messages]
         try:
             tail = self.template.tail(last, new, self._last, self._cut)
@@ -339,13 +351,26 @@ class Conversation:
         before, stream = len(self.next_prompt), self._streams[-1]
         self._replied = False
         self.messages += new
-        if tail is None or not self._still_there(stream.fragile):
-            return self._fork() - before
+        if tail is None or (thought_end and not self._cut) or not self._still_there(stream.fragile):
+            return self._fork(new) - before
+        tail = [*thought_end, *tail]
         stream.token_ids += tail
         return len(tail)
 
-    def _fork(self) -> int:
+    def _end_thought(self) -> list[int]:
+        """End the thinking of the last reply where the model has not; returns the ids for it, not trained on."""
+        last, template = self.messages[-1], self.template
+        text = template.thought_end(last)
+        last["content"] += text
+        fragile = self._streams[-1].fragile
+        if text and not template.keeps(last) and all(one is not last for one in fragile):
+            fragile.append(last)
+        return template.encode(text)
+
+    def _fork(self, new: Sequence[Message]) -> int:
         """Go on in a row of its own; returns how long its prompt is."""
+        if role := left_out(new, self.template.render(self.messages)):
+            raise Refused(f"the chat template leaves out what a message of the role {role} says after a reply")
         fragile = [reply for reply in self._streams[-1].fragile if self._still_there([reply])]
         self._streams.append(_Stream(self.template.start(self.messages), fragile=fragile))
         return len(self._streams[-1].prompt_ids)
@@ -363,27 +388,6 @@ class Conversation:
     def turns(self) -> list[Turn]:
         """Return where the model wrote, by rows."""
         return list(self._turns)
-
-
-def tool_call(call: parsers.Call, number: int) -> dict[str, Any]:
-    """Return a call as a message of the model holds it; its id is nine letters and digits, as some templates want."""
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": f"call{number:05d}", "type": "function", "function": function}
-
-
-def as_users(messages: Sequence[Message]) -> list[Message]:
-    """Return the messages with each run of tools' messages as one of the user's."""
-    new: list[Message] = []
-    run = False
-    for message in messages:
-        if message["role"] != "tool":
-            new.append(message)
-        elif run:
-            new[-1] = {"role": "user", "content": f"{new[-1]['content']}\n{message['content']}"}
-        else:
-            new.append({"role": "user", "content": message["content"]})
-        run = message["role"] == "tool"
-    return new
 
 
 def _user() -> Message:

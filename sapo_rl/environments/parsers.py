@@ -207,7 +207,10 @@ def _functiongemma(text: str) -> Parsed:
 
 
 def _gemma4(text: str) -> Parsed:
-    """The same in Gemma 4's tags, and what it thinks in a channel."""
+    """The same in Gemma 4's tags, and what it thinks in a channel, which the prompt may have opened."""
+    begun, end, _ = text.partition("<channel|>")
+    if end and "<|channel>" not in begun:
+        text = "<|channel>" + text
     thoughts = _THOUGHT.findall(text)
     found = _gemma(_THOUGHT.sub("", text), "<|tool_call>", "<tool_call|>", '<|"|>')
     return found._replace(thinking="\n".join(thoughts).strip()) if thoughts else found

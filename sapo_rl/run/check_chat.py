@@ -17,7 +17,8 @@ from rich.table import Table
 
 from sapo_rl.config import Config
 from sapo_rl.environments import parsers
-from sapo_rl.environments.chat import ChatTemplate, Conversation, Message, Refused, as_users, tool_call
+from sapo_rl.environments.chat import ChatTemplate, Conversation, Refused
+from sapo_rl.environments.messages import Message, as_users, tool_call
 from sapo_rl.environments.parsers import PARSERS, Call
 from sapo_rl.environments.runner.pool import EnvironmentPool
 from sapo_rl.policy.model import load_tokenizer, stop_tokens

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _SPECIAL = re.compile(
-    r'<\|[\w"]+\|>|<\|(?:turn|tool\w*)>|<(?:turn|tool\w*)\|>|<(?:start|end)_\w+>|<\w+_of_turn>|<escape>'
+    r'<\|[\w"]+\|>|<\|(?:turn|tool\w*|channel)>|<(?:turn|tool\w*|channel)\|>|<(?:start|end)_\w+>|<\w+_of_turn>|<escape>'
 )
 TEMPLATES = Path(__file__).parent / "templates"
 ADD: dict[str, Any] = {

@@ -186,3 +186,131 @@ def test_a_template_for_other_content_than_text_is_refused() -> None:
     tokenizer.chat_template = "{% for message in messages %}{{ message.role }}{% endfor %}"
     with pytest.raises(UserError, match=r"model\.path: its chat template leaves out the content"):
         ChatTemplate(tokenizer)
+
+
+HEARD = [{"role": "user", "content": "higher"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "reply", "call"),
+    [
+        (
+            "qwen3",
+            "<|im_end|>\n<|im_start|>user\nhigher<|im_end|>\n<|im_start|>assistant\n",
+            "\n<|im_start|>user\n<tool_response>\n3\n</tool_response>\n<tool_response>\n3\n</tool_response><|im_end|>\n"
+            "<|im_start|>assistant\n",
+        ),
+        (
+            "deepseek_v3",
+            "<｜end▁of▁sentence｜><｜User｜>higher<｜Assistant｜>",
+            "<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>3<｜tool▁output▁end｜>\n"
+            "<｜tool▁output▁begin｜>3<｜tool▁output▁end｜><｜tool▁outputs▁end｜>",
+        ),
+        (
+            "glm4_5",
+            "<|user|>\nhigher<|assistant|>",
+            "\n<tool_response>\n3\n</tool_response>\n<tool_response>\n3\n</tool_response><|assistant|>",
+        ),
+        (
+            "gemma4",
+            "<turn|>\n<|turn>user\nhigher<turn|>\n<|turn>model\n",
+            'response:add{value:<|"|>3<|"|>}<tool_response|>'
+            '<|tool_response>response:add{value:<|"|>3<|"|>}<tool_response|>',
+        ),
+    ],
+)
+def test_what_follows_a_cut_reply_and_the_calls_of_another(name: str, reply: str, call: str) -> None:
+    talk, form = begin(chat_of(name)), FORMATS[name]
+    write(talk, form.reply.replace("{text}", "is it"), stop=None)
+    before = len(talk.next_prompt)
+    talk.extend(HEARD)
+    assert talk.template.decode(talk.next_prompt[before:], special=True) == reply
+    written = form.written("", {"a": 1, "b": 2}).removesuffix(form.call_stop or form.stop)
+    second = written.partition("<tool_call>")[1] + written.partition("<tool_call>")[2] if name == "glm4_5" else written
+    ids = talk.template.encode(_two(written, second) + (form.call_stop or form.stop))
+    calls = talk.reply(ids, None, truncated=False)["tool_calls"]
+    before = len(talk.next_prompt)
+    talk.extend([{"role": "tool", "name": "add", "tool_call_id": one["id"], "content": "3"} for one in calls])
+    assert (len(calls), talk.forks) == (2, 0)
+    assert talk.template.decode(talk.next_prompt[before:], special=True) == call
+
+
+def _two(one: str, other: str) -> str:
+    """Two calls in a reply: DeepSeek has them in one block."""
+    block = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+    return one.removesuffix(block[1]) + other.removeprefix(block[0])
+
+
+RESULT = [{"role": "tool", "name": "add", "tool_call_id": "call00000", "content": "3"}]
+
+
+def test_a_thought_that_is_cut_is_ended_and_the_end_is_not_trained_on() -> None:
+    talk = begin(chat_of("qwen3"))
+    say(talk, "qwen3", "", {"a": 1, "b": 2})
+    talk.extend(RESULT)
+    message, start = write(talk, "<think>\nhm, let", stop=None), len(talk.rows()[0].token_ids)
+    talk.extend(RESULT)
+    say(talk, "qwen3", "3")
+    [row] = talk.rows()
+    assert talk.template.decode(row.token_ids[start:], special=True).startswith("\n</think>\n\n<|im_end|>")
+    assert row.loss_mask and row.loss_mask[1] == (start - len(message), start)
+    sent = talk.template.decode(row.prompt_ids + row.token_ids[:-2], special=True)
+    assert sent == talk.template.render(talk.messages[:-1])
+
+
+@pytest.mark.parametrize("stop", [None, "<|im_end|>"])
+@pytest.mark.parametrize("opened", [False, True], ids=["by the model", "by the prompt"])
+def test_a_thought_without_an_end_is_taken_back_like_any_other(opened: bool, stop: str | None) -> None:
+    tokenizer = tokenizer_of(FORMATS["qwen3"])
+    if opened:
+        whole, begins = (
+            str(tokenizer.chat_template),
+            "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n",
+        )
+        assert begins in whole
+        tokenizer.chat_template = whole.replace(begins, begins + "<think>\\n")
+    talk = begin(ChatTemplate(tokenizer))
+    write(talk, ("" if opened else "<think>\n") + "hm, let me", stop)
+    talk.extend(HEARD)
+    assert talk.forks == 1
+    sent = talk.template.decode(talk.next_prompt, special=True)
+    assert "hm, let" not in sent and sent == talk.template.render(talk.messages)
+
+
+def test_a_thought_without_an_end_is_content_where_the_template_knows_no_thinking() -> None:
+    talk = begin(chat_of("qwen2_5"))
+    write(talk, "<think>\nhm, let", stop=None)
+    talk.extend(HEARD)
+    assert talk.forks == 0 and talk.messages[1]["content"] == "<think>\nhm, let"
+
+
+@pytest.mark.parametrize("opened", [False, True], ids=["by the model", "by the prompt"])
+def test_gemma_4_keeps_the_thinking_before_a_call_until_the_user_speaks(opened: bool) -> None:
+    talk = begin(chat_of("gemma4", enable_thinking=opened))
+    for turn in range(2):
+        thought = ("" if opened and turn else "<|channel>thought\n") + "one and two\n<channel|>"
+        call = talk.template.encode(thought + FORMATS["gemma4"].written("", {"a": 1, "b": 2}))
+        message = talk.reply(call, None, truncated=False)
+        assert (message["content"], message["thinking"]) == ("", "one and two")
+        talk.extend(RESULT)
+        assert talk.forks == 0
+        assert talk.template.decode(talk.next_prompt, special=True) == talk.template.render(talk.messages)
+    say(talk, "gemma4", "3")
+    talk.extend(ASK)
+    assert talk.forks == 1 and "one and two" not in talk.template.decode(talk.next_prompt)
+
+
+def test_a_message_that_the_template_puts_elsewhere_is_not_lost() -> None:
+    talk = begin(chat_of("deepseek_v3"))  # all that the system says stands at the top
+    say(talk, "deepseek_v3", "5")
+    talk.extend([{"role": "system", "content": "be kind"}, *HEARD])
+    assert talk.forks == 1
+    assert talk.template.decode(talk.next_prompt, special=True) == talk.template.render(talk.messages)
+    assert "be kind" in talk.template.decode(talk.next_prompt)
+
+
+def test_a_message_that_the_template_leaves_out_is_refused() -> None:
+    talk = begin(chat_of("qwen3"))
+    say(talk, "qwen3", "5")
+    with pytest.raises(Refused, match="leaves out what a message of the role system says after a reply"):
+        talk.extend([{"role": "system", "content": "be kind"}, *HEARD])

@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 
 from sapo_rl.config import Config, EnvironmentConfig
 from sapo_rl.engines.base import Completion
-from sapo_rl.environments.chat import ChatTemplate, Conversation, Message, Refused, as_users
+from sapo_rl.environments.chat import ChatTemplate, Conversation, Refused
+from sapo_rl.environments.messages import Message, as_users
 from sapo_rl.errors import UserError
 from sapo_rl.rollout.agents.wire import Asked, Refusal, Reply, Said, said
 from sapo_rl.types import Row, Stop, Turn

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sapo_rl.config import RolloutConfig
 from sapo_rl.engines.vllm.bodies import what_is_wrong
-from sapo_rl.environments.chat import Message
+from sapo_rl.environments.messages import Message
 
 Said: TypeAlias = tuple[str, str, str]
 """A message by which a conversation is known again: role, words, calls. Clients add and leave out the rest."""
