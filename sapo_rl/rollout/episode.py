@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 
 from sapo_rl.config import ENVIRONMENT, Config
 from sapo_rl.engines.base import Completion, Request, Sampling
-from sapo_rl.environments.chat import ChatTemplate, Conversation, Message
+from sapo_rl.environments.chat import ChatTemplate, Conversation
+from sapo_rl.environments.messages import Message
 from sapo_rl.environments.runner.pool import EnvironmentPool, Seat
 from sapo_rl.environments.runner.process import EnvironmentFailed, WorkerLost
 from sapo_rl.errors import UserError
@@ -87,19 +88,19 @@ class Episode:
         """Play to the end, and anew from the beginning where the environment's process is lost.
 
         Raises:
-            EnvironmentFailed: its code raised or answered what cannot be, or has taken two processes down, or its
-                processes end again and again without a call that is to blame.
+            EnvironmentFailed: its code raised or answered what cannot be, or has taken two processes down, one of them
+                with no other episode's call under way, or they end again and again without a call that is to blame.
             UserError: the prompt is too long with what the environment adds, or the chat template refuses a message.
         """
-        suspected = blameless = 0
+        pool, suspected, blameless = self._setting.environment, 0, 0
         while True:
             try:
-                async with await self._setting.environment.seat() as seat:
+                async with await pool.seat() if suspected < 2 else pool.apart() as seat:
                     return await self._play(seat)
             except WorkerLost as lost:
                 suspected += lost.suspect
-                blameless += not lost.blamed
-                if suspected == 2:
+                blameless += not lost.suspects
+                if suspected >= 2 and lost.suspect and lost.suspects == 1:
                     raise EnvironmentFailed(str(lost)) from lost
                 if blameless == MOST_LOSSES:
                     why = "is something else ending it, for want of memory perhaps?"

@@ -381,6 +381,43 @@ def test_an_episode_is_played_anew_where_its_process_is_lost_and_fails_the_secon
     assert [file for file in here.glob("worker.*") if psutil.pid_exists(int(file.suffix[1:]))] == []
 
 
+CROWD = """
+import asyncio, os
+from pathlib import Path
+
+class Crowd:
+    waiting = 0
+
+    def reset(self): pass
+
+    async def step(self, reply):
+        died = lambda: len([*Path().glob("died.*")])
+        if reply == "wait":
+            Crowd.waiting += 1
+            while died() < 2:
+                await asyncio.sleep(0.01)
+            return None, 1.0, True
+        while Crowd.waiting < 3 and died() < 2:
+            await asyncio.sleep(0.01)
+        Path(f"died.{os.getpid()}").touch()
+        os._exit(3)
+"""
+
+
+def test_episodes_that_were_under_way_beside_one_that_ends_its_process_are_played_to_their_end(here: Path) -> None:
+    (here / "crowd_game.py").write_text(CROWD)
+    cfg = config("crowd_game.Crowd", on_error="drop", workers=1)
+    cfg.rollout.group_size = 1
+    prompts = [prompt(0, "Bad."), *(prompt(number, "Good.") for number in (1, 2, 3))]
+    with playing(cfg, lambda said: "die" if "Bad" in said else "wait") as (episodes, _):
+        result = episodes.write(prompts, step=1)
+    assert [[sample.rewards for sample in group.samples] for group in result.groups] == [[]] + 3 * [
+        [{"environment": 1.0}]
+    ]
+    assert len(result.dropped) == 1 and "prompt 0: its process ended with exit code 3" in result.dropped[0]
+    assert len([*here.glob("died.*")]) == 3  # the last time by itself
+
+
 def test_processes_that_something_else_ends_again_and_again_fail_the_episode(here: Path) -> None:
     def script(said: str) -> str:
         for file in here.glob("worker.*"):

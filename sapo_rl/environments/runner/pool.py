@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import AsyncGenerator, Collection, Generator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +88,8 @@ class EnvironmentPool:
         self._needs: list[str] = []
         self._numbers = itertools.count()
         self._opening = asyncio.Lock()
+        self._single = set[EnvironmentWorker]()
+        self._apart = asyncio.Semaphore(self._size)
 
     async def open(self) -> None:
         """Start all workers, and wait until they have imported the environment.
@@ -138,9 +140,23 @@ class EnvironmentPool:
         worker = min(self._workers, key=lambda one: one.episodes)
         return Seat(worker, next(self._numbers), self._hidden)
 
+    @contextlib.asynccontextmanager
+    async def apart(self) -> AsyncGenerator[Seat]:
+        """Give one episode a process of its own, as many at once as there are `workers`."""
+        async with self._apart:
+            worker = self._worker()
+            self._single.add(worker)
+            try:
+                await self._start([worker])
+                async with Seat(worker, next(self._numbers), self._hidden) as seat:
+                    yield seat
+            finally:
+                await worker.close()
+                self._single.discard(worker)
+
     async def close(self) -> None:
         """End all workers."""
-        workers, self._workers = self._workers, []
+        workers, self._workers, self._single = [*self._workers, *self._single], [], set()
         await asyncio.gather(*(worker.close() for worker in workers))
 
     async def _fill(self) -> None:
@@ -150,12 +166,18 @@ class EnvironmentPool:
         missing = self._size - len(self._workers)
         if not missing:
             return
-        variables = environment_of(self._hidden)
-        new = [EnvironmentWorker(self.cfg, self.key, self._tools, variables, self._log) for _ in range(missing)]
+        new = [self._worker() for _ in range(missing)]
         self._workers += new
         await asyncio.gather(*(worker.close() for worker in lost))
+        await self._start(new)
+
+    def _worker(self) -> EnvironmentWorker:
+        return EnvironmentWorker(self.cfg, self.key, self._tools, environment_of(self._hidden), self._log)
+
+    async def _start(self, workers: list[EnvironmentWorker]) -> None:
+        """Return when they have imported the environment."""
         try:
-            await asyncio.gather(*(worker.start() for worker in new))
+            await asyncio.gather(*(worker.start() for worker in workers))
         except UserError as error:
             raise UserError(with_hint(str(error), self._hidden)) from error
 

@@ -29,12 +29,12 @@ class EnvironmentFailed(Exception):
 class WorkerLost(Exception):
     """The worker of an episode is gone, and with it the environment; the message is the cause."""
 
-    def __init__(self, cause: str, suspect: bool, blamed: bool) -> None:
+    def __init__(self, cause: str, suspect: bool, suspects: int) -> None:
         super().__init__(cause)
         self.suspect = suspect
         """Whether this episode's own call was under way."""
-        self.blamed = blamed
-        """Whether any episode's was."""
+        self.suspects = suspects
+        """How many episodes' were."""
 
 
 @dataclass(slots=True, eq=False)
@@ -74,7 +74,7 @@ class EnvironmentWorker:
         self.lost = ""
         """Why it is gone; empty as long as it is not."""
         self._cfg, self._key, self._tools = cfg, key, tools
-        self._blamed = False
+        self._suspects = 0
         self._process = GuardedProcess("sapo_rl.environments.runner.worker", variables, log)
         self._asked: dict[int, _Asked] = {}
         self._numbers = itertools.count(1)
@@ -126,7 +126,7 @@ class EnvironmentWorker:
 
     def _begin(self, episode: int, does: str, **given: Any) -> asyncio.Future[dict[str, Any]]:
         if self.lost:
-            raise WorkerLost(self.lost, suspect=False, blamed=self._blamed)
+            raise WorkerLost(self.lost, suspect=False, suspects=self._suspects)
         self._process.bound_log()
         number, answer = next(self._numbers), asyncio.get_running_loop().create_future()
         line = _line({"call": number, "episode": episode, "do": does, **given})
@@ -206,10 +206,10 @@ class EnvironmentWorker:
         self.lost = cause
         if suspects is None:
             suspects = [asked for asked in self._asked.values() if asked.begun is not None]
-        self._blamed = bool(suspects)
+        self._suspects = len({asked.episode for asked in suspects})
         for asked in self._asked.values():
             if not asked.answer.done():
-                asked.answer.set_exception(WorkerLost(cause, asked in suspects, self._blamed))
+                asked.answer.set_exception(WorkerLost(cause, asked in suspects, self._suspects))
         self._asked.clear()
 
 
