@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -70,6 +71,10 @@ def load(path: Path, configs: Path) -> DictConfig:
 
 def _load(stream: io.StringIO) -> DictConfig | ListConfig | None:
     try:
+        root = yaml.compose(stream, yaml.SafeLoader)
+        if isinstance(root, yaml.ScalarNode) and root.value:  # a text, of which OmegaConf makes a key
+            return None
+        stream.seek(0)
         return OmegaConf.load(stream)
     except OSError:  # what it makes of a single value
         return None

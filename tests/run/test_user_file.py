@@ -69,6 +69,8 @@ SHAPES = {
     f"a: {'[' * 100}{']' * 100}": ["mine.yaml:1: is nested deeper than 50 levels"],
     ANCHORS: ["mine.yaml: holds more than 100,000 values"],
     "- 1": ["mine.yaml must hold a mapping"],
+    "a page of text": ["mine.yaml must hold a mapping"],
+    "17": ["mine.yaml must hold a mapping"],
     "a: b: c": ["mine.yaml:1: no valid YAML"],
     "trainer: {}\ntrainer: {}": ["mine.yaml:2: no valid YAML: found duplicate key trainer"],
     "defaults: quickstart": ["mine.yaml: `defaults` is 'quickstart', must be a list"],
