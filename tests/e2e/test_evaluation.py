@@ -10,14 +10,13 @@ from typing import Any
 import forked
 import pandas as pd
 import pytest
-from command import records
+from command import records, run
 from tiny import make_workspace
 
 from sapo_rl.run.subjects import subject_at
 
 pytestmark = pytest.mark.e2e
 
-EVAL: dict[str, Any] = {"module": "sapo_rl.run.eval", "begin": forked.launch}
 ROWS = [{"ask": f"How many are {n} and {n}?", "answer": str(2 * n)} for n in range(6)]
 REWARDS = """
 def even(completions, **columns):
@@ -58,7 +57,8 @@ def whole(workspace: Path) -> Path:
 def measured(workspace: Path, whole: Path, tiny_model: Path) -> tuple[Path, str]:
     """The results of the final model, which vLLM loads by itself, of both checkpoints, and of the first model."""
     named = f"model={whole},{whole}/checkpoints,{tiny_model}"
-    code, out, err = forked.run(workspace, named, "run_dir=results", **EVAL)
+    how: dict[str, Any] = {"module": "sapo_rl.run.eval", "begin": forked.launch}
+    code, out, err = forked.run(workspace, named, "run_dir=results", **how)
     assert code == 0, out + err
     return workspace / "results", out
 
@@ -144,7 +144,7 @@ def test_a_damaged_checkpoint_is_refused_before_vllm_starts(workspace: Path, who
     file = whole / "checkpoints/step_000001/trainer_00000.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-8] + b"\0" * 8)
-    code, _, err = forked.run(workspace, f"model={file.parent}", "run_dir=damaged", **EVAL)
+    code, _, err = run(workspace, f"model={file.parent}", "run_dir=damaged", module=("-m", "sapo_rl.run.eval"))
     file.write_bytes(content)
     assert code == 2 and err == f"sapo-eval: '{file}' cannot be used: it is damaged, its checksum differs\n"
     assert not (workspace / "damaged/logs/vllm_rank0.log").exists()
