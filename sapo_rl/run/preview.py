@@ -47,7 +47,8 @@ def preview(config: Config, frozen: str, resumed: Plan | None = None) -> None:
     console.print(_table("memory (GiB, a process that shards nothing)", told if rows else unknown))
     if plan:
         console.print(_table("made at the start of the run", {"model": plan}))
-    for warning in [*trial.warnings, rehearsal.memory_warning(config, rows, _parameters(config))]:
+    count = _parameters(config) if rows else 0
+    for warning in [*trial.warnings, rehearsal.memory_warning(config, rows, count)]:
         if warning is not None:
             print(f"sapo-train: warning: {warning}", file=sys.stderr)
     if resumed:

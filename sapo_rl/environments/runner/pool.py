@@ -88,7 +88,7 @@ class EnvironmentPool:
         self._needs: list[str] = []
         self._numbers = itertools.count()
         self._opening = asyncio.Lock()
-        self._single = set[EnvironmentWorker]()
+        self._single: set[EnvironmentWorker] = set()
         self._apart = asyncio.Semaphore(self._size)
 
     async def open(self) -> None:
