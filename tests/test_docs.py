@@ -180,7 +180,9 @@ def test_the_site_opens_in_a_browser_and_is_searched(site: Path) -> None:
         ):
             tab.goto(address + page)
             playwright.expect(tab.get_by_role("heading", level=1)).to_contain_text(heading)
-        tab.get_by_label("Search", exact=True).first.fill("tau_pos")
+        ready = tab.locator(".md-search-result__meta")  # before that nothing listens to what is typed
+        playwright.expect(ready).to_contain_text("Type to start searching", timeout=60_000)
+        tab.get_by_label("Search", exact=True).first.press_sequentially("tau_pos")
         playwright.expect(tab.locator(".md-search-result__item").first).to_contain_text("tau_pos", timeout=60_000)
         browser.close()
     assert not problems
