@@ -10,7 +10,7 @@ from sapo_rl.config import ADAMW_8BIT, Config
 from sapo_rl.config.model import vllm_rank
 
 GIB = 2**30
-GATHERED = 1 / 8
+_GATHERED = 1 / 8
 """Share of a GPU's memory that `gathered_bytes` may take, for FSDP2 to keep them."""
 NO_BFLOAT16 = "this CPU has no instructions for bfloat16: model.dtype=float32 is several times faster here"
 
@@ -45,6 +45,11 @@ def trainer_memory(config: Config, count: int, shape: dict[str, Any], adapters: 
 def gathered_bytes(weights: int, trained: int, size: int) -> int:
     """Return what FSDP2 keeps of a small model in an update: weights of `size` bytes, and float32 gradients."""
     return size * weights + 4 * trained
+
+
+def is_kept(weights: int, size: int, gpu: int) -> bool:
+    """Return whether FSDP2 keeps a model of so many weights of `size` bytes, by the memory of a GPU in bytes."""
+    return gathered_bytes(weights, weights, size) <= _GATHERED * gpu
 
 
 def fsdp_memory(taken: Mapping[str, float], ranks: int, gathered: float) -> dict[str, float]:

@@ -23,7 +23,7 @@ from sapo_rl.config import ADAMW_8BIT, TrainerConfig
 from sapo_rl.errors import UserError
 from sapo_rl.policy.model import Policy, reshard, whole
 from sapo_rl.policy.working import WorkingCopy
-from sapo_rl.sizing import GATHERED, gathered_bytes
+from sapo_rl.sizing import is_kept
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of each weight, beside the number of its steps."""
@@ -232,8 +232,7 @@ def _is_small(policy: Policy, device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     count = sum(weight.numel() for weight in policy.parameters())
-    whole_model = gathered_bytes(count, count, policy.dtype.itemsize)
-    return whole_model <= GATHERED * torch.cuda.get_device_properties(device).total_memory
+    return is_kept(count, policy.dtype.itemsize, torch.cuda.get_device_properties(device).total_memory)
 
 
 def _matrices(module: nn.Module) -> list[Tensor]:

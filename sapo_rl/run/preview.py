@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -40,14 +41,14 @@ def preview(config: Config, frozen: str, resumed: Plan | None = None) -> None:
     console.print(_table("batch", batch_arithmetic(config)))
     trial = rehearsal.rehearse(config)
     console.print(_table("data", trial.data))
-    rows = {} if (plan := packaged.plan_of(config.model.path)) else memory_rows(config)
+    count = 0 if (plan := packaged.plan_of(config.model.path)) else _parameters(config)
+    rows = memory_rows(config, count) if count else {}
     rows |= rehearsal.cpu_cache(config) if rows else {}
     told = {name: f"{value / GIB:.2f}" for name, value in rows.items()} | {"sum": f"{sum(rows.values()) / GIB:.2f}"}
     unknown = {"weights and optimiser": f"? (the weights are {'not there yet' if plan else 'no local safetensors'})"}
     console.print(_table("memory (GiB, a process that shards nothing)", told if rows else unknown))
     if plan:
         console.print(_table("made at the start of the run", {"model": plan}))
-    count = _parameters(config) if rows else 0
     for warning in [*trial.warnings, rehearsal.memory_warning(config, rows, count)]:
         if warning is not None:
             print(f"sapo-train: warning: {warning}", file=sys.stderr)
@@ -105,11 +106,9 @@ def going_on(config: Config, resumed: Plan) -> dict[str, str]:
     } | (resumed.changes or {"changes": "none"})
 
 
-def memory_rows(config: Config) -> dict[str, float]:
-    """Return the bytes that weights, optimiser, activations and logits take; nothing where they are not known."""
-    folder, count = model_folder.local_folder(config.model.path), _parameters(config)
-    if folder is None or not count:
-        return {}
+def memory_rows(config: Config, count: int) -> dict[str, float]:
+    """Return the bytes that weights, optimiser, activations and logits of a local model of `count` parameters take."""
+    folder = Path(config.model.path).expanduser()
     shape = model_folder.text_part(model_folder.read_json(folder / model_folder.CONFIG))
     adapters = _adapters(config)
     kept = engine_parameters(config, count, adapters) * element_size(config)

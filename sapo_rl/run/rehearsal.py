@@ -31,7 +31,7 @@ from sapo_rl.processes import DRY_RUN
 from sapo_rl.rewards import RewardPool, isolation_warning
 from sapo_rl.rollout.filters import filter_warning
 from sapo_rl.run import launch
-from sapo_rl.sizing import GATHERED, GIB, element_size, fsdp_memory, gathered_bytes
+from sapo_rl.sizing import GIB, element_size, fsdp_memory, gathered_bytes, is_kept
 from sapo_rl.types import Messages
 
 REMEDIES = {
@@ -261,8 +261,7 @@ def _of_a_rank(config: Config, rows: Mapping[str, float], count: int, gpu: int |
         share = ranks if launch.shards(config.launch.profile) else 1
         return {name: value / (share if name.startswith("float32 weights") else 1) for name, value in rows.items()}
     size = element_size(config)
-    is_small = gpu is not None and gathered_bytes(count, count, size) <= GATHERED * gpu
-    keeps = is_small or not settings.get("fsdp_reshard_after_forward", True)
+    keeps = (gpu is not None and is_kept(count, size, gpu)) or not settings.get("fsdp_reshard_after_forward", True)
     return fsdp_memory(rows, ranks, keeps * gathered_bytes(count, 0 if config.model.lora.rank else count, size))
 
 

@@ -71,8 +71,9 @@ def load(path: Path, configs: Path) -> DictConfig:
 
 def _load(stream: io.StringIO) -> DictConfig | ListConfig | None:
     try:
-        root = yaml.compose(stream, yaml.SafeLoader)
-        if isinstance(root, yaml.ScalarNode) and root.value:  # a text, of which OmegaConf makes a key
+        events = yaml.parse(stream, yaml.SafeLoader)
+        root = next((event for event in events if isinstance(event, yaml.NodeEvent)), None)
+        if isinstance(root, yaml.ScalarEvent) and root.value:  # a text, of which OmegaConf makes a key
             return None
         stream.seek(0)
         return OmegaConf.load(stream)
