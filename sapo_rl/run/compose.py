@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -18,10 +19,11 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from sapo_rl.config import Config, EnvironmentConfig, RewardConfig, RewardFunctionConfig
+from sapo_rl.config import Config, EnvironmentConfig, RewardFunctionConfig
 from sapo_rl.config.evaluation import EvalConfig
 from sapo_rl.config.loss import unread
 from sapo_rl.config.nested import leaves
+from sapo_rl.config.schema import schema
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.errors.files import expand, is_file
 from sapo_rl.paths import CONFIGS
@@ -64,13 +66,6 @@ class _OpenEval(EvalConfig):
     sets: dict[str, Any] = field(default_factory=dict)  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
-@dataclass
-class _Schema(Config):
-    """The whole schema as Hydra gets it."""
-
-    eval: _OpenEval = field(default_factory=_OpenEval)  # pyright: ignore[reportIncompatibleVariableOverride]
-
-
 @dataclass(frozen=True)
 class Arguments:
     """A command line, made ready for Hydra."""
@@ -98,11 +93,11 @@ def register(argv: list[str], folder: str | None = None) -> Arguments:
     """
     added, environments = _added(argv, ADDED_FUNCTION), _added(argv, ADDED_ENVIRONMENT)
     argv, sets = eval_sets.from_command_line(argv)
-    schema = _Schema(
-        reward=RewardConfig(functions={name: RewardFunctionConfig() for name in added}),
-        environments={name: EnvironmentConfig() for name in environments},
-    )
-    ConfigStore.instance().store(name="schema", node=schema)
+    open_schema = copy.deepcopy(schema())
+    open_schema.eval = _OpenEval()
+    open_schema.reward.functions = {name: RewardFunctionConfig() for name in added}
+    open_schema.environments = {name: EnvironmentConfig() for name in environments}
+    ConfigStore.instance().store(name="schema", node=open_schema)
     known, files, rewritten = recipes(), {}, []
     own = {path.stem: path for path in expand(folder).glob("config/*.yaml")} if folder else {}
     for argument in earlier.arguments_of(argv, partial(_name_of, known=known, own=own, files=files)):
@@ -329,7 +324,7 @@ def _real(text: str) -> str:
 
 def loads(frozen: str) -> Config:
     """Turn the text of a frozen config (`config.yaml` of a run folder) into a `Config`."""
-    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(frozen))
+    merged = OmegaConf.merge(schema(), OmegaConf.create(frozen))
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     return config

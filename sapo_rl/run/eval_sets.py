@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from sapo_rl.config import Config
+from sapo_rl.config.schema import schema
 from sapo_rl.errors import did_you_mean
 from sapo_rl.paths import CONFIGS
 from sapo_rl.run.config_error import ConfigError
@@ -79,7 +79,7 @@ def _typed(name: str, given: Any) -> DictConfig:
     if not isinstance(given, dict | DictConfig):
         raise ConfigError(f"{KEY}.{name}", f"is {given}; set its keys, {KEY}.{name}.data.path=...")
     layers = [{"eval": {"sets": {name: one}}} for one in (_shipped(name) or {}, given)]
-    merged = OmegaConf.merge(OmegaConf.structured(Config), *layers)
+    merged = OmegaConf.merge(schema(), *layers)
     found = merged.eval.sets[name]
     data: Any = OmegaConf.to_container(found.data)
     if not data["source"] and not data["path"]:

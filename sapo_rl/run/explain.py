@@ -11,8 +11,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sapo_rl.config import Config
 from sapo_rl.config.nested import leaves
+from sapo_rl.config.schema import schema
 from sapo_rl.errors import UserError, brief, did_you_mean, first_line
 from sapo_rl.errors.files import is_file, read_yaml
 from sapo_rl.paths import CONFIGS
@@ -106,7 +106,7 @@ def _no_entry(name: str, found: str, kind: str, arguments: Arguments) -> str | N
     """Tell of an entry of the user's own that is no mapping, or that has a value of the wrong kind in it."""
     parent, first = OWN_ENTRIES[kind]
     key = f"{parent}.{name}"
-    if name in OmegaConf.structured(Config):  # the one environment, which has no name of the user's own
+    if name in schema():  # the one environment, which has no name of the user's own
         return None
     if found == "dict":
         problem = f"has a value of the wrong kind; sapo-train keys {parent} tells what each key takes"
@@ -118,7 +118,7 @@ def _no_entry(name: str, found: str, kind: str, arguments: Arguments) -> str | N
 def _section(key: str | None) -> tuple[str, list[str]] | None:
     """The key with those below it, where it has any; None for one that takes a value."""
     try:
-        node = OmegaConf.select(OmegaConf.structured(Config), key) if key else None
+        node = OmegaConf.select(schema(), key) if key else None
     except OmegaConfBaseException:  # it leads through a list
         return None
     return (key, [f"{key}.{name}" for name in node]) if key and isinstance(node, DictConfig) else None
@@ -157,7 +157,7 @@ def _chain(error: BaseException | None) -> str:
 
 def nearest_key(key: str) -> str:
     """The valid names beside the first part of `key` that is wrong, or how to add an entry that is not there."""
-    node: Any = OmegaConf.structured(Config)
+    node: Any = schema()
     before = ""
     parts = key.split(".")
     for place, part in enumerate(parts):
@@ -176,8 +176,8 @@ def nearest_key(key: str) -> str:
 
 def _elsewhere(parts: list[str]) -> str:
     """Point to a key that is right but for its section, or that other programs call so, it or a section it is in."""
-    schema: Any = OmegaConf.to_container(OmegaConf.structured(Config))
-    found = [path for path, _ in leaves(schema) if path.rpartition(".")[2] == parts[-1]]
+    everything: Any = OmegaConf.to_container(schema())
+    found = [path for path, _ in leaves(everything) if path.rpartition(".")[2] == parts[-1]]
     sections = (hint(part, []) for part in reversed(parts[:-1]))
     return hint(parts[-1], found) or next(filter(None, sections), "")
 

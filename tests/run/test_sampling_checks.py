@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from sapo_rl.config import Config
+from sapo_rl.config.schema import schema
 from sapo_rl.run.checks import ConfigError, check
 
 BASE = {
@@ -20,7 +21,7 @@ BASE = {
 
 def made(*keys: str) -> Config:
     found: Any = OmegaConf.to_object(
-        OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(BASE), OmegaConf.from_dotlist(list(keys)))
+        OmegaConf.merge(schema(), OmegaConf.create(BASE), OmegaConf.from_dotlist(list(keys)))
     )
     return found
 
