@@ -108,8 +108,6 @@ class EngineSettings:
     """Of adapters that are loaded in place of weights; 0 where weights are."""
     lora_modules: tuple[str, ...] = ()
     """Last parts of the names of the modules that have adapters."""
-    has_episodes: bool = False
-    """Whether replies are turns of episodes: steps that decode some then read what others were told."""
 
 
 class Engine(Protocol):

@@ -290,7 +290,6 @@ def engine_settings(
             core_process=on_gpu and count == 1,  # several fill each other's pauses without, and start sooner
             lora_rank=config.model.lora.rank if config.model.lora.alone else 0,
             lora_modules=facts.adapted,
-            has_episodes=config.has_episodes,
         )
         for index in range(count)
     ]

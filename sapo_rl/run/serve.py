@@ -149,7 +149,6 @@ def engine_settings(config: Config, options: argparse.Namespace) -> EngineSettin
         max_restarts=0,
         tensor_parallel=rollout.tensor_parallel,
         log_path=Path(os.devnull),
-        has_episodes=config.has_episodes,
     )
 
 

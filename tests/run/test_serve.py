@@ -15,7 +15,6 @@ import pytest
 from command import free_port
 from tiny import engine_settings
 
-from sapo_rl.config import Config, ModelConfig
 from sapo_rl.run import serve
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +38,7 @@ def test_a_server_samples_as_the_trainers_own_engines(tmp_path: Path) -> None:
     assert given["--max-num-seqs"] == "64"
     assert given["--tensor-parallel-size"] == "2"
     assert given["--gpu-memory-utilization"] == "0.9"
-    assert json.loads(given["--compilation-config"])["cudagraph_capture_sizes"][-1] == 64
+    assert json.loads(given["--compilation-config"])["cudagraph_capture_sizes"][-1] == 128
     assert {"--no-trust-remote-code", "--no-enforce-eager", "--disable-cascade-attn"} < set(given)
     assert given["--host"] == "127.0.0.1"
     assert given["--middleware"] == "sapo_rl.engines.vllm.api.TrainerApi"
@@ -65,13 +64,6 @@ def test_the_trainers_launch_is_none_of_the_servers(tiny_model: Path, monkeypatc
         serve.main(["config=quickstart", f"model.path={tiny_model}", "data.max_prompt_tokens=64", *launch])
     assert started[0] == started[1]
     assert "--model" in started[0]
-
-
-def test_a_server_of_episodes_has_the_graphs_of_the_trainers_own_engines(tiny_model: Path) -> None:
-    config = Config(model=ModelConfig(path=str(tiny_model)))
-    assert not serve.engine_settings(config, OPTIONS).has_episodes
-    config.environment.name = "guess"
-    assert serve.engine_settings(config, OPTIONS).has_episodes
 
 
 @pytest.mark.parametrize(

@@ -33,15 +33,16 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 
-def capture_sizes(max_num_seqs: int, has_episodes: bool = False) -> list[int]:
-    """Return numbers of tokens for CUDA graphs that leave no step of up to `max_num_seqs` tokens without one.
+def capture_sizes(max_num_seqs: int) -> list[int]:
+    """Return numbers of tokens for CUDA graphs that leave no step of up to twice `max_num_seqs` tokens without one.
 
-    Steps of up to twice as many have one where there are episodes: they decode some, and read what others were told.
-    vLLM pads a step to the next size captured, and by default runs steps above 512 tokens without a graph.
+    A step that decodes as many sequences as it may is larger as soon as a prompt joins, for one that is done, or what
+    an episode is told. vLLM pads a step to the next size captured, and by default runs steps above 512 tokens without
+    a graph.
     """
     sizes = {1, 2, 4, *range(8, 257, 8), *range(272, max_num_seqs, 16), max_num_seqs}
-    mixed = range(max_num_seqs + 32, 2 * max_num_seqs + 1, 32) if has_episodes else ()
-    return sorted(size for size in sizes if size <= max_num_seqs) + list(mixed)
+    larger = {*range(max_num_seqs + 32, 2 * max_num_seqs, 32), 2 * max_num_seqs}
+    return sorted(size for size in sizes if size <= max_num_seqs) + sorted(larger)
 
 
 def llm_arguments(settings: EngineSettings) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def llm_arguments(settings: EngineSettings) -> dict[str, Any]:
         "enable_sleep_mode": settings.sleep_level > 0,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         "disable_cascade_attn": True,  # gives other log-probs than the plain kernels on some GPUs
-        "compilation_config": {"cudagraph_capture_sizes": capture_sizes(settings.max_num_seqs, settings.has_episodes)},
+        "compilation_config": {"cudagraph_capture_sizes": capture_sizes(settings.max_num_seqs)},
     }
 
 
