@@ -63,3 +63,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-model")
     make_tiny_model(folder)
     return folder
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have workers forked: those of tests that are not about how they start."""
+    import workers
+
+    monkeypatch.setattr("sapo_rl.processes.guarded.subprocess", workers.SUBPROCESS)

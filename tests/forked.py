@@ -31,7 +31,7 @@ from waiting import until
 FOLDER: Path | None = None
 """Where the servers listen."""
 SERVERS: list[subprocess.Popen[bytes]] = []
-"""The first of them, where this process has started it; its stdin stays open."""
+"""Those that this process has started; their stdin stays open."""
 LARGEST = 1 << 17
 """Bytes of an order."""
 
@@ -60,23 +60,30 @@ class Popen:
         self,
         command: Sequence[str],
         *,
-        server: str = "runs",
+        server: str | Path = "runs",
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
         stdin: int = subprocess.DEVNULL,
-        stdout: IO[Any] | int = 1,
-        stderr: IO[Any] | int = 2,
+        stdout: IO[Any] | int | None = None,
+        stderr: IO[Any] | int | None = None,
         pass_fds: Sequence[int] = (),
         start_new_session: bool = False,
         network: str = "",
     ) -> None:
+        self.stdin: IO[bytes] | None = None
         self.stderr: IO[bytes] | None = None
+        if stdin == subprocess.PIPE:
+            reads, end = os.pipe()
+            self.stdin = os.fdopen(end, "wb", 0)
+        else:
+            reads = os.open(os.devnull, os.O_RDONLY)
         if piped := stderr == subprocess.PIPE:
             end, stderr = os.pipe()
             self.stderr = os.fdopen(end, "rb")
         _, option, module, *arguments = command
-        assert option == "-m" and stdin == subprocess.DEVNULL
-        given = [one if isinstance(one, int) else one.fileno() for one in (stdout, stderr)]
+        assert option == "-m" and stdin in (subprocess.DEVNULL, subprocess.PIPE)
+        outputs = (1 if stdout is None else stdout, 2 if stderr is None else stderr)
+        given = [reads, *(one if isinstance(one, int) else one.fileno() for one in outputs)]
         surroundings = dict(os.environ if env is None else env)
         numbers = [0, 1, 2, *pass_fds]
         place, parent = str(cwd or os.getcwd()), os.getpid()
@@ -84,11 +91,11 @@ class Popen:
         self.printed: tuple[IO[bytes], ...] = ()
         self._lock = threading.Lock()
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._server.connect(str(nursery() / server))
-        with open(os.devnull, "rb") as nothing:
-            socket.send_fds(self._server, [pickle.dumps(order)], [nothing.fileno(), *given, *pass_fds])
+        self._server.connect(str(server if isinstance(server, Path) else nursery() / server))
+        socket.send_fds(self._server, [pickle.dumps(order)], [*given, *pass_fds])
+        os.close(reads)
         if piped:
-            os.close(given[1])
+            os.close(given[2])
         self.pid = int(self._server.recv(16))
         self.returncode: int | None = None
 
@@ -137,20 +144,23 @@ def nursery() -> Path:
     """The folder of the servers, which are started where they are not."""
     global FOLDER
     if FOLDER is None:
-        folder = Path(tempfile.mkdtemp(prefix="sapo-tests-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        log, ready = folder / "log", folder / "ready"
-        command = [sys.executable, str(Path(__file__).with_name("nursery.py")), str(folder)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        with log.open("wb") as out:
-            server = subprocess.Popen(
-                command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=out, stderr=out
-            )
-        SERVERS.append(server)
-        until(lambda: ready.exists() or server.poll() is not None, 300)
-        assert ready.exists(), log.read_text()
-        FOLDER = folder
+        FOLDER = serving("nursery.py")
     return FOLDER
+
+
+def serving(script: str) -> Path:
+    """Start a script of this folder; return the folder in which it listens, once it is ready."""
+    folder = Path(tempfile.mkdtemp(prefix="sapo-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    log, ready = folder / "log", folder / "ready"
+    command = [sys.executable, str(Path(__file__).with_name(script)), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with log.open("wb") as out:
+        server = subprocess.Popen(command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=out, stderr=out)
+    SERVERS.append(server)
+    until(lambda: ready.exists() or server.poll() is not None, 300)
+    assert ready.exists(), log.read_text()
+    return folder
 
 
 def take_engines() -> None:

@@ -12,7 +12,9 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -33,6 +35,15 @@ def sapo_train(*arguments: str) -> tuple[int, str, str]:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0
     return code, out.getvalue(), err.getvalue()
+
+
+def in_folder(*arguments: str, cwd: Path, **environment: str) -> SimpleNamespace:
+    """Run the command line in `cwd`, as `command.sapo_train` does; `environment` is beside the test's own."""
+    with contextlib.chdir(cwd), pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        code, out, err = sapo_train(*arguments)
+    return SimpleNamespace(returncode=code, stdout=out, stderr=err)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 from inside import sapo_train
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
 EXAMPLES = Path(__file__).resolve().parents[1] / "docs/examples"
 SHORT = ("data.max_prompt_tokens=200", "rollout.max_completion_tokens=64")
 """The tiny model reads 512 characters."""

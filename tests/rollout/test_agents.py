@@ -19,6 +19,8 @@ from sapo_rl.config import Config, EnvironmentConfig
 from sapo_rl.errors import EngineError, UserError
 from sapo_rl.types import Row, Stop
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 AGENTS = '''
 import asyncio, os, time
 from concurrent.futures import ThreadPoolExecutor
@@ -193,7 +195,7 @@ def patient(client, row):
     """Works for a while between two requests, each time for less than the limit."""
     for _ in range(3):
         ask(client, [{"role": "user", "content": "a"}])
-        time.sleep(0.6)
+        time.sleep(1.2)
     return 1.0
 '''
 
@@ -358,7 +360,7 @@ def test_a_function_that_does_not_take_client_and_row_is_told_at_the_start(here:
 
 
 def test_the_time_of_the_model_and_of_work_between_requests_is_not_the_limit(here: Path) -> None:
-    sample = one(agent("patient", turn_timeout=1.5), echo)
+    sample = one(agent("patient", turn_timeout=3.0), echo)
     assert len(sample.rows) == 3 and sample.rewards == {"environment": 1.0}
 
 

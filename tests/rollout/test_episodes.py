@@ -30,6 +30,8 @@ from sapo_rl.telemetry.metrics import sample_metrics
 from sapo_rl.telemetry.sinks.completions import rows
 from sapo_rl.types import Group, RewardStats, Scores, Stop
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 PARTS = {"environment/read": 1.0, "environment/bonus": 0.25}
 """Of the reward of `Shelf`, one place of which was looked at."""
 

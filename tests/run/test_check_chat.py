@@ -14,6 +14,8 @@ from tiny import make_stand_in, make_tokenizer
 from sapo_rl.config import TOOL_PARSERS
 from sapo_rl.environments.parsers import PARSERS
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 
 def check_chat(folder: Path, name: str, *arguments: str) -> tuple[int, list[str], str]:
     """Check a model with the template of that name; return the exit code, the rows of the tables, and what was told."""

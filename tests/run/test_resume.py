@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command import sapo_train
-from inside import sapo_train as in_process
+from inside import in_folder as sapo_train
 from tiny import make_stand_in
 
 from sapo_rl import run_folder
@@ -65,9 +64,9 @@ def test_dry_run_says_from_where_how_much_is_left_and_what_changes(workspace: Pa
 def test_dry_run_shows_a_long_path_whole(workspace: Path, tmp_path: Path) -> None:
     run = tmp_path / "a folder with the runs of several months" / ("long" * 30)
     write_checkpoint(run, (workspace / "run/config.yaml").read_text())
-    code, shown, told = in_process(f"resume={run}", "dry_run=true")
-    assert code == 0, told
-    cells = "".join("".join(line.split("│")[2:3]).strip() for line in shown.splitlines())
+    result = sapo_train(f"resume={run}", "dry_run=true", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    cells = "".join("".join(line.split("│")[2:3]).strip() for line in result.stdout.splitlines())
     assert f"{run}/checkpoints/step_000010".replace(" ", "") in cells.replace(" ", "")
 
 
