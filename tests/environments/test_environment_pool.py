@@ -20,6 +20,8 @@ from sapo_rl.environments.runner.process import EnvironmentFailed, WorkerLost
 from sapo_rl.errors import UserError
 
 T = TypeVar("T")
+forked = pytest.mark.usefixtures("forked_workers")
+"""Of those whose tools take seconds to describe in a process that begins anew."""
 
 
 @pytest.fixture
@@ -131,6 +133,7 @@ def test_what_is_no_environment_is_refused_at_the_start(here: Path, name: str, a
         run(config(name, args=args), lambda pool: episode(pool))
 
 
+@forked
 def test_an_environment_without_any_reward_is_refused(here: Path) -> None:
     cfg = config("calculator")
     cfg.reward.functions = {}
@@ -138,6 +141,7 @@ def test_an_environment_without_any_reward_is_refused(here: Path) -> None:
         run(cfg, lambda pool: episode(pool))
 
 
+@forked
 def test_columns_that_reset_cannot_do_without_are_refused(here: Path) -> None:
     async def work(pool: EnvironmentPool) -> None:
         pool.check_columns({"word": "a", "answer": ""}, "the data")
@@ -147,6 +151,7 @@ def test_columns_that_reset_cannot_do_without_are_refused(here: Path) -> None:
     run(config("my_games.Shelf"), work)
 
 
+@forked
 @pytest.mark.parametrize(
     ("documents", "told"),
     [
@@ -166,6 +171,7 @@ def test_a_row_with_which_a_built_in_cannot_begin_is_refused_at_the_start(
     run(config("search"), work)
 
 
+@forked
 def test_a_row_that_is_too_long_fails_its_episode_alone(here: Path) -> None:
     async def work(pool: EnvironmentPool) -> None:
         async with await pool.seat() as one:

@@ -12,6 +12,8 @@ from sapo_rl.config import RewardConfig, RewardFunctionConfig
 from sapo_rl.errors import UserError
 from sapo_rl.rewards import RewardPool, check_function
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 MODULE = """
 import asyncio, os, signal, time
 from pathlib import Path

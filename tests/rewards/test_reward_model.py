@@ -15,6 +15,7 @@ from sapo_rl.config import RewardConfig, RewardFunctionConfig
 from sapo_rl.errors import UserError
 from sapo_rl.rewards import RewardPool, check_function, reward_model
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
 REPLIES = ["2", "It is 2.", "It may be 3, or 4.", "no", "1 + 1 = 2"]
 
 

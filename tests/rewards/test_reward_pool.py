@@ -20,6 +20,8 @@ from sapo_rl.errors import UserError
 from sapo_rl.rewards import RewardPool
 from sapo_rl.types import Group, Prompt
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 MODULE = '''
 import contextlib, math, os, signal, sys, time
 from pathlib import Path

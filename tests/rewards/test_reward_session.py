@@ -16,6 +16,8 @@ from sapo_rl.config import RewardConfig, RewardFunctionConfig
 from sapo_rl.errors import UserError
 from sapo_rl.rewards import RewardPool, session
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 Score = Callable[..., dict[str, list[float | None]]]
 
 
