@@ -320,7 +320,8 @@ def _check_environment(config: Config) -> None:
         raise ConfigError("data.response_prefix", "is for one turn; not with an environment or tools")
 
 
-def _check_model(config: Config) -> None:
+def check_model(config: Config) -> None:
+    """Raise ConfigError for a model that cannot be read, or that is too short for the config's lengths."""
     path = config.model.path
     try:
         folder = None if packaged.missing(path) else model_folder.local_folder(path)
@@ -373,7 +374,7 @@ RULES = {
     "eval": check_evaluation,
     "model.lora": check_lora,
     "model.lora.sync": check_lora_sync,
-    "model.path": _check_model,
+    "model.path": check_model,
 }
 """Rules that span fields, by the keys that they are about."""
 OF_TRAINING = (

@@ -29,7 +29,10 @@ from sapo_rl.engines.vllm.child import llm_arguments
 from sapo_rl.errors import UserError
 from sapo_rl.processes import scratch
 from sapo_rl.run import compose, explain, packaged
+from sapo_rl.run.checks import check_model
 
+TRAINING, EPISODES = "sapo_rl.engines.vllm.api.TrainerApi", "sapo_rl.run.recording.EpisodesApi"
+"""What stands before vLLM's own paths."""
 DESCRIPTION = """Serve rollouts to sapo-train config=... rollout.servers=[HOST:PORT,...]. Give the recipe and overrides
 that the training gets; model, precision, lengths and limits are taken from it, those of launch are left out."""
 
@@ -45,10 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             # Checked as the config of a run with this server: what only engines beside a trainer must heed is left out.
             own = [one for one in ready.argv if not one.startswith(("launch=", "launch."))]
             overrides = [*own, f"rollout.servers=[127.0.0.1:{options.port}]"]
-            config, _ = compose.accept(hydra.compose("train", overrides=overrides), ready, overrides)
+            config, text = compose.accept(hydra.compose("train", overrides=overrides), ready, overrides)
         packaged.require(config.model.path)
+        config, recording = _recorded(config, text) if options.episodes else (config, {})
         settings = engine_settings(config, options)
-        environment = server_environment(os.environ, settings.device != "cpu") | {VARIABLE: make_key()}
+        environment = server_environment(os.environ, settings.device != "cpu") | {VARIABLE: make_key()} | recording
     except (UserError, HydraException, OmegaConfBaseException) as error:
         print(f"sapo-serve: {explain.explain(error, ready)}", file=sys.stderr)
         sys.exit(2)
@@ -65,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     found.add_argument("--port", type=_port, default=8000)
     found.add_argument("--gpu-memory", type=_share, default=0.9, metavar="SHARE", help="share of each GPU's memory")
+    found.add_argument("--episodes", action="store_true", help="answer agents, and record what they ask and are told")
     found.add_argument("overrides", nargs="*", metavar="config=NAME key=value", help="as for sapo-train")
     return found
 
@@ -115,6 +120,17 @@ def check_address(host: str, port: int) -> None:
             raise UserError(f"--host {host!r} --port {port}: cannot listen there: {error.strerror}") from error
 
 
+def _recorded(config: Config, text: str) -> tuple[Config, dict[str, str]]:
+    """The config of a server that records, and what brings its text there. Raises UserError where it could not."""
+    require_vllm()
+    from sapo_rl.run.recording import VARIABLE, for_agents, recorder_of
+
+    config = for_agents(config)
+    check_model(config)
+    recorder_of(config)
+    return config, {VARIABLE: text}
+
+
 def engine_settings(config: Config, options: argparse.Namespace) -> EngineSettings:
     """Return the settings of the server's engine: as the trainer's own engines have them, but for the memory.
 
@@ -161,7 +177,7 @@ def vllm_flags(settings: EngineSettings, options: argparse.Namespace) -> list[st
         | {
             "host": options.host,
             "port": options.port,
-            "middleware": "sapo_rl.engines.vllm.api.TrainerApi",
+            "middleware": EPISODES if options.episodes else TRAINING,
             "disable_uvicorn_access_log": True,
             "disable_fastapi_docs": True,
         }

@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from command import finish, folders, free_port, records, steps_of, wait_for_step
+from openai import AuthenticationError, BadRequestError, DefaultHttpxClient, OpenAI
 from tiny import logps_of, make_workspace
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from waiting import until
@@ -67,7 +68,8 @@ class Server:
 
     def start(self) -> None:
         with open(self.log, "ab") as log:
-            command = [sys.executable, "-m", "sapo_rl.run.serve", "--port", str(self.port), "config=tiny.yaml"]
+            command = [sys.executable, "-m", "sapo_rl.run.serve", "--port", str(self.port)]
+            command += ["--episodes", "config=tiny.yaml"]
             self.process = forked.Popen(
                 command, server="engines", cwd=self.folder, env=self.environment, stdout=log, stderr=log
             )
@@ -87,6 +89,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pat
         tmp_path_factory.mktemp("workspace"),
         tiny_model,
         rollout={"batch_size": 128, "max_completion_tokens": 128, "max_num_seqs": 16, "verify_every": 1},
+        environment={"max_tokens": 128},  # of the agents' episodes
         trainer={"steps": 3},
         eval={"every": 0, "prompts": 0},
         checkpoint={"every": 0, "save_final": False},
@@ -159,6 +162,7 @@ def test_every_path_takes_the_key_and_the_key_is_nowhere_to_be_seen(
     servers: list[Server], key: str, fleet: list[RemoteEngine]
 ) -> None:
     paths = ["/", "/health", "/metrics", "/docs", "/v1/models", "/v1/completions", "/collective_rpc", "/sapo/info"]
+    paths += ["/v1/chat/completions", "/episodes", "/episodes/one"]
     for path in [*paths, "/sapo/load", "/update_weights", "/sleep", "/inference/v1/generate", "/no/such"]:
         for wrong in ({}, {"Authorization": f"Bearer {key}x"}, {"Authorization": key}):
             for method in ("GET", "POST", "OPTIONS"):
@@ -237,6 +241,84 @@ def test_servers_write_what_the_trainers_weights_say(
     with pytest.raises(EngineLost, match="holds the weights"):
         answers(fleet[0], requests, WARM)
     assert len(verify_all(fleet, list(range(5, 60)), expected, "float32")) == 1
+
+
+ADD: Any = {
+    "type": "function",
+    "function": {"name": "add", "description": "Add.", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+def client_of(server: Server, key: str, session: str) -> OpenAI:
+    http = DefaultHttpxClient(trust_env=False)
+    headers = {"X-Session-Id": session}
+    return OpenAI(base_url=f"http://{server.address}/v1", api_key=key, default_headers=headers, http_client=http)
+
+
+def test_agents_that_no_run_starts_are_recorded_with_the_weights_that_wrote_them(
+    servers: list[Server],
+    key: str,
+    fleet: list[RemoteEngine],
+    transport: NcclTransport,
+    policy: PreTrainedModel,
+    tiny_model: Path,
+) -> None:
+    newer = noisy(tiny_model, 5)
+    transport.push(policy.named_parameters(), fleet[:1], 1)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+
+    def play(session: str, until_turn: int, messages: list[Any]) -> list[Any]:
+        """Ask up to that turn, each time after a tool's answer; returns what was said of each reply."""
+        said = []
+        with client_of(servers[0], key, session) as client:
+            while len(messages) < 2 * until_turn:
+                reply = client.chat.completions.create(model="m", messages=messages, tools=[ADD], max_tokens=12)
+                messages += [reply.choices[0].message, {"role": "tool", "tool_call_id": "1", "content": session}]
+                said.append(reply)
+        return said
+
+    chats: dict[str, list[Any]] = {name: [{"role": "user", "content": f"I am {name}."}] for name in ("one", "two")}
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(play, name, 2, messages) for name, messages in chats.items()]
+        said = {name: future.result(120) for name, future in zip(chats, asked, strict=True)}
+    transport.push(newer.named_parameters(), fleet[:1], 2)
+    for name, messages in chats.items():
+        said[name] += play(name, 3, messages)
+
+    headers = {"Authorization": f"Bearer {key}"}
+    with httpx.Client(base_url=f"http://{servers[0].address}", headers=headers, trust_env=False) as http:
+        for name, replies in said.items():
+            episode = http.get(f"/episodes/{name}").json()
+            (row,) = episode["rows"]
+            assert row["prompt_ids"] == tokenizer.apply_chat_template(
+                chats[name][:1], add_generation_prompt=True, return_dict=False
+            )
+            stream, prompt = row["prompt_ids"] + row["token_ids"], len(row["prompt_ids"])
+            run = fleet[0].weight_id.partition("/")[0]
+            assert [turn["weights"] for turn in episode["turns"]] == [[f"{run}/{version}"] * 2 for version in (1, 1, 2)]
+            logps = iter(row["rollout_logps"])
+            scores = fleet[0].score(stream)
+            for turn, reply in zip(episode["turns"], replies, strict=True):
+                start, end = prompt + turn["start"], prompt + turn["end"]
+                assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (start, end - start)
+                assert tokenizer.decode(stream[start:end], skip_special_tokens=True) == reply.choices[0].message.content
+                model = policy if turn["weights"][0].endswith("/1") else newer
+                expected = logps_of(model, stream)[start - 1 : end - 1]
+                found = [next(logps) for _ in range(start, end)]
+                differences = [abs(one - other) for one, other in zip(found, expected, strict=True)]
+                assert sum(differences) / len(differences) < 1e-5
+                if model is newer:  # the server's own weights by now
+                    assert found == pytest.approx(scores[start - 1 : end - 1], abs=1e-5)
+            assert next(logps, None) is None
+            told = tokenizer.decode(stream)
+            assert f"I am {name}." in told and told.count(f"tool\n{name}<") == 2
+            assert not any(f"\n{other}<" in told or f"I am {other}" in told for other in chats if other != name)
+            assert http.delete(f"/episodes/{name}").status_code == 200
+            assert http.get(f"/episodes/{name}").status_code == 404
+    with client_of(servers[0], key, "three") as client, pytest.raises(BadRequestError, match=r"must be 1 as rollout"):
+        client.chat.completions.create(model="m", messages=chats["one"][:1], temperature=0.5)
+    with client_of(servers[0], f"{key}x", "three") as client, pytest.raises(AuthenticationError, match="wrong or mis"):
+        client.chat.completions.create(model="m", messages=chats["one"][:1])
 
 
 def test_a_run_that_sends_some_weights_gets_the_others_from_the_models_folder(

@@ -274,7 +274,7 @@ def test_a_stream_is_the_whole_reply_in_one(here: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"temperature": 0.2}, "temperature: is 0.2, and the run samples at rollout.temperature=1; leave it out"),
+        ({"temperature": 0.2}, "temperature: is 0.2, must be 1 as rollout.temperature is; leave it out"),
         ({"stop": ["x"]}, "stop: is not possible in a rollout"),
         ({"n": 2}, "n: Input should be 1, not 2"),
         ({"tool_choice": "required"}, "tool_choice: "),

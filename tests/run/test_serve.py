@@ -18,7 +18,7 @@ from tiny import engine_settings
 from sapo_rl.run import serve
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = argparse.Namespace(host="127.0.0.1", port=8000, gpu_memory=0.9)
+OPTIONS = argparse.Namespace(host="127.0.0.1", port=8000, gpu_memory=0.9, episodes=False)
 
 
 def flags(path: Path, **changes: object) -> dict[str, str]:
@@ -64,6 +64,26 @@ def test_the_trainers_launch_is_none_of_the_servers(tiny_model: Path, monkeypatc
         serve.main(["config=quickstart", f"model.path={tiny_model}", "data.max_prompt_tokens=64", *launch])
     assert started[0] == started[1]
     assert "--model" in started[0]
+
+
+def test_a_server_that_records_has_room_for_the_episodes_of_agents(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(serve.os, "execve", lambda _, arguments, environment: started.append((arguments, environment)))
+    monkeypatch.setenv("SAPO_API_KEY", "a_key_of_forty_characters_or_thereabouts")
+    command = ["config=quickstart", "--episodes", f"model.path={tiny_model}", "data.max_prompt_tokens=64"]
+    command += ["--port", str(free_port())]
+    with pytest.raises(SystemExit) as stopped:
+        serve.main(command)
+    assert stopped.value.code == 2
+    told = "sapo-serve: environment.max_tokens (default): is 2048, with data.max_prompt_tokens = 64 up to 2112 tokens;"
+    assert told in capsys.readouterr().err
+    serve.main([*command, "environment.max_tokens=400"])
+    ((arguments, environment),) = started
+    assert arguments[arguments.index("--max-model-len") + 1] == "464"
+    assert arguments[arguments.index("--middleware") + 1] == "sapo_rl.run.recording.EpisodesApi"
+    assert "max_tokens: 400" in environment["SAPO_EPISODES"]
 
 
 @pytest.mark.parametrize(

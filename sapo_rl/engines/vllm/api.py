@@ -7,20 +7,21 @@ they run any method of the worker. This takes a key on every path and adds the f
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import os
 import time
 import traceback
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from dataclasses import asdict
 from typing import Any
 
 from pydantic import ValidationError
 
 from sapo_rl.engines.asgi import App, Receive, Scope, Send, bearer, gather, gone, send_json
-from sapo_rl.engines.base import Request, Sampling
+from sapo_rl.engines.base import Completion, Request, Sampling
 from sapo_rl.engines.key import VARIABLE
 from sapo_rl.engines.vllm.adapter import completions_of, sampling_params, scores_of, scoring_params
 from sapo_rl.engines.vllm.bodies import (
@@ -91,7 +92,7 @@ class TrainerApi:
                 await self.app(scope, receive, send)
             finally:
                 feeling.cancel()
-        elif not self._knows_key(scope):
+        elif not (self.key and hmac.compare_digest(bearer(scope), self.key)):
             await _refuse(scope, send)
         elif scope["type"] != "http":
             await self.app(scope, receive, send)
@@ -99,14 +100,16 @@ class TrainerApi:
             await send_json(send, TOO_LARGE, {"error": f"the body has more than {MOST_BYTES} bytes"})
         elif scope["path"].startswith("/sapo/"):
             await self._answer(scope, body, receive, send)
-        elif scope["path"] == "/health" and self.pulse.lost:
+        else:
+            await self.pass_on(scope, body, receive, send)
+
+    async def pass_on(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        """Answer a request that is none of a trainer's and has the key: vLLM does."""
+        if scope["path"] == "/health" and self.pulse.lost:
             await send_json(send, DEAD, {"error": SILENT})
         else:
             self.others = self.others or scope["method"] == "POST"
             await self.app(scope, _again(body, receive), send)
-
-    def _knows_key(self, scope: Scope) -> bool:
-        return bool(self.key) and hmac.compare_digest(bearer(scope), self.key)
 
     async def _answer(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         """Call the method that the path names, and stop it where the client goes away."""
@@ -131,21 +134,30 @@ class TrainerApi:
             arguments = schema.model_validate_json(body or b"{}")
         except ValidationError as error:
             return NOT_UNDERSTOOD, {"error": what_is_wrong(error)}
+        try:
+            with self.worded():
+                return 200, await method(engine, **dict(arguments))
+        except CallFailed as failed:
+            return failed.status, {"error": str(failed)}
+
+    @contextlib.contextmanager
+    def worded(self) -> Iterator[None]:
+        """Surround what the engine is asked for. Raises CallFailed for whatever keeps it from answering."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         if self.pulse.lost:
-            return DEAD, {"error": SILENT}
+            raise CallFailed(DEAD, SILENT)
         try:
-            return 200, await method(engine, **dict(arguments))
+            yield
         except _Misfit as misfit:
-            return NOT_UNDERSTOOD, {"error": str(misfit)}
+            raise CallFailed(NOT_UNDERSTOOD, str(misfit)) from misfit
         except OtherWeights as other:
-            return NOT_THOSE_WEIGHTS, {"error": str(other)}
+            raise CallFailed(NOT_THOSE_WEIGHTS, str(other)) from other
         except EngineDeadError as error:
-            return DEAD, {"error": f"vLLM's core died: {error}"}
-        except Exception:  # the client has to know why: the same call would fail again
-            logger.exception("a trainer's call failed")
-            return FAILED, {"error": traceback.format_exc(limit=-4)}
+            raise CallFailed(DEAD, f"vLLM's core died: {error}") from error
+        except Exception as error:  # the client has to know why: the same call would fail again
+            logger.exception("a call failed")
+            raise CallFailed(FAILED, traceback.format_exc(limit=-4)) from error
 
     async def info(self, engine: Any, run: str) -> dict[str, Any]:
         """Say which weights are held, and what does not change; the run that asks is still there."""
@@ -173,10 +185,17 @@ class TrainerApi:
         stop_token_ids: list[int],
     ) -> dict[str, Any]:
         """Complete one prompt `n` times."""
+        request = Request(token_ids, n, seed)
+        written = await self.complete(engine, weight_id, request, Sampling(**dict(sampling)), stop_token_ids)
+        return {"completions": [asdict(one) for one in written]}
+
+    async def complete(
+        self, engine: Any, weight_id: str, request: Request, sampling: Sampling, stop_token_ids: list[int]
+    ) -> list[Completion]:
+        """Return the completions of a request. Raises what `worded` words."""
         _check_tokens(engine, "stop_token_ids", stop_token_ids)
-        params = sampling_params(Request(token_ids, n, seed), Sampling(**dict(sampling)), stop_token_ids)
-        output = await self._run(engine, weight_id, token_ids, params)
-        return {"completions": [asdict(one) for one in completions_of(output)]}
+        params = sampling_params(request, sampling, stop_token_ids)
+        return completions_of(await self._run(engine, weight_id, request.token_ids, params))
 
     async def score(self, engine: Any, weight_id: str, token_ids: list[int]) -> dict[str, Any]:
         """Return log p(token | those before it) of all tokens but the first."""
@@ -206,6 +225,7 @@ class TrainerApi:
             if self.changed:
                 await engine.collective_rpc("restore")
                 self.changed = False
+            await self.held.restored()
             await engine.collective_rpc("join_group", args=(meeting.to_json(),))
         self.meeting = name
         return {}
@@ -229,6 +249,14 @@ class TrainerApi:
         if run == self.owner:
             self.owner = ""
         return {}
+
+
+class CallFailed(Exception):
+    """Why a call has no answer, with its status."""
+
+    def __init__(self, status: int, told: str) -> None:
+        super().__init__(told)
+        self.status = status
 
 
 class _Misfit(Exception):

@@ -7,6 +7,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+FOLDER = "folder/0"
+"""The weight_id of the weights in the model's folder, with which a server starts."""
+
 
 class OtherWeights(Exception):
     """The server does not hold the weights, is not in the group, or works for another run, than the request names."""
@@ -20,8 +23,8 @@ class HeldWeights:
     """
 
     def __init__(self) -> None:
-        self.weight_id: str | None = None
-        """None are the weights of the model's folder, or half loaded."""
+        self.weight_id: str | None = FOLDER
+        """None where they are half loaded."""
         self.coming: str | None = None
         """Of the weights that are being loaded."""
         self._running: set[asyncio.Task[Any]] = set()
@@ -70,6 +73,18 @@ class HeldWeights:
         finally:
             self.coming = None
             await self._tell()
+
+    async def whole(self) -> str:
+        """Return the weight_id of whatever weights there are; wait where there are none."""
+        async with self._news:
+            await self._news.wait_for(lambda: self.weight_id is not None)
+        assert self.weight_id is not None
+        return self.weight_id
+
+    async def restored(self) -> None:
+        """Hold the weights of the model's folder."""
+        self.weight_id = FOLDER
+        await self._tell()
 
     async def give_up(self) -> None:
         """Hold no weights; return when all that was under way has been ended."""

@@ -14,7 +14,7 @@ from sapo_rl.engines.asgi import Receive, Scope, Send, bearer, gather, gone, sen
 from sapo_rl.engines.vllm.bodies import MOST_BYTES
 from sapo_rl.errors import UserError
 from sapo_rl.rollout.agents.talk import Talk
-from sapo_rl.rollout.agents.wire import Refusal, completion, events, parsed
+from sapo_rl.rollout.agents.wire import Asked, Refusal, completion, events, new_id, parsed
 
 COMPLETIONS, MODELS = "/v1/chat/completions", "/v1/models"
 IDLE_SECONDS = 86400
@@ -92,19 +92,27 @@ class AgentServer:
             raise Refusal(f"there is no {scope['method']} {scope['path']}; valid: POST {COMPLETIONS}", 404, "not_found")
         if (body := await gather(receive, MOST_BYTES)) is None:
             raise Refusal(f"the body has more than {MOST_BYTES} bytes", 413, "too_large")
-        asked = parsed(body, self._cfg)
-        call, left = asyncio.ensure_future(talk.answer(asked)), asyncio.ensure_future(gone(receive))
-        try:
-            await asyncio.wait((call, left), return_when=asyncio.FIRST_COMPLETED)
-            if not call.done():
-                return
-            if call.cancelled():
-                raise OVER
-            reply = call.result()
-        finally:
-            left.cancel()
-            call.cancel()
-        if asked.stream:
-            await send_body(send, 200, b"text/event-stream", events(reply, asked.counts))
-        else:
-            await send_json(send, 200, completion(reply))
+        await reply_to(parsed(body, self._cfg), talk, new_id(), receive, send)
+
+
+async def reply_to(asked: Asked, talk: Talk, name: str, receive: Receive, send: Send) -> None:
+    """Have the model reply and send that under this id; stop where the client goes away.
+
+    Raises:
+        Refusal: there is no reply.
+    """
+    call, left = asyncio.ensure_future(talk.answer(asked)), asyncio.ensure_future(gone(receive))
+    try:
+        await asyncio.wait((call, left), return_when=asyncio.FIRST_COMPLETED)
+        if not call.done():
+            return
+        if call.cancelled():
+            raise OVER
+        reply = call.result()
+    finally:
+        left.cancel()
+        call.cancel()
+    if asked.stream:
+        await send_body(send, 200, b"text/event-stream", events(reply, name, asked.counts))
+    else:
+        await send_json(send, 200, completion(reply, name))

@@ -40,7 +40,7 @@ class Templates:
         return ChatTemplate(plain.tokenizer, tools=json.loads(tools), parser=self._parser, arguments=plain.arguments)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Thread:
     """A conversation that goes on: its requests begin with what was said before."""
 
@@ -49,8 +49,10 @@ class _Thread:
     """By the agent and the model, as they have worded it."""
     prompt: int
     """Messages before the model's first."""
-    busy: bool = True
-    """Whether the model's reply is still to come; for good, where nobody waited for it."""
+    owed: bool = True
+    """Whether the model has not replied to the last of it."""
+    busy: bool = False
+    """Whether it is about to."""
 
 
 class Talk:
@@ -90,8 +92,11 @@ class Talk:
         self._threads: list[_Thread] = []
         self._spoken: list[_Thread] = []
         """Who got each reply, in their order."""
+        self.replies: list[Reply] = []
+        """In the same order."""
         self._turns = self._spent = 0
         self._open: set[asyncio.Task[Any]] = set()
+        self._closed = False
 
     async def answer(self, asked: Asked) -> Reply:
         """Return the model's reply to a request; it is trained on.
@@ -100,6 +105,8 @@ class Talk:
             Refusal: a limit is reached, the chat template has no words for the messages, or an engine failed.
             asyncio.CancelledError: the episode is over.
         """
+        if self._closed:  # while the request was read
+            raise asyncio.CancelledError
         task = asyncio.ensure_future(self._answer(asked))
         self._open.add(task)
         try:
@@ -110,13 +117,14 @@ class Talk:
         except Exception as error:
             if not self.broken.done():
                 self.broken.set_exception(error)
-            raise Refusal("the run has failed", status=500, code="server_error") from error
+            raise Refusal("the server has failed", status=500, code="server_error") from error
         finally:
             task.cancel()
             self._open.discard(task)
 
     def close(self) -> None:
         """Answer nothing more."""
+        self._closed = True
         for task in self._open:
             task.cancel()
         if self.broken.done():
@@ -140,16 +148,23 @@ class Talk:
                 f"{self._limits.max_tokens}, and a prompt of {len(prompt)}",
             )
         self._turns += 1
-        with self._waiting():  # for nothing else: who asks in vain for ever is killed
-            completion = await self._ask(prompt, min(most, asked.most or most), self._turns)
+        thread.busy = True
+        if thread not in self._threads:
+            self._threads.append(thread)
+        try:
+            with self._waiting():  # for nothing else: who asks in vain for ever is killed
+                completion = await self._ask(prompt, min(most, asked.most or most), self._turns)
+        finally:
+            thread.busy = False  # who gave up or was refused may ask the same again
         message = conversation.reply(completion.token_ids, completion.logps, completion.truncated)
         thread.said.append(said(message))
-        thread.busy = False
+        thread.owed = False
         self._spoken.append(thread)
         self._spent += len(completion.token_ids)
         self.tool_calls += len(message.get("tool_calls", [])) + bool(asked.tools and conversation.problem)
         self.tool_failures += bool(asked.tools and conversation.problem)
-        return Reply(message, completion.truncated, len(prompt), len(completion.token_ids))
+        self.replies.append(Reply(message, completion.truncated, len(prompt), len(completion.token_ids)))
+        return self.replies[-1]
 
     def _over(self, limit: Stop, why: str) -> Refusal:
         self.limit = self.limit or limit
@@ -158,19 +173,22 @@ class Talk:
         )
 
     def _going_on(self, asked: Asked) -> _Thread | None:
-        """The longest conversation of which the request is the next turn, with what is new appended."""
+        """The longest conversation of which the request is the next turn, with what is new appended.
+
+        Where the model still owes it a reply, there is nothing new: the agent has to ask the same again.
+        """
         known, template = [said(message) for message in asked.messages], self._templates.of(asked.tools)
 
         def fits(thread: _Thread) -> bool:
             length = len(thread.said)
             later = asked.messages[length:]
             same = not thread.busy and thread.conversation.template is template and known[:length] == thread.said
-            return same and bool(later) and all(message["role"] != "assistant" for message in later)
+            return same and thread.owed != bool(later) and all(message["role"] != "assistant" for message in later)
 
         thread = max(filter(fits, reversed(self._threads)), key=lambda one: len(one.said), default=None)
-        if thread is not None:
+        if thread is not None and not thread.owed:
             self._spent += thread.conversation.extend(asked.messages[len(thread.said) :])
-            thread.said, thread.busy = known, True
+            thread.said, thread.owed = known, True
         return thread
 
     def _begun(self, asked: Asked) -> _Thread:
@@ -180,9 +198,7 @@ class Talk:
         except Refused:
             messages = as_users(messages)
             ids = template.start(messages)
-        thread = _Thread(template.begin(ids, messages), [said(message) for message in asked.messages], len(messages))
-        self._threads.append(thread)
-        return thread
+        return _Thread(template.begin(ids, messages), [said(message) for message in asked.messages], len(messages))
 
     def rows(self) -> tuple[list[Row], list[Turn]]:
         """Return the rows of all conversations, and where the model wrote in them, in the order of its replies."""

@@ -122,7 +122,7 @@ def parsed(body: bytes, cfg: RolloutConfig) -> Asked:
     for name, own in (("temperature", cfg.temperature), ("top_p", cfg.top_p)):
         value = getattr(asked, name)
         if value is not None and value != own:
-            raise Refusal(f"{name}: is {value:g}, and the run samples at rollout.{name}={own:g}; leave it out")
+            raise Refusal(f"{name}: is {value:g}, must be {own:g} as rollout.{name} is; leave it out")
     for name, value in (asked.model_extra or {}).items():
         if name not in HARMLESS and value not in (None, [], {}, False, 0, {"type": "text"}):
             raise Refusal(f"{name}: is not possible in a rollout; leave it out")
@@ -165,27 +165,32 @@ def said(message: Message) -> Said:
     return message["role"], words, json.dumps(calls, sort_keys=True)
 
 
-def completion(reply: Reply) -> dict[str, Any]:
-    """Return the answer to a request."""
-    choice = {"index": 0, "message": _told(reply.message), "finish_reason": _finish(reply), "logprobs": None}
-    return _head("chat.completion") | {"choices": [choice], "usage": _usage(reply)}
+def new_id() -> str:
+    """Return what a completion is called that nobody has named."""
+    return f"chatcmpl-{uuid.uuid4().hex}"
 
 
-def events(reply: Reply, counts: bool) -> bytes:
+def completion(reply: Reply, name: str) -> dict[str, Any]:
+    """Return the answer to a request; `name` is its id."""
+    choice = {"index": 0, "message": _told(reply.message), "finish_reason": finish(reply), "logprobs": None}
+    return _head("chat.completion", name) | {"choices": [choice], "usage": _usage(reply)}
+
+
+def events(reply: Reply, name: str, counts: bool) -> bytes:
     """Return the answer as a stream of events: the whole reply in one, since it is there when it is answered."""
-    head = _head("chat.completion.chunk")
+    head = _head("chat.completion.chunk", name)
     told = _told(reply.message)
     told["tool_calls"] = [{"index": place, **call} for place, call in enumerate(told.pop("tool_calls", []))] or None
     chunks = [
         head | {"choices": [{"index": 0, "delta": told, "finish_reason": None}]},
-        head | {"choices": [{"index": 0, "delta": {}, "finish_reason": _finish(reply)}]},
+        head | {"choices": [{"index": 0, "delta": {}, "finish_reason": finish(reply)}]},
         *([head | {"choices": [], "usage": _usage(reply)}] if counts else []),
     ]
     return b"".join(b"data: %s\n\n" % json.dumps(chunk).encode() for chunk in chunks) + b"data: [DONE]\n\n"
 
 
-def _head(kind: str) -> dict[str, Any]:
-    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": "policy"}
+def _head(kind: str, name: str) -> dict[str, Any]:
+    return {"id": name, "object": kind, "created": int(time.time()), "model": "policy"}
 
 
 def _told(message: Message) -> dict[str, Any]:
@@ -198,7 +203,8 @@ def _told(message: Message) -> dict[str, Any]:
     return told | ({"reasoning": message["thinking"]} if "thinking" in message else {})
 
 
-def _finish(reply: Reply) -> str:
+def finish(reply: Reply) -> str:
+    """Return why a reply ended, in OpenAI's words."""
     return "length" if reply.truncated else "tool_calls" if reply.message.get("tool_calls") else "stop"
 
 
