@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import marshal
 import os
 import platform
 import secrets
@@ -44,6 +44,15 @@ INSTALL = "apt-get install bubblewrap (dnf install bubblewrap)"
 
 _T = TypeVar("_T")
 _PYTHON = os.path.realpath(sys.executable)  # what a virtual environment's leads to
+_START = """
+import marshal, sys
+task, report = map(int, sys.argv[1:])
+with open(task, "rb") as stream:
+    code, job = marshal.load(stream), marshal.load(stream)
+names = {"__name__": "sandbox"}
+exec(code, names)
+names["main"](job, report)
+"""
 _CHUNK = 1 << 14  # bytes read at once
 _LONGEST_REPORT = 1 << 22  # bytes of all reports of a run
 _START_SECONDS = 20.0  # until the program begins
@@ -268,11 +277,11 @@ async def _stream(pipe: BinaryIO) -> asyncio.StreamReader:
 
 
 def _task(job: Job, limits: Limits, key: str) -> bytes:
-    return json.dumps({**task_of(job, limits, key), "system": numbers(platform.machine())}).encode()
+    return _compiled() + marshal.dumps({**task_of(job, limits, key), "system": numbers(platform.machine())})
 
 
 def _command(limits: Limits, isolation: Isolation, task: int, report: int) -> list[str]:
-    python = [_PYTHON, "-ISB", "-c", _source(), str(task), str(report)]
+    python = [_PYTHON, "-ISB", "-c", _START, str(task), str(report)]
     return python if isolation == "none" else [*_bubblewrap(limits), *python]
 
 
@@ -296,8 +305,9 @@ def _bubblewrap(limits: Limits) -> list[str]:
 
 
 @cache
-def _source() -> str:
-    return Path(inside.__file__).read_text(encoding="utf-8")
+def _compiled() -> bytes:
+    """`inside.py` for the same Python as this one."""
+    return marshal.dumps(compile(Path(inside.__file__).read_text(encoding="utf-8"), "sandbox.py", "exec"))
 
 
 @contextlib.contextmanager

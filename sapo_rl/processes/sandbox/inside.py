@@ -1,14 +1,13 @@
 """What runs inside the sandbox: limits itself, then runs a program and what is asked of it.
 
-It is handed to `python -c` as text, imports the standard library alone, and gets two descriptors as arguments: one of a
-JSON object, the job, and one that takes a line of JSON at the start and for each check or call. Stdin, stdout and
+It is handed over compiled, and imports little of the standard library: both would take as long as a small program. It
+is told a job and a descriptor, which takes a line of JSON at the start and for each check or call. Stdin, stdout and
 stderr are the program's.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import resource
 import struct
@@ -25,11 +24,8 @@ _ALLOW, _REFUSE, _NO_SUCH_CALL, _KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x80
 _CLONE_THREAD = 0x10000
 
 
-def main() -> None:
+def main(job: dict[str, Any], report: int) -> None:
     """Run the job and exit as the program does."""
-    task, report = map(int, sys.argv[1:])
-    with open(task, "rb") as stream:
-        job = json.load(stream)
     _limit(**job["limits"])
     _forbid(**job["system"])
     _do(job, lambda told: os.write(report, told))
@@ -45,10 +41,11 @@ def serve(job: dict[str, Any]) -> None:
 def _do(job: dict[str, Any], write: Callable[[bytes], object]) -> None:
     sys.argv[:] = [_NAME]
 
-    def tell(**found: Any) -> None:
-        write(json.dumps({"key": job["key"], **found}).encode() + b"\n")
+    def tell(**found: str) -> None:
+        told = {"key": f'"{job["key"]}"', **found}
+        write(b"{%s}\n" % ", ".join(f'"{name}": {value}' for name, value in told.items()).encode())
 
-    tell(started=True)
+    tell(started="true")
     namespace = _run(_joined(job["setup"], job["program"]))
     for check in job["checks"]:
         tell(**_check(check, namespace))
@@ -90,30 +87,38 @@ def _print(error: BaseException, program: str) -> None:
     traceback.print_exception(type(error), error, trace and trace.tb_next)
 
 
-def _check(check: str, namespace: dict[str, Any]) -> dict[str, Any]:
+def _check(check: str, namespace: dict[str, Any]) -> dict[str, str]:
     """Run a test, which fails by raising."""
     try:
         exec(compile(check, "test", "exec", dont_inherit=True), namespace)
     except BaseException as error:
-        return {"passed": False, "error": _told(error)}
-    return {"passed": True}
+        return {"passed": "false", "error": _told(error)}
+    return {"passed": "true"}
 
 
-def _call(name: str, arguments: list[Any], namespace: dict[str, Any]) -> dict[str, Any]:
-    """Call a function of the program, or a method of its class `Solution`; what it returned, as JSON."""
+def _call(name: str, arguments: list[Any], namespace: dict[str, Any]) -> dict[str, str]:
+    """Call a function of the program, or a method of its class `Solution`; what it returned."""
+    import json  # not for a program without calls
+
     try:
         owner = namespace["Solution"]() if name not in namespace and "Solution" in namespace else None
         function = namespace[name] if owner is None else getattr(owner, name)
-        return {"value": json.loads(json.dumps(function(*arguments)))}
+        return {"value": json.dumps(function(*arguments))}
     except BaseException as error:
         return {"error": _told(error)}
 
 
 def _told(error: BaseException) -> str:
     try:
-        return f"{type(error).__name__}: {error}"[:200]
+        return _quoted(f"{type(error).__name__}: {error}"[:200])
     except BaseException:
-        return "an error that cannot be shown"
+        return _quoted("an error that cannot be shown")
+
+
+def _quoted(text: str) -> str:
+    """A text as JSON has it, a number for each character."""
+    units = text.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(['"', *(f"\\u{units[at : at + 4]}" for at in range(0, len(units), 4)), '"'])
 
 
 def _limit(memory: int, seconds: int, file: int, files: int) -> None:
@@ -155,7 +160,3 @@ def _forbid(machine: int, refused: list[int], clone: int, clone3: int) -> None:
     prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
     if prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or prctl(_PR_SET_SECCOMP, _FILTER, ctypes.addressof(program), 0, 0):
         raise OSError(ctypes.get_errno(), "the kernel takes no filter of system calls")
-
-
-if __name__ == "__main__":
-    main()
