@@ -1,10 +1,10 @@
 """Running a program that a model wrote: apart from everything, bounded in everything, gone when it ends.
 
-    caller -- asyncio --> bwrap -- namespaces --> Python with inside.py -- limits, system call filter --> the program
+    caller -- asyncio --> bwrap -- namespaces, system call filter --> Python with inside.py -- limits --> the program
 
 Bubblewrap gives the program namespaces of its own: no network, no process but its own to see or to signal, and a file
-system of the Python installation, read-only, and a small /tmp in memory. `inside.py` adds what namespaces do not bound:
-memory, CPU time, files, and new processes. Whatever ends the program ends all that belongs to it.
+system of the Python installation, read-only, and a small /tmp in memory. The filter refuses new processes, and
+`inside.py` bounds memory, CPU time and files. Whatever ends the program ends all that belongs to it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from weakref import WeakKeyDictionary
 from sapo_rl.processes import is_dry_run
 from sapo_rl.processes.guardian import kill_descendants
 from sapo_rl.processes.sandbox import inside
-from sapo_rl.processes.sandbox.calls import MACHINES, numbers
+from sapo_rl.processes.sandbox.calls import MACHINES, filter_of
 from sapo_rl.processes.sandbox.job import MEGABYTE, Job, Limits, Result, SandboxMissing, by_key, task_of
 from sapo_rl.processes.sandbox.service import Service as Service
 from sapo_rl.processes.sandbox.service import run_a_probe
@@ -72,13 +72,17 @@ async def run(job: Job, limits: Limits, sandbox: Sandbox = "bubblewrap") -> Resu
     key = secrets.token_hex(16)  # lines that a program writes without having looked for it are no reports
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb") as reports, _folder(isolation) as folder:
-        with os.fdopen(writing, "wb"), _memory_file(_task(job, limits, key)) as task:
+        with (
+            os.fdopen(writing, "wb"),
+            _memory_file(_task(job, limits, key, isolation)) as task,
+            _memory_file(filter_of(platform.machine())) as calls,
+        ):
             starting = asyncio.create_subprocess_exec(
-                *_command(limits, isolation, task, writing),
+                *_command(limits, isolation, task, writing, calls),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                pass_fds=[task, writing],
+                pass_fds=[task, writing, calls],
                 env={"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": folder or "/tmp"},
                 cwd=folder,
                 start_new_session=True,
@@ -276,13 +280,14 @@ async def _stream(pipe: BinaryIO) -> asyncio.StreamReader:
     return reader
 
 
-def _task(job: Job, limits: Limits, key: str) -> bytes:
-    return _compiled() + marshal.dumps({**task_of(job, limits, key), "system": numbers(platform.machine())})
+def _task(job: Job, limits: Limits, key: str, isolation: Isolation) -> bytes:
+    forbidden = filter_of(platform.machine()) if isolation == "none" else b""  # else bubblewrap's to forbid
+    return _compiled() + marshal.dumps({**task_of(job, limits, key), "forbidden": forbidden})
 
 
-def _command(limits: Limits, isolation: Isolation, task: int, report: int) -> list[str]:
+def _command(limits: Limits, isolation: Isolation, task: int, report: int, calls: int) -> list[str]:
     python = [_PYTHON, "-ISB", "-c", _START, str(task), str(report)]
-    return python if isolation == "none" else [*_bubblewrap(limits), *python]
+    return python if isolation == "none" else [*_bubblewrap(limits), "--seccomp", str(calls), *python]
 
 
 def _bubblewrap(limits: Limits) -> list[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import struct
+from functools import cache
 
 _MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 """The kernel's number for each kind of processor that `platform.machine` names."""
 _CLONE = {"x86_64": 56, "aarch64": 220}
 _CLONE3 = 435
+_CLONE_THREAD = 0x10000
+_ALLOW, _REFUSE, _NO_SUCH_CALL, _KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000  # EPERM, ENOSYS
 _REFUSED = {
     # the network
     "socket": (41, 198),
@@ -50,8 +53,25 @@ MACHINES = tuple(_MACHINES)
 """What is known."""
 
 
-def numbers(machine: str) -> dict[str, Any]:
-    """Return the arguments of `inside._forbid` for a kind of processor, one of MACHINES."""
+@cache
+def filter_of(machine: str) -> bytes:
+    """Return a program of the kernel's packet filter by which it refuses these calls, and every new process.
+
+    It reads `struct seccomp_data`: the call's number at 0, the machine at 4, arguments from 16. What is refused fails
+    with EPERM; threads are allowed. A filter cannot see the flags of `clone3`, which does not exist therefore, and
+    libraries take `clone`. Calls by another convention than the machine's own end the process.
+
+    Args:
+        machine: a kind of processor, one of MACHINES.
+    """
+    load, equal, at_least, test, end = 0x20, 0x15, 0x35, 0x45, 0x06
     column = MACHINES.index(machine)
-    refused = [number for both in _REFUSED.values() if (number := both[column]) is not None]
-    return {"machine": _MACHINES[machine], "refused": refused, "clone": _CLONE[machine], "clone3": _CLONE3}
+    lines = [(load, 0, 0, 4), (equal, 1, 0, _MACHINES[machine]), (end, 0, 0, _KILL), (load, 0, 0, 0)]
+    lines += [(at_least, 0, 1, 0x40000000), (end, 0, 0, _KILL)]  # the x32 convention
+    lines += [(equal, 0, 1, _CLONE3), (end, 0, 0, _NO_SUCH_CALL)]
+    for both in _REFUSED.values():
+        if (number := both[column]) is not None:
+            lines += [(equal, 0, 1, number), (end, 0, 0, _REFUSE)]
+    lines += [(equal, 0, 3, _CLONE[machine]), (load, 0, 0, 16), (test, 1, 0, _CLONE_THREAD), (end, 0, 0, _REFUSE)]
+    lines += [(end, 0, 0, _ALLOW)]
+    return b"".join(struct.pack("HBBI", *line) for line in lines)
