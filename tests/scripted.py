@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from tiny import make_tokenizer
 
 from sapo_rl.config import Config, EnvironmentConfig, RewardFunctionConfig
 from sapo_rl.engines.base import Completion, Request, Sampling
-from sapo_rl.environments.runner.pool import pools_of
+from sapo_rl.environments.runner.pool import EnvironmentPool, pools_of
 from sapo_rl.rollout.collector import Rollouts
 from sapo_rl.rollout.episodes import Episodes
 from sapo_rl.types import Group, Prompt, Row, Sample
@@ -66,10 +66,15 @@ def config(name: str | None, tools: tuple[str, ...] = (), **settings: Any) -> Co
 
 
 @contextmanager
-def playing(cfg: Config, script: Callable[[str], str], states: bool = False) -> Iterator[tuple[Episodes, Scripted]]:
+def playing(
+    cfg: Config,
+    script: Callable[[str], str],
+    states: bool = False,
+    pools: Mapping[str, EnvironmentPool] | None = None,
+) -> Iterator[tuple[Episodes, Scripted]]:
     engine: Any = Scripted(script)
     rollouts = Rollouts([engine], cfg.rollout, TOKENIZER, cfg.seed, cfg.reproducible)
-    with Episodes(rollouts, pools_of(cfg), cfg, states) as episodes:
+    with Episodes(rollouts, pools or pools_of(cfg), cfg, states) as episodes:
         yield episodes, engine
 
 
