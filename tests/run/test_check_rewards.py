@@ -35,6 +35,7 @@ FUNCTIONS = {
     "picky": {"function": "my_rewards.picky", "on_error": "zero"},
 }
 ONLY_RIGHT = [f"~reward.functions.{name}" for name in ("picky", "rank", "words")]
+pytestmark = pytest.mark.usefixtures("forked_workers")
 ROWS = [
     {"prompt": "What is 1 + 1?", "answer": "2", "completion": "It is 2"},
     {"prompt": "What is 1 + 1?", "answer": "2", "completion": "3"},

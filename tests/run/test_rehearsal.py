@@ -11,6 +11,7 @@ import pytest
 from inside import sapo_train
 from tiny import make_stand_in, make_tokenizer
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
 ROWS = [{"prompt": f"Question {number}?", "answer": str(number)} for number in range(20)]
 REWARDS = """
 import os

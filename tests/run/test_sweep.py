@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
+import sys
 from pathlib import Path
 
 import command
 import pytest
 import yaml
+from inside import in_folder
 from tiny import make_stand_in
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +25,9 @@ lines = [{"step": step, "time": 60.0 * step, "eval/reward": score} for step, sco
 """
 
 
-sapo_train = functools.partial(command.sapo_train, program=("start.py",))
+def stand_in(_: object, folder: object) -> list[str]:
+    """The command of a rank that is none."""
+    return [sys.executable, "stand_in.py", str(folder)]
 
 
 @pytest.fixture
@@ -41,7 +44,8 @@ def here(tmp_path: Path) -> Path:
 
 def test_each_run_of_a_sweep_is_told_apart(here: Path) -> None:
     swept = ("loss.tau_neg=1.0,1.2,7,0.5", "trainer.steps=1", "-m")
-    result = sapo_train("config=mine.yaml", "run_dir=out/sweep", *swept, cwd=here)
+    program = ("start.py",)
+    result = command.sapo_train("config=mine.yaml", "run_dir=out/sweep", *swept, cwd=here, program=program)
     assert result.returncode == 2, result.stderr
     lines = result.stdout.splitlines()
     titles = [f"[{number}/4] loss.tau_neg={tau}" for number, tau in enumerate(("1.0", "1.2", "7", "0.5"), start=1)]
@@ -62,9 +66,10 @@ def test_each_run_of_a_sweep_is_told_apart(here: Path) -> None:
     assert not (here / "out/latest").exists() and not (here / "runs/mine").exists()
 
 
-def test_recipes_of_a_sweep_are_named_as_they_were_typed(here: Path) -> None:
+def test_recipes_of_a_sweep_are_named_as_they_were_typed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sapo_rl.run.launch.command", stand_in)
     (here / "other.yaml").write_text((here / "mine.yaml").read_text())
-    result = sapo_train("config=mine.yaml,other.yaml", "+reward.functions.b.function=numeric_digits", "-m", cwd=here)
+    result = in_folder("config=mine.yaml,other.yaml", "+reward.functions.b.function=numeric_digits", "-m", cwd=here)
     assert result.returncode == 0, result.stderr
     assert [line for line in result.stdout.splitlines() if line.startswith("[")] == [
         "[1/2] config=mine.yaml",
@@ -74,10 +79,11 @@ def test_recipes_of_a_sweep_are_named_as_they_were_typed(here: Path) -> None:
     assert typed == ["config=other.yaml", "+reward.functions.b.function=numeric_digits"]
 
 
-def test_the_run_folder_can_be_chosen(here: Path) -> None:
+def test_the_run_folder_can_be_chosen(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sapo_rl.run.launch.command", stand_in)
     (here / "a folder/lost+found").mkdir(parents=True)  # as a disk of its own has it
     for _ in range(2):
-        result = sapo_train("config=mine.yaml", f"run_dir={here}/a folder", cwd=here)
+        result = in_folder("config=mine.yaml", f"run_dir={here}/a folder", cwd=here)
         if result.returncode:
             break
         config = yaml.safe_load((here / "a folder/config.yaml").read_text())
@@ -85,9 +91,9 @@ def test_the_run_folder_can_be_chosen(here: Path) -> None:
         assert not (here / "runs").exists() and not (here / "latest").exists()
     told = f"sapo-train: run_dir (command line): '{here}/a folder' is not empty; name a new folder; 'resume={here}/a fo"
     assert result.returncode == 2 and result.stderr.startswith(told), result.stderr
-    result = sapo_train(f"resume={here}/a folder", "run_dir=other", cwd=here)
+    result = in_folder(f"resume={here}/a folder", "run_dir=other", cwd=here)
     assert result.returncode == 2 and "run_dir (command line): a run that is resumed stays" in result.stderr
-    result = sapo_train("config=mine.yaml", "hydra.run.dir=other", cwd=here)
+    result = in_folder("config=mine.yaml", "hydra.run.dir=other", cwd=here)
     assert result.returncode == 2 and "run_dir=PATH chooses the run folder" in result.stderr
-    again = sapo_train(f"config={here}/a folder/config.yaml", cwd=here)  # which does not ask for the same folder
+    again = in_folder(f"config={here}/a folder/config.yaml", cwd=here)  # which does not ask for the same folder
     assert again.returncode == 0, again.stderr
