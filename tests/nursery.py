@@ -26,6 +26,7 @@ import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -41,12 +42,14 @@ RUNS = (
     "accelerate.commands.launch",
     "pandas",
     "torch.distributed.run",
+    "wandb.sdk.launch.inputs.internal",
 )
 ENGINES = (
     "vllm.entrypoints.cli.serve",
     "vllm.entrypoints.llm",
     "vllm.model_executor.models.llama",
     "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.layers.quantization.online.base",
     "sapo_rl.engines.vllm.child",
 )
 OF_RUNS = ("sapo_rl", "sapo_rl.run.launch", "sapo_rl.run.rank")
@@ -75,7 +78,9 @@ def _look_up() -> None:
     from hydra._internal.hydra import Hydra
     from hydra.core.plugins import Plugins
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from wandb.sdk.data_types import _private
 
+    atexit.unregister(_private.MEDIA_TMP.cleanup)  # all have one folder, and the first that ends would delete it
     Hydra.get_mode = lambda *_, **__: None
     Plugins.instance()
     get_checkpoint_conversion_mapping("llama")
@@ -154,6 +159,11 @@ def _import_vllm() -> None:
     system_utils.get_mp_context = functools.partial(multiprocessing.get_context, "fork")
     for name in ENGINES:
         importlib.import_module(name)
+    from vllm.platforms import current_platform
+
+    current_platform.register_triton_kernel_overrides()  # looks through every module that there is
+    type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
+    gc.unfreeze = lambda: None  # vLLM does so at its end, and collects: that would copy all that was imported
 
 
 def _become(order: forked.Order, sent: list[int]) -> NoReturn:
@@ -172,6 +182,7 @@ def _become(order: forked.Order, sent: list[int]) -> NoReturn:
             raise AssertionError(f"descriptor {number} is in use")
         os.dup2(descriptor, number)
         os.close(descriptor)
+    weakref.finalize._registry.clear()  # what is to be done at the server's end
     os.chdir(order.folder)
     os.environ.clear()
     os.environ.update(order.environment)

@@ -42,10 +42,18 @@ def child_environment(
     return _on_cpu(env) | {"CUDA_VISIBLE_DEVICES": ""}
 
 
-def server_environment(environ: Mapping[str, str], on_gpu: bool) -> dict[str, str]:
-    """Return the environment of a server: `environ` without a launcher, with all its devices, no telemetry."""
+def server_environment(environ: Mapping[str, str], on_gpu: bool, cpus: int, workers: int) -> dict[str, str]:
+    """Return the environment of a server: `environ` without a launcher, with all its devices, no telemetry.
+
+    On the CPU one of vLLM's `workers` has all `cpus` cores, unless the user has set OMP_NUM_THREADS.
+    """
     env = _bare(environ)
-    return env if on_gpu else _on_cpu(env)
+    if on_gpu:
+        return env
+    if workers == 1:  # part of vLLM's core process, which would spin, on another core, for the end of its every step
+        env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        env.setdefault("OMP_NUM_THREADS", str(cpus))
+    return _on_cpu(env)
 
 
 def _bare(environ: Mapping[str, str]) -> dict[str, str]:

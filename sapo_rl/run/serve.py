@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         packaged.require(config.model.path)
         config, recording = _recorded(config, text) if options.episodes else (config, {})
         settings = engine_settings(config, options)
-        environment = server_environment(os.environ, settings.device != "cpu") | {VARIABLE: make_key()} | recording
+        on_gpu, cpus = settings.device != "cpu", len(os.sched_getaffinity(0))
+        environment = server_environment(os.environ, on_gpu, cpus, settings.tensor_parallel)
+        environment |= {VARIABLE: make_key()} | recording
     except (UserError, HydraException, OmegaConfBaseException) as error:
         print(f"sapo-serve: {explain.explain(error, ready)}", file=sys.stderr)
         sys.exit(2)

@@ -10,7 +10,7 @@ from typing import Any
 import forked
 import pandas as pd
 import pytest
-from command import records, run
+from command import records
 from tiny import make_workspace
 
 from sapo_rl.run.subjects import subject_at
@@ -144,7 +144,8 @@ def test_a_damaged_checkpoint_is_refused_before_vllm_starts(workspace: Path, who
     file = whole / "checkpoints/step_000001/trainer_00000.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-8] + b"\0" * 8)
-    code, _, err = run(workspace, f"model={file.parent}", "run_dir=damaged", module=("-m", "sapo_rl.run.eval"))
+    how: dict[str, Any] = {"module": "sapo_rl.run.eval", "begin": forked.launch}
+    code, _, err = forked.run(workspace, f"model={file.parent}", "run_dir=damaged", **how)
     file.write_bytes(content)
     assert code == 2 and err == f"sapo-eval: '{file}' cannot be used: it is damaged, its checksum differs\n"
     assert not (workspace / "damaged/logs/vllm_rank0.log").exists()

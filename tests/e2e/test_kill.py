@@ -187,7 +187,7 @@ def test_a_run_killed_at_all_its_moments_equals_one_that_nobody_touched(workspac
     assert again in out and saved(folder) == made(folder)
     assert 1 in [record["rollout/engine_restarts"] for record in steps_of(folder)[last:]]
 
-    saving, last = Attempt(workspace, again), saved(folder)
+    saving, last = Attempt(workspace, again, begin=forked.launch, folder=folder), saved(folder)
     saving.until(lambda: list((folder / "checkpoints").glob(".step_*.partial")) or saved(folder) > last)
     saving.send("launcher", signal.SIGKILL)
     assert saving.end()[0] == -signal.SIGKILL

@@ -367,11 +367,11 @@ def test_a_server_writes_on_while_it_gets_new_weights(
 ) -> None:
     engine, newer = fleet[0], noisy(tiny_model, 4)
     prompt = [5 + i % 200 for i in range(140)]  # longer than a block of the key-value cache, so that it is cached
-    greedy, long = (Sampling(one, 1.0, 0, 0.0, 1.0, 24 if one == 0 else 128, False) for one in (0.0, 1.0))
+    greedy, long = (Sampling(one, 1.0, 0, 0.0, 1.0, 24 if one == 0 else 64, False) for one in (0.0, 1.0))
     dispatcher = Dispatcher([engine], 64, 60.0)
     transport.push(policy.named_parameters(), [engine], 1)
     others: list[Future[Answer]] = []
-    for version, model in enumerate((newer, policy, newer), start=2):
+    for version, model in enumerate((newer, policy), start=2):
         begun = dispatcher.submit_all(
             [Request([2, 30 + i, version], 4) for i in range(24)], long
         )  # six times its seats
@@ -385,7 +385,7 @@ def test_a_server_writes_on_while_it_gets_new_weights(
     found = [future.result(120) for future in others]
     assert {len(answer.completions) for answer in found} == {4}
     assert any(answer.newest_version > answer.oldest_version for answer in found)
-    assert {answer.oldest_version for answer in found} <= {1, 2, 3, 4}
+    assert {answer.oldest_version for answer in found} <= {1, 2, 3}
     assert engine.restarts == 0
 
 
