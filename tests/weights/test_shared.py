@@ -17,9 +17,21 @@ import pytest
 import torch
 
 from sapo_rl.errors import UserError
-from sapo_rl.weights.buffer import ALIGNMENT, BLOCK_BYTES
+from sapo_rl.weights import buffer
+from sapo_rl.weights.buffer import ALIGNMENT
 from sapo_rl.weights.file import FileTransport, weights_folder
 from sapo_rl.weights.shared import open_layout
+
+BLOCK_BYTES = 1 << 20
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A megabyte each, so that tensors of half a block are soon written."""
+    monkeypatch.setattr(buffer, "BLOCK_BYTES", BLOCK_BYTES)
+
+
+small = pytest.mark.usefixtures("small_blocks")
 
 
 @dataclass
@@ -58,6 +70,7 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
+@small
 def test_no_engine_is_restarted_from_weights_that_are_half_written(folder: Path) -> None:
     transport, engines = FileTransport(folder, torch.float32), [Receiver(), Receiver()]
 
@@ -71,6 +84,7 @@ def test_no_engine_is_restarted_from_weights_that_are_half_written(folder: Path)
     transport.close()
 
 
+@small
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_engine_reads_the_weights_in_its_dtype(dtype: torch.dtype, folder: Path) -> None:
     transport, engines = FileTransport(folder, dtype), [Receiver(), Receiver()]
@@ -89,6 +103,7 @@ def test_every_engine_reads_the_weights_in_its_dtype(dtype: torch.dtype, folder:
     assert not folder.exists()
 
 
+@small
 def test_tensors_lie_apart_and_aligned_in_few_blocks(folder: Path) -> None:
     transport, engine = FileTransport(folder, torch.bfloat16), Receiver()
     transport.push(weights(0).items(), [engine], 1)  # type: ignore[arg-type]
@@ -128,6 +143,7 @@ def test_tensors_are_taken_one_at_a_time(folder: Path) -> None:
     transport.close()
 
 
+@small
 def test_a_rank_without_engines_takes_part_and_keeps_nothing(folder: Path) -> None:
     transport = FileTransport(folder, torch.float32)
     left = iter(weights(0).items())
