@@ -26,6 +26,7 @@ sys.path.insert(0, str(BENCH))
 
 import gate_width  # noqa: E402
 import judge  # noqa: E402
+import large_report  # noqa: E402
 import recipe  # noqa: E402
 import report  # noqa: E402
 import sandbox  # noqa: E402
@@ -526,6 +527,15 @@ def test_the_bench_of_the_judge_counts_calls_against_the_ideal() -> None:
         "1.50",
         "3.00",
     )
+
+
+def test_the_bench_of_large_reports_makes_a_page_and_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large_report, "PROMPTS", 2)
+    with large_report.browsing() as browser:
+        found = large_report.measure(3, browser)
+    shown = dict(zip(large_report.COLUMNS, large_report.row(found), strict=True))
+    assert shown["completions"] == "48" and float(shown["its memory, MB"]) > 1 and float(shown["page, MB"]) > 0
+    assert (browser is None) == (shown["a word in all of them, s"] == "")
 
 
 @pytest.mark.parametrize("file", sorted(BENCH.glob("study_*.yaml")), ids=lambda file: file.stem)

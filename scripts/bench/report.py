@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs/bench"
-FILLED = ("performance", "environments", "rewards", "evaluation", "scaling", "study")
+FILLED = ("performance", "environments", "rewards", "evaluation", "report", "scaling", "study")
 PAGES = tuple(ROOT / f"docs/{name}.md" for name in FILLED)
 KINDS = {
     "matrix products": r"nvjet|gemm",
