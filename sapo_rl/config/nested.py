@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
+
+import yaml
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around texts that OmegaConf would read as numbers and PyYAML would not, such as 7e12."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+.\d_:]+[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
+def dumps(content: Any) -> str:
+    """Return YAML that OmegaConf reads back as it is, keys in their order."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def leaves(node: dict[Any, Any], prefix: str = "", *, empty: bool = False) -> Iterator[tuple[str, Any]]:

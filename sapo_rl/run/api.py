@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import hydra
 import xxhash
-import yaml
 from omegaconf import OmegaConf
 
 from sapo_rl import plugins, run_folder
 from sapo_rl.config import Config
 from sapo_rl.config.fields import MISSING
+from sapo_rl.config.nested import dumps
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.rewards import RewardFunction, session
 from sapo_rl.rewards.lookup import KIND
@@ -253,7 +253,7 @@ def _source(config: Any, resumed: Any, scratch: Path) -> list[str]:
     if not isinstance(config, Mapping):
         raise UserError(f"config: is a {type(config).__name__}, must be a name, a path, a mapping or a Config")
     file = scratch / OWN_FILE
-    file.write_text(yaml.safe_dump(_plain(config), sort_keys=False), encoding="utf-8")
+    file.write_text(dumps(_plain(config)), encoding="utf-8")
     return [f"config={file}"]
 
 

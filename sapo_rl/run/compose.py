@@ -22,7 +22,7 @@ from omegaconf.errors import MissingMandatoryValue
 from sapo_rl.config import Config, EnvironmentConfig, RewardFunctionConfig
 from sapo_rl.config.evaluation import EvalConfig
 from sapo_rl.config.loss import unread
-from sapo_rl.config.nested import leaves
+from sapo_rl.config.nested import dumps, leaves
 from sapo_rl.config.schema import schema
 from sapo_rl.errors import UserError, did_you_mean
 from sapo_rl.errors.files import expand, is_file
@@ -278,7 +278,7 @@ def accept(
         _settle_paths(frozen)
         asked = {key: frozen[key] for key in START}
         frozen |= dict.fromkeys(START)
-        text = yaml.safe_dump(frozen, sort_keys=False, allow_unicode=True)
+        text = dumps(frozen)
         config = loads(text)  # as every rank will: it refuses keys that a + has added where there are none
         config.run_dir, config.fork, config.step = (asked[key] for key in START)
     except MissingMandatoryValue as error:

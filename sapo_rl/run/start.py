@@ -20,6 +20,7 @@ import yaml
 
 from sapo_rl import run_folder
 from sapo_rl.config import Config, LaunchConfig
+from sapo_rl.config.nested import dumps
 from sapo_rl.errors import UserError, program
 from sapo_rl.errors.files import expand
 from sapo_rl.processes import PARENT, killed_by, scratch, stopping_signals, streams
@@ -106,7 +107,7 @@ def _begin(config: Config, frozen: str, start: Start, stack: contextlib.ExitStac
     folder = _new_folder(config, start)
     lock = stack.enter_context(run_folder.locked(folder))
     if start.begins_at:  # to its ranks it is a run that goes on
-        frozen = yaml.safe_dump(yaml.safe_load(frozen) | {"resume": str(folder)}, sort_keys=False, allow_unicode=True)
+        frozen = dumps(yaml.safe_load(frozen) | {"resume": str(folder)})
     run_folder.create(folder, frozen, start.typed, own, _about(start, folder), link=not config.run_dir)
     if start.begins_at:
         resume.begin_fork(start.begins_at, folder)

@@ -17,15 +17,18 @@ import inside
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
 from inside import in_folder as sapo_train
 from omegaconf import DictConfig, OmegaConf
 from report_made import write_run
 from tiny import make_stand_in
 
+from sapo_rl.config.nested import dumps
 from sapo_rl.errors import UserError
 from sapo_rl.paths import CONFIGS
 from sapo_rl.run import keys
-from sapo_rl.run.compose import Arguments, accept, register
+from sapo_rl.run.compose import Arguments, accept, loads, register
 from sapo_rl.run.explain import explain
 
 ROOT = Path(__file__).parents[2]
@@ -502,6 +505,18 @@ def test_keys_that_a_rule_refuses_are_told_with_what_is_valid(
         accept(composed, Arguments(argv), argv)
     told = explain(refused.value, Arguments(argv))
     assert len(told.splitlines()) <= 2 and all(word in told for word in words), told
+
+
+def test_a_text_that_looks_like_a_number_is_frozen_as_a_text(model: Path) -> None:
+    composed = copy.deepcopy(quickstart())
+    composed.model.path, composed.model.revision = str(model), "7e1234567"  # the beginning of a commit's hash
+    config, frozen = accept(composed, Arguments([]), [])
+    assert config.model.revision == loads(frozen).model.revision == "7e1234567"
+
+
+@given(st.text("-+.0123456789_:eExobnaif~", min_size=1))
+def test_every_text_is_read_back_from_a_frozen_config(text: str) -> None:
+    assert OmegaConf.to_container(OmegaConf.create(dumps({text: text}))) == {text: text}
 
 
 def test_mistake_in_a_users_file_names_the_file(tmp_path: Path, model: Path) -> None:
