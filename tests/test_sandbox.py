@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from sapo_rl.processes import sandbox
-from sapo_rl.processes.sandbox import Job, Limits, Result, SandboxMissing, check, room, run
+from sapo_rl.processes.sandbox import Isolation, Job, Limits, Result, SandboxMissing, check, room, run
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
 TIGHT = Limits(cpu_seconds=1, seconds=2, memory_mb=128, output_bytes=10_000, disk_mb=2)
@@ -93,6 +93,17 @@ def test_checks_and_calls_are_reported_one_by_one() -> None:
     assert "TypeError" in found[4]["error"]
 
 
+def test_a_program_that_leaves_no_file_to_open_is_told_of_its_checks_and_calls() -> None:
+    leaks = "kept = []\ntry:\n    while True: kept.append(open('/dev/null'))\nexcept OSError: pass\n"
+    program, checks = leaks + "def same(x): return x", ["assert False, '\U0001f600 \"' + chr(0xd800)", "pass"]
+    assert result(program, checks=checks, function="same", calls=[["é"], [{"a": None}]]).reports == [
+        {"passed": False, "error": 'AssertionError: \U0001f600 "\ud800'},
+        {"passed": True},
+        {"value": "é"},
+        {"value": {"a": None}},
+    ]
+
+
 def test_a_check_that_never_ends_leaves_the_others_their_verdict() -> None:
     found = result("def wait(x):\n    while x: pass", checks=["wait(0)", "wait(1)", "wait(0)"])
     assert found.reports == [{"passed": True}]
@@ -149,6 +160,22 @@ def test_what_never_ends_is_ended(program: str, stopped: str) -> None:
     found = result(program, Limits(cpu_seconds=1, seconds=3 if stopped == "seconds" else 60, output_bytes=1000))
     assert (found.exit_code, found.stopped) == (128 + signal.SIGKILL, stopped)
     assert len(found.stdout) <= 1000 and len(found.stderr) <= 1000
+
+
+@pytest.mark.parametrize("isolation", ["bubblewrap", "none"])
+def test_a_program_has_the_report_s_descriptor_beside_its_own_and_cannot_fork(isolation: Isolation) -> None:
+    program = """
+import os, sys
+found = []
+for d in range(64):
+    try: found.append(oct(os.fstat(d).st_mode))
+    except OSError: pass
+print(found == ["0o10600"] * 4, __builtins__.len("ab"), sys.modules["__main__"].__dict__.get("job"))
+os.fork()
+"""
+    found = asyncio.run(run(Job(program), TIGHT, isolation))
+    assert found.stdout == "True 2 None\n"
+    assert "Operation not permitted" in found.stderr.splitlines()[-1]
 
 
 def test_threads_are_allowed() -> None:

@@ -46,12 +46,9 @@ _T = TypeVar("_T")
 _PYTHON = os.path.realpath(sys.executable)  # what a virtual environment's leads to
 _START = """
 import marshal, sys
-task, report = map(int, sys.argv[1:])
-with open(task, "rb") as stream:
-    code, job = marshal.load(stream), marshal.load(stream)
-names = {"__name__": "sandbox"}
-exec(code, names)
-names["main"](job, report)
+task, names = open(int(sys.argv[1]), "rb"), {"__name__": "sandbox"}
+exec(marshal.load(task), names)
+names["main"](task, int(sys.argv[2]))
 """
 _CHUNK = 1 << 14  # bytes read at once
 _LONGEST_REPORT = 1 << 22  # bytes of all reports of a run
@@ -77,12 +74,13 @@ async def run(job: Job, limits: Limits, sandbox: Sandbox = "bubblewrap") -> Resu
             _memory_file(_task(job, limits, key, isolation)) as task,
             _memory_file(filter_of(platform.machine())) as calls,
         ):
+            given = [task, writing] if isolation == "none" else [task, writing, calls]
             starting = asyncio.create_subprocess_exec(
                 *_command(limits, isolation, task, writing, calls),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                pass_fds=[task, writing, calls],
+                pass_fds=given,
                 env={"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": folder or "/tmp"},
                 cwd=folder,
                 start_new_session=True,

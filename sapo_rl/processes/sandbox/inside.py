@@ -1,12 +1,14 @@
 """What runs inside the sandbox: limits itself, then runs a program and what is asked of it.
 
 It is handed over compiled, and imports little of the standard library: both would take as long as a small program. It
-is told a job and a descriptor, which takes a line of JSON at the start and for each check or call. Stdin, stdout and
-stderr are the program's.
+gets a job, by marshal, and a descriptor, which takes a line of JSON at the start and for each check or call. Stdin,
+stdout and stderr are the program's. Between its checks and calls nothing is imported: it may have left no file to open.
 """
 
 from __future__ import annotations
 
+import builtins
+import marshal
 import os
 import resource
 import sys
@@ -14,14 +16,16 @@ import sys
 TYPE_CHECKING = False  # as in `typing`, whose import would take a tenth of the time of a small program
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, BinaryIO
 
 _NAME = "program.py"
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _FILTER = 38, 22, 2
 
 
-def main(job: dict[str, Any], report: int) -> None:
-    """Run the job and exit as the program does."""
+def main(task: BinaryIO, report: int) -> None:
+    """Run the job that is read from there and exit as the program does."""
+    with task:
+        job = marshal.load(task)
     _limit(**job["limits"])
     if job["forbidden"]:
         _forbid(job["forbidden"])
@@ -42,6 +46,8 @@ def _do(job: dict[str, Any], write: Callable[[bytes], object]) -> None:
         told = {"key": f'"{job["key"]}"', **found}
         write(b"{%s}\n" % ", ".join(f'"{name}": {value}' for name, value in told.items()).encode())
 
+    if job["calls"]:
+        import json  # noqa: F401  # for `_call`
     tell(started="true")
     namespace = _run(_joined(job["setup"], job["program"]))
     for check in job["checks"]:
@@ -63,7 +69,7 @@ def _joined(setup: str, program: str) -> str:
 
 def _run(program: str) -> dict[str, Any]:
     """Run a program as Python runs a file; return its names. An error ends this process, as it ends a program."""
-    namespace: dict[str, Any] = {"__name__": "__main__", "__builtins__": __builtins__}
+    namespace: dict[str, Any] = {"__name__": "__main__", "__builtins__": builtins}
     try:
         exec(compile(program, _NAME, "exec", dont_inherit=True), namespace)
     except SystemExit:
@@ -95,7 +101,7 @@ def _check(check: str, namespace: dict[str, Any]) -> dict[str, str]:
 
 def _call(name: str, arguments: list[Any], namespace: dict[str, Any]) -> dict[str, str]:
     """Call a function of the program, or a method of its class `Solution`; what it returned."""
-    import json  # not for a program without calls
+    import json  # is there already
 
     try:
         owner = namespace["Solution"]() if name not in namespace and "Solution" in namespace else None
@@ -114,8 +120,8 @@ def _told(error: BaseException) -> str:
 
 def _quoted(text: str) -> str:
     """A text as JSON has it, a number for each character."""
-    units = text.encode("utf-16-be", "surrogatepass").hex()
-    return "".join(['"', *(f"\\u{units[at : at + 4]}" for at in range(0, len(units), 4)), '"'])
+    units = memoryview(text.encode("utf-16", "surrogatepass")).cast("H")[1:]  # -le and -be would be imported
+    return "".join(['"', *(f"\\u{unit:04x}" for unit in units), '"'])
 
 
 def _limit(memory: int, seconds: int, file: int, files: int) -> None:
