@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
-from functools import partial
+import sys
 from pathlib import Path
-from typing import Any
 
-import forked
 import pytest
 import yaml
+from command import ROOT
+from inside import in_folder
 from tiny import make_stand_in
 
 from sapo_rl import run_folder
@@ -39,25 +41,16 @@ for step in range(done + 1, min(done + int(os.environ["STEPS"]), steps) + 1):
 (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\\n" for one in kept))
 (folder / "begun").open("a").write(f"after {done}\\n")
 """
-STARTER = """
-import sys; from sapo_rl.run import launch, cli
-launch.command = lambda _, folder: [sys.executable, 'stand_in.py', str(folder)]
-cli.main()
-"""
-BUSY = """
-import errno, os, pathlib
-def busy(self, target): raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-pathlib.Path.replace = busy
-"""
 FIRST, NOTHING = "resume=auto: goes on with", "resume=auto: there is no run to go on with; a new one begins"
 
 
 def sapo_train(here: Path, *arguments: str, steps: int = 2, code: int = 0) -> str:
     """Run the command line; each start makes `steps` steps at most. Return what it told."""
-    how: dict[str, Any] = {"begin": partial(forked.launch, module="start"), "STEPS": str(steps), "COLUMNS": "300"}
-    ended, out, err = forked.run(here, *arguments, **how)
-    assert ended == code, out + err
-    return out + err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sapo_rl.run.launch.command", lambda _, folder: [sys.executable, "stand_in.py", str(folder)])
+        done = in_folder(*arguments, cwd=here, STEPS=str(steps), COLUMNS="300", PYTHONPATH=str(ROOT))
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def prepare(folder: Path) -> Path:
@@ -65,7 +58,6 @@ def prepare(folder: Path) -> Path:
     make_stand_in(folder / "model")
     (folder / "mine.yaml").write_text("defaults: [quickstart, _self_]\nmodel: {path: model}\ntrainer: {steps: 5}\n")
     (folder / "stand_in.py").write_text(RANK)
-    (folder / "start.py").write_text(STARTER)
     return folder
 
 
@@ -144,10 +136,15 @@ def test_auto_begins_anew_in_the_place_of_a_run_that_ended_before_its_first_chec
         assert kept in sapo_train(here, *again, code=2)
 
 
-def test_auto_tells_where_the_folder_cannot_be_moved_aside_such_as_a_mount_point(here: Path) -> None:
+def test_auto_tells_where_the_folder_cannot_be_moved_aside_such_as_a_mount_point(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(self: Path, target: object) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
     again = ("config=mine.yaml", "resume=auto", "run_dir=out")
     sapo_train(here, *again, steps=0)
-    (here / "start.py").write_text(BUSY + STARTER)
+    monkeypatch.setattr(Path, "replace", busy)
     told = sapo_train(here, *again, code=2)
     aside = "'out' holds a run that ended before its first checkpoint and cannot be moved aside (Device or resource"
     assert f"run_dir (command line): {aside} busy); empty it, or name a folder in it" in told
