@@ -172,7 +172,7 @@ def take_engines() -> None:
     def popen(command: Sequence[str], *, env: Mapping[str, str], **how: Any) -> Popen | subprocess.Popen[bytes]:
         if env["CUDA_VISIBLE_DEVICES"]:
             return subprocess.Popen(command, env=env, **how)
-        return Popen(command, server="engines", env=env, **how)
+        return Popen(command, server="engines", env=env, network=f"/proc/{os.getpid()}/ns/net", **how)
 
     child_process.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": popen})
 

@@ -87,12 +87,15 @@ def _name(function: Callable[..., Any]) -> str:
 def _schema(function: Callable[..., Any]) -> dict[str, Any]:
     from transformers.utils import chat_template_utils
 
+    described = cast(Any, chat_template_utils)
+    # It would import torch, in every worker: no argument in JSON is a tensor.
+    described.is_torch_available = lambda: False
     where = getattr(function, "__qualname__", _name(function))
     try:
         parameters = inspect.signature(function).parameters.values()
         if any(one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD, one.POSITIONAL_ONLY) for one in parameters):
             raise UserError(f"tools: {where}: its arguments must have names; *, ** and / cannot be in a tool")
-        return cast(Any, chat_template_utils).get_json_schema(function)
+        return described.get_json_schema(function)
     except UserError:
         raise
     except Exception as error:  # what it is that has no types or no docstring is in the text

@@ -149,11 +149,10 @@ def test_a_class_of_trls_shape_a_game_an_agent_and_a_tool_train_beside_each_othe
     folder.mkdir()
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     (folder / "my_agent.py").write_text(AGENT)
-    for name in ("my_games.py", "my_rewards.py", "my_engine.py"):
+    for name in ("my_games.py", "my_rewards.py"):
         (folder / name).symlink_to(workspace / name)
     done = forked.new_run(
         folder,
-        PLAIN,
         "data.source=my_games.rows",
         "data.eval_split=null",
         "eval.prompts=9",

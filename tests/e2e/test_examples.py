@@ -87,7 +87,9 @@ def test_a_loss_of_ones_own_trains_and_the_server_writes_the_turns_of_a_game(ser
 
 
 def test_an_agent_is_told_of_its_tool(server: Server, tmp_path: Path) -> None:
-    run = server.run(tmp_path / "tool_agent", "config=agent.yaml", "environment.max_tokens=100")
+    run = server.run(
+        tmp_path / "tool_agent", "config=agent.yaml", "environment.max_tokens=100", "environment.workers=1"
+    )
     assert all(one["tools/call_frequency"] == 0 for one in steps_of(run))  # a random model calls nothing
     evaluations = [one for one in records(run) if "eval/reward" in one]
     assert [one["step"] for one in evaluations] == [0, 2]

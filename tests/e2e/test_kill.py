@@ -27,7 +27,7 @@ PARTS = {
     "environment": "sapo_rl.environments.runner.worker",
 }
 STEPS = 10
-OPTIONS = (f"trainer.steps={STEPS}", "checkpoint.every=1", "logging.wandb=off", "rollout.max_restarts=9")
+OPTIONS = ("checkpoint.every=1", "logging.wandb=off", "rollout.max_restarts=9")
 GATE = '''
 import asyncio
 from pathlib import Path
@@ -51,8 +51,13 @@ EVERY_RECORD_OF_STEPS = ("policy/loss", "eval/reward", "mismatch/probe_logp_diff
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    sections: dict[str, Any] = {"rollout": {"verify_every": 2}, "eval": {"every": 3, "prompts": 8}}
-    return make_workspace(tmp_path_factory.mktemp("workspace"), tiny_model, **sections)
+    return make_workspace(
+        tmp_path_factory.mktemp("workspace"),
+        tiny_model,
+        rollout={"verify_every": 2},
+        trainer={"steps": STEPS},
+        eval={"every": 3, "prompts": 8},
+    )
 
 
 class Attempt:
@@ -210,7 +215,12 @@ def test_a_run_killed_at_all_its_moments_equals_one_that_nobody_touched(workspac
 def test_what_is_killed_in_mid_episode_plays_it_anew_and_counts_it_once(tmp_path: Path, tiny_model: Path) -> None:
     settings = {"name": "my_gate.Gate", "max_turns": 4, "max_tokens": 200, "workers": 1}
     workspace = make_workspace(
-        tmp_path, tiny_model, environment=settings, reward={"functions": {}}, eval={"every": 3, "prompts": 4}
+        tmp_path,
+        tiny_model,
+        environment=settings,
+        reward={"functions": {}},
+        trainer={"steps": 7},
+        eval={"every": 3, "prompts": 4},
     )
     (workspace / "my_gate.py").write_text(GATE)
     gate, waiting = workspace / "open", workspace / "waiting"
@@ -239,5 +249,5 @@ def test_what_is_killed_in_mid_episode_plays_it_anew_and_counts_it_once(tmp_path
     code, out, err = Attempt(workspace, f"resume={folder.relative_to(workspace)}", begin=forked.start).end()
     assert code == 0, out + err
     assert numbers(folder) == numbers(whole)
-    assert [record["step"] for record in steps_of(folder)] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in steps_of(folder)] == [1, 2, 3, 4, 5, 6, 7]
     assert all(record["episode/turns/mean"] == 3 and not record["episode/dropped"] for record in steps_of(folder))

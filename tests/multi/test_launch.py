@@ -56,7 +56,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pat
 def interrupted(workspace: Path) -> SimpleNamespace:
     """Two ranks on one machine that play episodes, stopped by SIGHUP to their launcher after eight steps at least."""
     before = folders(workspace)
-    process = forked.launch(workspace, "config=tiny.yaml", *TWO, *SHORT, *GAME, PLAIN)
+    process = forked.launch(workspace, "config=tiny.yaml", *TWO, *SHORT, *GAME)
     folder = wait_for_step(process, workspace, before, 8)
     everything = psutil.Process(process.pid).children(recursive=True)
     listening = {
@@ -208,8 +208,8 @@ def test_two_machines_equal_two_ranks_through_a_death_and_a_resume(
     first, second = machines
     before = folders(workspace)
     options = ("launch=multinode", "launch.num_processes=2", "launch.main_process_ip=10.77.0.1", "launch.timeout=30")
-    other = second("config=tiny.yaml", *options, "launch.machine_rank=1", *SHORT, *GAME, PLAIN)
-    main = first("config=tiny.yaml", *options, *SHORT, *GAME, PLAIN)
+    other = second("config=tiny.yaml", *options, "launch.machine_rank=1", *SHORT, *GAME)
+    main = first("config=tiny.yaml", *options, *SHORT, *GAME)
     folder = wait_for_step(main, workspace, before, 3)
     for process in [*psutil.Process(other.pid).children(recursive=True), psutil.Process(other.pid)]:
         process.kill()
@@ -224,7 +224,7 @@ def test_two_machines_equal_two_ranks_through_a_death_and_a_resume(
     assert (code, finish(other)[0]) == (0, 0), out + err
     assert folders(workspace) - before == {folder}
     assert {path.name for path in (folder / "logs").iterdir()} == {
-        f"{kind}_rank{rank}.log" for kind in ("rewards", "environments") for rank in (0, 1)
+        f"{kind}_rank{rank}.log" for kind in ("vllm", "rewards", "environments") for rank in (0, 1)
     }
     assert [record["step"] for record in steps_of(folder)] == [1, 2, 3, 4, 5, 6, 7, 8]
     for ours, theirs in zip(steps_of(folder), steps_of(interrupted.folder), strict=False):

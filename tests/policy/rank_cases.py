@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -66,12 +67,18 @@ def make_policy(dtype: torch.dtype = torch.float32, seed: int = 0) -> Policy:
 
 def load(accelerator: Accelerator, config: ModelConfig, seed: int = 0, recompute: bool = False) -> Policy:
     """The policy of `make_policy` as a run loads it, on some ranks without its weights."""
-    with tempfile.TemporaryDirectory() as folder:
-        model = make_policy(DTYPES[config.dtype], seed).model
-        model.config.save_pretrained(folder)
-        save_model(model, f"{folder}/model.safetensors", {"format": "pt"})  # save_pretrained writes on rank 0 alone
-        described = dataclasses.replace(config, path=folder)
-        return load_policy(described, recompute, empty=not loads_weights(accelerator))
+    described = dataclasses.replace(config, path=saved(config.dtype, seed).name)
+    return load_policy(described, recompute, empty=not loads_weights(accelerator))
+
+
+@functools.cache
+def saved(dtype: str, seed: int) -> tempfile.TemporaryDirectory[str]:
+    """The model of `make_policy` as a folder, which is deleted at the end of the process."""
+    folder = tempfile.TemporaryDirectory()
+    model = make_policy(DTYPES[dtype], seed).model
+    model.config.save_pretrained(folder.name)
+    save_model(model, f"{folder.name}/model.safetensors", {"format": "pt"})  # save_pretrained writes on rank 0 alone
+    return folder
 
 
 def make_groups(seed: int) -> list[Group]:
