@@ -341,7 +341,13 @@ def test_what_is_being_written_goes_on_over_newer_weights(server: TrainerApi) ->
         for asked, first in ((before, 1), (meanwhile, 3), (early, 4), (after, 5), (late, 6)):
             assert (await asked)["completions"][0]["token_ids"] == [first, 2]
         salts = {prompt["prompt_token_ids"][0]: prompt["cache_salt"] for prompt in engine.prompts}
-        assert salts == {1: "run/4", 3: "run/4", 4: "run/5", 5: "run/5", 6: "run/5"}  # cached under what wrote it
+        assert salts == {
+            1: "run/4 0",
+            3: "run/4 0",
+            4: "run/5 0",
+            5: "run/5 0",
+            6: "run/5 0",
+        }  # cached under what wrote it
         assert engine.resets == 0
 
     asyncio.run(check())

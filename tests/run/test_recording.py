@@ -100,8 +100,28 @@ def test_a_reply_whose_weights_go_away_is_written_anew_by_those_that_come(server
             pass
         caller.engine.release.set()
         assert [(await one).status_code for one in (asked, late)] == [200, 200]
-        assert caller.engine.asked == ["folder/0", "run/4", "run/4"]
+        assert caller.engine.asked == ["folder/0 0", "run/4 1", "run/4 1"]
         assert await caller.weights() == [["run/4", "run/5"]] * 2
+
+    asyncio.run(check())
+
+
+def test_what_one_run_has_gone_on_with_is_not_read_from_the_cache_once_the_folders_weights_are_back(
+    server: EpisodesApi,
+) -> None:
+    async def check() -> None:
+        caller = Caller(server)
+        asked = asyncio.ensure_future(caller.ask())
+        await caller.begun(1)
+        async with server.held.arriving("run/1"):
+            pass
+        caller.engine.release.set()
+        await asked
+        await server.held.give_up()
+        await server.held.restored()
+        await caller.ask()
+        assert await caller.weights() == [["folder/0", "run/1"], ["folder/0", "folder/0"]]
+        assert len(set(caller.engine.asked)) == 2
 
     asyncio.run(check())
 

@@ -209,7 +209,7 @@ class TrainerApi:
         last = None
         async with self.held.writing(weight_id):
             # What the cache holds of a prompt belongs to the weights that wrote it.
-            prompt = {"prompt_token_ids": token_ids, "cache_salt": self.held.weight_id}
+            prompt = {"prompt_token_ids": token_ids, "cache_salt": self.held.salt}
             async for output in engine.generate(prompt, params, uuid.uuid4().hex):
                 last = output
         return last

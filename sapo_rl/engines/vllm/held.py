@@ -74,6 +74,14 @@ class HeldWeights:
             self.coming = None
             await self._tell()
 
+    @property
+    def salt(self) -> str:
+        """Under which the cache keeps what is read and written from now on.
+
+        Not the weight_id alone: the folder's weights come back, and what they began was gone on with by others.
+        """
+        return f"{self.weight_id} {self._voided}"
+
     async def whole(self) -> str:
         """Return the weight_id of whatever weights there are; wait where there are none."""
         async with self._news:
