@@ -18,7 +18,7 @@ from sapo_rl.processes import sandbox
 from sapo_rl.processes.sandbox import Isolation, Job, Limits, Result, SandboxMissing, check, room, run
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
-TIGHT = Limits(cpu_seconds=1, seconds=2, memory_mb=128, output_bytes=10_000, disk_mb=2)
+TIGHT = Limits(cpu_seconds=1, seconds=30, memory_mb=128, output_bytes=10_000, disk_mb=2)
 
 FLOOD = """
 import os
