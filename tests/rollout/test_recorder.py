@@ -216,13 +216,13 @@ def test_a_request_that_failed_and_is_asked_again_goes_on_in_its_row() -> None:
                 raise failures.pop()
             return await server.write(token_ids, sampling)
 
-        server = Server(echo, write)
+        server = Server(echo, write, max_turns=2)
         said = (await server.ask("a", "b")).choices[0].message
         with pytest.raises(openai.InternalServerError, match="the engine is away"):
             await server.ask("a", "b", said, "long enough to fail the first time")
         await server.ask("a", "b", said, "long enough to fail the first time")
         episode = await server.read("a")
-        assert len(episode["rows"]) == 1
+        assert len(episode["rows"]) == 1 and episode["stop"] is None
         assert spoken(episode) == ["b?<|im_end|>", "long enough to fail the first time?<|im_end|>"]
 
     run(check())
@@ -257,6 +257,30 @@ def test_the_oldest_episodes_make_room_and_are_not_begun_anew(monkeypatch: pytes
         monkeypatch.setattr(recorder, "MOST_TOKENS", (await server.read("b"))["tokens"])
         await server.ask("c", "x")
         assert await server.names() == ["c"]
+
+    run(check())
+
+
+def test_a_reply_that_comes_while_a_slow_client_deletes_is_told_as_over() -> None:
+    async def check() -> None:
+        released = asyncio.Event()
+
+        async def write(token_ids: list[int], sampling: Sampling) -> Written:
+            await released.wait()
+            return await server.write(token_ids, sampling)
+
+        async def slow(_: Any) -> None:
+            released.set()
+            await asyncio.wait([waiting])
+
+        server = Server(echo, write)
+        waiting = asyncio.ensure_future(server.ask("a", "x"))
+        while await server.names() != ["a"]:
+            await asyncio.sleep(0)
+        scope: Any = {"method": "DELETE", "path": "/episodes/a"}
+        await server.recorder.answer(scope, b"", lambda: asyncio.Future(), slow, write)
+        with pytest.raises(openai.APIStatusError, match="the episode is over"):
+            await waiting
 
     run(check())
 

@@ -91,9 +91,10 @@ class Recorder:
                 await send_json(send, 200, {"episodes": [_line(*one) for one in self._episodes.items()]})
             elif path not in (COMPLETIONS, EPISODES) and method in ("GET", "DELETE"):
                 name = path.removeprefix(f"{EPISODES}/")
-                await send_json(send, 200, self._told(name, self._known(name)))
-                if method == "DELETE":
+                told = self._told(name, self._known(name))
+                if method == "DELETE":  # before it is sent: a reply that came meanwhile would be told to nobody
                     self._forget(name)
+                await send_json(send, 200, told)
             else:
                 valid = f"POST {COMPLETIONS}, GET {EPISODES}, GET or DELETE {EPISODES}/<session>"
                 raise Refusal(f"there is no {method} {path}; valid: {valid}", 405, "not_found")

@@ -19,7 +19,7 @@ from sapo_rl.rollout.agents.wire import Asked, Refusal, Reply, Said, said
 from sapo_rl.types import Row, Stop, Turn
 
 Ask: TypeAlias = Callable[[list[int], int, int], Awaitable[Completion]]
-"""Has the model go on from a prompt, with so many tokens at most; the last is the number of the turn."""
+"""Has the model go on from a prompt, with so many tokens at most; the last is how often that has been asked."""
 TEMPLATES = 128
 """Sets of tools for which what the chat template makes of them is kept."""
 
@@ -94,7 +94,7 @@ class Talk:
         """Who got each reply, in their order."""
         self.replies: list[Reply] = []
         """In the same order."""
-        self._turns = self._spent = 0
+        self._asked = self._spent = 0
         self._open: set[asyncio.Task[Any]] = set()
         self._closed = False
 
@@ -132,8 +132,9 @@ class Talk:
         self.broken.cancel()
 
     async def _answer(self, asked: Asked) -> Reply:
-        if self._turns == self._limits.max_turns:
-            raise self._over(Stop.TURNS, f"has had its {self._turns} replies ({self._key}.max_turns)")
+        replies = len(self.replies) + sum(thread.busy for thread in self._threads)
+        if replies == self._limits.max_turns:
+            raise self._over(Stop.TURNS, f"has had its {replies} replies ({self._key}.max_turns)")
         try:
             thread = self._going_on(asked) or self._begun(asked)
         except UserError as error:
@@ -147,13 +148,13 @@ class Talk:
                 f"has no room for a reply: it has {self._spent} tokens of {self._key}.max_tokens="
                 f"{self._limits.max_tokens}, and a prompt of {len(prompt)}",
             )
-        self._turns += 1
+        self._asked += 1
         thread.busy = True
         if thread not in self._threads:
             self._threads.append(thread)
         try:
             with self._waiting():  # for nothing else: who asks in vain for ever is killed
-                completion = await self._ask(prompt, min(most, asked.most or most), self._turns)
+                completion = await self._ask(prompt, min(most, asked.most or most), self._asked)
         finally:
             thread.busy = False  # who gave up or was refused may ask the same again
         message = conversation.reply(completion.token_ids, completion.logps, completion.truncated)
