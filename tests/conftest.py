@@ -29,7 +29,7 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # the same of `nohup`
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-LONGEST = ("run", "servers", "kill", "lora", "evaluation", "episodes", "engine", "ranks", "examples")
+LONGEST = ("run", "servers", "kill", "engine", "ranks", "lora", "episodes", "examples", "evaluation", "judge")
 """Modules of e2e and multi that take minutes: begun first, so that no worker is left alone with one at the end."""
 
 

@@ -47,19 +47,20 @@ def url(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             server="engines",
             stdout=output,
             stderr=output,
-            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
+            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
             start_new_session=True,
         )
 
     def healthy() -> bool:
         assert server.poll() is None, log.read_text()
         try:
-            return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+            return client.get(f"http://127.0.0.1:{port}/health").status_code == 200
         except httpx.HTTPError:
             return False
 
     try:
-        until(healthy, seconds=300)
+        with httpx.Client(trust_env=False) as client:
+            until(healthy, seconds=300)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         os.killpg(server.pid, signal.SIGKILL)
