@@ -10,9 +10,16 @@ import yaml
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts quotes around texts that OmegaConf would read as numbers and PyYAML would not, such as 7e12."""
+    """Puts quotes around texts that OmegaConf would read as numbers and PyYAML would not, such as 7e12.
+
+    Unicode's next line is escaped: PyYAML writes it as it is, and reads it as a blank.
+    """
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, '"' if "\x85" in data else None)
 
 
+_Dumper.add_representer(str, _Dumper.represent_str)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+.\d_:]+[eE][-+]?\d+$"), list("-+.0123456789"))
 
 

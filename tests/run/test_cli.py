@@ -17,7 +17,7 @@ import inside
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from inside import in_folder as sapo_train
 from omegaconf import DictConfig, OmegaConf
@@ -514,6 +514,7 @@ def test_a_text_that_looks_like_a_number_is_frozen_as_a_text(model: Path) -> Non
     assert config.model.revision == loads(frozen).model.revision == "7e1234567"
 
 
+@example("a\x85b")
 @given(st.text("-+.0123456789_:eExobnaif~", min_size=1) | st.text(st.characters(), min_size=1))
 def test_every_text_is_read_back_from_a_frozen_config(text: str) -> None:
     assert OmegaConf.to_container(OmegaConf.create(dumps({text: text}))) == {text: text}
