@@ -155,6 +155,10 @@ class Talk:
         try:
             with self._waiting():  # for nothing else: who asks in vain for ever is killed
                 completion = await self._ask(prompt, min(most, asked.most or most), self._asked)
+        except BaseException:
+            if thread not in self._spoken:  # it begins anew where the same is asked again
+                self._threads.remove(thread)
+            raise
         finally:
             thread.busy = False  # who gave up or was refused may ask the same again
         message = conversation.reply(completion.token_ids, completion.logps, completion.truncated)
