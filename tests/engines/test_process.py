@@ -18,7 +18,7 @@ from waiting import until
 
 from sapo_rl.engines import process
 from sapo_rl.engines.base import EngineSettings, Request, Sampling
-from sapo_rl.engines.environment import child_environment
+from sapo_rl.engines.environment import child_environment, server_environment
 from sapo_rl.engines.process import LocalEngine
 from sapo_rl.engines.rpc import RpcConnection
 from sapo_rl.errors import EngineError, EngineLost, UserError
@@ -56,6 +56,18 @@ def test_device_is_counted_among_the_visible_ones(visible: str | None, device: s
 )
 def test_ranks_share_the_cores(environ: dict[str, str], threads: str) -> None:
     assert child_environment("cpu", environ, cpus=8)["OMP_NUM_THREADS"] == threads
+
+
+def test_a_server_on_the_cpu_computes_in_one_process_on_all_cores_unless_the_user_says_otherwise() -> None:
+    names = ("VLLM_ENABLE_V1_MULTIPROCESSING", "OMP_NUM_THREADS")
+
+    def found(on_gpu: bool = False, workers: int = 1, **environ: str) -> list[str | None]:
+        made = server_environment(environ, on_gpu, cpus=8, workers=workers)
+        return [made.get(name) for name in names]
+
+    assert found() == ["0", "8"]
+    assert found(OMP_NUM_THREADS="2") == ["0", "2"]
+    assert found(workers=2) == found(on_gpu=True) == [None, None]
 
 
 def test_missing_vllm_names_the_extras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import subprocess
+import sys
 from typing import Any, Literal
 
 import pytest
@@ -20,6 +23,11 @@ def divide(a: float, b: float, digits: int = 2) -> float:
         digits: Digits of the result after the point.
     """
     return round(a / b, digits)
+
+
+def test_tools_are_described_without_torch_which_each_worker_would_import() -> None:
+    described = f"from sapo_rl.environments.tools import tools_of\n{inspect.getsource(divide)}\ntools_of([divide])"
+    subprocess.run([sys.executable, "-c", f"{described}\nimport sys\nassert 'torch' not in sys.modules"], check=True)
 
 
 async def search(query: str, kind: Literal["title", "text"] | None = None, ids: list[int] | None = None) -> Any:

@@ -261,6 +261,20 @@ def test_the_oldest_episodes_make_room_and_are_not_begun_anew(monkeypatch: pytes
     run(check())
 
 
+def test_the_names_of_dropped_episodes_are_forgotten_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "MOST_EPISODES", 1)
+    monkeypatch.setattr(recorder, "MOST_NAMES", 1)
+
+    async def check() -> None:
+        server = Server(echo)
+        for name in ("a", "b", "c"):
+            await server.ask(name, "x")
+        found = [(await server.http.get(f"/episodes/{name}")).status_code for name in ("a", "b", "c")]
+        assert found == [404, 410, 200]
+
+    run(check())
+
+
 def test_a_reply_that_comes_while_a_slow_client_deletes_is_told_as_over() -> None:
     async def check() -> None:
         released = asyncio.Event()
