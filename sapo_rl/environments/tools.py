@@ -88,9 +88,9 @@ def _schema(function: Callable[..., Any]) -> dict[str, Any]:
     from transformers.utils import chat_template_utils
 
     described = cast(Any, chat_template_utils)
-    # It would import torch, in every worker: no argument in JSON is a tensor.
-    described.is_torch_available = lambda: False
+    asked = described.is_torch_available
     where = getattr(function, "__qualname__", _name(function))
+    described.is_torch_available = lambda: False  # or every worker imports it: no argument in JSON is a tensor
     try:
         parameters = inspect.signature(function).parameters.values()
         if any(one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD, one.POSITIONAL_ONLY) for one in parameters):
@@ -103,6 +103,8 @@ def _schema(function: Callable[..., Any]) -> dict[str, Any]:
             f"tools: {where}: {error}; a tool has a type for each argument and a docstring in Google's style "
             "that describes them; a method that is no tool begins with _"
         ) from error
+    finally:
+        described.is_torch_available = asked
 
 
 async def call(tools: dict[str, Tool], name: str, arguments: dict[str, Any]) -> Outcome:

@@ -1,6 +1,6 @@
 """Softness or width? Losses with trust regions of several widths on a small task, in minutes on a CPU.
 
-    python scripts/bench/gate_width.py --updates 16 --seeds 3 --steps 100 --out docs/bench/gate_width.json
+    python scripts/bench/gate_width.py --updates 16 --seeds 4 --steps 100 --out docs/bench/gate_width.json
 
 A policy of 10,600 weights writes six tokens for each of 32 contexts; the reward is the share of tokens that are the
 context's own. Each rollout batch (32 contexts x 8) is cut into as many updates as it says, every sample in one. The
@@ -33,6 +33,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "clip": {"name": "grpo"},
     "SAPO": {"name": "sapo", "gradient": "paper"},
     "SAPO, one side": {"name": "sapo", "gradient": "paper", "sides": "one"},
+    "clip, bounded": {"name": "grpo", "dual_clip": 3.0},
+    "one side, bounded": {"name": "sapo", "gradient": "paper", "sides": "one", "dual_clip": 3.0},
 }
 WIDTHS = (1.76, 0.44, 0.2, 0.1, 0.05)
 """Of tau 1, 4, 8.8, 17.6 and 35."""
@@ -50,7 +52,7 @@ class Cell(NamedTuple):
 
 def settings(kind: str, width: float) -> dict[str, Any]:
     """Return a loss of that width."""
-    if kind == "clip":
+    if KINDS[kind]["name"] == "grpo":
         return KINDS[kind] | {"clip_low": min(width, 1.0), "clip_high": width}
     return KINDS[kind] | {"tau_pos": HALF / width, "tau_neg": HALF / width}
 

@@ -76,7 +76,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def test_a_loss_of_ones_own_trains_and_the_server_writes_the_turns_of_a_game(server: Server, tmp_path: Path) -> None:
     game = ("environment={name: guess, workers: 1}", "environment.max_turns=2", "environment.max_tokens=100")
-    all_count = ("rollout.logprobs=true", "advantage.skip_zero_spread=false")
+    all_count = ("rollout.logprobs=true", "advantage.skip_zero_spread=false", "rollout.mode=sync")
     run = server.run(tmp_path / "own_loss", "config=tapered.yaml", *game, *all_count)
     assert [one["step"] for one in steps_of(run)] == [1, 2]
     for one in steps_of(run):

@@ -173,6 +173,7 @@ def test_what_cannot_be_is_refused_in_a_sentence_and_leaves_no_episode() -> None
             ("a", {"temperature": 0.2}, "temperature: is 0.2, must be 1 as rollout.temperature is"),
             ("a", {"logprobs": True}, "logprobs: is not possible"),
             ("a/b", {}, "X-Session-Id: must be 1 to 128 letters, digits or any of"),
+            ("..", {}, "the first a letter or digit"),
             ("a" * 129, {}, "X-Session-Id: "),
         ]
         for session, settings, told in wrong:

@@ -196,7 +196,9 @@ def _isolation(isolation: str) -> Isolation:
         return "none"
     if shutil.which("bwrap") is None:
         raise SandboxMissing(f"needs bubblewrap to isolate programs: {INSTALL}")
-    tried = subprocess.run([*_bubblewrap(Limits()), _PYTHON, "-ISc", ""], capture_output=True, text=True)
+    with _memory_file(filter_of(platform.machine())) as calls:
+        command = [*_bubblewrap(Limits()), "--seccomp", str(calls), _PYTHON, "-ISc", ""]
+        tried = subprocess.run(command, pass_fds=[calls], capture_output=True, text=True)
     if tried.returncode:
         raise SandboxMissing(
             f"bubblewrap cannot isolate programs here: {tried.stderr.strip() or f'exit code {tried.returncode}'}; "

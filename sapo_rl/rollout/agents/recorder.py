@@ -28,7 +28,7 @@ MOST_EPISODES, MOST_TOKENS = 10_000, 10_000_000
 """Kept, with their prompts: half a gigabyte."""
 MOST_NAMES = 100_000
 """Of episodes that were dropped."""
-_NAME = re.compile(r"[A-Za-z0-9._:@=+-]{1,128}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@=+-]{0,127}")  # clients take .. in an address for a step up
 
 
 class Written(NamedTuple):
@@ -107,7 +107,7 @@ class Recorder:
         given = dict(scope["headers"]).get(HEADER.lower().encode())
         name = new_id() if given is None else given.decode("latin-1")
         if not _NAME.fullmatch(name):
-            raise Refusal(f"{HEADER}: must be 1 to 128 letters, digits or any of ._:@=+-")
+            raise Refusal(f"{HEADER}: must be 1 to 128 letters, digits or any of ._:@=+-, the first a letter or digit")
         asked = parsed(body, self._config.rollout)
         episode = self._begun(name, write)
         episode.open += 1
