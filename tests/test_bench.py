@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import forked
 import pytest
 import torch
 import yaml
 from inside import sapo_train
 from tiny import PLAIN, make_workspace
 
+from sapo_rl.engines import child_process
 from sapo_rl.losses import build_loss
 
 BENCH = Path(__file__).resolve().parents[1] / "scripts/bench"
 sys.path.insert(0, str(BENCH))
 
+import episodes  # noqa: E402
 import gate_width  # noqa: E402
 import judge  # noqa: E402
 import large_report  # noqa: E402
@@ -181,21 +184,36 @@ def test_report_fills_a_page_and_says_what_is_missing(tmp_path: Path) -> None:
     assert report.fill(filled, tmp_path) == filled
 
 
+@pytest.fixture
+def main_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Runs a bench in this process; the runs and engines that it starts are forked."""
+    stop = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(vs_trl, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": forked.Popen}))
+    monkeypatch.setattr(child_process, "subprocess", child_process.subprocess)
+    forked.take_engines()
+
+    def run(bench: ModuleType, *arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", [str(bench.__file__), *arguments])
+        bench.main()
+
+    yield run
+    signal.signal(signal.SIGTERM, stop)
+
+
 @pytest.mark.e2e
-def test_tiny_comparison_measures_our_half(tiny_model: Path, tmp_path: Path) -> None:
+def test_tiny_comparison_measures_our_half(
+    main_of: Callable[..., None],
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     out = tmp_path / "result.json"
-    command = [sys.executable, str(BENCH / "vs_trl.py"), "--workload", "tiny", "--shape", "tiny", "--skip-trl"]
+    make_workspace(tmp_path, tiny_model)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     sizes = ["--model", str(tiny_model), "--warm-up", "1", "--cycles", "2", "--overlap", "--out", str(out)]
     overrides = ["--set", "model.dtype=float32", PLAIN]
-    make_workspace(tmp_path, tiny_model)
-    done = subprocess.run(
-        [*command, *sizes, *overrides],
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    main_of(vs_trl, "--workload", "tiny", "--shape", "tiny", "--skip-trl", *sizes, *overrides)
     programs = json.loads(out.read_text())["programs"]
     assert not [program["log_tail"] for program in programs.values() if "error" in program]
     assert programs["sapo-train with overlap"]["summary"]["cycles"] == 1
@@ -204,16 +222,16 @@ def test_tiny_comparison_measures_our_half(tiny_model: Path, tmp_path: Path) -> 
     assert program["summary"]["cycles"] == 2
     assert 16 <= program["summary"]["tokens_per_cycle"] <= 16 * 16
     assert program["summary"]["parity"] < 1e-3
-    assert "| sapo-train, 2 cycles |" in done.stdout
+    assert "| sapo-train, 2 cycles |" in capsys.readouterr().out
 
 
 @pytest.mark.e2e
-def test_episodes_are_measured_beside_one_turn(tiny_model: Path, tmp_path: Path) -> None:
+def test_episodes_are_measured_beside_one_turn(
+    main_of: Callable[..., None], forked_workers: None, tiny_model: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "result.json"
-    command = [sys.executable, str(BENCH / "episodes.py"), "--workload", "tiny", "--model", str(tiny_model)]
     sizes = ["--set", "8:eager:1", "--replies", "4", "--workers", "1", "--out", str(out)]
-    done = subprocess.run([*command, *sizes], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    main_of(episodes, "--workload", "tiny", "--model", str(tiny_model), *sizes)
     one, several = json.loads(out.read_text())["measurements"]
     assert 16 <= one["tokens"] <= 16 * 16 and "turns" not in one
     assert several["turns"] == 4 and 16 * 4 <= several["tokens"] <= 16 * 4 * 4
