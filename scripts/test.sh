@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that a change must pass: lint, types, unit tests, then the end-to-end tests with real vLLM.
 #
-#   bash scripts/test.sh                       all of it, some twenty minutes on two cores
+#   bash scripts/test.sh                       all of it, a quarter of an hour on two cores
 #   bash scripts/test.sh --fast                lint, and the unit tests that need no vLLM and start no run, two minutes
 #   bash scripts/test.sh PYTEST-ARGUMENT ...   pytest alone, e.g. -m "not e2e", or tests/losses
 set -euo pipefail
