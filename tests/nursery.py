@@ -59,18 +59,25 @@ EXECUTE_CHILD = subprocess.Popen._execute_child  # pyright: ignore[reportAttribu
 
 
 def main() -> None:
-    forked.FOLDER = folder = Path(sys.argv[1])
-    listeners = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
-    for listener, name in zip(listeners, ("runs", "engines"), strict=True):
+    folder = Path(sys.argv[1])
+    listeners = begin(folder, ("runs", "engines"), RUNS)
+    _look_up()
+    (folder / "ready").touch()
+    serve(*listeners)
+
+
+def begin(folder: Path, names: Sequence[str], imported: Sequence[str]) -> list[socket.socket]:
+    """Listen under these names in the folder, and import what the children need."""
+    forked.FOLDER = folder
+    listeners = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in names]
+    for listener, name in zip(listeners, names, strict=True):
         listener.bind(str(folder / name))
         listener.listen(64)
     sys.path.pop(0)  # the folder of tests
     warnings.filterwarnings("ignore", ".*found in sys.modules after import of package")
-    for name in RUNS:
-        importlib.import_module(name)
-    _look_up()
-    (folder / "ready").touch()
-    _serve(*listeners)
+    for module in imported:
+        importlib.import_module(module)
+    return listeners
 
 
 def _look_up() -> None:
@@ -86,7 +93,7 @@ def _look_up() -> None:
     get_checkpoint_conversion_mapping("llama")
 
 
-def _serve(listener: socket.socket, more: socket.socket | None = None) -> None:
+def serve(listener: socket.socket, more: socket.socket | None = None) -> None:
     """Fork whatever is asked for; behind `more` there is to be a process with vLLM."""
     gc.freeze()  # or the first collection in a child would copy all of it
     children: dict[int, socket.socket] = {}
@@ -122,7 +129,7 @@ def _serve(listener: socket.socket, more: socket.socket | None = None) -> None:
                     one.close()
                 _begin(wake, woken)
                 _import_vllm()
-                _serve(more)
+                serve(more)
             more.close()
             more = None
 

@@ -1,10 +1,14 @@
-"""Tests of packages that may be missing, which take seconds to import: no worker does that to collect tests."""
+"""Tests of what may be missing: packages, which take seconds to import so that no worker does, and a browser."""
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
 
 import pytest
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+"""The program; None where there is none."""
 
 
 def needs(package: str) -> pytest.MarkDecorator:

@@ -21,6 +21,19 @@ from sapo_rl.types import Group, Prompt, Row, Sample
 
 TOKENIZER = make_tokenizer()
 ASSISTANT = "<|im_start|>assistant\n"
+ADD: Any = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Add.",
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+            "required": ["a", "b"],
+        },
+    },
+}
+"""A tool that a request names."""
 
 
 def play_high_low(said: str) -> str:

@@ -1,18 +1,16 @@
 """Forks workers of environments and reward functions off a process that has imported what takes them seconds.
 
-That is openai, which agents load, and transformers with torch, by which tools are described. `python workers.py FOLDER`
-listens at FOLDER/workers, as `nursery.py` does; the fixture `forked_workers` has a test's workers come from there.
+That is openai, which agents load, transformers, by which tools are described, and torch, for reward models. `python
+workers.py FOLDER` listens at FOLDER/workers, as `nursery.py` does; the fixture `forked_workers` has a test's workers
+come from there.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import os
-import socket
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,18 +28,12 @@ GETPPID = os.getppid
 
 
 def main() -> None:
-    forked.FOLDER = folder = Path(sys.argv[1])
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(str(folder / "workers"))
-    listener.listen(64)
-    sys.path.pop(0)  # the folder of tests
-    warnings.filterwarnings("ignore", ".*found in sys.modules after import of package")
-    for name in IMPORTED:
-        importlib.import_module(name)
+    folder = Path(sys.argv[1])
+    (listener,) = nursery.begin(folder, ["workers"], IMPORTED)
     _use_openai()
     os.register_at_fork(after_in_child=functools.partial(setattr, os, "getppid", GETPPID))  # of a guardian's child
     (folder / "ready").touch()
-    nursery._serve(listener)
+    nursery.serve(listener)
 
 
 def _use_openai() -> None:

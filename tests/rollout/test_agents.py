@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from scripted import ASSISTANT, TOKENIZER, call_of, config, one, play, playing, prompt, trained
+from scripted import ADD, ASSISTANT, TOKENIZER, call_of, config, one, play, playing, prompt, trained
 from waiting import until
 
 from sapo_rl.config import Config, EnvironmentConfig
@@ -21,23 +21,12 @@ from sapo_rl.types import Row, Stop
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 
-AGENTS = '''
+AGENTS = (
+    f"ADD = {ADD!r}\n"
+    + '''
 import asyncio, os, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-ADD = {
-    "type": "function",
-    "function": {
-        "name": "add",
-        "description": "Add.",
-        "parameters": {
-            "type": "object",
-            "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
-            "required": ["a", "b"],
-        },
-    },
-}
 
 
 def ask(client, messages, **settings):
@@ -198,6 +187,7 @@ def patient(client, row):
         time.sleep(1.2)
     return 1.0
 '''
+)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from scripted import ASSISTANT, TOKENIZER, Scripted, call_of
+from scripted import ADD, ASSISTANT, TOKENIZER, Scripted, call_of
 
 from sapo_rl.config import Config, EnvironmentConfig
 from sapo_rl.engines.asgi import gather
@@ -19,19 +19,6 @@ from sapo_rl.environments.chat import ChatTemplate
 from sapo_rl.rollout.agents import recorder
 from sapo_rl.rollout.agents.recorder import Recorder, Write, Written
 from sapo_rl.rollout.agents.wire import Refusal
-
-ADD: Any = {
-    "type": "function",
-    "function": {
-        "name": "add",
-        "description": "Add.",
-        "parameters": {
-            "type": "object",
-            "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
-            "required": ["a", "b"],
-        },
-    },
-}
 
 
 class Server:
@@ -42,6 +29,9 @@ class Server:
         self.recorder = Recorder(config, config.environment, "environment", ChatTemplate(TOKENIZER))
         self.engine = Scripted(script)
         self.versions = iter(range(100))
+        self.answers = asyncio.Event()
+        """Replies wait for it."""
+        self.answers.set()
         self._write = write or self.write
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://server")
 
@@ -51,6 +41,7 @@ class Server:
         await self.recorder.answer(scope, body, receive, send, self._write)
 
     async def write(self, token_ids: list[int], sampling: Sampling) -> Written:
+        await self.answers.wait()
         request = Request(token_ids, 1)
         self.engine.requests.append((request, sampling))
         (completion,) = self.engine.answer(request, sampling)
@@ -130,19 +121,14 @@ def test_an_episode_is_read_back_as_the_tokens_that_were_sent_and_sampled() -> N
 
 def test_sessions_at_once_are_kept_apart_and_requests_at_once_of_one_are_rows() -> None:
     async def check() -> None:
-        released = asyncio.Event()
-
-        async def slow(token_ids: list[int], sampling: Sampling) -> Written:
-            await released.wait()
-            return await server.write(token_ids, sampling)
-
-        server = Server(echo, slow)
+        server = Server(echo)
+        server.answers.clear()
         asked = [server.ask(name, word) for name, word in (("a", "left"), ("b", "right"), ("a", "more"))]
         asked = [asyncio.ensure_future(one) for one in asked]
         while len(await server.names()) < 2 or (await server.read("a"))["under_way"] < 2:
             await asyncio.sleep(0)
         assert (await server.read("b"))["rows"] == (await server.read("b"))["conversations"] == []
-        released.set()
+        server.answers.set()
         await asyncio.gather(*asked)
         assert sorted(spoken(await server.read("a"))) == ["left?<|im_end|>", "more?<|im_end|>"]
         assert len((await server.read("a"))["rows"]) == 2
@@ -278,22 +264,17 @@ def test_the_names_of_dropped_episodes_are_forgotten_in_the_end(monkeypatch: pyt
 
 def test_a_reply_that_comes_while_a_slow_client_deletes_is_told_as_over() -> None:
     async def check() -> None:
-        released = asyncio.Event()
-
-        async def write(token_ids: list[int], sampling: Sampling) -> Written:
-            await released.wait()
-            return await server.write(token_ids, sampling)
-
         async def slow(_: Any) -> None:
-            released.set()
+            server.answers.set()
             await asyncio.wait([waiting])
 
-        server = Server(echo, write)
+        server = Server(echo)
+        server.answers.clear()
         waiting = asyncio.ensure_future(server.ask("a", "x"))
         while await server.names() != ["a"]:
             await asyncio.sleep(0)
         scope: Any = {"method": "DELETE", "path": "/episodes/a"}
-        await server.recorder.answer(scope, b"", lambda: asyncio.Future(), slow, write)
+        await server.recorder.answer(scope, b"", lambda: asyncio.Future(), slow, server.write)
         with pytest.raises(openai.APIStatusError, match="the episode is over"):
             await waiting
 

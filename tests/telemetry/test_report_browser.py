@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from optional import CHROMIUM
 from report_made import EVIL, HALF, STEPS, write_some_tokens, write_whole_run
 
 from sapo_rl.telemetry.report import page
@@ -15,7 +15,6 @@ from sapo_rl.telemetry.report.cli import main
 from sapo_rl.telemetry.report.runs import load, load_all
 
 playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 expect = playwright.expect
 expect.set_options(timeout=60_000)
