@@ -91,6 +91,20 @@ def test_a_game_is_trained_on_by_one_command(guessing: Path) -> None:
     assert (guessing / "logs/environments_rank0.log").is_file()
 
 
+def test_the_recipe_guess_plays_with_vllm(workspace: Path, tiny_model: Path) -> None:
+    model = (f"model.path={tiny_model}", "model.dtype=float32", "data.max_prompt_tokens=256")
+    brief = ("environment.max_tokens=200", "rollout.batch_size=16", "trainer.steps=2", "eval.every=2", "eval.prompts=4")
+    code, out, err = forked.run(workspace, "config=guess", *model, *brief, "run_dir=recipe")
+    assert code == 0, out + err
+    assert list((workspace / "recipe/logs").glob("vllm*"))
+    for record in steps_of(workspace / "recipe"):
+        assert 1 <= record["episode/turns/mean"] <= record["episode/turns/max"] == 3
+        assert record["episode/forks"] == record["episode/dropped"] == 0
+        assert 0 <= record["rewards/environment/mean"] <= 1
+    evaluations = [record for record in records(workspace / "recipe") if "eval/reward" in record]
+    assert [record["step"] for record in evaluations] == [0, 2]
+
+
 def test_every_token_has_its_numbers_and_those_of_the_environment_have_none(guessing: Path) -> None:
     for record in steps_of(guessing):
         name = f"{record['step']:05d}.parquet"
